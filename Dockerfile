@@ -1,0 +1,23 @@
+FROM python:3.11-slim AS build
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/odma
+WORKDIR /src
+COPY . .
+RUN /opt/odma/bin/pip install --no-cache-dir '.[trace]'
+
+FROM python:3.11-slim
+COPY --from=build /opt/odma /opt/odma
+RUN useradd --uid 1000 --no-create-home odma \
+    && install --directory --owner odma --group odma --mode 700 /var/lib/odma
+USER odma
+ENV PATH=/opt/odma/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    ODMA_LISTEN=0.0.0.0:50051 \
+    ODMA_POOL_DIR=/var/lib/odma
+EXPOSE 50051
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
+    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; stub = rpc.HealthStub(grpc.insecure_channel('127.0.0.1:50051')); raise SystemExit(stub.Check(pb.HealthCheckRequest(), timeout=3).status != pb.HealthCheckResponse.SERVING)"]
+ENTRYPOINT ["odma"]
+CMD ["serve"]

@@ -1,0 +1,260 @@
+/* arena.h - what the files of the library share. Nothing here is public.
+ *
+ * The file of a pool
+ *
+ *     header | record | record | record | books
+ *
+ * The books are plain memory, divided into granules of 32 bytes. The process
+ * works on a copy of them (`books`), marks the granules that it changes, and
+ * commits: the new values go into a record, the record's commit word is set,
+ * then they are copied into the file's books. A record that was committed can
+ * be applied again; one that was not is as if it had never been. Indexes (runs,
+ * bins, request ids) live in process memory and are rebuilt from the books.
+ *
+ *   file.c    the file: create, attach, commit, redo
+ *   runs.c    address order and free runs
+ *   plan.c    where a region goes, and what has to move for it
+ *   policy.c  lengths and admission
+ *   batch.c   operations
+ *   learn.c   histograms and completions
+ *   report.c  reading and checking
+ *   limits.c  optimal bucket limits
+ */
+#ifndef ODMA_ARENA_H
+#define ODMA_ARENA_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "odma.h"
+
+enum {
+    GRANULE_BYTES = 32,
+    RECORDS = 3,         /* two batches take turns, the third is for the rest */
+    RECORD_OTHER = 2,
+    SLOT_BITS = 20,      /* of a handle; the rest is the generation */
+    SLOT_FREE = 0,       /* else an odma_region_state */
+    STATS = ODMA_CLASSES + 2,
+    EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
+    SUB_BINS = 64,       /* longer ones: bins per power of two */
+    FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
+    LEARNT_ENOUGH = 32
+};
+
+static const uint32_t NONE = UINT32_MAX;
+static const uint64_t MAX_WIRE = (uint64_t)1 << 53;
+
+/* --- the books, as they lie in the file --- */
+
+struct slot {
+    uint32_t state;
+    uint32_t generation;  /* of the last handle issued for this slot */
+    uint32_t start;
+    uint32_t length;
+    uint32_t used_tokens; /* live: as said in batch `seq`, else it counts as full */
+    uint32_t pad;
+    uint64_t seq;         /* waiting: the completed_seq that frees it */
+};
+
+struct request {
+    char id[ODMA_ID_BYTES];
+    uint64_t birth;
+    uint64_t tenant;      /* hash of its name */
+    uint32_t prompt_tokens;
+    uint32_t generated_tokens;
+    uint32_t max_total_tokens;
+    uint32_t class_index;
+    float quantiles[ODMA_QUANTILES];
+    uint32_t pad;
+};
+
+struct stats {
+    double increment;     /* weight of the next completion: grows, so old ones decay */
+    uint64_t completions;
+    uint64_t pad[2];
+    double bins[4][ODMA_BINS]; /* output finished, censored; total finished, censored */
+    odma_completion ring[ODMA_RING];
+};
+
+struct books {
+    uint64_t epoch;       /* 0: none is running */
+    uint64_t last_epoch;
+    uint64_t seq;
+    uint64_t completed_seq;
+    uint64_t births;
+    char boot_id[ODMA_BOOT_BYTES];
+    uint32_t class_count;
+    uint32_t description_bytes;
+    uint64_t pad;
+    odma_engine engine;
+    odma_counters counters;
+    odma_policy policy;
+    char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
+    uint8_t description[ODMA_DESCRIPTION_BYTES];
+    struct stats stats[STATS];
+    /* then table_size slots, then table_size requests */
+};
+
+_Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
+_Static_assert(sizeof(struct request) % GRANULE_BYTES == 0, "requests are whole granules");
+_Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
+_Static_assert(sizeof(struct books) % GRANULE_BYTES == 0, "books are whole granules");
+
+/* --- indexes in process memory --- */
+
+/* A run of blocks in address order: run i < table_size is slot i, the others
+ * are free runs. */
+struct run {
+    uint32_t start;
+    uint32_t length;
+    uint32_t prev, next;         /* in address order */
+    uint32_t bin_prev, bin_next; /* free runs of one bin; free ids */
+};
+
+/* What one batch has noted about a slot, valid if tick is the arena's. */
+struct note {
+    uint64_t tick;
+    uint32_t first_start;        /* before the batch moved it */
+    bool moved, pinned, listed, placed;
+};
+
+struct layout {
+    uint64_t record_bytes;
+    uint64_t results, copies, moved, indexes, granules; /* offsets in a record */
+    uint64_t books_offset;
+    uint64_t books_bytes;
+    uint64_t file_bytes;
+    uint32_t record_granules;    /* room for changed granules */
+    uint32_t table_size;
+};
+
+struct odma_arena {
+    pthread_mutex_t lock;
+    odma_geometry geometry;
+    struct layout layout;
+    int descriptor;
+    uint8_t *map;
+    volatile uint32_t *fork_mark; /* a page that a forked child sees zeroed */
+    uint64_t lsn;                /* of the last commit */
+    uint64_t sum;                /* of the file's books */
+    bool broken;
+    bool rebooted;
+    bool rescale;                /* some histogram's weights have grown too large */
+
+    struct books *books;
+    struct slot *slots;
+    struct request *requests;
+
+    uint32_t *dirty;             /* granules changed since the last commit */
+    uint32_t dirty_count;
+    uint64_t *dirty_bits;
+    uint32_t *record_indexes;    /* a record's changes on their way to the file */
+    uint8_t *record_granules;
+
+    struct run *runs;
+    uint32_t first_run, last_run;
+    uint32_t spare_runs;         /* free ids, chained by bin_next */
+    uint32_t bins[FREE_BINS];
+    uint64_t bin_bits[(FREE_BINS + 63) / 64];
+    uint32_t free_runs, free_blocks;
+    uint32_t live, waiting, waiting_blocks;
+    uint32_t *spare_slots;       /* a stack */
+    uint32_t spare_slot_count;
+    uint32_t *waits;             /* waiting slots, oldest seq first: a ring */
+    uint32_t waits_first;
+    uint32_t *ids;               /* request id -> slot, open addressing */
+    uint32_t ids_mask;
+    uint32_t bin_upper[ODMA_BINS];
+
+    /* the batch in hand */
+    uint64_t tick;
+    uint64_t batch_seq;          /* used_tokens said in it hold; UINT64_MAX: none */
+    struct note *notes;
+    uint32_t *moved;             /* slots that moved, each once */
+    uint32_t moved_count;
+    uint32_t moves;              /* moves so far, copied or not */
+    uint32_t pins;
+    uint32_t copy_tokens_left;
+    odma_result *results;
+    odma_copy *copies;
+    uint32_t copy_count;
+    odma_place *places;
+    uint32_t place_count;
+    struct side *sides;          /* scratch of the planner */
+};
+
+/* --- file.c --- */
+void mark(odma_arena *arena, const void *object, size_t bytes);
+odma_status commit(odma_arena *arena);
+odma_status commit_batch(odma_arena *arena, uint64_t seq, const uint64_t fingerprint[2],
+                         uint32_t results);
+odma_status stored_answer(odma_arena *arena, const uint64_t fingerprint[2], odma_answer *answer);
+odma_status enter(odma_arena *arena);
+odma_status leave(odma_arena *arena, odma_status status);
+odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void pad_boot_id(char into[ODMA_BOOT_BYTES], const char *boot_id);
+uint64_t mix(uint64_t value);
+uint64_t hash_bytes(const void *bytes, size_t count);
+
+/* --- runs.c --- */
+void runs_reset(odma_arena *arena);
+const char *runs_rebuild(odma_arena *arena);
+static inline bool is_free_run(const odma_arena *arena, uint32_t run) {
+    return run != NONE && run >= arena->layout.table_size;
+}
+uint32_t best_fit(const odma_arena *arena, uint32_t length);
+uint32_t largest_run(const odma_arena *arena);
+void hold(odma_arena *arena, uint32_t slot, uint32_t free_run, uint32_t length);
+void release(odma_arena *arena, uint32_t slot);
+void grow(odma_arena *arena, uint32_t slot, uint32_t length);
+void cut(odma_arena *arena, uint32_t slot, uint32_t length);
+void cut_to_slot(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t tail);
+void swap_runs(odma_arena *arena, uint32_t slot, uint32_t other);
+uint32_t open_window(odma_arena *arena, uint32_t left, uint32_t right);
+uint32_t close_window(odma_arena *arena, uint32_t prev, uint32_t next);
+uint32_t take_slot(odma_arena *arena);
+void give_slot(odma_arena *arena, uint32_t slot);
+uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES]);
+void add_id(odma_arena *arena, uint32_t slot);
+void drop_id(odma_arena *arena, uint32_t slot);
+
+/* --- policy.c --- */
+const char *policy_fault(const odma_policy *policy);
+uint32_t safety_blocks(const odma_arena *arena);
+uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total);
+uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want);
+bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
+uint32_t blocks_of(const odma_arena *arena, uint32_t tokens);
+
+/* --- plan.c --- */
+struct plan_refusal {
+    uint32_t reason;
+    uint32_t copy_tokens_needed;
+};
+uint32_t used_of(const odma_arena *arena, uint32_t slot);
+void fix_used(odma_arena *arena, uint32_t slot);
+bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
+bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
+size_t side_bytes(void);
+
+/* --- batch.c --- */
+struct note *note_of(odma_arena *arena, uint32_t slot);
+void set_place(odma_arena *arena, uint32_t slot);
+void set_waiting(odma_arena *arena, uint32_t slot);
+void forget_books(odma_arena *arena);
+
+/* --- learn.c --- */
+void bins_init(odma_arena *arena);
+uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]);
+uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]);
+void learn(odma_arena *arena, const struct request *request, uint32_t output_tokens, bool censored);
+odma_status rescale(odma_arena *arena);
+
+/* --- report.c --- */
+const char *engine_fault(const odma_engine *engine);
+const char *books_fault(const odma_arena *arena);
+
+#endif

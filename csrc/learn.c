@@ -1,0 +1,224 @@
+/* learn.c - what completions teach, per request class and for the pool.
+ *
+ * Old completions count less: rather than scaling all bins down at each
+ * completion, the weight of the next one is scaled up (forward decay, Cormode
+ * et al., ICDE 2009). Only when the weights have grown by 2^40 are all bins
+ * scaled, in a commit of its own.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "arena.h"
+
+static const double HALF_LIFE_COMPLETIONS = 512;
+static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
+static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
+
+enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
+
+/* Upper ends: multiples of a block for half of the bins, then geometric up to
+ * the longest total, each at least one block further. */
+void bins_init(odma_arena *arena) {
+    uint32_t unit = arena->geometry.block_tokens, half = ODMA_BINS / 2;
+    uint64_t capacity = (uint64_t)arena->geometry.blocks * unit;
+    uint64_t most = arena->geometry.model_length_tokens;
+    if (most > capacity) most = capacity;
+    uint64_t upper = 0;
+    for (uint32_t i = 0; i < ODMA_BINS; i++) {
+        if (i < half) {
+            upper += unit;
+        } else {
+            uint32_t left = ODMA_BINS - i;
+            double ratio = most > upper ? pow((double)most / (double)upper, 1.0 / left) : 1;
+            uint64_t next = (uint64_t)ceil((double)upper * ratio / unit) * unit;
+            upper = next > upper ? next : upper + unit;
+        }
+        arena->bin_upper[i] = (uint32_t)upper;
+    }
+}
+
+static uint32_t bin_of_tokens(const odma_arena *arena, uint64_t tokens) {
+    uint32_t low = 0, high = ODMA_BINS - 1;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (arena->bin_upper[middle] < tokens)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Index of a class, ODMA_CLASS_OTHER if it shares, NONE if it is new. */
+uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+    const struct books *books = arena->books;
+    for (uint32_t i = 0; i < books->class_count; i++)
+        if (memcmp(books->class_names[i], name, ODMA_NAME_BYTES) == 0) return i;
+    return books->class_count == ODMA_CLASSES ? ODMA_CLASS_OTHER : NONE;
+}
+
+/* The same, and a new one gets an index. */
+uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+    uint32_t index = class_of(arena, name);
+    if (index != NONE) return index;
+    struct books *books = arena->books;
+    index = books->class_count++;
+    memcpy(books->class_names[index], name, ODMA_NAME_BYTES);
+    mark(arena, books->class_names[index], ODMA_NAME_BYTES);
+    return index;
+}
+
+static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, uint64_t tokens) {
+    double *bin = &stats->bins[kind][bin_of_tokens(arena, tokens)];
+    *bin += stats->increment;
+    mark(arena, bin, sizeof *bin);
+}
+
+static void learn_in(odma_arena *arena, struct stats *stats, const struct request *request,
+                     uint32_t output_tokens, bool censored) {
+    if (stats->increment == 0) stats->increment = 1;
+    uint64_t total = (uint64_t)request->prompt_tokens + output_tokens;
+    count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
+    count_in_bin(arena, stats, TOTAL + censored, total);
+    odma_completion *entry = &stats->ring[stats->completions % ODMA_RING];
+    memcpy(entry->quantiles, request->quantiles, sizeof entry->quantiles);
+    entry->prompt_tokens = request->prompt_tokens;
+    entry->output_tokens = output_tokens;
+    entry->censored = censored;
+    mark(arena, entry, sizeof *entry);
+    stats->completions++;
+    stats->increment *= exp2(1 / HALF_LIFE_COMPLETIONS);
+    if (stats->increment > LARGEST_INCREMENT) arena->rescale = true;
+    mark(arena, stats, offsetof(struct stats, bins));
+}
+
+void learn(odma_arena *arena, const struct request *request, uint32_t output_tokens,
+           bool censored) {
+    struct stats *stats = arena->books->stats;
+    learn_in(arena, &stats[request->class_index], request, output_tokens, censored);
+    learn_in(arena, &stats[ODMA_CLASS_POOL], request, output_tokens, censored);
+}
+
+/* Scale the bins whose weights have grown too large: a commit for each class,
+ * none of which changes what anybody reads. */
+odma_status rescale(odma_arena *arena) {
+    arena->rescale = false;
+    for (uint32_t i = 0; i < STATS; i++) {
+        struct stats *stats = &arena->books->stats[i];
+        if (stats->increment <= LARGEST_INCREMENT) continue;
+        for (uint32_t kind = 0; kind < 4; kind++)
+            for (uint32_t bin = 0; bin < ODMA_BINS; bin++)
+                stats->bins[kind][bin] /= stats->increment;
+        stats->increment = 1;
+        mark(arena, stats, offsetof(struct stats, ring));
+        odma_status status = commit(arena);
+        if (status != ODMA_OK) return status;
+    }
+    return ODMA_OK;
+}
+
+static const struct stats *known_stats(const odma_arena *arena, uint32_t class_index) {
+    const struct stats *stats = &arena->books->stats[class_index];
+    if (stats->completions < LEARNT_ENOUGH) stats = &arena->books->stats[ODMA_CLASS_POOL];
+    return stats->completions < LEARNT_ENOUGH ? NULL : stats;
+}
+
+/* Kaplan-Meier over the bins above `more_than`: at the end of a bin its
+ * finished weight leaves the share that survives, then its censored weight
+ * leaves those at risk. A level that is never reached gets the last bin. */
+static bool survival_quantiles(const odma_arena *arena, const struct stats *stats,
+                               uint32_t more_than, float quantiles[ODMA_QUANTILES],
+                               double *weight) {
+    const double *finished = stats->bins[OUTPUT], *censored = stats->bins[OUTPUT + CENSORED];
+    uint32_t first = more_than == 0 ? 0 : bin_of_tokens(arena, (uint64_t)more_than + 1);
+    double at_risk = 0;
+    uint32_t last = first;
+    for (uint32_t i = ODMA_BINS; i-- > first;) {
+        at_risk += finished[i] + censored[i];
+        if (last == first && finished[i] + censored[i] > 0) last = i;
+    }
+    if (at_risk <= 0) return false;
+    *weight = at_risk / stats->increment;
+
+    double surviving = 1;
+    uint32_t level = 0;
+    for (uint32_t i = first; i <= last && level < ODMA_QUANTILES; i++) {
+        double low = i == 0 ? 0 : arena->bin_upper[i - 1], high = arena->bin_upper[i];
+        if (low < more_than) low = more_than;
+        double after = at_risk > 0 ? surviving * (1 - finished[i] / at_risk) : 0;
+        for (; level < ODMA_QUANTILES && 1 - after >= LEVELS[level]; level++) {
+            double part = (LEVELS[level] - (1 - surviving)) / (surviving - after);
+            quantiles[level] = (float)(low + part * (high - low));
+        }
+        surviving = after;
+        at_risk -= finished[i] + censored[i];
+    }
+    for (; level < ODMA_QUANTILES; level++) quantiles[level] = (float)arena->bin_upper[last];
+    return true;
+}
+
+odma_status odma_arena_quantiles(odma_arena *arena, uint32_t class_index, uint32_t more_than,
+                                 float quantiles[ODMA_QUANTILES], double *weight) {
+    if (class_index >= STATS || quantiles == NULL || weight == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    const struct stats *stats = known_stats(arena, class_index);
+    bool known = stats != NULL && survival_quantiles(arena, stats, more_than, quantiles, weight);
+    return leave(arena, known ? ODMA_OK : ODMA_NOT_FOUND);
+}
+
+odma_status odma_arena_histogram(odma_arena *arena, uint32_t class_index,
+                                 odma_histogram *histogram) {
+    if (class_index >= STATS || histogram == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    const struct stats *stats = &arena->books->stats[class_index];
+    double *into[4] = {histogram->output_finished, histogram->output_censored,
+                       histogram->total_finished, histogram->total_censored};
+    double newest = stats->increment / exp2(1 / HALF_LIFE_COMPLETIONS);
+    for (uint32_t kind = 0; kind < 4; kind++)
+        for (uint32_t i = 0; i < ODMA_BINS; i++)
+            into[kind][i] = stats->completions == 0 ? 0 : stats->bins[kind][i] / newest;
+    histogram->completions = stats->completions;
+    return leave(arena, ODMA_OK);
+}
+
+odma_status odma_arena_bins(odma_arena *arena, uint32_t upper_tokens[ODMA_BINS]) {
+    if (upper_tokens == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    memcpy(upper_tokens, arena->bin_upper, sizeof arena->bin_upper);
+    return leave(arena, ODMA_OK);
+}
+
+odma_status odma_arena_completions(odma_arena *arena, uint32_t class_index,
+                                   odma_completion *completions, uint32_t *count) {
+    if (class_index >= STATS || completions == NULL || count == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    const struct stats *stats = &arena->books->stats[class_index];
+    uint64_t ever = stats->completions;
+    *count = (uint32_t)(ever < ODMA_RING ? ever : ODMA_RING);
+    for (uint32_t i = 0; i < *count; i++)
+        completions[i] = stats->ring[(ever - *count + i) % ODMA_RING];
+    return leave(arena, ODMA_OK);
+}
+
+odma_status odma_arena_class(odma_arena *arena, uint32_t index, char name[ODMA_NAME_BYTES]) {
+    if (name == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    if (index >= arena->books->class_count) return leave(arena, ODMA_NOT_FOUND);
+    memcpy(name, arena->books->class_names[index], ODMA_NAME_BYTES);
+    return leave(arena, ODMA_OK);
+}
+
+odma_status odma_arena_class_index(odma_arena *arena, const char name[ODMA_NAME_BYTES],
+                                   uint32_t *index) {
+    if (name == NULL || index == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    uint32_t found = class_of(arena, name);
+    *index = found == NONE ? (uint32_t)ODMA_CLASS_POOL : found;
+    return leave(arena, ODMA_OK);
+}

@@ -1,0 +1,392 @@
+/* plan.c - where a region goes, and what has to move for it.
+ *
+ * There are two plans. To relocate: the region that grows goes to the shortest
+ * hole that fits. To slide: the regions of one window of neighbours are packed
+ * against its ends, so that its holes become one. The window is the cheapest
+ * there is; it is found with two pointers, in one pass over the address order.
+ *
+ * What an engine can do decides what a plan may be. Where copies run in one
+ * order, a slide is a list of copies in which each may write where an earlier
+ * one has read: regions that go down are copied from the lowest up, regions
+ * that go up from the highest down, so no copy writes over what another still
+ * has to read. Engines that cannot copy onto an overlapping source get a slide
+ * in pieces as long as the shift. Where copies run in any order, nothing may be
+ * written that the same batch reads, so there are relocations only, each region
+ * moves once a batch, and what it leaves waits for completion.
+ */
+#include <math.h>
+
+#include "arena.h"
+
+/* One end of a window around a region that grows. */
+struct side {
+    uint32_t edge;   /* outermost run: free, or the region itself */
+    uint32_t gap;    /* free blocks between region and edge, edge included */
+    double price;
+};
+
+struct cost {
+    uint64_t tokens;
+    uint64_t copies;
+    uint32_t moves;
+};
+
+size_t side_bytes(void) { return sizeof(struct side); }
+
+/* --- what moving costs --- */
+
+/* Tokens of a live region that have to be kept. */
+uint32_t used_of(const odma_arena *arena, uint32_t slot) {
+    const struct slot *region = &arena->slots[slot];
+    if (region->seq == arena->batch_seq) return region->used_tokens;
+    return region->length * arena->geometry.block_tokens;
+}
+
+static double price_of(const odma_arena *arena, uint32_t slot) {
+    const odma_engine *engine = &arena->books->engine;
+    uint32_t used = used_of(arena, slot);
+    if (used == 0) return 0;
+    return used * engine->token_seconds + engine->planes * engine->descriptor_seconds;
+}
+
+static uint64_t pieces(const odma_arena *arena, uint32_t used, uint32_t from, uint32_t to) {
+    uint64_t shift = (uint64_t)(from > to ? from - to : to - from) * arena->geometry.block_tokens;
+    if (used == 0 || shift == 0) return 0;
+    if (shift >= used || arena->books->engine.copies_may_overlap) return 1;
+    return (used + shift - 1) / shift;
+}
+
+static void add_cost(const odma_arena *arena, struct cost *cost, uint32_t slot, uint32_t to) {
+    uint32_t from = arena->runs[slot].start, used = used_of(arena, slot);
+    if (from == to) return;
+    cost->tokens += used;
+    cost->copies += pieces(arena, used, from, to);
+    cost->moves++;
+}
+
+static bool within_budget(const odma_arena *arena, const struct cost *cost) {
+    return cost->tokens <= arena->copy_tokens_left &&
+           arena->copy_count + cost->copies <= arena->geometry.max_copies &&
+           arena->moves + cost->moves <= arena->geometry.max_copies;
+}
+
+static bool may_move(odma_arena *arena, uint32_t run, bool ignore_pins) {
+    return run < arena->layout.table_size && arena->slots[run].state == ODMA_REGION_LIVE &&
+           (ignore_pins || !note_of(arena, run)->pinned);
+}
+
+static uint32_t allowed(const odma_arena *arena) {
+    uint32_t moves = arena->books->engine.moves, overflow = arena->books->policy.overflow;
+    return moves < overflow ? moves : overflow; /* the enums count alike */
+}
+
+/* --- moving --- */
+
+static void copy(odma_arena *arena, uint32_t slot, uint64_t from, uint64_t to, uint64_t tokens) {
+    uint64_t shift = from > to ? from - to : to - from;
+    const struct slot *region = &arena->slots[slot];
+    arena->copies[arena->copy_count++] =
+        (odma_copy){.handle = (uint64_t)region->generation << SLOT_BITS | slot,
+                    .from_token = (uint32_t)from,
+                    .to_token = (uint32_t)to,
+                    .tokens = (uint32_t)tokens,
+                    .overlaps = shift < tokens};
+}
+
+/* Write down the copies of a region that moves from block `from` to `to`. */
+static void emit(odma_arena *arena, uint32_t slot, uint32_t from, uint32_t to) {
+    uint32_t used = used_of(arena, slot);
+    uint64_t count = pieces(arena, used, from, to);
+    if (count == 0) return;
+    uint64_t unit = arena->geometry.block_tokens, source = from * unit, target = to * unit;
+    uint64_t piece = count == 1 ? used : (from > to ? source - target : target - source);
+    for (uint64_t done = 0; done < used; done += piece) {
+        uint64_t tokens = used - done < piece ? used - done : piece;
+        uint64_t offset = from > to ? done : used - done - tokens;
+        copy(arena, slot, source + offset, target + offset, tokens);
+    }
+    arena->copy_tokens_left -= used;
+    arena->books->counters.copies += count;
+    arena->books->counters.copied_tokens += used;
+}
+
+static void note_move(odma_arena *arena, uint32_t slot) {
+    struct note *note = note_of(arena, slot);
+    if (!note->moved) {
+        note->moved = true;
+        note->first_start = arena->runs[slot].start;
+        arena->moved[arena->moved_count++] = slot;
+    }
+    arena->moves++;
+}
+
+/* Fix what is used before a region's length changes: unlisted means full, and
+ * full means as long as it was. */
+void fix_used(odma_arena *arena, uint32_t slot) {
+    if (arena->batch_seq == UINT64_MAX) return;
+    arena->slots[slot].used_tokens = used_of(arena, slot);
+    arena->slots[slot].seq = arena->batch_seq;
+}
+
+static void shift(odma_arena *arena, uint32_t slot, uint32_t to) {
+    uint32_t from = arena->runs[slot].start;
+    if (from == to) return;
+    fix_used(arena, slot);
+    note_move(arena, slot);
+    emit(arena, slot, from, to);
+    arena->runs[slot].start = to;
+    set_place(arena, slot);
+}
+
+/* Where the runs of a window [left .. right] come to lie if its regions up to
+ * and including `pivot` go down and the others up. Either the cost is added up
+ * (`cost`), or they are moved. */
+static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t right,
+                 struct cost *cost) {
+    uint32_t low = arena->runs[left].start;
+    uint32_t high = arena->runs[right].start + arena->runs[right].length;
+    uint32_t before = arena->runs[left].prev, after = arena->runs[right].next;
+    uint32_t first_up = arena->runs[pivot].next;
+    if (cost == NULL) {
+        open_window(arena, left, right);
+        left = before == NONE ? arena->first_run : arena->runs[before].next;
+        right = after == NONE ? arena->last_run : arena->runs[after].prev;
+        first_up = arena->runs[pivot].next;
+    }
+    for (uint32_t id = left; id != first_up; id = arena->runs[id].next) {
+        if (is_free_run(arena, id)) continue;
+        if (cost != NULL)
+            add_cost(arena, cost, id, low);
+        else
+            shift(arena, id, low);
+        low += arena->runs[id].length;
+    }
+    for (uint32_t id = right; id != pivot; id = arena->runs[id].prev) {
+        if (is_free_run(arena, id)) continue;
+        high -= arena->runs[id].length;
+        if (cost != NULL)
+            add_cost(arena, cost, id, high);
+        else
+            shift(arena, id, high);
+    }
+}
+
+/* --- a hole for a new region --- */
+
+/* The cheapest window whose holes hold `length` blocks together. */
+static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins, uint32_t *left,
+                            uint32_t *right) {
+    double best = INFINITY, price = 0;
+    uint32_t first = NONE, gap = 0;
+    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        if (!is_free_run(arena, id)) {
+            if (first == NONE) continue;
+            if (may_move(arena, id, ignore_pins)) {
+                price += price_of(arena, id);
+            } else {
+                first = NONE;
+                gap = 0;
+                price = 0;
+            }
+            continue;
+        }
+        if (first == NONE) first = id;
+        gap += arena->runs[id].length;
+        while (gap - arena->runs[first].length >= length) {
+            gap -= arena->runs[first].length;
+            for (first = arena->runs[first].next; !is_free_run(arena, first);
+                 first = arena->runs[first].next)
+                price -= price_of(arena, first);
+        }
+        if (gap >= length && price < best) {
+            best = price;
+            *left = first;
+            *right = id;
+        }
+    }
+    return best < INFINITY;
+}
+
+/* Whether a run of `length` blocks will be free once all that waits is done. */
+static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
+    uint32_t sum = 0;
+    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        bool held = !is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE;
+        sum = held ? 0 : sum + arena->runs[id].length;
+        if (sum >= length) return true;
+    }
+    return false;
+}
+
+static bool refused(struct plan_refusal *refusal, uint32_t reason) {
+    refusal->reason = reason;
+    return false;
+}
+
+/* Why `blocks` more, or a run of `length`, cannot be had although nothing that
+ * was tried is against it. */
+static uint32_t lack(const odma_arena *arena, uint32_t blocks, uint32_t length) {
+    if (arena->free_blocks < blocks)
+        return arena->free_blocks + arena->waiting_blocks < blocks
+                   ? ODMA_REASON_NO_SPACE
+                   : ODMA_REASON_WAITS_FOR_COMPLETION;
+    if (arena->waiting > 0 && waiting_would_do(arena, length))
+        return ODMA_REASON_WAITS_FOR_COMPLETION;
+    return ODMA_REASON_FRAGMENTED;
+}
+
+/* Let a slot that holds nothing hold `length` blocks, moving others if the
+ * policy and the engine allow it. */
+bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    uint32_t hole = best_fit(arena, length);
+    if (hole == NONE) {
+        bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
+                      arena->books->engine.single_ordered_stream;
+        if (arena->free_blocks < length || !slides || arena->batch_seq == UINT64_MAX)
+            return refused(refusal, lack(arena, length, length));
+        uint32_t left = NONE, right = NONE;
+        if (!cheapest_window(arena, length, false, &left, &right))
+            return refused(refusal, arena->pins > 0 && cheapest_window(arena, length, true, &left,
+                                                                       &right)
+                                        ? ODMA_REASON_PINNED
+                                        : lack(arena, length, length));
+        struct cost cost = {0};
+        uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
+        pack(arena, left, pivot, right, &cost);
+        if (!within_budget(arena, &cost)) {
+            refusal->copy_tokens_needed = (uint32_t)cost.tokens;
+            return refused(refusal, ODMA_REASON_COPY_BUDGET);
+        }
+        pack(arena, left, pivot, right, NULL);
+        hole = close_window(arena, pivot, after);
+        arena->books->counters.compactions++;
+    }
+    hold(arena, slot, hole, length);
+    return true;
+}
+
+/* --- room for a region that grows --- */
+
+/* The next free run beyond `side`, with what has to move to win it, or false. */
+static bool widen(odma_arena *arena, struct side *side, bool down, bool others, bool ignore_pins) {
+    uint32_t id = side->edge;
+    for (;;) {
+        id = down ? arena->runs[id].prev : arena->runs[id].next;
+        if (id == NONE) return false;
+        if (is_free_run(arena, id)) break;
+        if (!others || !may_move(arena, id, ignore_pins)) return false;
+        side->price += price_of(arena, id);
+    }
+    side->edge = id;
+    side->gap += arena->runs[id].length;
+    return true;
+}
+
+struct window {
+    uint32_t left, right;
+    double price;
+};
+
+/* The cheapest window around a region that wins it `more` blocks. */
+static bool cheapest_room(odma_arena *arena, uint32_t slot, uint32_t more, bool ignore_pins,
+                          struct window *best) {
+    bool others = allowed(arena) == ODMA_OVERFLOW_COMPACT;
+    bool itself = may_move(arena, slot, ignore_pins);
+    struct side *right = arena->sides;
+    uint32_t b = 0;
+    right[0] = (struct side){.edge = slot};
+    while (right[b].gap < more) {
+        right[b + 1] = right[b];
+        if (!widen(arena, &right[b + 1], false, others, ignore_pins)) break;
+        b++;
+    }
+    uint32_t free_behind = is_free_run(arena, arena->runs[slot].next) ? 1 : 0; /* costs nothing */
+    struct side left = {.edge = slot};
+    best->price = INFINITY;
+    for (;;) {
+        while (b > free_behind && left.gap + right[b - 1].gap >= more) b--;
+        double price = left.price + right[b].price;
+        if (left.gap + right[b].gap >= more && price < best->price)
+            *best = (struct window){.left = left.edge, .right = right[b].edge, .price = price};
+        if (!itself || left.gap >= more || left.price >= best->price) break;
+        if (left.edge == slot) left.price = price_of(arena, slot);
+        if (!widen(arena, &left, true, others, ignore_pins)) break;
+    }
+    return best->price < INFINITY;
+}
+
+static bool slide(odma_arena *arena, uint32_t slot, uint32_t length, const struct window *window,
+                  struct plan_refusal *refusal) {
+    struct cost cost = {0};
+    pack(arena, window->left, slot, window->right, &cost);
+    if (!within_budget(arena, &cost)) {
+        refusal->copy_tokens_needed = (uint32_t)cost.tokens;
+        return refused(refusal, ODMA_REASON_COPY_BUDGET);
+    }
+    pack(arena, window->left, slot, window->right, NULL);
+    close_window(arena, slot, arena->runs[slot].next);
+    fix_used(arena, slot);
+    grow(arena, slot, length);
+    set_place(arena, slot);
+    arena->books->counters.compactions++;
+    return true;
+}
+
+static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t hole,
+                     struct plan_refusal *refusal) {
+    uint32_t from = arena->runs[slot].start, to = arena->runs[hole].start;
+    struct cost cost = {0};
+    add_cost(arena, &cost, slot, to);
+    if (!within_budget(arena, &cost)) {
+        refusal->copy_tokens_needed = (uint32_t)cost.tokens;
+        return refused(refusal, ODMA_REASON_COPY_BUDGET);
+    }
+    uint32_t old = take_slot(arena);
+    if (old == NONE) return refused(refusal, ODMA_REASON_TABLE_FULL);
+    fix_used(arena, slot);
+    note_move(arena, slot);
+    emit(arena, slot, from, to);
+    swap_runs(arena, slot, old);
+    hold(arena, slot, hole, length);
+    set_waiting(arena, old);
+    set_place(arena, slot);
+    arena->books->counters.relocations++;
+    return true;
+}
+
+static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
+    struct window window;
+    bool slides = arena->books->engine.single_ordered_stream;
+    if (arena->pins > 0 && arena->free_blocks >= more && allowed(arena) != ODMA_OVERFLOW_PREEMPT &&
+        ((slides && cheapest_room(arena, slot, more, true, &window)) ||
+         best_fit(arena, length) != NONE))
+        return ODMA_REASON_PINNED;
+    uint32_t behind = 0;
+    for (uint32_t id = arena->runs[slot].next;
+         id != NONE && (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE);
+         id = arena->runs[id].next)
+        behind += arena->runs[id].length;
+    if (behind >= more) return ODMA_REASON_WAITS_FOR_COMPLETION;
+    return lack(arena, more, length);
+}
+
+/* Let a region that cannot grow in place have `length` blocks, by the cheaper
+ * plan; of two that cost the same the slide, for it leaves its spare room
+ * behind the region. */
+bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    uint32_t more = length - arena->runs[slot].length;
+    if (allowed(arena) == ODMA_OVERFLOW_PREEMPT || arena->batch_seq == UINT64_MAX)
+        return refused(refusal, room_lack(arena, slot, more, length));
+    bool ordered = arena->books->engine.single_ordered_stream;
+    bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
+    struct window window = {.price = INFINITY};
+    bool slides = ordered && arena->free_blocks >= more &&
+                  cheapest_room(arena, slot, more, false, &window);
+    uint32_t hole = itself ? best_fit(arena, length) : NONE;
+    if (slides && (hole == NONE || window.price <= price_of(arena, slot)) &&
+        slide(arena, slot, length, &window, refusal))
+        return true;
+    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) return true;
+    if (refusal->reason != ODMA_REASON_NONE) return false;
+    return refused(refusal, room_lack(arena, slot, more, length));
+}

@@ -1,0 +1,113 @@
+/* policy.c - how long a region is, and who is let in.
+ *
+ * The record is data: what it means is written here once, in C, because it has
+ * to be decided under the lock together with the place.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "arena.h"
+
+static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
+
+static bool within(double value, double least, double most) {
+    return value >= least && value <= most; /* false for NaN */
+}
+
+/* The rule that a record breaks, or NULL. */
+const char *policy_fault(const odma_policy *policy) {
+    if (policy->start < ODMA_START_MAXIMUM || policy->start > ODMA_START_STEP)
+        return "start: one of odma_start";
+    if (policy->overflow < ODMA_OVERFLOW_PREEMPT || policy->overflow > ODMA_OVERFLOW_COMPACT)
+        return "overflow: one of odma_overflow";
+    if (policy->step_tokens < 1 || policy->step_tokens > (1U << 20)) return "step_tokens: 1 to 2^20";
+    if (policy->limit_count > ODMA_LIMITS) return "limit_count: at most 16";
+    for (uint32_t i = 0; i < policy->limit_count; i++)
+        if (policy->limits_tokens[i] <= (i == 0 ? 0 : policy->limits_tokens[i - 1]) ||
+            policy->limits_tokens[i] > (1U << 28))
+            return "limits_tokens: ascending, from at least 1 to at most 2^28";
+    if (!within(policy->overflow_risk, 0, 1)) return "overflow_risk: 0 to 1";
+    if (!within(policy->safety_share, 0, 0.9)) return "safety_share: 0 to 0.9";
+    if (policy->unsure_ratio != 0 && !within(policy->unsure_ratio, 1, 1e9))
+        return "unsure_ratio: 0, or at least 1";
+    if (!within(policy->growth, 1, 4)) return "growth: 1 to 4";
+    if (!within(policy->tenant_share, 1e-9, 1)) return "tenant_share: above 0, at most 1";
+    return NULL;
+}
+
+uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {
+    uint32_t unit = arena->geometry.block_tokens;
+    return tokens / unit + (tokens % unit != 0);
+}
+
+/* Blocks that admission must leave free. */
+uint32_t safety_blocks(const odma_arena *arena) {
+    return (uint32_t)ceil(arena->books->policy.safety_share * arena->geometry.blocks);
+}
+
+/* Output tokens that are exceeded with probability `risk`: linear in the level,
+ * in the logarithm of 1 + tokens. Between the last quantile and certainty it
+ * goes on to `most`; below the first quantile it stays there. */
+static double output_at(const float quantiles[ODMA_QUANTILES], double risk, double most) {
+    double level = 1 - risk;
+    double from = 0, low = quantiles[0];
+    for (uint32_t i = 0; i < ODMA_QUANTILES; i++) {
+        if (level <= LEVELS[i]) {
+            if (i == 0) return quantiles[0];
+            double part = (level - from) / (LEVELS[i] - from);
+            return expm1(log1p(low) + part * (log1p((double)quantiles[i]) - log1p(low)));
+        }
+        from = LEVELS[i];
+        low = quantiles[i];
+    }
+    if (low >= most) return most;
+    return expm1(log1p(low) + (level - from) / (1 - from) * (log1p(most) - log1p(low)));
+}
+
+/* Limit, else multiple of the step, never above the maximum; in blocks. */
+static uint32_t rounded(const odma_arena *arena, double start, uint32_t max_total) {
+    const odma_policy *policy = &arena->books->policy;
+    if (start >= max_total) return blocks_of(arena, max_total);
+    uint64_t tokens = (uint64_t)ceil(start);
+    uint32_t i = 0;
+    while (i < policy->limit_count && policy->limits_tokens[i] < tokens) i++;
+    if (i < policy->limit_count)
+        tokens = policy->limits_tokens[i];
+    else
+        tokens = (tokens + policy->step_tokens - 1) / policy->step_tokens * policy->step_tokens;
+    return blocks_of(arena, tokens < max_total ? (uint32_t)tokens : max_total);
+}
+
+/* Blocks of a new region. */
+uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
+    const odma_policy *policy = &arena->books->policy;
+    double held = (double)op->prompt_tokens + op->generated_tokens;
+    double start = max_total;
+    if (policy->start == ODMA_START_STEP) {
+        start = held + policy->step_tokens;
+    } else if (policy->start == ODMA_START_QUANTILE && op->quantiles[0] >= 0) {
+        double risk = op->overflow_risk >= 0 ? (double)op->overflow_risk : policy->overflow_risk;
+        start = op->prompt_tokens +
+                output_at(op->quantiles, risk, (double)max_total - op->prompt_tokens);
+        if (start < held + 1) start = held + 1;
+        if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;
+    }
+    return rounded(arena, start, max_total);
+}
+
+/* Blocks that a live region which has to hold `least` tokens should grow to. */
+uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want) {
+    uint32_t max_total = arena->requests[slot].max_total_tokens;
+    uint32_t most = blocks_of(arena, max_total);
+    if (want != 0) return blocks_of(arena, want) < most ? blocks_of(arena, want) : most;
+    uint32_t blocks = rounded(arena, least * arena->books->policy.growth, max_total);
+    return blocks > blocks_of(arena, least) ? blocks : blocks_of(arena, least);
+}
+
+/* Whether a prediction is so wide that its request may use the safety pool. */
+bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]) {
+    double ratio = arena->books->policy.unsure_ratio;
+    if (ratio == 0 || quantiles[0] < 0) return false;
+    double median = quantiles[2] > 1 ? (double)quantiles[2] : 1;
+    return quantiles[5] / median > ratio;
+}

@@ -1,0 +1,265 @@
+/**
+ * A small client of ODMA for Node.
+ *
+ * It keeps the three promises that an engine must keep: one unanswered batch a
+ * pool, seq counted up by one, and after a lost answer the *same* message again
+ * until the answer is here. Messages are plain objects with the field names of
+ * the proto files.
+ */
+import { dirname, join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import grpc from '@grpc/grpc-js';
+import protoLoader from '@grpc/proto-loader';
+
+const PROTO = join(dirname(fileURLToPath(import.meta.url)), '..', '..', 'proto');
+const SERVICES = ['memory', 'pool', 'predictor', 'emulator'];
+
+// Every uint64 of this contract stays below 2^53, so numbers lose nothing.
+const FORM = { keepCase: true, longs: Number, enums: String, defaults: true, oneofs: true };
+
+const definition = protoLoader.loadSync(
+  SERVICES.map((name) => `odma/v1/${name}_service.proto`),
+  { ...FORM, includeDirs: [PROTO] },
+);
+const { odma } = grpc.loadPackageDefinition(definition);
+
+// The part of google.rpc that errors carry in `grpc-status-details-bin`.
+const text = (id) => ({ type: 'string', id });
+const googleRpc = protoLoader.fromJSON({
+  nested: {
+    Any: { fields: { type_url: text(1), value: { type: 'bytes', id: 2 } } },
+    Status: { fields: { details: { rule: 'repeated', type: 'Any', id: 3 } } },
+    ErrorInfo: {
+      fields: { reason: text(1), domain: text(2), metadata: { keyType: 'string', ...text(3) } },
+    },
+    BadRequest: {
+      fields: { field_violations: { rule: 'repeated', type: 'FieldViolation', id: 1 } },
+      nested: { FieldViolation: { fields: { field: text(1), description: text(2) } } },
+    },
+  },
+}, { ...FORM, arrays: true, objects: true });
+
+const RETRIED = new Set([
+  grpc.status.UNAVAILABLE,
+  grpc.status.DEADLINE_EXCEEDED,
+  grpc.status.CANCELLED, // by a service that shuts down
+]);
+const BACKOFF_SECONDS = { first: 0.05, most: 2 };
+
+/**
+ * @typedef {{handle: number, start_token: number, length_tokens: number}} Place
+ * @typedef {{handle: number, from_token: number, to_token: number, tokens: number,
+ *   overlaps: boolean}} Copy
+ * @typedef {{reason: string, free_tokens: number, largest_run_tokens: number,
+ *   awaiting_completion_tokens: number, copy_tokens_needed: number,
+ *   preempt_handle: number, retry_after_ms: number, field: string}} Refusal
+ * @typedef {{place?: Place, refusal?: Refusal, freed?: {}, already_free?: {}}} Result
+ * @typedef {{handle: number, used_tokens: number, pinned?: boolean}} Used
+ * @typedef {{free: object} | {trim: object} | {extend: object} | {allocate: object}} Op
+ * @typedef {{seq: number, replayed: boolean, results: Result[], copies: Copy[],
+ *   moved: Place[], policy_version: number}} Answer
+ */
+
+/** A status of the service, with what its details tell. */
+export class OdmaError extends Error {
+  /** @param {grpc.ServiceError} cause */
+  constructor(cause) {
+    super(`${grpc.status[cause.code]}: ${cause.details}`, { cause });
+    /** @type {string} the status, as FAILED_PRECONDITION */
+    this.code = grpc.status[cause.code];
+    /** @type {string} the reason of its ErrorInfo */
+    this.reason = '';
+    /** @type {Record<string, string>} the metadata of its ErrorInfo */
+    this.metadata = {};
+    /** @type {{field: string, description: string}[]} fields that break a rule */
+    this.fields = [];
+    /** @type {Refusal | null} why a unary call was refused */
+    this.refusal = null;
+    for (const bytes of cause.metadata?.get('grpc-status-details-bin') ?? []) this.#read(bytes);
+  }
+
+  #read(bytes) {
+    for (const { type_url, value } of googleRpc.Status.deserialize(bytes).details) {
+      const type = type_url.split('/').pop();
+      if (type === 'google.rpc.ErrorInfo') {
+        ({ reason: this.reason, metadata: this.metadata } =
+          googleRpc.ErrorInfo.deserialize(value));
+      } else if (type === 'google.rpc.BadRequest') {
+        this.fields = googleRpc.BadRequest.deserialize(value).field_violations;
+      } else if (type === 'odma.v1.Refusal') {
+        this.refusal = definition[type].deserialize(value);
+      }
+    }
+  }
+}
+
+/** A connection to the service, for one call at a time. */
+export class Client {
+  #target;
+  #timeoutMs;
+  #retryMs;
+  #stubs = [];
+
+  /**
+   * @param {string} target as "127.0.0.1:50051" or "unix:/run/odma.sock"
+   * @param {{timeoutSeconds?: number, retrySeconds?: number}} [options] how long
+   *   one attempt may take, and how long to try again when the service is away
+   */
+  constructor(target, { timeoutSeconds = 5, retrySeconds = 30 } = {}) {
+    this.#target = target;
+    this.#timeoutMs = timeoutSeconds * 1000;
+    this.#retryMs = retrySeconds * 1000;
+    this.#connect();
+  }
+
+  /**
+   * Call an rpc by its name, the same message again while the service is away.
+   * @param {string} rpc as "Apply"
+   * @param {object} message
+   * @returns {Promise<any>}
+   */
+  async call(rpc, message) {
+    const giveUp = Date.now() + this.#retryMs;
+    for (let wait = BACKOFF_SECONDS.first; ; wait = Math.min(2 * wait, BACKOFF_SECONDS.most)) {
+      try {
+        return await this.#attempt(rpc, message);
+      } catch (cause) {
+        if (!RETRIED.has(cause.code) || Date.now() + wait * 1000 > giveUp) {
+          throw 'code' in cause && 'details' in cause ? new OdmaError(cause) : cause;
+        }
+      }
+      await sleep(wait * 1000);
+      this.#connect();
+    }
+  }
+
+  /**
+   * Start an epoch of a pool.
+   * @param {object} message an OpenPoolRequest
+   * @returns {Promise<Pool>}
+   */
+  async openPool(message) {
+    return new Pool(this, await this.call('OpenPool', message));
+  }
+
+  close() {
+    for (const stub of this.#stubs) stub.close();
+    this.#stubs = [];
+  }
+
+  // A new connection each time: a broken one may take minutes to be noticed.
+  #connect() {
+    this.close();
+    this.#stubs = SERVICES.map((name) => {
+      const Stub = odma.v1[`${name[0].toUpperCase()}${name.slice(1)}Service`];
+      return new Stub(this.#target, grpc.credentials.createInsecure(), {
+        'grpc.use_local_subchannel_pool': 1,
+        'grpc.enable_http_proxy': 0,
+      });
+    });
+  }
+
+  #attempt(rpc, message) {
+    const stub = this.#stubs.find((one) => typeof one[rpc] === 'function');
+    if (!stub) throw new TypeError(`no service has an rpc ${rpc}, or the client is closed`);
+    const deadline = Date.now() + this.#timeoutMs;
+    return new Promise((resolve, reject) => {
+      stub[rpc](message, { deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
+    });
+  }
+}
+
+/** One epoch of a pool. Its batches are numbered here. */
+export class Pool {
+  #client;
+
+  /**
+   * @param {Client} client
+   * @param {object} opened the OpenPoolResponse
+   */
+  constructor(client, opened) {
+    this.#client = client;
+    /** The OpenPoolResponse: capacity_tokens, block_tokens, max_ops and so on. */
+    this.opened = opened;
+    /** The last answered seq. */
+    this.seq = 0;
+    /** What was promised to be completed. */
+    this.completedSeq = 0;
+  }
+
+  /**
+   * Do the operations of one decode step. Await it before the next call. If it
+   * throws UNAVAILABLE nobody knows whether the batch was done: make the same
+   * call again, or reconcile.
+   * @param {{used?: Used[], ops?: Op[], completedSeq?: number, maxCopyTokens?: number,
+   *   passRefused?: boolean}} batch completedSeq unset: as in the batch before;
+   *   maxCopyTokens unset: the policy's
+   * @returns {Promise<Answer>}
+   */
+  async apply({ used = [], ops = [], completedSeq, maxCopyTokens, passRefused = false }) {
+    const message = {
+      pool: this.opened.pool,
+      seq: this.seq + 1,
+      completed_seq: completedSeq ?? this.completedSeq,
+      pass_refused: passRefused,
+      used,
+      ops,
+    };
+    if (maxCopyTokens !== undefined) message.max_copy_tokens = maxCopyTokens;
+    const answer = await this.#client.call('Apply', message);
+    this.seq = answer.seq;
+    this.completedSeq = message.completed_seq;
+    return answer;
+  }
+
+  /**
+   * After the engine lost its own state: keep these regions, free all others.
+   * @param {number[]} handles
+   * @returns {Promise<{kept: Place[], unknown: number[], freed: number[], last_seq: number}>}
+   */
+  async reconcile(handles) {
+    const answer = await this.#call('Reconcile', { handles });
+    this.seq = answer.last_seq;
+    this.completedSeq = answer.last_seq;
+    return answer;
+  }
+
+  /**
+   * @param {object} alloc an Alloc
+   * @returns {Promise<Place>}
+   */
+  async allocate(alloc) {
+    return (await this.#call('Allocate', { allocate: alloc })).place;
+  }
+
+  /**
+   * @param {object} extend an Extend
+   * @returns {Promise<Place>}
+   */
+  async extend(extend) {
+    return (await this.#call('Extend', { extend })).place;
+  }
+
+  /**
+   * @param {object} freeing a Freeing
+   * @returns {Promise<boolean>} whether it had been given back before
+   */
+  async free(freeing) {
+    return (await this.#call('Free', { free: freeing })).already_free;
+  }
+
+  /** @returns {Promise<object>} the GetPoolResponse */
+  async books() {
+    return this.#client.call('GetPool', { name: this.opened.pool.name });
+  }
+
+  /** End the epoch. No work that uses the pool's memory may be enqueued. */
+  async close() {
+    await this.#call('ClosePool', {});
+  }
+
+  #call(rpc, message) {
+    return this.#client.call(rpc, { pool: this.opened.pool, ...message });
+  }
+}

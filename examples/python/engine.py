@@ -1,0 +1,181 @@
+"""A serving engine's decode step against ODMA, with a pretend device.
+
+    python engine.py 127.0.0.1:50051
+
+The device memory is a list of token ids. The engine executes every copy it is
+told, and before each step it looks whether each token of each request lies
+where the books say. It exits with 1 if one does not.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from odma_service import client as odma
+from odma_service.rpc import pb
+
+CAPACITY = 4096
+MODEL_LENGTH = 1024
+REQUESTS = 150
+BATCH_CAP = 32
+FULL = (pb.REFUSAL_REASON_NO_SPACE, pb.REFUSAL_REASON_FRAGMENTED)
+
+
+@dataclass(eq=False)
+class Request:
+    """One request: its cache has a place while it runs."""
+
+    number: int
+    prompt: int
+    output: int
+    generated: int = 0
+    place: pb.Place | None = None
+    preempt: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.generated
+
+    @property
+    def finished(self) -> bool:
+        return self.generated == self.output
+
+    @property
+    def full(self) -> bool:
+        return self.total == self.place.length_tokens
+
+    def token(self, position: int) -> tuple[int, int]:
+        return self.number, position
+
+
+class Violation(Exception):
+    """A token is not where the books say."""
+
+
+class Engine:
+    """Continuous batching, first come first served, on one ordered stream."""
+
+    def __init__(self, pool: odma.PoolClient, requests: list[Request]) -> None:
+        self.pool = pool
+        self.queue = deque(requests)
+        self.running: list[Request] = []
+        self.memory: list[tuple[int, int] | None] = [None] * CAPACITY
+        self.count: Counter[str] = Counter()
+
+    def step(self) -> None:
+        asked = self.plan()
+        by_handle = {request.place.handle: request for request in self.running}
+        answer = self.pool.apply(
+            used=[odma.used(handle, request.total) for handle, request in by_handle.items()],
+            ops=[op for op, _ in asked],
+            # This device has done all it was told before we ask again.
+            completed_seq=self.pool.seq,
+        )
+
+        for copy in answer.copies:
+            tokens = self.memory[copy.from_token : copy.from_token + copy.tokens]
+            self.memory[copy.to_token : copy.to_token + copy.tokens] = tokens
+            self.count.update(copies=1, copied=copy.tokens)
+        for place in answer.moved:
+            by_handle[place.handle].place = place
+        for (_, request), result in zip(asked, answer.results, strict=True):
+            self.settle(request, result, by_handle)
+        self.running = [request for request in self.running if request.place]
+
+        for request in self.running:
+            self.verify(request)
+        for request in self.running:
+            if not request.finished and not request.full:
+                request.generated += 1  # the decode step; without room it sits this one out
+                self.write(request, request.total - 1)
+        self.count["steps"] += 1
+
+    def plan(self) -> list[tuple[pb.Op, Request]]:
+        """What this step asks, and whom each operation is about."""
+        asked = []
+        for request in self.running:
+            handle = request.place.handle
+            if request.finished or request.preempt:
+                end = pb.END_FINISHED if request.finished else pb.END_PREEMPTED
+                asked.append((odma.free(handle, end, request.generated), request))
+            elif request.full:
+                asked.append((odma.extend(handle, request.total + 1), request))
+        for request in list(self.queue)[: BATCH_CAP - len(self.running)]:
+            op = odma.allocate(
+                f"request-{request.number}",
+                request.prompt,
+                generated_tokens=request.generated,
+                max_total_tokens=MODEL_LENGTH,
+            )
+            asked.append((op, request))
+        return asked
+
+    def settle(self, request: Request, result: pb.Result, by_handle: dict[int, Request]) -> None:
+        """Take the outcome of one operation into the engine's own state."""
+        outcome = result.WhichOneof("outcome")
+        if outcome == "place" and request.place:
+            request.place = result.place
+        elif outcome == "place":  # admitted: the prefill computes all its tokens at once
+            self.queue.remove(request)
+            self.running.append(request)
+            request.place = result.place
+            self.write(request, 0)
+        elif outcome == "refusal":
+            self.count["refusals"] += 1
+            victim = by_handle.get(result.refusal.preempt_handle)
+            if victim and victim.place and result.refusal.reason in FULL:
+                victim.preempt = True
+        else:  # given back
+            request.place, request.preempt = None, False
+            if request.finished:
+                self.count["finished"] += 1
+            else:
+                self.count["preempted"] += 1
+                self.queue.appendleft(request)
+
+    def write(self, request: Request, first: int) -> None:
+        for i in range(first, request.total):
+            self.memory[request.place.start_token + i] = request.token(i)
+
+    def verify(self, request: Request) -> None:
+        for i in range(request.total):
+            if self.memory[request.place.start_token + i] != request.token(i):
+                raise Violation(f"token {i} of request {request.number}")
+        self.count["checked"] += request.total
+
+
+def main() -> None:
+    rng = random.Random(7)
+    requests = [
+        Request(i, rng.randrange(16, 216), min(1 + int(rng.paretovariate(1.1) * 30), 800))
+        for i in range(REQUESTS)
+    ]
+    target = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
+    with odma.Client(target) as service:
+        pool = service.open_pool(
+            name="example-python",
+            geometry=pb.Geometry(planes=[pb.PlaneGroup(count=56, bytes_per_token=1024)]),
+            capacity_tokens=CAPACITY,
+            model_length_tokens=MODEL_LENGTH,
+            moves=pb.MOVES_ANY,
+            single_ordered_stream=True,
+            copies_may_overlap=True,
+            take_over=True,  # the memory of an earlier run is gone, and so is its owner
+        )
+        engine = Engine(pool, requests)
+        while engine.queue or engine.running:
+            engine.step()
+        if service.get_pool("example-python").summary.free_tokens != CAPACITY:
+            raise Violation("the books do not balance")
+        pool.close_pool()
+    print(", ".join(f"{name} {n}" for name, n in engine.count.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Violation as violation:
+        sys.exit(f"violation: {violation}")

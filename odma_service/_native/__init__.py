@@ -1,0 +1,28 @@
+"""libodma as Python classes. No cdata leaves this package."""
+
+from odma_service._native.arena import CLASS_OTHER, CLASS_POOL, Arena, optimal_limits
+from odma_service._native.records import (
+    ArenaGeometry,
+    ArenaReport,
+    Completion,
+    Counters,
+    EngineRecord,
+    Histogram,
+    PolicyRecord,
+    RegionEntry,
+)
+
+__all__ = [
+    "CLASS_OTHER",
+    "CLASS_POOL",
+    "Arena",
+    "ArenaGeometry",
+    "ArenaReport",
+    "Completion",
+    "Counters",
+    "EngineRecord",
+    "Histogram",
+    "PolicyRecord",
+    "RegionEntry",
+    "optimal_limits",
+]

@@ -1,0 +1,571 @@
+"""One arena: a pool's books, in tokens.
+
+A wrapper turns a status into Python and adds nothing else. An Arena belongs to one thread
+at a time, and to the process that made it: a forked child has to attach for itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+
+from odma_service._native._odma import ffi, lib
+from odma_service._native.operations import (
+    batch_error,
+    check_numbers,
+    copy_from,
+    given,
+    op_struct,
+    ops_array,
+    place_from,
+    result_from,
+    used_array,
+)
+from odma_service._native.records import (
+    ArenaGeometry,
+    ArenaReport,
+    Completion,
+    Counters,
+    EngineRecord,
+    Histogram,
+    PolicyRecord,
+    RegionEntry,
+)
+from odma_service.errors import (
+    BooksCorruptError,
+    BooksError,
+    BooksForeignError,
+    BooksLockedError,
+    BooksMismatchError,
+    EpochError,
+    InvalidError,
+    OdmaError,
+    PoolLimitError,
+    PoolNotFoundError,
+    SeqChangedError,
+    SeqGapError,
+    SeqOldError,
+    VersionError,
+)
+from odma_service.values import Answer, Moves, Overflow, Start
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from odma_service.values import Batch, Op, Place, Quantiles, Result
+
+CLASS_POOL: int = lib.ODMA_CLASS_POOL
+"""Index of all request classes together."""
+
+CLASS_OTHER: int = lib.ODMA_CLASS_OTHER
+"""Index of the request classes beyond the 64th."""
+
+OTHER_CLASS_NAME = "(other)"
+
+_BOOKS_ERRORS: dict[int, type[BooksError]] = {
+    lib.ODMA_LOCKED: BooksLockedError,
+    lib.ODMA_FOREIGN: BooksForeignError,
+    lib.ODMA_MISMATCH: BooksMismatchError,
+    lib.ODMA_CORRUPT: BooksCorruptError,
+    lib.ODMA_BROKEN: BooksCorruptError,
+}
+
+
+class Arena:
+    """The books of one pool, mapped from a file that this process has locked."""
+
+    def __init__(self, path: Path, arena: Any) -> None:
+        """Use Arena.create or Arena.attach."""
+        self.path = path
+        self.name = path.stem
+        self._arena = arena
+        geometry = ffi.new("odma_geometry *")
+        self._insist(lib.odma_arena_geometry(arena, geometry))
+        self.geometry = ArenaGeometry(*_values(geometry, ArenaGeometry))
+        self._block_tokens = self.geometry.block_tokens
+        self._class_names: list[str] = []
+
+        self._batch = ffi.new("odma_batch *")
+        self._answer = ffi.new("odma_answer *")
+        self._results = ffi.new("odma_result[]", self.geometry.max_ops)
+        self._copies = ffi.new("odma_copy[]", self.geometry.max_copies)
+        self._moved = ffi.new("odma_place[]", self.geometry.max_copies)
+        self._answer.results = self._results
+        self._answer.copies = self._copies
+        self._answer.moved = self._moved
+
+    @classmethod
+    def create(cls, path: Path, geometry: ArenaGeometry) -> Self:
+        """Make the file at `path`, with no epoch running, and attach it.
+
+        Raises InvalidError for a bad geometry, PoolLimitError without room, BooksError.
+        """
+        arena, reason = ffi.new("odma_arena **"), _reason()
+        try:
+            wanted = ffi.new("odma_geometry *", geometry._asdict())
+        except (OverflowError, TypeError) as error:
+            raise InvalidError("geometry", str(error)) from None
+        status = lib.odma_arena_create(os.fsencode(path), wanted, arena, reason)
+        if status != lib.ODMA_OK:
+            raise _file_error(status, path, reason)
+        return cls(path, arena[0])
+
+    @classmethod
+    def attach(
+        cls, path: Path, geometry: ArenaGeometry | None = None, boot_id: str | None = None
+    ) -> Self:
+        """Attach the file at `path` and finish what a killed process left half done.
+
+        An epoch of another boot is ended. Raises PoolNotFoundError, PoolLimitError, or the
+        BooksError that says why the file cannot be used; the file is as before.
+        """
+        arena, reason = ffi.new("odma_arena **"), _reason()
+        wanted = ffi.NULL if geometry is None else ffi.new("odma_geometry *", geometry._asdict())
+        boot = ffi.NULL if boot_id is None else boot_id.encode()
+        status = lib.odma_arena_attach(os.fsencode(path), wanted, boot, arena, reason)
+        if status != lib.ODMA_OK:
+            raise _file_error(status, path, reason)
+        return cls(path, arena[0])
+
+    def close(self) -> None:
+        """Give back the memory and the lock; the file stays. May be called again."""
+        lib.odma_arena_close(self._arena)
+        self._arena = ffi.NULL
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if lib is not None and getattr(self, "_arena", None) is not None:
+            self.close()
+
+    # --- epochs ---
+
+    def open_epoch(
+        self, epoch: int, engine: EngineRecord, boot_id: str, description: bytes
+    ) -> None:
+        """Begin an epoch with empty books; a running one ends. What was learnt stays."""
+        try:
+            record = ffi.new("odma_engine *", engine._asdict())
+            status = lib.odma_arena_open_epoch(
+                self._arena, epoch, record, boot_id.encode(), description, len(description)
+            )
+        except (OverflowError, TypeError) as error:
+            raise InvalidError("epoch", str(error)) from None
+        if status == lib.ODMA_INVALID and self._arena:
+            raise InvalidError("epoch", "above every earlier one and below 2^53, a sound engine")
+        self._insist(status)
+
+    def end_epoch(self, epoch: int) -> None:
+        """End the epoch. Raises EpochError if it is not the one running."""
+        self._insist(lib.odma_arena_end_epoch(self._arena, epoch), epoch=epoch)
+
+    @property
+    def engine(self) -> EngineRecord:
+        """The engine of the running epoch, or of the last one."""
+        engine = ffi.new("odma_engine *")
+        self._insist(lib.odma_arena_engine(self._arena, engine))
+        return EngineRecord(
+            Moves(engine.moves),
+            bool(engine.single_ordered_stream),
+            bool(engine.copies_may_overlap),
+            engine.planes,
+            engine.descriptor_seconds,
+            engine.token_seconds,
+        )
+
+    def description(self) -> bytes:
+        """Return the description given with the running epoch."""
+        description = ffi.new("char[]", lib.ODMA_DESCRIPTION_BYTES)
+        size = ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_description(self._arena, description, size))
+        return bytes(ffi.buffer(description, size[0]))
+
+    # --- policy ---
+
+    def policy(self) -> PolicyRecord:
+        """Return the policy in force."""
+        policy = ffi.new("odma_policy *")
+        self._insist(lib.odma_arena_policy(self._arena, policy))
+        return PolicyRecord(
+            name=_text(policy.name),
+            start=Start(policy.start),
+            overflow=Overflow(policy.overflow),
+            step_tokens=policy.step_tokens,
+            limits_tokens=tuple(policy.limits_tokens[0 : policy.limit_count]),
+            overflow_risk=policy.overflow_risk,
+            safety_share=policy.safety_share,
+            unsure_ratio=policy.unsure_ratio,
+            growth=policy.growth,
+            tenant_share=policy.tenant_share,
+            max_copy_tokens=policy.max_copy_tokens,
+            version=policy.version,
+        )
+
+    def set_policy(self, policy: PolicyRecord, expected_version: int = 0) -> int:
+        """Install a policy and return its version.
+
+        Raises VersionError unless expected_version, if not 0, is in force.
+        """
+        record = ffi.new(
+            "odma_policy *",
+            {
+                "name": policy.name.encode(),
+                "start": policy.start,
+                "overflow": policy.overflow,
+                "step_tokens": policy.step_tokens,
+                "max_copy_tokens": policy.max_copy_tokens,
+                "limit_count": len(policy.limits_tokens),
+                "limits_tokens": policy.limits_tokens,
+                "overflow_risk": policy.overflow_risk,
+                "safety_share": policy.safety_share,
+                "unsure_ratio": policy.unsure_ratio,
+                "growth": policy.growth,
+                "tenant_share": policy.tenant_share,
+            },
+        )
+        status = lib.odma_arena_set_policy(self._arena, record, expected_version)
+        if status == lib.ODMA_VERSION:
+            raise VersionError(expected_version, self.policy().version)
+        self._insist(status, invalid="policy")
+        return int(record.version)
+
+    # --- the decode step ---
+
+    def replay(self, epoch: int, batch: Batch) -> Answer | None:
+        """Return the stored answer if `batch` has one, None if apply would do it."""
+        inputs = self._fill_batch(epoch, batch, None)
+        status = lib.odma_arena_replay(self._arena, self._batch, self._answer)
+        del inputs
+        if status == lib.ODMA_NOT_FOUND:
+            return None
+        self._insist_batch(status, epoch, batch)
+        return self._read_answer(batch)
+
+    def apply(
+        self,
+        epoch: int,
+        batch: Batch,
+        predictions: Sequence[Quantiles | None] | None = None,
+    ) -> Answer:
+        """Do the operations of one decode step: all of it or none of it.
+
+        `predictions` has one entry for each operation. Raises InvalidError for a bad
+        batch, EpochError, SeqChangedError, SeqOldError, SeqGapError.
+        """
+        inputs = self._fill_batch(epoch, batch, predictions)
+        status = lib.odma_arena_apply(self._arena, self._batch, self._answer)
+        del inputs
+        self._insist_batch(status, epoch, batch)
+        return self._read_answer(batch)
+
+    def unary(self, epoch: int, op: Op, prediction: Quantiles | None = None) -> Result:
+        """Do one operation outside of batches, without copies."""
+        operation = op_struct(op, prediction)
+        result = ffi.new("odma_result *")
+        status = lib.odma_arena_unary(self._arena, epoch, operation, result)
+        self._insist(status, epoch=epoch)
+        return result_from(result, op, self._block_tokens)
+
+    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+        """Free every live region that is not listed, and every waiting run.
+
+        Return where the listed ones lie, in the order given (length 0: it is dead), and
+        the handles that were freed.
+        """
+        try:
+            listed = ffi.new("uint64_t[]", list(handles))
+        except (OverflowError, TypeError) as error:
+            raise InvalidError("handles", str(error)) from None
+        kept = ffi.new("odma_place[]", len(handles))
+        freed = ffi.new("uint64_t[]", self.geometry.max_regions)
+        count = ffi.new("uint32_t *")
+        status = lib.odma_arena_reconcile(
+            self._arena, epoch, listed, len(handles), kept, freed, count
+        )
+        self._insist(status, epoch=epoch, invalid="handles")
+        return [place_from(place, self._block_tokens) for place in kept], list(freed[0 : count[0]])
+
+    def _fill_batch(
+        self, epoch: int, batch: Batch, predictions: Sequence[Quantiles | None] | None
+    ) -> tuple[Any, Any]:
+        """Fill the struct; what it points to lives as long as the returned arrays."""
+        for field, values, most in (
+            ("used", batch.used, self.geometry.max_regions),
+            ("ops", batch.ops, self.geometry.max_ops),
+        ):
+            if len(values) > most:
+                raise InvalidError(field, f"at most {most:,}, not {len(values):,}")
+        used, ops = used_array(batch.used), ops_array(batch.ops, predictions)
+        struct = self._batch
+        try:
+            struct.epoch = epoch
+            struct.seq = batch.seq
+            struct.completed_seq = batch.completed_seq
+            struct.max_copy_tokens = given(batch.max_copy_tokens)
+        except (OverflowError, TypeError):
+            check_numbers("", batch)
+            raise InvalidError("epoch", f"must be 0 to 2^64 - 1, not {epoch!r}") from None
+        struct.pass_refused = bool(batch.pass_refused)
+        struct.used_count = len(batch.used)
+        struct.op_count = len(batch.ops)
+        struct.used = used
+        struct.ops = ops
+        return used, ops
+
+    def _read_answer(self, batch: Batch) -> Answer:
+        answer, block_tokens = self._answer, self._block_tokens
+        results = self._results[0 : answer.result_count]
+        return Answer(
+            answer.seq,
+            bool(answer.replayed),
+            [result_from(*pair, block_tokens) for pair in zip(results, batch.ops, strict=True)],
+            [copy_from(copy) for copy in self._copies[0 : answer.copy_count]],
+            [place_from(place, block_tokens) for place in self._moved[0 : answer.moved_count]],
+            answer.policy_version,
+        )
+
+    # --- reading ---
+
+    def report(self) -> ArenaReport:
+        """Return the books in numbers."""
+        report = ffi.new("odma_report *")
+        self._insist(lib.odma_arena_report(self._arena, report))
+        block_tokens = self._block_tokens
+        return ArenaReport(
+            epoch=report.epoch,
+            last_epoch=report.last_epoch,
+            seq=report.seq,
+            completed_seq=report.completed_seq,
+            live=report.live,
+            waiting=report.waiting,
+            free_runs=report.free_runs,
+            free_tokens=report.free_blocks * block_tokens,
+            awaiting_completion_tokens=report.waiting_blocks * block_tokens,
+            largest_run_tokens=report.largest_run * block_tokens,
+            reserved_tokens=report.reserved_blocks * block_tokens,
+            safety_tokens=report.safety_blocks * block_tokens,
+            used_tokens=report.used_tokens,
+            classes=report.classes,
+            rebooted=bool(report.rebooted),
+            counters=Counters(*_values(report.counters, Counters)),
+        )
+
+    def regions(self, from_token: int = 0, room: int = 1000) -> list[RegionEntry]:
+        """List entries that start at or after `from_token` in address order, at most `room`."""
+        entries = ffi.new("odma_region[]", room)
+        count = ffi.new("uint32_t *")
+        first_block = -(-from_token // self._block_tokens)
+        status = lib.odma_arena_regions(self._arena, first_block, entries, room, count)
+        self._insist(status)
+        return [self._region(entry) for entry in entries[0 : count[0]]]
+
+    def check(self) -> None:
+        """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
+        reason = _reason()
+        self._insist(lib.odma_arena_check(self._arena, reason), reason=reason)
+
+    # --- what was learnt ---
+
+    def class_names(self) -> list[str]:
+        """Return the names of the request classes, by index."""
+        name = ffi.new("char[]", lib.ODMA_NAME_BYTES)
+        names = self._class_names  # classes are added, never renamed
+        while len(names) < lib.ODMA_CLASSES:
+            status = lib.odma_arena_class(self._arena, len(names), name)
+            if status == lib.ODMA_NOT_FOUND:
+                break
+            self._insist(status)
+            names.append(_text(name))
+        return list(names)
+
+    def class_index(self, name: str) -> int:
+        """Return the index a class has or would share: CLASS_POOL if it is new.
+
+        A name that no class can have is new for ever.
+        """
+        data = name.encode(errors="replace")
+        if len(data) > lib.ODMA_NAME_BYTES or b"\0" in data:
+            return CLASS_POOL
+        padded = ffi.new("char[]", data.ljust(lib.ODMA_NAME_BYTES, b"\0"))
+        index = ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_class_index(self._arena, padded, index))
+        return int(index[0])
+
+    def histogram(self, class_index: int = CLASS_POOL) -> Histogram:
+        """Return the lengths that a class has had."""
+        histogram = ffi.new("odma_histogram *")
+        status = lib.odma_arena_histogram(self._arena, class_index, histogram)
+        self._insist(status, invalid="class_index")
+        return Histogram(
+            histogram.completions,
+            *(
+                np.frombuffer(ffi.buffer(getattr(histogram, field)), np.float64).copy()
+                for field in Histogram._fields[1:]
+            ),
+        )
+
+    def bins(self) -> NDArray[np.uint32]:
+        """Return the upper ends of the histogram bins in tokens."""
+        upper = ffi.new("uint32_t[]", lib.ODMA_BINS)
+        self._insist(lib.odma_arena_bins(self._arena, upper))
+        return np.frombuffer(ffi.buffer(upper), np.uint32).copy()
+
+    def completions(self, class_index: int = CLASS_POOL) -> list[Completion]:
+        """Return the last completions of a class, oldest first."""
+        completions = ffi.new("odma_completion[]", lib.ODMA_RING)
+        count = ffi.new("uint32_t *")
+        status = lib.odma_arena_completions(self._arena, class_index, completions, count)
+        self._insist(status, invalid="class_index")
+        return [
+            Completion(
+                None if entry.quantiles[0] < 0 else tuple(entry.quantiles),
+                entry.prompt_tokens,
+                entry.output_tokens,
+                bool(entry.censored),
+            )
+            for entry in completions[0 : count[0]]
+        ]
+
+    def quantiles(self, class_index: int, more_than: int = 0) -> tuple[Quantiles, float] | None:
+        """Return quantiles of a class's output tokens, given that they exceed `more_than`.
+
+        And the weight they rest on; None if fewer than 32 completions are known.
+        """
+        quantiles, weight = ffi.new("float[]", lib.ODMA_QUANTILES), ffi.new("double *")
+        status = lib.odma_arena_quantiles(self._arena, class_index, more_than, quantiles, weight)
+        if status == lib.ODMA_NOT_FOUND:
+            return None
+        self._insist(status, invalid="class_index")
+        return tuple(quantiles), weight[0]
+
+    def _region(self, entry: Any) -> RegionEntry:
+        live = entry.state == lib.ODMA_REGION_LIVE
+        return RegionEntry(
+            live=live,
+            handle=entry.handle,
+            start_token=entry.start * self._block_tokens,
+            length_tokens=entry.length * self._block_tokens,
+            used_tokens=entry.used_tokens,
+            awaits_seq=entry.awaits_seq,
+            birth=entry.birth,
+            prompt_tokens=entry.prompt_tokens,
+            generated_tokens=entry.generated_tokens,
+            max_total_tokens=entry.max_total_tokens,
+            request_class=self._class_name(entry.class_index) if live else "",
+            request_id=_text(entry.request_id),
+        )
+
+    def _class_name(self, index: int) -> str:
+        if index == CLASS_OTHER:
+            return OTHER_CLASS_NAME
+        if index >= len(self._class_names):
+            self.class_names()
+        return self._class_names[index]
+
+    # --- statuses ---
+
+    def _insist(
+        self, status: int, *, epoch: int = 0, invalid: str = "argument", reason: Any = None
+    ) -> None:
+        if status != lib.ODMA_OK:
+            self._fail(status, epoch=epoch, invalid=invalid, reason=reason)
+
+    def _insist_batch(self, status: int, epoch: int, batch: Batch) -> None:
+        if status == lib.ODMA_OK:
+            return
+        if status == lib.ODMA_INVALID and self._answer.rule != lib.ODMA_RULE_NONE:
+            raise batch_error(self._answer.rule, self._answer.rule_index)
+        self._fail(status, epoch=epoch, seq=batch.seq)
+
+    def _fail(
+        self,
+        status: int,
+        *,
+        epoch: int = 0,
+        seq: int = 0,
+        invalid: str = "argument",
+        reason: Any = None,
+    ) -> NoReturn:
+        """Raise the error that `status` stands for: the only place where it is decided."""
+        if not self._arena:
+            raise BooksError(f"{self.path}: the arena is closed")
+        if status == lib.ODMA_INVALID:
+            raise InvalidError(invalid, "breaks a rule of odma.h")
+        if status == lib.ODMA_EPOCH:
+            raise EpochError(self.name, epoch)
+        if status == lib.ODMA_SEQ_CHANGED:
+            raise SeqChangedError(seq)
+        if status == lib.ODMA_SEQ_OLD:
+            raise SeqOldError(seq, self.report().seq)
+        if status == lib.ODMA_SEQ_GAP:
+            raise SeqGapError(seq, self.report().seq)
+        raise _file_error(status, self.path, reason)
+
+
+def optimal_limits(
+    weights: Sequence[float] | NDArray[np.float64],
+    upper: Sequence[int] | NDArray[np.uint32],
+    limit_count: int,
+) -> tuple[tuple[int, ...], float]:
+    """Return the at most `limit_count` limits that waste the fewest tokens, and the waste.
+
+    Every length in bin i, of weight weights[i], takes the smallest limit that holds
+    upper[i]. Exact; the last limit is upper[-1]. Raises InvalidError unless upper ascends,
+    has 1 to 4,096 bins, and limit_count is 1 to 16.
+
+    >>> optimal_limits([5.0, 1.0, 1.0], [16, 32, 48], 2)
+    ((16, 48), 16.0)
+    """
+    if len(weights) != len(upper):
+        raise InvalidError("weights", "one for each bin")
+    weight_array = np.ascontiguousarray(weights, np.float64)
+    upper_array = np.ascontiguousarray(upper, np.uint32)
+    limits = ffi.new("uint32_t[]", lib.ODMA_LIMITS)
+    found, waste = ffi.new("uint32_t *"), ffi.new("double *")
+    status = lib.odma_optimal_limits(
+        ffi.from_buffer("double[]", weight_array),
+        ffi.from_buffer("uint32_t[]", upper_array),
+        len(upper_array),
+        limit_count,
+        limits,
+        found,
+        waste,
+    )
+    if status != lib.ODMA_OK:
+        raise InvalidError("upper", "ascending, 1 to 4,096 bins, for 1 to 16 limits")
+    return tuple(limits[0 : found[0]]), waste[0]
+
+
+def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
+    sentence = ffi.string(reason).decode(errors="replace") if reason is not None else ""
+    if status == lib.ODMA_INVALID:
+        field, _, rule = sentence.partition(": ")
+        return InvalidError(field, rule)
+    if status == lib.ODMA_NOT_FOUND:
+        return PoolNotFoundError(path.stem)
+    if not sentence:
+        sentence = ffi.string(lib.odma_status_name(status)).decode()
+    if status == lib.ODMA_NO_SPACE:
+        return PoolLimitError(f"{path}: {sentence}")
+    return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
+
+
+def _reason() -> Any:
+    return ffi.new("char[]", lib.ODMA_REASON_BYTES)
+
+
+def _text(padded: Any) -> str:
+    return str(ffi.string(padded).decode(errors="replace"))
+
+
+def _values(struct: Any, record: type[ArenaGeometry | Counters]) -> list[int]:
+    return [getattr(struct, field) for field in record._fields]

@@ -1,0 +1,280 @@
+"""Operations and their results, as Python values and as C structs.
+
+A number that its C field cannot hold is a mistake of the whole batch: InvalidError names
+it. A bad name, id, guess or text inside one allocate is that operation's own result. C has
+no room for those values, so it gets an empty request id, which it refuses, and a digest of
+the operation, which keeps the batch's fingerprint apart from others.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from odma_service._native._odma import ffi, lib
+from odma_service.errors import InvalidError
+from odma_service.values import (
+    Allocate,
+    Copy,
+    Extend,
+    Free,
+    Freed,
+    Op,
+    Place,
+    Reason,
+    Refusal,
+    Result,
+    Trim,
+    Used,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from odma_service.values import Batch, Quantiles
+
+ID_BYTES: int = lib.ODMA_ID_BYTES
+NAME_BYTES: int = lib.ODMA_NAME_BYTES
+MOST_TEXT_BYTES = 16 * 1024
+UNSET: int = lib.ODMA_UNSET
+
+_FREE, _TRIM, _EXTEND, _ALLOCATE = (
+    lib.ODMA_OP_FREE,
+    lib.ODMA_OP_TRIM,
+    lib.ODMA_OP_EXTEND,
+    lib.ODMA_OP_ALLOCATE,
+)
+_PLACED, _REFUSED, _FREED = lib.ODMA_PLACED, lib.ODMA_REFUSED, lib.ODMA_FREED
+_NO_PREDICTION = (-1.0,)
+
+_REASONS: dict[int, Reason] = {int(reason): reason for reason in Reason}
+_NEW_FREED = Freed(already_free=False)
+_OLD_FREED = Freed(already_free=True)
+
+RULES: dict[int, tuple[str, str]] = {
+    lib.ODMA_RULE_HANDLE_DEAD: ("handle", "its region must be live"),
+    lib.ODMA_RULE_HANDLE_UNKNOWN: ("handle", "must have been issued in this epoch"),
+    lib.ODMA_RULE_END: ("end", "must be FINISHED, HIT_LIMIT, ABORTED or PREEMPTED"),
+    lib.ODMA_RULE_OUTPUT_TOKENS: ("output_tokens", "at most 2^24"),
+    lib.ODMA_RULE_LEAST_TOKENS: (
+        "least_tokens",
+        "1 to the request's maximum, rounded up to a block",
+    ),
+    lib.ODMA_RULE_WANT_TOKENS: ("want_tokens", "0, or least_tokens to 2^28"),
+    lib.ODMA_RULE_TO_TOKENS: ("to_tokens", "1 to the present length, at least what is used"),
+    lib.ODMA_RULE_REQUEST_ID: ("request_id", f"1 to {ID_BYTES} bytes of UTF-8 without NUL"),
+    lib.ODMA_RULE_REQUEST_ID_CHANGED: ("request_id", "lives with other numbers"),
+    lib.ODMA_RULE_PROMPT_TOKENS: (
+        "prompt_tokens",
+        "at least 1, with generated_tokens at most max_total_tokens",
+    ),
+    lib.ODMA_RULE_MAX_TOTAL_TOKENS: ("max_total_tokens", "1 to the capacity"),
+    lib.ODMA_RULE_OVERFLOW_RISK: ("overflow_risk", "0 to 1"),
+    lib.ODMA_RULE_QUANTILES: ("prediction", "finite, at least 0, ascending"),
+    lib.ODMA_RULE_KIND: ("op", "must be free, trim, extend or allocate"),
+    lib.ODMA_RULE_COUNTS: ("ops", "too many ops or used"),
+    lib.ODMA_RULE_COMPLETED_SEQ: ("completed_seq", "never falls, at most the last answered seq"),
+    lib.ODMA_RULE_USED_HANDLE: ("handle", "its region must be live, and listed once"),
+    lib.ODMA_RULE_USED_TOKENS: ("used_tokens", "at most the region's length"),
+}
+"""Field and sentence of each odma_rule."""
+
+_USED_RULES = {lib.ODMA_RULE_USED_HANDLE, lib.ODMA_RULE_USED_TOKENS}
+_KINDS: dict[type, str] = {Free: "free", Trim: "trim", Extend: "extend", Allocate: "allocate"}
+_WIDE = {"handle", "seq", "completed_seq"}
+_OPTIONAL = {"max_total_tokens", "predicted_output_tokens", "overflow_risk", "max_copy_tokens"}
+_NOT_NUMBERS = {"request_id", "request_class", "tenant", "text", "used", "ops"}
+
+
+# --- to C ---
+
+
+def used_array(used: Sequence[Used]) -> Any:
+    """Return `used` as an odma_used[]."""
+    try:
+        return ffi.new("odma_used[]", used)
+    except (OverflowError, TypeError):
+        for i, entry in enumerate(used):
+            check_numbers(f"used[{i}].", entry)
+        raise
+
+
+def ops_array(ops: Sequence[Op], predictions: Sequence[Quantiles | None] | None) -> Any:
+    """Return `ops` with their predictions as an odma_op[]."""
+    if predictions is None:
+        predictions = (None,) * len(ops)
+    elif len(predictions) != len(ops):
+        raise InvalidError("predictions", f"one for each of {len(ops)} operations")
+    try:
+        return ffi.new("odma_op[]", list(map(_fields, ops, predictions)))
+    except (OverflowError, TypeError, IndexError):
+        for i, op in enumerate(ops):
+            _check_op(f"ops[{i}]", op)
+        raise InvalidError("predictions", "seven numbers for each, or None") from None
+
+
+def op_struct(op: Op, prediction: Quantiles | None) -> Any:
+    """Return `op`, which stands alone, as an odma_op *."""
+    try:
+        return ffi.new("odma_op *", _fields(op, prediction))
+    except (OverflowError, TypeError, IndexError):
+        _check_op("", op)
+        raise InvalidError("prediction", "seven numbers, or None") from None
+
+
+def _fields(op: Op, prediction: Quantiles | None) -> dict[str, object]:
+    if isinstance(op, Extend):
+        return {
+            "kind": _EXTEND,
+            "handle": op.handle,
+            "least_tokens": op.least_tokens,
+            "want_tokens": op.want_tokens,
+        }
+    if isinstance(op, Allocate):
+        return _allocate_fields(op, prediction)
+    if isinstance(op, Free):
+        return {
+            "kind": _FREE,
+            "handle": op.handle,
+            "end": op.end,
+            "output_tokens": op.output_tokens,
+        }
+    if isinstance(op, Trim):
+        return {"kind": _TRIM, "handle": op.handle, "least_tokens": op.to_tokens}
+    raise TypeError(op)
+
+
+def _allocate_fields(op: Allocate, prediction: Quantiles | None) -> dict[str, object]:
+    fields = {
+        "kind": _ALLOCATE,
+        "prompt_tokens": op.prompt_tokens,
+        "generated_tokens": op.generated_tokens,
+        "max_total_tokens": given(op.max_total_tokens),
+        "guess_tokens": op.predicted_output_tokens or 0,
+        "overflow_risk": _risk(op.overflow_risk),
+        "quantiles": _NO_PREDICTION if prediction is None else prediction,
+    }
+    if _flaw(op) is not None:
+        return fields | {"has_text": 1, "text_digest": _digest(repr(op).encode())}
+    fields["request_id"] = op.request_id.encode()
+    fields["request_class"] = op.request_class.encode()
+    fields["tenant"] = op.tenant.encode()
+    if op.text is not None:
+        fields["has_text"] = 1
+        fields["text_digest"] = _digest(op.text.encode())
+    return fields
+
+
+def _flaw(op: Allocate) -> tuple[str, str] | None:
+    """Return the field and the rule it breaks, where C cannot be shown its value."""
+    if not _fits(op.request_id, ID_BYTES):
+        return RULES[lib.ODMA_RULE_REQUEST_ID]
+    if not _fits(op.request_class, NAME_BYTES):
+        return "request_class", f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
+    if not _fits(op.tenant, NAME_BYTES):
+        return "tenant", f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
+    if op.predicted_output_tokens == 0:
+        return "predicted_output_tokens", "at least 1"
+    if op.text is not None and not _fits(op.text, MOST_TEXT_BYTES, nul=True):
+        return "text", f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8"
+    return None
+
+
+def _fits(text: object, most_bytes: int, *, nul: bool = False) -> bool:
+    if not isinstance(text, str) or (not nul and "\0" in text):
+        return False
+    try:
+        return len(text.encode()) <= most_bytes
+    except UnicodeEncodeError:
+        return False
+
+
+def given(value: int | None) -> int:
+    """Return `value`, or UNSET for None; a value that looks like UNSET is one less.
+
+    Nothing that may be unset reaches so far: the largest capacity is 2^28.
+    """
+    if value is None:
+        return UNSET
+    return value if value != UNSET else UNSET - 1
+
+
+def _risk(risk: float | None) -> float:
+    """Return the risk, -1 for the policy's; C refuses what is above 1, so negative ones too."""
+    if risk is None:
+        return -1.0
+    return risk if not risk < 0 else 2.0 - risk
+
+
+def _digest(data: bytes) -> tuple[int, int]:
+    digest = blake2b(data, digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _check_op(path: str, op: Op) -> None:
+    kind = _KINDS.get(type(op))
+    if kind is None:
+        raise InvalidError(path or "op", "must be one of Free, Trim, Extend and Allocate")
+    check_numbers(f"{path}.{kind}." if path else f"{kind}.", op)
+
+
+def check_numbers(path: str, record: Batch | Used | Op) -> None:
+    """Raise InvalidError for a field of `record` that is not a number which C can hold."""
+    for field, value in record._asdict().items():
+        if field in _NOT_NUMBERS or (value is None and field in _OPTIONAL):
+            continue
+        if field == "overflow_risk":
+            if not isinstance(value, int | float):
+                raise InvalidError(path + field, "must be a number")
+            continue
+        if not isinstance(value, SupportsIndex):
+            raise InvalidError(path + field, f"must be a whole number, not {value!r}")
+        bits = 64 if field in _WIDE else 32
+        if not 0 <= value.__index__() < 2**bits:
+            raise InvalidError(path + field, f"must be 0 to 2^{bits} - 1, not {value}")
+
+
+# --- from C ---
+
+
+def result_from(result: Any, op: Op, block_tokens: int) -> Result:
+    """Return what C answered to `op`."""
+    outcome = result.outcome
+    if outcome == _PLACED:
+        return Place(result.handle, result.start * block_tokens, result.length * block_tokens)
+    if outcome == _FREED:
+        return _NEW_FREED
+    if outcome != _REFUSED:
+        return _OLD_FREED
+    return Refusal(
+        _REASONS[result.reason],
+        result.free_blocks * block_tokens,
+        result.largest_run * block_tokens,
+        result.waiting_blocks * block_tokens,
+        result.copy_tokens_needed,
+        result.preempt_handle,
+        _broken_rule(result.rule, op),
+    )
+
+
+def copy_from(copy: Any) -> Copy:
+    """Return a copy, in tokens as C has it."""
+    return Copy(copy.handle, copy.from_token, copy.to_token, copy.tokens, bool(copy.overlaps))
+
+
+def place_from(place: Any, block_tokens: int) -> Place:
+    """Return a place in tokens."""
+    return Place(place.handle, place.start * block_tokens, place.length * block_tokens)
+
+
+def batch_error(rule: int, index: int) -> InvalidError:
+    """Return the error for a batch that breaks `rule` at `index`."""
+    field, sentence = RULES[rule]
+    return InvalidError(f"used[{index}].{field}" if rule in _USED_RULES else field, sentence)
+
+
+def _broken_rule(rule: int, op: Op) -> str:
+    if rule == lib.ODMA_RULE_NONE:
+        return ""
+    flaw = _flaw(op) if isinstance(op, Allocate) and rule == lib.ODMA_RULE_REQUEST_ID else None
+    return ": ".join(flaw or RULES[rule])

@@ -1,0 +1,158 @@
+"""The command `odma`: serve, look, demonstrate. A failure is one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console, RenderableType
+
+from odma_service import config, server, status, trace_cli
+from odma_service.client import Client
+from odma_service.demo.command import demo_command
+from odma_service.errors import OdmaError, ServiceError
+
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+"""Base of what a wrong command line raises; typer does not export it."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Decides where each request's KV cache lives, for LLM engines that need it contiguous.",
+)
+app.add_typer(trace_cli.app, name="trace")
+app.command("demo")(demo_command)
+
+Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+
+def main() -> None:
+    """Run the command that sys.argv asks for, and exit."""
+    try:
+        code = app(standalone_mode=False)
+    except (OdmaError, USAGE_ERROR) as error:
+        message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
+        if message:
+            print(f"odma: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"odma {version('odma-service')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _flag(field: str, *names: str) -> Any:
+    """Return the option of a setting, described where the setting is."""
+    info = config.Settings.model_fields[field]
+    default = info.get_default(call_default_factory=True, validated_data={})
+    shown = ", ".join(default) if isinstance(default, tuple) else default
+    return typer.Option(*names, help=info.description, show_default=shown and str(shown))
+
+
+@app.command()
+def serve(
+    config_file: Annotated[Path | None, _flag("config", "--config")] = None,
+    listen: Annotated[list[str] | None, _flag("listen")] = None,
+    pool_dir: Annotated[Path | None, _flag("pool_dir")] = None,
+    reflection: Annotated[bool | None, _flag("reflection")] = None,
+    max_pools: Annotated[int | None, _flag("max_pools")] = None,
+    workers: Annotated[int | None, _flag("workers")] = None,
+    drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
+    log_format: Annotated[str | None, _flag("log_format")] = None,
+    log_level: Annotated[str | None, _flag("log_level")] = None,
+) -> None:
+    """Run the service until SIGTERM or SIGINT.
+
+    Each flag is also a variable (ODMA_POOL_DIR) and a key of the TOML file (pool-dir). Flags
+    win over variables, variables over the file. When it serves, it prints one line on stdout:
+    "odma ready on ADDRESS, ...".
+    """
+    flags = {
+        "config": config_file,
+        "listen": listen,
+        "pool_dir": pool_dir,
+        "reflection": reflection,
+        "max_pools": max_pools,
+        "workers": workers,
+        "drain_seconds": drain_seconds,
+        "log_format": log_format,
+        "log_level": log_level,
+    }
+    server.run(config.load({name: value for name, value in flags.items() if value is not None}))
+
+
+@app.command("status")
+def show_status(
+    pool: Annotated[str | None, typer.Argument(help="A pool. Without it: a list of all.")] = None,
+    target: Target = DEFAULT_TARGET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    regions: Annotated[bool, typer.Option("--regions", help="List the regions too.")] = False,
+) -> None:
+    """Show what pools there are, or one pool as a picture."""
+    with Client(target, retry_seconds=0) as service:
+        if pool is None:
+            pools = service.list_pools()
+            _show(_dict(pools) if as_json else status.list_of(pools.pools))
+            return
+        facts, books = service.get_pool(pool), service.list_regions(pool)
+    if as_json:
+        listed = {"regions": [_dict(region) for region in books]} if regions else {}
+        _show(_dict(facts) | listed)
+        return
+    _show(status.picture(facts, books, Console().width))
+    if regions:
+        _show(status.list_of_regions(books))
+
+
+def _show(what: RenderableType | dict[str, Any]) -> None:
+    if isinstance(what, dict):
+        typer.echo(json.dumps(what))
+    else:
+        Console().print(what)
+
+
+def _dict(message: Message) -> dict[str, Any]:
+    """Return a message as JSON has it, with the names of the proto and without gaps."""
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+@app.command()
+def health(
+    target: Target = DEFAULT_TARGET,
+    service: Annotated[str, typer.Option(help="A service; empty: all together.")] = "",
+) -> None:
+    """Exit with 0 if the service is serving, else with 1."""
+    try:
+        with Client(target, retry_seconds=0) as client:
+            serving = client.is_serving(service)
+    except ServiceError as error:
+        typer.echo(f"odma health: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo("serving" if serving else "not serving")
+    raise typer.Exit(0 if serving else 1)

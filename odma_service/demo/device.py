@@ -1,0 +1,144 @@
+"""A device memory that can tell whether its tokens are where the books say.
+
+Two arrays hold one number a token. `memory` is what writes and copies have made of it;
+`books` is what the answers promise: the id of the token that should lie there, or FREE.
+Copies touch the memory only and places the books only, so a wrong or missing copy shows
+as a difference between the two.
+
+With several streams the device is as unruly as an engine with several streams may be: an
+answer's copies end in the reverse of their order, and what was vacated is still being read
+until the completion of the answer that vacated it is reported, so it must stay as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FREE = -1
+REQUEST_SHIFT = 28  # positions stay below 2^28, the largest capacity of a pool
+
+Ids = NDArray[np.int64]
+
+
+class CopyOrder(Protocol):
+    """What the device reads of a copy."""
+
+    @property
+    def from_token(self) -> int: ...
+    @property
+    def to_token(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def overlaps(self) -> bool: ...
+
+
+class Move(NamedTuple):
+    """The written part of a region whose start changed."""
+
+    request: int
+    from_token: int
+    to_token: int
+    tokens: int
+
+
+class _Vacated(NamedTuple):
+    """A run that enqueued work may still read, and what it must find there."""
+
+    seq: int
+    start_token: int
+    ids: Ids
+
+
+class Device:
+    """The memory of one pool. `violations` counts what was not as promised."""
+
+    def __init__(
+        self, capacity_tokens: int, *, ordered: bool, may_overlap: bool, drop_copy: int = 0
+    ) -> None:
+        """Make an empty memory; drop_copy is the number of a copy to leave out, from 1."""
+        self.violations = 0
+        self.tokens_checked = 0
+        self.copies = 0
+        self.copied_tokens = 0
+        self._ordered = ordered
+        self._may_overlap = may_overlap
+        self._drop_copy = drop_copy
+        self._memory = np.full(capacity_tokens, FREE, np.int64)
+        self._books = np.full(capacity_tokens, FREE, np.int64)
+        self._live = np.zeros(capacity_tokens, np.bool_)
+        self._wrong = np.zeros(capacity_tokens, np.bool_)
+        self._positions = np.arange(capacity_tokens)
+        self._vacated: list[_Vacated] = []
+
+    def fill(self, request: int, start_token: int, tokens: int) -> None:
+        """Write the first `tokens` tokens of a request, as a prefill does."""
+        run = slice(start_token, start_token + tokens)
+        self._memory[run] = self._enter(request, run)
+
+    def append(self, requests: Ids, starts: Ids, written: Ids) -> None:
+        """Write one more token of each of these requests, as a decode step does."""
+        places = starts + written
+        self._memory[places] = self._books[places] = (requests << REQUEST_SHIFT) + written
+        self._live[places] = True
+
+    def run(self, copies: Sequence[CopyOrder]) -> None:
+        """Execute the copies of one answer."""
+        numbered = list(enumerate(copies, self.copies + 1))
+        for number, copy in numbered if self._ordered else reversed(numbered):
+            shared = abs(copy.from_token - copy.to_token) < copy.tokens
+            if shared != copy.overlaps or (shared and not self._may_overlap):
+                self.violations += 1
+            if max(copy.from_token, copy.to_token) + copy.tokens > self._memory.size:
+                self.violations += 1
+            elif number != self._drop_copy:
+                source = self._memory[copy.from_token : copy.from_token + copy.tokens]
+                self._memory[copy.to_token : copy.to_token + copy.tokens] = source
+            self.copied_tokens += copy.tokens
+        self.copies += len(numbered)
+
+    def move(self, seq: int, moves: Sequence[Move]) -> None:
+        """Enter in the books what answer `seq` has moved."""
+        for move in moves:
+            self.vacate(seq, move.from_token, move.tokens)
+        for move in moves:
+            self._enter(move.request, slice(move.to_token, move.to_token + move.tokens))
+
+    def vacate(self, seq: int, start_token: int, tokens: int) -> None:
+        """Strike a run from the books: answer `seq` gave it back."""
+        run = slice(start_token, start_token + tokens)
+        if not self._ordered:
+            self._vacated.append(_Vacated(seq, start_token, self._books[run].copy()))
+        self._books[run] = FREE
+        self._live[run] = False
+
+    def complete(self, completed_seq: int) -> None:
+        """Let go of the runs that no enqueued work can read any more."""
+        self._vacated = [run for run in self._vacated if run.seq > completed_seq]
+
+    def check_regions(self, starts: Ids, lengths: Ids) -> None:
+        """Count regions that overlap another one or leave the memory."""
+        order = np.argsort(starts)
+        ends = (starts + lengths)[order]
+        limits = np.append(starts[order][1:], self._memory.size)
+        self.violations += int(np.count_nonzero(ends > limits[: ends.size]))
+
+    def check(self) -> None:
+        """Look at every live token, and at every vacated one that may still be read."""
+        np.not_equal(self._memory, self._books, out=self._wrong)
+        np.logical_and(self._wrong, self._live, out=self._wrong)
+        self.violations += int(np.count_nonzero(self._wrong))
+        self.tokens_checked += int(np.count_nonzero(self._live))
+        for run in self._vacated:
+            now = self._memory[run.start_token : run.start_token + run.ids.size]
+            self.violations += int(np.count_nonzero(now != run.ids))
+
+    def _enter(self, request: int, run: slice) -> Ids:
+        ids = self._positions[: run.stop - run.start] + (request << REQUEST_SHIFT)
+        self._books[run] = ids
+        self._live[run] = True
+        return ids

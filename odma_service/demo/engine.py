@@ -1,0 +1,277 @@
+"""A serving engine without a model: it asks for memory and moves tokens, nothing else.
+
+    free what has ended, extend what is full, admit from the queue         one Apply
+    execute the copies, check every live token
+    write one token of each running request, and the prompts of new ones   the step
+
+It runs a closed loop, first come first served. A step in which nothing has to be decided
+makes no call. A preempted request goes back to the front of the queue with what it had
+generated, and its next prefill computes that again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from odma_service import client
+from odma_service.client import PoolClient
+from odma_service.demo.device import Device
+from odma_service.demo.load import Request
+from odma_service.demo.running import Running
+from odma_service.errors import OdmaError
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import End, Reason
+
+ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
+PATIENCE_STEPS = 1_000
+
+PREEMPT = {Reason.NO_SPACE, Reason.FRAGMENTED}
+ASK_AGAIN = {Reason.COPY_BUDGET, Reason.WAITS_FOR_COMPLETION, Reason.PINNED}
+BUGS = {Reason.INVALID, Reason.NOT_FOUND}
+
+
+class EngineError(OdmaError):
+    """An answer breaks the contract, or nothing moves any more."""
+
+
+class _Ended(NamedTuple):
+    """A region to give back in the next batch, and what is written in it."""
+
+    handle: int
+    end: End
+    output_tokens: int
+    start_token: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an engine counts. The window is from the first refusal until the queue is empty."""
+
+    steps: int = 0
+    refusals: int = 0
+    preempted: int = 0
+    finished: int = 0
+    hit_limit: int = 0
+    tokens_generated: int = 0
+    window_steps: int = 0
+    written_over_capacity: float = 0.0  # sums over the steps of the window
+    written_over_reserved: float = 0.0
+    apply_ns: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Plays requests against one open pool."""
+
+    def __init__(
+        self,
+        pool: PoolClient,
+        device: Device,
+        requests: Iterable[Request],
+        *,
+        batch_cap: int,
+        single_stream: bool,
+    ) -> None:
+        self.tally = Tally()
+        self._pool = pool
+        self._device = device
+        self._batch_cap = batch_cap
+        self._single_stream = single_stream
+        self._queue = deque(requests)
+        self._generated: dict[int, int] = {}  # before a preemption, by request number
+        self._running = Running(batch_cap)
+        self._ended: list[_Ended] = []
+        self._blocked: Reason | None = None  # why the head of the queue has to wait
+        self._last_refusal = "none"
+        self._window_closed = False
+        self._answered_step = 0
+        self._progress_step = 0
+
+    def play(self, watch: Callable[[Tally], None]) -> None:
+        """Serve every request to its end and give all memory back; watch every step."""
+        while self._queue or self._running.count or self._ended:
+            self._step()
+            watch(self.tally)
+        if not self._single_stream:
+            self._pool.apply(completed_seq=self._pool.seq)
+
+    def _step(self) -> None:
+        self.tally.steps += 1
+        room = self._pool.response.max_ops - len(self._ended)
+        full = np.flatnonzero(self._running.written == self._running.lengths).tolist()[:room]
+        asked = self._candidates()[: room - len(full)]
+        if self._ended or full or asked:
+            self._decide(full, asked)
+        self._device.check()
+        self._decode()
+        self._measure()
+        self._retire()
+        if self.tally.steps - self._progress_step >= PATIENCE_STEPS:
+            raise EngineError(
+                f"no token in {PATIENCE_STEPS} steps: {self._running.count} requests running, "
+                f"{len(self._queue)} waiting, the last refusal was {self._last_refusal}"
+            )
+
+    # Deciding
+
+    def _candidates(self) -> list[Request]:
+        """Return the requests to ask memory for: none while the last refusal still holds."""
+        if self._blocked and self._running.count and not self._ended:
+            return []
+        return list(islice(self._queue, min(ADMISSIONS, self._batch_cap - self._running.count)))
+
+    def _decide(self, full: Sequence[int], asked: Sequence[Request]) -> None:
+        """Ask one batch and do what the answer says, up to where the step begins."""
+        running, ended = self._running, self._ended
+        written = running.written.tolist()
+        used = [client.used(*region) for region in zip(running.handles, written, strict=True)]
+        ops = [client.free(run.handle, run.end, run.output_tokens) for run in ended]
+        ops += [client.extend(running.handles[entry], written[entry] + 1) for entry in full]
+        ops += [self._allocation(request) for request in asked]
+        answer = self._apply(used, ops)
+
+        freed, rest = answer.results[: len(ended)], answer.results[len(ended) :]
+        self._give_back(answer.seq, freed)
+        self._device.run(answer.copies)
+        victims = self._grow(answer, rest[: len(full)])
+        self._admit(asked, rest[len(full) :])
+        self._device.check_regions(running.starts, running.lengths)
+        self._preempt(victims)
+
+    def _apply(self, used: Sequence[pb.Used], ops: Sequence[pb.Op]) -> pb.ApplyResponse:
+        completed_seq = self._completed_seq()
+        started_ns = time.perf_counter_ns()
+        answer = self._pool.apply(used, ops, completed_seq=completed_seq)
+        self.tally.apply_ns.append(time.perf_counter_ns() - started_ns)
+        self._answered_step = self.tally.steps
+        self._device.complete(completed_seq)
+        return answer
+
+    def _completed_seq(self) -> int:
+        """With several streams the step before this one may still be running."""
+        late = not self._single_stream and self.tally.steps - self._answered_step < 2
+        return max(self._pool.seq - late, 0)
+
+    def _allocation(self, request: Request) -> pb.Op:
+        return client.allocate(
+            f"request-{request.number}",
+            request.prompt_tokens,
+            generated_tokens=self._generated.get(request.number, 0),
+            max_total_tokens=request.maximum_tokens,
+            request_class=request.request_class,
+        )
+
+    # Doing what the answer says
+
+    def _give_back(self, seq: int, results: Iterable[pb.Result]) -> None:
+        for run, result in zip(self._ended, results, strict=True):
+            if not result.HasField("freed"):
+                raise EngineError(f"a free of a live region was answered with {result}")
+            self._device.vacate(seq, run.start_token, run.tokens)
+        self._ended = []
+
+    def _grow(self, answer: pb.ApplyResponse, results: Iterable[pb.Result]) -> set[int]:
+        """Note where regions lie now, and return the handles advised for preemption."""
+        places, victims = list(answer.moved), set()
+        for result in results:
+            if result.HasField("place"):
+                places.append(result.place)
+            elif self._refused(result.refusal) in PREEMPT and result.refusal.preempt_handle:
+                victims.add(result.refusal.preempt_handle)
+        moves = [
+            self._running.place(self._running.entry(p.handle), p.start_token, p.length_tokens)
+            for p in places
+        ]
+        self._device.move(answer.seq, [move for move in moves if move])
+        if moves and self._blocked is Reason.FRAGMENTED:
+            self._blocked = None
+        return victims
+
+    def _admit(self, asked: Iterable[Request], results: Iterable[pb.Result]) -> None:
+        for request, result in zip(asked, results, strict=True):
+            if result.HasField("place"):
+                place = result.place
+                self._running.add(request, place.handle, place.start_token, place.length_tokens)
+                self._queue.popleft()
+                self._blocked = None
+            elif (reason := self._refused(result.refusal)) is not Reason.SKIPPED:
+                passing = reason in ASK_AGAIN or result.refusal.awaiting_completion_tokens
+                self._blocked = None if passing else reason
+
+    def _refused(self, refusal: types.Refusal) -> Reason:
+        reason = Reason(refusal.reason)
+        if reason in BUGS:
+            raise EngineError(f"refused as {reason.name}: {refusal.field}")
+        if reason is not Reason.SKIPPED:
+            self.tally.refusals += 1
+            self._last_refusal = reason.name
+        return reason
+
+    def _preempt(self, handles: Iterable[int]) -> None:
+        """Send these requests back to the front of the queue."""
+        victims = []
+        for handle in handles:
+            entry = self._running.entry(handle)
+            if self._running.births[entry] == self._running.births.min():
+                raise EngineError("the oldest request was named for preemption")
+            request = self._running.requests[entry]
+            self._generated[request.number] = self._end(entry, End.PREEMPTED)
+            victims.append(request)
+        self._queue.extendleft(sorted(victims, reverse=True))
+        self.tally.preempted += len(victims)
+
+    # The step
+
+    def _decode(self) -> None:
+        """Write a token of each request that has room, and the prompts of the admitted."""
+        running = self._running
+        ready = np.flatnonzero((running.written > 0) & (running.written < running.lengths))
+        admitted = np.flatnonzero(running.written == 0).tolist()
+        self._device.append(running.numbers[ready], running.starts[ready], running.written[ready])
+        running.written[ready] += 1
+        for entry in admitted:
+            request = running.requests[entry]
+            tokens = request.prompt_tokens + self._generated.get(request.number, 0)
+            self._device.fill(request.number, int(running.starts[entry]), tokens)
+            running.written[entry] = tokens
+        if ready.size:
+            self.tally.tokens_generated += ready.size
+            self._progress_step = self.tally.steps
+
+    def _measure(self) -> None:
+        self._window_closed |= self.tally.refusals > 0 and not self._queue
+        if self.tally.refusals == 0 or self._window_closed:
+            return
+        written, reserved = int(self._running.written.sum()), int(self._running.lengths.sum())
+        self.tally.window_steps += 1
+        self.tally.written_over_capacity += written / self._pool.response.capacity_tokens
+        self.tally.written_over_reserved += written / reserved if reserved else 1.0
+
+    def _retire(self) -> None:
+        """Let go of the requests that have reached their end."""
+        done = np.flatnonzero(self._running.written == self._running.totals)
+        for entry in done[::-1].tolist():
+            limited = self._running.requests[entry].limited
+            self._end(entry, End.HIT_LIMIT if limited else End.FINISHED)
+            self.tally.hit_limit += limited
+            self.tally.finished += 1
+
+    def _end(self, entry: int, end: End) -> int:
+        """Stop running a request, and return what was generated for it."""
+        running = self._running
+        request, written = running.requests[entry], int(running.written[entry])
+        output_tokens = written - request.prompt_tokens
+        run = _Ended(
+            running.handles[entry], end, output_tokens, int(running.starts[entry]), written
+        )
+        self._ended.append(run)
+        running.remove(entry)
+        return output_tokens

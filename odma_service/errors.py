@@ -1,0 +1,160 @@
+"""All errors a caller may see.
+
+OdmaError
+├── InvalidError         a value breaks a rule; `field` names it
+├── PoolNotFoundError    no pool has this name
+├── PoolOwnedError       somebody owns the pool
+├── EpochError           that epoch is over
+├── SeqChangedError      the last seq, but with another body
+├── SeqOldError          a seq older than the last
+├── SeqGapError          a seq beyond the next one; `expected` is that
+├── VersionError         another policy version is in force
+├── NothingLearntError   too few completions to recalibrate
+├── RefusedError         a unary call was refused; `refusal` says why
+├── HandleError          a handle that names no live region
+├── PoolLimitError       no more pools, or no room for the books
+├── ServiceError         a client's call failed, for none of these reasons
+│   └── UnavailableError     there was no answer; it may have been done
+└── BooksError           a pool's file cannot be used
+    ├── BooksLockedError     another process has it open
+    ├── BooksForeignError    wrong owner, permissions or kind of file
+    ├── BooksMismatchError   another layout or geometry
+    └── BooksCorruptError    it breaks a rule that the library keeps
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from odma_service.values import Refusal
+
+
+class OdmaError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidError(OdmaError, ValueError):
+    """A value breaks a rule. `field` is its path, `rule` what would have worked."""
+
+    def __init__(self, field: str, rule: str) -> None:
+        super().__init__(f"{field}: {rule}")
+        self.field = field
+        self.rule = rule
+
+
+class PoolNotFoundError(OdmaError):
+    """No pool has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no pool is named {name!r}; open it first")
+        self.name = name
+
+
+class PoolOwnedError(OdmaError):
+    """Somebody owns the pool."""
+
+    def __init__(self, name: str, idle_seconds: float) -> None:
+        super().__init__(
+            f"pool {name!r} is owned, last heard of {idle_seconds:.1f} s ago; "
+            "set take_over if its owner is dead"
+        )
+        self.name = name
+        self.idle_seconds = idle_seconds
+
+
+class EpochError(OdmaError):
+    """That epoch is over: its places mean nothing any more."""
+
+    def __init__(self, name: str, epoch: int) -> None:
+        super().__init__(f"epoch {epoch} of pool {name!r} is over; open the pool again")
+        self.name = name
+        self.epoch = epoch
+
+
+class SeqChangedError(OdmaError):
+    """The last seq again, but with another body."""
+
+    def __init__(self, seq: int) -> None:
+        super().__init__(f"seq {seq} was answered, for a batch with another body")
+        self.seq = seq
+
+
+class SeqOldError(OdmaError):
+    """A seq older than the last one."""
+
+    def __init__(self, seq: int, last: int) -> None:
+        super().__init__(f"seq {seq} is older than the last, {last}; the next is {last + 1}")
+        self.seq = seq
+        self.expected = last + 1
+
+
+class SeqGapError(OdmaError):
+    """A seq beyond the next one."""
+
+    def __init__(self, seq: int, last: int) -> None:
+        super().__init__(f"seq {seq} leaves a gap; the next is {last + 1}")
+        self.seq = seq
+        self.expected = last + 1
+
+
+class VersionError(OdmaError):
+    """Another policy version is in force."""
+
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(f"policy version {expected} was expected, {actual} is in force")
+        self.expected = expected
+        self.actual = actual
+
+
+class NothingLearntError(OdmaError):
+    """Nothing to recalibrate, or nothing to do it from."""
+
+
+class RefusedError(OdmaError):
+    """A unary call was refused."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(f"refused: {refusal.reason.name}")
+        self.refusal = refusal
+
+
+class HandleError(OdmaError):
+    """A handle that names no live region of this epoch."""
+
+    def __init__(self, handle: int, rule: str) -> None:
+        super().__init__(f"handle {handle}: {rule}")
+        self.handle = handle
+        self.rule = rule
+
+
+class PoolLimitError(OdmaError):
+    """No more pools, or no room for the books of one more."""
+
+
+class ServiceError(OdmaError):
+    """A client's call failed for a reason that no other error names."""
+
+
+class UnavailableError(ServiceError):
+    """The service gave no answer in time, or failed inside: the call may have been done."""
+
+
+class BooksError(OdmaError):
+    """A pool's file cannot be used."""
+
+
+class BooksLockedError(BooksError):
+    """Another process has the file open."""
+
+
+class BooksForeignError(BooksError):
+    """Wrong owner, permissions or kind of file."""
+
+
+class BooksMismatchError(BooksError):
+    """Another layout version or another geometry."""
+
+
+class BooksCorruptError(BooksError):
+    """The file breaks a rule that the library keeps."""

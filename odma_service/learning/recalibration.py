@@ -1,0 +1,125 @@
+"""Recalibration: the bucket limits that would have wasted least on the lengths seen.
+
+The lengths are the decayed histogram of total tokens. A request that stopped at its limit
+would have gone on, so its weight is spread over the longer ones, as the Kaplan-Meier
+estimate does it: at each length the finished share of those still at risk ends there. What
+is left after the longest finished request ends at the longest length there can be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from odma_service._native import optimal_limits
+from odma_service.errors import InvalidError, NothingLearntError
+from odma_service.policy import longest_tokens
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from odma_service._native import Histogram, PolicyRecord
+    from odma_service.pool import Pool
+
+LEARNT_ENOUGH = 32
+MOST_LIMITS = 16
+
+
+class LimitsReport(NamedTuple):
+    """What bucket limits cost on the lengths seen.
+
+    waste_tokens is the mean reserved beyond a request's total; utilisation the sum of
+    totals over the sum of reserved tokens.
+    """
+
+    limits_tokens: tuple[int, ...]
+    waste_tokens: float
+    utilisation: float
+
+
+class RecalibrationReport(NamedTuple):
+    """Limits before and after. installed: `after` is in force. completions: their weight."""
+
+    before: LimitsReport
+    after: LimitsReport
+    installed: bool
+    policy_version: int
+    completions: float
+
+
+class Lengths(NamedTuple):
+    """Weights of total lengths: weights[i] requests of upper_tokens[i] tokens."""
+
+    upper_tokens: NDArray[np.uint32]
+    weights: NDArray[np.float64]
+
+
+def recalibrate(
+    pool: Pool, *, dry_run: bool, expected_version: int | None, limits: int
+) -> RecalibrationReport:
+    """Compute the best limits, as many as asked (0: as many as there are); install them.
+
+    Raises NothingLearntError without buckets or with fewer than 32 completions,
+    VersionError, InvalidError for more than 16 limits.
+    """
+    if not 0 <= limits <= MOST_LIMITS:
+        raise InvalidError("limits", f"0 to {MOST_LIMITS}, not {limits}")
+    pool.check_version(expected_version)
+    policy, histogram = pool.policy(), pool.histogram()
+    if not policy.limits_tokens:
+        raise NothingLearntError(f"the policy {policy.name!r} has no buckets")
+    if histogram.completions < LEARNT_ENOUGH:
+        raise NothingLearntError(
+            f"{histogram.completions} completions are known, {LEARNT_ENOUGH} are needed"
+        )
+    longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
+    lengths = lengths_seen(pool.bins(), histogram, longest)
+    found, _ = optimal_limits(
+        lengths.weights, lengths.upper_tokens, limits or len(policy.limits_tokens)
+    )
+    version = policy.version
+    if not dry_run and found != policy.limits_tokens:
+        version = pool.set_policy(policy.with_changes(limits_tokens=found), version)
+    return RecalibrationReport(
+        before=limits_report(policy, lengths),
+        after=limits_report(policy.with_changes(limits_tokens=found), lengths),
+        installed=not dry_run,
+        policy_version=version,
+        completions=float(lengths.weights.sum()),
+    )
+
+
+def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest: int) -> Lengths:
+    """Return the lengths of a histogram, none above `longest`, which is the last of them."""
+    finished, censored = histogram.total_finished, histogram.total_censored
+    weights = uncensored(finished, censored)
+    below = int(np.searchsorted(upper_tokens, longest))
+    return Lengths(
+        np.append(upper_tokens[:below], np.uint32(longest)),
+        np.append(weights[:below], weights[below:].sum()),
+    )
+
+
+def uncensored(finished: NDArray[np.float64], censored: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the weights with each censored one spread over the longer lengths."""
+    total = float((finished + censored).sum())
+    at_risk = np.cumsum((finished + censored)[::-1])[::-1]
+    ending = np.divide(finished, at_risk, out=np.zeros_like(finished), where=at_risk > 0)
+    surviving = np.cumprod(1 - np.clip(ending, 0, 1))
+    weights = total * -np.diff(surviving, prepend=1.0)
+    weights[-1] += total * surviving[-1]
+    return np.clip(weights, 0, None)
+
+
+def limits_report(policy: PolicyRecord, lengths: Lengths) -> LimitsReport:
+    """Return what the policy's limits cost, multiples of its step where none is enough."""
+    upper = lengths.upper_tokens.astype(np.int64)
+    steps = -(-upper // policy.step_tokens) * policy.step_tokens
+    limits = np.array(policy.limits_tokens, np.int64)
+    index = np.searchsorted(limits, upper)
+    reserved = np.where(index < len(limits), np.append(limits, 0)[index], steps)
+    reserved = np.minimum(reserved, upper[-1])
+    asked, given = float(lengths.weights @ upper), float(lengths.weights @ reserved)
+    weight = float(lengths.weights.sum())
+    return LimitsReport(policy.limits_tokens, (given - asked) / weight, asked / given)

@@ -1,0 +1,215 @@
+"""The server: every object is built here, and handed to those that need it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import FrameType
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from odma_service.config import UNIX, Settings
+from odma_service.errors import OdmaError
+from odma_service.rpc.v1 import (
+    emulator_service_pb2,
+    memory_service_pb2,
+    pool_service_pb2,
+    predictor_service_pb2,
+)
+from odma_service.rpc.v1.emulator_service_pb2_grpc import (
+    EmulatorServiceServicer,
+    add_EmulatorServiceServicer_to_server,
+)
+from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
+from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
+from odma_service.rpc.v1.predictor_service_pb2_grpc import (
+    PredictorServiceServicer,
+    add_PredictorServiceServicer_to_server,
+)
+from odma_service.service.memory import MemoryService
+from odma_service.service.pools import PoolService
+from odma_service.service.registry import Registry
+
+LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
+OPTIONS = (
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+)
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
+
+SERVED = (memory_service_pb2, "MemoryService"), (pool_service_pb2, "PoolService")
+UNIMPLEMENTED = (
+    (predictor_service_pb2, "PredictorService"),
+    (emulator_service_pb2, "EmulatorService"),
+)
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
+    _configure_log(settings)
+    stopped = _stop_signals()
+    registry = Registry(
+        _own_directory(settings.pool_dir),
+        max_pools=settings.max_pools,
+        boot_id=BOOT_ID.read_text().strip(),
+        monotonic=time.monotonic,
+        wall=time.time,
+    )
+    registry.attach_all()
+    try:
+        _serve(settings, registry, stopped)
+    finally:
+        registry.close()
+    log.info("stopped")
+
+
+def _serve(settings: Settings, registry: Registry, stopped: Event) -> None:
+    calls = ThreadPoolExecutor(settings.workers, thread_name_prefix="call")
+    server = grpc.server(calls, options=OPTIONS)
+    add_MemoryServiceServicer_to_server(MemoryService(registry), server)
+    add_PoolServiceServicer_to_server(PoolService(registry), server)
+    add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)
+    add_EmulatorServiceServicer_to_server(EmulatorServiceServicer(), server)
+    healthy = _add_health(server)
+    if settings.reflection:
+        reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
+
+    with _listening(server, settings.listen) as addresses:
+        server.start()
+        print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
+        log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
+        stopped.wait()
+        log.info("draining", seconds=settings.drain_seconds)
+        healthy.enter_graceful_shutdown()
+        server.stop(settings.drain_seconds).wait()
+    calls.shutdown()
+
+
+def _names() -> list[str]:
+    return [
+        module.DESCRIPTOR.services_by_name[name].full_name
+        for module, name in (*SERVED, *UNIMPLEMENTED)
+    ]
+
+
+def _add_health(server: grpc.Server) -> health.HealthServicer:
+    """Add the standard health service, which tells of each service and of all together."""
+    healthy = health.HealthServicer()
+    status = health_pb2.HealthCheckResponse
+    for i, name in enumerate(_names()):
+        healthy.set(name, status.SERVING if i < len(SERVED) else status.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    return healthy
+
+
+def _stop_signals() -> Event:
+    """Return an event that SIGTERM or SIGINT sets. A second signal ends the process at once."""
+    stopped = Event()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stopped.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return stopped
+
+
+@contextmanager
+def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[str]]:
+    """Bind the server to addresses; yield them with the ports that were really taken."""
+    sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
+    for path in sockets:
+        _remove_stale(path)
+    old_mask = os.umask(0o177)
+    try:
+        bound = [_bind(server, address) for address in addresses]
+    finally:
+        os.umask(old_mask)
+    try:
+        yield bound
+    finally:
+        for path in sockets:
+            path.unlink(missing_ok=True)
+
+
+def _bind(server: grpc.Server, address: str) -> str:
+    if not address.startswith(LOOPBACK):
+        log.warning("listening beyond loopback, where anybody may call", address=address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise OdmaError(f"cannot listen on {address}: in use, or not an address of this machine")
+    return address if _is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _is_unix(address: str) -> bool:
+    return address.startswith(UNIX)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket file of a server that is gone."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise OdmaError(f"cannot listen on {path}: it is there already, and no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OdmaError(f"cannot listen on {path}: another server does")
+
+
+def _own_directory(path: Path) -> Path:
+    """Return the directory of the pools, made if there is none, closed to other users."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.stat()
+    except OSError as error:
+        raise OdmaError(f"cannot use the pool directory {path}: {error.strerror}") from None
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise OdmaError(
+            f"the pool directory {path} must belong to this user and be writable for nobody else"
+        )
+    return path
+
+
+def _configure_log(settings: Settings) -> None:
+    """Write log lines to stderr, for people or for machines."""
+    shared = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    form = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if settings.log_format == "json"
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    )
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    structlog.configure(
+        processors=[*shared, *form],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,1 @@
+"""The gRPC service: pools by name, and the rpcs that are put to them."""

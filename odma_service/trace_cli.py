@@ -1,0 +1,106 @@
+"""`odma trace`: describe, generate and import request traces.
+
+A failure is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from odma_service import traces
+from odma_service.errors import OdmaError
+
+app = typer.Typer(no_args_is_help=True, help="Describe, generate and import request traces.")
+
+
+@app.command()
+def describe(
+    file: Annotated[Path, typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a trace's size, rate, lengths and cap."""
+    with _failing_in_one_line():
+        description = traces.describe(traces.read_trace(file))
+    if as_json:
+        typer.echo(json.dumps(asdict(description)))
+    else:
+        _show(description)
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
+    rows: Annotated[int, typer.Option(help="Number of requests.")] = 3_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 1,
+) -> None:
+    """Write a synthetic trace: heavy-tailed, drifting, the same for the same seed."""
+    with _failing_in_one_line():
+        trace = traces.generate(rows, seed)
+        traces.write_trace(trace, out)
+    _report(trace, out)
+
+
+@app.command("import")
+def import_(
+    src: Annotated[Path, typer.Argument(help="Azure CSV, Mooncake JSONL or parquet.")],
+    out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
+) -> None:
+    """Turn a published trace into parquet."""
+    with _failing_in_one_line():
+        trace = traces.import_trace(src, out)
+    _report(trace, out)
+
+
+@contextmanager
+def _failing_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OdmaError as error:
+        typer.echo(f"odma trace: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _report(trace: traces.Trace, out: Path) -> None:
+    for note in trace.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {len(trace):,} requests of {trace.label} to {out}")
+
+
+def _show(description: traces.Description) -> None:
+    console = Console()
+    arrivals = Table(title=Text(description.label), show_header=False, title_justify="left")
+    for name, value in _facts(description):
+        arrivals.add_row(name, Text(value))
+    console.print(arrivals)
+
+    lengths = Table("tokens", title="lengths", title_justify="left")
+    for field in fields(traces.Spread):
+        lengths.add_column(field.name, justify="right")
+    for name in ("input", "output", "total"):
+        spread = getattr(description, f"{name}_tokens")
+        lengths.add_row(name, *(f"{value:,.0f}" for value in astuple(spread)))
+    console.print(lengths)
+    for note in description.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _facts(description: traces.Description) -> Iterator[tuple[str, str]]:
+    yield "requests", f"{description.requests:,}"
+    for name, requests in (description.requests_by_class or {}).items():
+        yield f"  of class {name}", f"{requests:,}"
+    yield "duration", f"{description.duration_seconds:,.1f} s"
+    if description.requests_per_second is not None:
+        yield "rate", f"{description.requests_per_second:,.3g} requests/s"
+        yield "variation between arrivals", f"{description.interarrival_cv:.2f} (Poisson is 1)"
+    outputs, share = description.outputs_at_maximum, description.outputs_at_maximum_share
+    yield "outputs at the maximum", f"{outputs:,} ({share:.2%}; many mean a cap)"

@@ -1,0 +1,29 @@
+"""Request traces: reading, writing, describing and making them.
+
+trace.py says what a trace is and describes one in numbers; files.py reads parquet, Azure CSV
+and Mooncake JSONL and writes parquet; synthetic.py makes a seeded load that drifts.
+"""
+
+from odma_service.traces.files import import_trace, read_trace, write_trace
+from odma_service.traces.synthetic import generate
+from odma_service.traces.trace import (
+    LARGEST_TOKENS,
+    Description,
+    Spread,
+    Trace,
+    TraceError,
+    describe,
+)
+
+__all__ = [
+    "LARGEST_TOKENS",
+    "Description",
+    "Spread",
+    "Trace",
+    "TraceError",
+    "describe",
+    "generate",
+    "import_trace",
+    "read_trace",
+    "write_trace",
+]

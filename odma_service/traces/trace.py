@@ -1,0 +1,180 @@
+"""A trace: when each request arrived, how long its prompt was, how long its answer became.
+
+A trace holds lengths and times, never texts. One that exists can be replayed as it is:
+it is in arrival order, and every request has a prompt and an answer of at least one token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from odma_service.errors import OdmaError
+
+LARGEST_TOKENS = 2**31 - 1
+LARGEST_SECONDS = 1e12
+
+COLUMN_TYPES = {"t_seconds": np.float64, "input_tokens": np.int64, "output_tokens": np.int64}
+
+
+class TraceError(OdmaError, ValueError):
+    """A trace, or the file it should come from, breaks a rule.
+
+    The message is one printable line, whatever the file held.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Requests in arrival order, one array element each.
+
+    t_seconds      arrival, float64, ascending from 0 or later; all 0 where not known
+    input_tokens   prompt length, int64, at least 1
+    output_tokens  answer length, int64, at least 1; at a cap it means "at least"
+    label          the trace's name, or "synthetic seed=..."
+    request_class  each request's class, where the trace has classes
+    notes          what reading it dropped or changed, one sentence each
+    """
+
+    t_seconds: NDArray[np.float64]
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    label: str
+    request_class: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, dtype in COLUMN_TYPES.items():
+            values = getattr(self, name)
+            if values.dtype != dtype or values.shape != (len(self),):
+                raise TraceError(
+                    f"{self.label}: column '{name}' must be {len(self)} values of {dtype.__name__},"
+                    f" not {values.dtype} of shape {values.shape}"
+                )
+        if len(self) == 0:
+            raise TraceError(f"{self.label}: a trace has at least one request")
+        if self.request_class is not None and len(self.request_class) != len(self):
+            raise TraceError(
+                f"{self.label}: column 'request_class' must be {len(self)} values,"
+                f" not {len(self.request_class)}"
+            )
+        check_seconds(self.label, "t_seconds", self.t_seconds)
+        check_tokens(self.label, "input_tokens", self.input_tokens, least=1)
+        check_tokens(self.label, "output_tokens", self.output_tokens, least=1)
+        late = np.flatnonzero(np.diff(self.t_seconds) < 0)
+        if late.size:
+            raise TraceError(
+                f"{self.label}: row {late[0] + 2}, column 't_seconds': earlier than the row before"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.t_seconds)
+
+    def head(self, rows: int) -> Trace:
+        """Return the first `rows` requests, or all of them if there are fewer."""
+        if rows < 1:
+            raise TraceError(f"rows must be at least 1, not {rows}")
+        return Trace(
+            self.t_seconds[:rows],
+            self.input_tokens[:rows],
+            self.output_tokens[:rows],
+            self.label,
+            self.request_class[:rows] if self.request_class is not None else None,
+            self.notes,
+        )
+
+
+def check_seconds(source: str, column: str, values: NDArray[Any]) -> None:
+    """Raise TraceError for the first value that is not a time from 0."""
+    good = (values >= 0) & (values <= LARGEST_SECONDS)
+    _refuse_first(source, column, values, good, f"a time from 0 to {LARGEST_SECONDS:g}")
+
+
+def check_tokens(source: str, column: str, values: NDArray[Any], *, least: int) -> None:
+    """Raise TraceError for the first value that is not a whole number of tokens from `least`."""
+    good = (values >= least) & (values <= LARGEST_TOKENS) & (values == np.floor(values))
+    rule = f"a whole number from {least} to {LARGEST_TOKENS}"
+    _refuse_first(source, column, values, good, rule)
+
+
+def _refuse_first(
+    source: str, column: str, values: NDArray[Any], good: NDArray[np.bool_], rule: str
+) -> None:
+    bad = np.flatnonzero(~good)
+    if bad.size:
+        row = bad[0]
+        raise TraceError(
+            f"{source}: row {row + 1}, column '{column}': {values[row].item()} is not {rule}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a length is spread over the requests, in tokens. Quantiles are interpolated."""
+
+    mean: float
+    p10: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A trace in numbers.
+
+    Rate and variation are None where the arrivals span no time. An interarrival_cv of 1 is
+    a Poisson process, above 1 is bursty. A share of outputs at the maximum that one request
+    cannot explain is a cap, and the requests there are censored: they say "at least".
+    """
+
+    label: str
+    requests: int
+    requests_by_class: dict[str, int] | None
+    duration_seconds: float
+    requests_per_second: float | None
+    interarrival_cv: float | None
+    input_tokens: Spread
+    output_tokens: Spread
+    total_tokens: Spread
+    outputs_at_maximum: int
+    outputs_at_maximum_share: float
+    notes: tuple[str, ...]
+
+
+def describe(trace: Trace) -> Description:
+    """Return the trace's description in numbers."""
+    gaps_seconds = np.diff(trace.t_seconds)
+    duration_seconds = float(trace.t_seconds[-1] - trace.t_seconds[0])
+    timed = duration_seconds > 1e-9  # less would make the rate overflow
+    at_maximum = int(np.count_nonzero(trace.output_tokens == trace.output_tokens.max()))
+    classes = trace.request_class
+    return Description(
+        label=trace.label,
+        requests=len(trace),
+        requests_by_class=None if classes is None else dict(sorted(Counter(classes).items())),
+        duration_seconds=duration_seconds,
+        requests_per_second=len(gaps_seconds) / duration_seconds if timed else None,
+        interarrival_cv=float(gaps_seconds.std() / gaps_seconds.mean()) if timed else None,
+        input_tokens=_spread(trace.input_tokens),
+        output_tokens=_spread(trace.output_tokens),
+        total_tokens=_spread(trace.input_tokens + trace.output_tokens),
+        outputs_at_maximum=at_maximum,
+        outputs_at_maximum_share=at_maximum / len(trace),
+        notes=trace.notes,
+    )
+
+
+def _spread(tokens: NDArray[np.int64]) -> Spread:
+    p10, p50, p90, p95, p99 = np.quantile(tokens, (0.1, 0.5, 0.9, 0.95, 0.99)).tolist()
+    return Spread(float(tokens.mean()), p10, p50, p90, p95, p99, int(tokens.max()))

@@ -1,0 +1,174 @@
+"""The values that engines and pools exchange, in tokens.
+
+They are NamedTuples where a batch holds dozens of them: a frozen dataclass costs
+three times as much to make, and a decode step waits for it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class End(IntEnum):
+    """How a request ended: what its length teaches."""
+
+    FINISHED = 1
+    HIT_LIMIT = 2
+    ABORTED = 3
+    PREEMPTED = 4
+
+
+class Reason(IntEnum):
+    """Why an operation was refused. See RefusalReason in the proto for what to do."""
+
+    NO_SPACE = 1
+    FRAGMENTED = 2
+    COPY_BUDGET = 3
+    SAFETY_SHARE = 4
+    QUOTA = 5
+    TABLE_FULL = 6
+    WAITS_FOR_COMPLETION = 7
+    PINNED = 8
+    NOT_FOUND = 9
+    INVALID = 10
+    SKIPPED = 11
+
+
+class Moves(IntEnum):
+    """What an engine lets the pool move."""
+
+    NONE = 1
+    OWN_GROWTH = 2
+    ANY = 3
+
+
+class Start(IntEnum):
+    """Where the length of a new region starts from."""
+
+    MAXIMUM = 1
+    QUANTILE = 2
+    STEP = 3
+
+
+class Overflow(IntEnum):
+    """What may be done for a region that cannot grow in place."""
+
+    PREEMPT = 1
+    RELOCATE = 2
+    COMPACT = 3
+
+
+class Used(NamedTuple):
+    """How much of a region is written: an upper bound with all enqueued work."""
+
+    handle: int
+    used_tokens: int
+    pinned: bool = False
+
+
+class Free(NamedTuple):
+    """Give a region back."""
+
+    handle: int
+    end: End
+    output_tokens: int = 0
+
+
+class Trim(NamedTuple):
+    """Give back the end of a region."""
+
+    handle: int
+    to_tokens: int
+
+
+class Extend(NamedTuple):
+    """Ask for more room; lengths are totals. want_tokens 0: the policy decides."""
+
+    handle: int
+    least_tokens: int
+    want_tokens: int = 0
+
+
+class Allocate(NamedTuple):
+    """Ask for a region for one request. None means unset."""
+
+    request_id: str
+    prompt_tokens: int
+    generated_tokens: int = 0
+    max_total_tokens: int | None = None
+    request_class: str = ""
+    tenant: str = ""
+    overflow_risk: float | None = None
+    predicted_output_tokens: int | None = None
+    text: str | None = None
+
+
+Op = Free | Trim | Extend | Allocate
+
+
+class Batch(NamedTuple):
+    """What an engine asks in one decode step. max_copy_tokens None: the policy's."""
+
+    seq: int
+    completed_seq: int
+    used: list[Used]
+    ops: list[Op]
+    max_copy_tokens: int | None = None
+    pass_refused: bool = False
+
+
+class Place(NamedTuple):
+    """Where a region lies. length_tokens 0: a later operation freed it."""
+
+    handle: int
+    start_token: int
+    length_tokens: int
+
+
+class Copy(NamedTuple):
+    """In every plane, copy `tokens` tokens from one place to another."""
+
+    handle: int
+    from_token: int
+    to_token: int
+    tokens: int
+    overlaps: bool
+
+
+class Refusal(NamedTuple):
+    """An operation that was not done. preempt_handle 0: nobody."""
+
+    reason: Reason
+    free_tokens: int = 0
+    largest_run_tokens: int = 0
+    awaiting_completion_tokens: int = 0
+    copy_tokens_needed: int = 0
+    preempt_handle: int = 0
+    field: str = ""
+
+
+class Freed(NamedTuple):
+    """A region was given back, now or before."""
+
+    already_free: bool = False
+
+
+Result = Place | Refusal | Freed
+
+
+class Answer(NamedTuple):
+    """The outcome of a batch: one result an operation, copies in order."""
+
+    seq: int
+    replayed: bool
+    results: list[Result]
+    copies: list[Copy]
+    moved: list[Place]
+    policy_version: int
+
+
+QUANTILE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""Levels of a prediction: quantiles of output tokens."""
+
+Quantiles = tuple[float, float, float, float, float, float, float]

@@ -1,0 +1,1021 @@
+/* test_arena.c - the public header, from C, under the sanitizers.
+ *
+ * Each test states a fact and works on a file of its own in the directory that
+ * the program is given. The first fact that does not hold ends the program
+ * with its line.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "odma.h"
+
+enum { REGIONS = 64, OPS = 32, COPIES = 256, ROOM = 4 * REGIONS };
+
+static const odma_geometry GEOMETRY = {.blocks = 256,
+                                       .block_tokens = 16,
+                                       .max_regions = REGIONS,
+                                       .max_ops = OPS,
+                                       .max_copies = COPIES,
+                                       .model_length_tokens = 2048,
+                                       .digest = 7};
+
+static const odma_engine ENGINE = {.moves = ODMA_MOVES_ANY,
+                                   .single_ordered_stream = 1,
+                                   .copies_may_overlap = 1,
+                                   .planes = 2,
+                                   .descriptor_seconds = 1e-6,
+                                   .token_seconds = 1e-7};
+
+static const odma_policy POLICY = {.name = "elastic",
+                                   .start = ODMA_START_STEP,
+                                   .overflow = ODMA_OVERFLOW_COMPACT,
+                                   .step_tokens = 64,
+                                   .max_copy_tokens = 1 << 20,
+                                   .overflow_risk = 0.1,
+                                   .growth = 1,
+                                   .tenant_share = 1};
+
+static char path[4096];
+static char reason[ODMA_REASON_BYTES];
+
+/* --- checks --- */
+
+static void insist(bool fact, const char *text, int line) {
+    if (fact) return;
+    fprintf(stderr, "test_arena.c:%d: %s\n  reason: %s\n", line, text, reason);
+    exit(1);
+}
+
+static void insist_status(odma_status status, odma_status expected, const char *text, int line) {
+    if (status == expected) return;
+    fprintf(stderr, "test_arena.c:%d: %s\n  gave %s, not %s; reason: %s\n", line, text,
+            odma_status_name(status), odma_status_name(expected), reason);
+    exit(1);
+}
+
+#define CHECK(fact) insist((fact), #fact, __LINE__)
+#define GIVES(expected, call) insist_status((call), (expected), #call, __LINE__)
+#define OK(call) GIVES(ODMA_OK, call)
+
+/* --- numbers that look random and are always the same --- */
+
+static uint64_t seed = 1;
+
+static uint32_t below(uint32_t limit) {
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return (uint32_t)(seed >> 16) % limit;
+}
+
+/* --- arenas and batches --- */
+
+struct step {
+    odma_batch batch;
+    odma_used used[REGIONS];
+    odma_op ops[OPS];
+    odma_answer answer;
+    odma_result results[OPS];
+    odma_copy copies[COPIES];
+    odma_place moved[COPIES];
+};
+
+static struct step step;
+
+static odma_arena *fresh(void) {
+    odma_arena *arena = NULL;
+    if (unlink(path) != 0) CHECK(errno == ENOENT);
+    OK(odma_arena_create(path, &GEOMETRY, &arena, reason));
+    odma_policy policy = POLICY;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", "words", 5));
+    return arena;
+}
+
+static odma_arena *attached(void) {
+    odma_arena *arena = NULL;
+    OK(odma_arena_attach(path, &GEOMETRY, "boot", &arena, reason));
+    return arena;
+}
+
+static void checked(odma_arena *arena) { OK(odma_arena_check(arena, reason)); }
+
+static odma_report report_of(odma_arena *arena) {
+    odma_report report;
+    OK(odma_arena_report(arena, &report));
+    return report;
+}
+
+static odma_op allocate_op(const char *id, uint32_t prompt_tokens) {
+    odma_op op = {.kind = ODMA_OP_ALLOCATE,
+                  .prompt_tokens = prompt_tokens,
+                  .max_total_tokens = ODMA_UNSET,
+                  .overflow_risk = -1,
+                  .quantiles = {-1}};
+    memcpy(op.request_id, id, strnlen(id, ODMA_ID_BYTES));
+    return op;
+}
+
+static odma_op free_op(uint64_t handle, uint32_t output_tokens) {
+    return (odma_op){.kind = ODMA_OP_FREE,
+                     .handle = handle,
+                     .end = ODMA_END_FINISHED,
+                     .output_tokens = output_tokens};
+}
+
+static odma_op extend_op(uint64_t handle, uint32_t least_tokens) {
+    return (odma_op){.kind = ODMA_OP_EXTEND, .handle = handle, .least_tokens = least_tokens};
+}
+
+/* An empty batch that comes next, with room for its answer. */
+static void begin_step(odma_arena *arena) {
+    odma_report report = report_of(arena);
+    memset(&step, 0, sizeof step);
+    step.batch = (odma_batch){.epoch = report.epoch,
+                              .seq = report.seq + 1,
+                              .completed_seq = report.seq,
+                              .max_copy_tokens = ODMA_UNSET,
+                              .used = step.used,
+                              .ops = step.ops};
+    step.answer.results = step.results;
+    step.answer.copies = step.copies;
+    step.answer.moved = step.moved;
+}
+
+static void add_op(odma_op op) { step.ops[step.batch.op_count++] = op; }
+
+static odma_status run_step(odma_arena *arena) {
+    return odma_arena_apply(arena, &step.batch, &step.answer);
+}
+
+static uint64_t allocate_one(odma_arena *arena, const char *id, uint32_t prompt_tokens) {
+    begin_step(arena);
+    add_op(allocate_op(id, prompt_tokens));
+    OK(run_step(arena));
+    CHECK(step.results[0].outcome == ODMA_PLACED);
+    return step.results[0].handle;
+}
+
+/* --- what is and is not attached --- */
+
+static void an_arena_is_made_once_and_attached_once(void) {
+    odma_arena *arena = fresh(), *second = NULL;
+    GIVES(ODMA_EXISTS, odma_arena_create(path, &GEOMETRY, &second, reason));
+    GIVES(ODMA_LOCKED, odma_arena_attach(path, NULL, NULL, &second, reason));
+    CHECK(second == NULL);
+    odma_arena_close(arena);
+    odma_arena_close(NULL);
+
+    odma_geometry other = GEOMETRY;
+    other.digest++;
+    GIVES(ODMA_MISMATCH, odma_arena_attach(path, &other, NULL, &second, reason));
+    OK(odma_arena_attach(path, NULL, NULL, &second, reason));
+    OK(odma_arena_geometry(second, &other));
+    CHECK(memcmp(&other, &GEOMETRY, sizeof other) == 0);
+    odma_arena_close(second);
+    CHECK(unlink(path) == 0);
+    GIVES(ODMA_NOT_FOUND, odma_arena_attach(path, NULL, NULL, &second, reason));
+}
+
+static void a_file_that_is_not_ours_is_foreign(void) {
+    odma_arena_close(fresh());
+    odma_arena *arena = NULL;
+    char other[sizeof path + 8];
+    snprintf(other, sizeof other, "%s.other", path);
+
+    CHECK(chmod(path, 0640) == 0);
+    GIVES(ODMA_FOREIGN, odma_arena_attach(path, NULL, NULL, &arena, reason));
+    CHECK(chmod(path, 0602) == 0);
+    GIVES(ODMA_FOREIGN, odma_arena_attach(path, NULL, NULL, &arena, reason));
+    CHECK(chmod(path, 0600) == 0);
+    CHECK(symlink(path, other) == 0);
+    GIVES(ODMA_FOREIGN, odma_arena_attach(other, NULL, NULL, &arena, reason));
+    CHECK(unlink(other) == 0 && mkdir(other, 0700) == 0);
+    GIVES(ODMA_FOREIGN, odma_arena_attach(other, NULL, NULL, &arena, reason));
+    CHECK(rmdir(other) == 0 && mkfifo(other, 0600) == 0);
+    GIVES(ODMA_FOREIGN, odma_arena_attach(other, NULL, NULL, &arena, reason));
+    CHECK(unlink(other) == 0);
+    if (geteuid() == 0) {
+        CHECK(chown(path, 65534, 65534) == 0);
+        GIVES(ODMA_FOREIGN, odma_arena_attach(path, NULL, NULL, &arena, reason));
+        CHECK(chown(path, 0, 0) == 0);
+    }
+    CHECK(arena == NULL && reason[0] != 0);
+    odma_arena_close(attached());
+}
+
+static off_t size_of_file(void) {
+    struct stat status;
+    CHECK(stat(path, &status) == 0);
+    return status.st_size;
+}
+
+static void a_file_of_another_size_is_corrupt_and_stays_as_it_is(void) {
+    odma_arena_close(fresh());
+    odma_arena *arena = NULL;
+    off_t size = size_of_file();
+    const off_t sizes[] = {size + 1, size - 1, size / 2, 4096, 100, 0};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        CHECK(truncate(path, sizes[i]) == 0);
+        GIVES(ODMA_CORRUPT, odma_arena_attach(path, NULL, NULL, &arena, reason));
+        CHECK(size_of_file() == sizes[i]);
+    }
+}
+
+static void a_file_that_shrinks_under_an_arena_breaks_it(void) {
+    odma_arena *arena = fresh();
+    CHECK(truncate(path, size_of_file() - 4096) == 0);
+    begin_step(arena);
+    add_op(allocate_op("a", 100));
+    GIVES(ODMA_BROKEN, run_step(arena));
+    odma_report report;
+    GIVES(ODMA_BROKEN, odma_arena_report(arena, &report));
+    odma_arena_close(arena);
+}
+
+/* Attach either finds that a byte is wrong or is right not to care. */
+static void a_wild_byte_never_goes_unnoticed(void) {
+    odma_arena *arena = fresh();
+    allocate_one(arena, "a", 100);
+    allocate_one(arena, "b", 200);
+    odma_report before = report_of(arena);
+    odma_arena_close(arena);
+    off_t size = size_of_file();
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(file >= 0);
+    uint32_t found = 0;
+    for (int i = 0; i < 150; i++) {
+        off_t at = (off_t)((below(1 << 30) * (uint64_t)1024 + below(1024)) % (uint64_t)size);
+        if (i < 60) at = below(4096);
+        uint8_t old, wild;
+        CHECK(pread(file, &old, 1, at) == 1);
+        wild = old ^ (uint8_t)(1 + below(255));
+        CHECK(pwrite(file, &wild, 1, at) == 1);
+        odma_status status = odma_arena_attach(path, NULL, "boot", &arena, reason);
+        if (status == ODMA_OK) {
+            checked(arena);
+            odma_report report = report_of(arena);
+            CHECK(memcmp(&report, &before, sizeof report) == 0);
+            odma_arena_close(arena);
+        } else {
+            CHECK(status == ODMA_CORRUPT || status == ODMA_MISMATCH);
+            found++;
+        }
+        CHECK(pwrite(file, &old, 1, at) == 1);
+    }
+    CHECK(found > 0);
+    close(file);
+    odma_arena_close(attached());
+}
+
+/* --- a caller's mistake is a status --- */
+
+static void a_null_is_invalid(void) {
+    odma_arena *arena = fresh(), *none = NULL;
+    odma_geometry geometry;
+    odma_engine engine;
+    odma_policy policy = POLICY;
+    odma_report report;
+    odma_region region;
+    odma_place place;
+    odma_result result;
+    uint64_t handle = 1;
+    uint32_t count = 0, limits[ODMA_LIMITS];
+    double weight = 1, waste;
+    char description[ODMA_DESCRIPTION_BYTES];
+    begin_step(arena);
+    odma_op op = allocate_op("a", 10);
+
+    GIVES(ODMA_INVALID, odma_arena_create(NULL, &GEOMETRY, &none, reason));
+    GIVES(ODMA_INVALID, odma_arena_create(path, NULL, &none, reason));
+    GIVES(ODMA_INVALID, odma_arena_create(path, &GEOMETRY, NULL, reason));
+    GIVES(ODMA_EXISTS, odma_arena_create(path, &GEOMETRY, &none, NULL));
+    GIVES(ODMA_INVALID, odma_arena_attach(NULL, NULL, NULL, &none, reason));
+    GIVES(ODMA_INVALID, odma_arena_attach(path, NULL, NULL, NULL, reason));
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(NULL, 2, &ENGINE, "boot", "", 0));
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, NULL, "boot", "", 0));
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, &ENGINE, "boot", NULL, 1));
+    GIVES(ODMA_INVALID, odma_arena_end_epoch(NULL, 1));
+    GIVES(ODMA_INVALID, odma_arena_geometry(NULL, &geometry));
+    GIVES(ODMA_INVALID, odma_arena_geometry(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_engine(NULL, &engine));
+    GIVES(ODMA_INVALID, odma_arena_engine(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_description(NULL, description, &count));
+    GIVES(ODMA_INVALID, odma_arena_description(arena, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_description(arena, description, NULL));
+    GIVES(ODMA_INVALID, odma_arena_policy(NULL, &policy));
+    GIVES(ODMA_INVALID, odma_arena_policy(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_set_policy(NULL, &policy, 0));
+    GIVES(ODMA_INVALID, odma_arena_set_policy(arena, NULL, 0));
+    GIVES(ODMA_INVALID, odma_arena_replay(NULL, &step.batch, &step.answer));
+    GIVES(ODMA_INVALID, odma_arena_replay(arena, NULL, &step.answer));
+    GIVES(ODMA_INVALID, odma_arena_replay(arena, &step.batch, NULL));
+    GIVES(ODMA_INVALID, odma_arena_apply(NULL, &step.batch, &step.answer));
+    GIVES(ODMA_INVALID, odma_arena_apply(arena, NULL, &step.answer));
+    GIVES(ODMA_INVALID, odma_arena_apply(arena, &step.batch, NULL));
+    GIVES(ODMA_INVALID, odma_arena_unary(NULL, 1, &op, &result));
+    GIVES(ODMA_INVALID, odma_arena_unary(arena, 1, NULL, &result));
+    GIVES(ODMA_INVALID, odma_arena_unary(arena, 1, &op, NULL));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, 1, &handle, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, NULL, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, NULL, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, &place, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, &place, &handle, NULL));
+    GIVES(ODMA_INVALID, odma_arena_report(NULL, &report));
+    GIVES(ODMA_INVALID, odma_arena_report(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_regions(NULL, 0, &region, 1, &count));
+    GIVES(ODMA_INVALID, odma_arena_regions(arena, 0, NULL, 1, &count));
+    GIVES(ODMA_INVALID, odma_arena_regions(arena, 0, &region, 1, NULL));
+    GIVES(ODMA_INVALID, odma_arena_check(NULL, reason));
+    OK(odma_arena_check(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_class(NULL, 0, description));
+    GIVES(ODMA_INVALID, odma_arena_class(arena, 0, NULL));
+    GIVES(ODMA_INVALID, odma_arena_class_index(NULL, op.request_class, &count));
+    GIVES(ODMA_INVALID, odma_arena_class_index(arena, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_class_index(arena, op.request_class, NULL));
+    GIVES(ODMA_INVALID, odma_arena_histogram(NULL, 0, NULL));
+    GIVES(ODMA_INVALID, odma_arena_histogram(arena, 0, NULL));
+    GIVES(ODMA_INVALID, odma_arena_bins(NULL, NULL));
+    GIVES(ODMA_INVALID, odma_arena_bins(arena, NULL));
+    GIVES(ODMA_INVALID, odma_arena_completions(NULL, 0, NULL, NULL));
+    GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_quantiles(NULL, 0, 0, NULL, NULL));
+    GIVES(ODMA_INVALID, odma_arena_quantiles(arena, 0, 0, NULL, &weight));
+    GIVES(ODMA_INVALID, odma_optimal_limits(NULL, &count, 1, 1, limits, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, NULL, 1, 1, limits, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, NULL, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, limits, NULL, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, limits, &count, NULL));
+
+    step.batch.op_count = 1;
+    step.batch.ops = NULL;
+    GIVES(ODMA_INVALID, run_step(arena));
+    step.batch.op_count = 0;
+    step.batch.used_count = 1;
+    step.batch.used = NULL;
+    GIVES(ODMA_INVALID, run_step(arena));
+    step.batch.used_count = 0;
+    step.batch.ops = NULL;
+    step.answer.results = NULL;
+    GIVES(ODMA_INVALID, run_step(arena));
+    begin_step(arena);
+    step.answer.copies = NULL;
+    GIVES(ODMA_INVALID, run_step(arena));
+    begin_step(arena);
+    step.answer.moved = NULL;
+    GIVES(ODMA_INVALID, run_step(arena));
+    CHECK(report_of(arena).seq == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void a_bad_geometry_makes_no_file(void) {
+    unlink(path);
+    odma_arena *arena = NULL;
+    for (int field = 0; field < 14; field++) {
+        odma_geometry bad = GEOMETRY;
+        uint32_t *fields[] = {&bad.blocks,      &bad.block_tokens, &bad.max_regions,
+                              &bad.max_ops,     &bad.max_copies,   &bad.model_length_tokens,
+                              &bad.block_tokens};
+        const uint32_t over[] = {ODMA_MAX_BLOCKS + 1, 2048, ODMA_MAX_REGIONS + 1, ODMA_MAX_OPS + 1,
+                                 ODMA_MAX_COPIES + 1, UINT32_MAX, 48};
+        *fields[field / 2] = field % 2 ? over[field / 2] : 0;
+        GIVES(ODMA_INVALID, odma_arena_create(path, &bad, &arena, reason));
+        CHECK(access(path, F_OK) != 0);
+    }
+    char nowhere[sizeof path + 8];
+    snprintf(nowhere, sizeof nowhere, "%s/no/file", path);
+    GIVES(ODMA_IO, odma_arena_create(nowhere, &GEOMETRY, &arena, reason));
+}
+
+static void a_bad_engine_or_epoch_changes_nothing(void) {
+    odma_arena *arena = fresh();
+    allocate_one(arena, "a", 100);
+    odma_report before = report_of(arena);
+    for (int i = 0; i < 10; i++) {
+        odma_engine bad = ENGINE;
+        if (i == 0) bad.moves = 0;
+        if (i == 1) bad.moves = 4;
+        if (i == 2) bad.single_ordered_stream = 2;
+        if (i == 3) bad.copies_may_overlap = 2;
+        if (i == 4) bad.planes = 0;
+        if (i == 5) bad.descriptor_seconds = -1;
+        if (i == 6) bad.descriptor_seconds = (double)NAN;
+        if (i == 7) bad.token_seconds = -1;
+        if (i == 8) bad.token_seconds = (double)INFINITY;
+        if (i == 9) bad.token_seconds = (double)NAN;
+        GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, &bad, "boot", "", 0));
+    }
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 0, &ENGINE, "boot", "", 0));
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 1, &ENGINE, "boot", "", 0));
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, (uint64_t)1 << 53, &ENGINE, "boot", "", 0));
+    char words[ODMA_DESCRIPTION_BYTES + 1] = {0};
+    GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, &ENGINE, "boot", words, sizeof words));
+    GIVES(ODMA_EPOCH, odma_arena_end_epoch(arena, 2));
+    odma_report after = report_of(arena);
+    CHECK(memcmp(&before, &after, sizeof after) == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void a_bad_policy_is_not_installed(void) {
+    odma_arena *arena = fresh();
+    odma_policy before, after;
+    OK(odma_arena_policy(arena, &before));
+    for (int i = 0; i < 24; i++) {
+        odma_policy bad = POLICY;
+        if (i == 0) bad.start = 0;
+        if (i == 1) bad.start = 4;
+        if (i == 2) bad.overflow = 0;
+        if (i == 3) bad.overflow = 4;
+        if (i == 4) bad.step_tokens = 0;
+        if (i == 5) bad.step_tokens = (1 << 20) + 1;
+        if (i == 6) bad.limit_count = ODMA_LIMITS + 1;
+        if (i == 7) bad.limit_count = 1; /* a limit of 0 */
+        if (i == 8) {
+            bad.limit_count = 2;
+            bad.limits_tokens[0] = bad.limits_tokens[1] = 64;
+        }
+        if (i == 9) bad.overflow_risk = -0.1;
+        if (i == 10) bad.overflow_risk = 1.1;
+        if (i == 11) bad.overflow_risk = (double)NAN;
+        if (i == 12) bad.safety_share = -0.1;
+        if (i == 13) bad.safety_share = 0.91;
+        if (i == 14) bad.safety_share = (double)NAN;
+        if (i == 15) bad.unsure_ratio = 0.5;
+        if (i == 16) bad.unsure_ratio = -1;
+        if (i == 17) bad.unsure_ratio = (double)NAN;
+        if (i == 18) bad.growth = 0.9;
+        if (i == 19) bad.growth = 4.1;
+        if (i == 20) bad.growth = (double)NAN;
+        if (i == 21) bad.tenant_share = 0;
+        if (i == 22) bad.tenant_share = 1.1;
+        if (i == 23) bad.tenant_share = (double)NAN;
+        GIVES(ODMA_INVALID, odma_arena_set_policy(arena, &bad, 0));
+    }
+    odma_policy good = POLICY;
+    GIVES(ODMA_VERSION, odma_arena_set_policy(arena, &good, before.version + 1));
+    OK(odma_arena_policy(arena, &after));
+    CHECK(memcmp(&before, &after, sizeof after) == 0);
+    OK(odma_arena_set_policy(arena, &good, before.version));
+    CHECK(good.version == before.version + 1);
+    odma_arena_close(arena);
+}
+
+static void a_bad_batch_consumes_no_seq(void) {
+    odma_arena *arena = fresh();
+    uint64_t handle = allocate_one(arena, "a", 100);
+    odma_report before = report_of(arena);
+    const odma_status expected[] = {ODMA_EPOCH,   ODMA_SEQ_GAP, ODMA_SEQ_OLD, ODMA_INVALID,
+                                    ODMA_INVALID, ODMA_INVALID, ODMA_INVALID, ODMA_INVALID,
+                                    ODMA_INVALID, ODMA_INVALID};
+    const uint32_t rule[] = {0,
+                             0,
+                             0,
+                             ODMA_RULE_COMPLETED_SEQ,
+                             ODMA_RULE_COUNTS,
+                             ODMA_RULE_COUNTS,
+                             ODMA_RULE_USED_HANDLE,
+                             ODMA_RULE_USED_HANDLE,
+                             ODMA_RULE_USED_TOKENS,
+                             ODMA_RULE_COMPLETED_SEQ,
+                             ODMA_RULE_KIND,
+                             ODMA_RULE_KIND};
+    for (int i = 0; i < 12; i++) {
+        begin_step(arena);
+        add_op(allocate_op("b", 100));
+        if (i == 0) step.batch.epoch = 2;
+        if (i == 1) step.batch.seq = 3;
+        if (i == 2) step.batch.seq = 0;
+        if (i == 3) step.batch.completed_seq = 2;
+        if (i == 4) step.batch.op_count = OPS + 1;
+        if (i == 5) step.batch.used_count = REGIONS + 1;
+        if (i == 6) step.used[step.batch.used_count++].handle = handle + 1;
+        if (i == 7) step.used[0].handle = step.used[1].handle = handle;
+        if (i == 7) step.batch.used_count = 2;
+        if (i == 8) step.used[step.batch.used_count++] = (odma_used){handle, 1 << 20, 0};
+        if (i == 9) step.batch.completed_seq = UINT64_MAX;
+        if (i == 10) step.ops[0].kind = 0;
+        if (i == 11) step.ops[0].kind = 5;
+        insist_status(run_step(arena), expected[i], "a bad batch", i);
+        if (expected[i] == ODMA_INVALID) CHECK(step.answer.rule == rule[i]);
+        odma_report after = report_of(arena);
+        CHECK(memcmp(&before, &after, sizeof after) == 0);
+        checked(arena);
+    }
+    begin_step(arena);
+    OK(run_step(arena));
+    begin_step(arena);
+    step.batch.completed_seq = 0; /* it was 1 */
+    GIVES(ODMA_INVALID, run_step(arena));
+    odma_arena_close(arena);
+}
+
+static void a_bad_value_is_the_result_of_its_operation(void) {
+    odma_arena *arena = fresh();
+    uint64_t handle = allocate_one(arena, "a", 100);
+    odma_op good = allocate_op("b", 100);
+    struct {
+        odma_op op;
+        uint32_t reason, rule;
+    } cases[] = {
+        {free_op(handle + 1, 0), ODMA_REASON_NOT_FOUND, ODMA_RULE_HANDLE_UNKNOWN},
+        {free_op(0, 0), ODMA_REASON_NOT_FOUND, ODMA_RULE_HANDLE_UNKNOWN},
+        {free_op(UINT64_MAX, 0), ODMA_REASON_NOT_FOUND, ODMA_RULE_HANDLE_UNKNOWN},
+        {free_op(handle, (1 << 24) + 1), ODMA_REASON_INVALID, ODMA_RULE_OUTPUT_TOKENS},
+        {{.kind = ODMA_OP_FREE, .handle = handle}, ODMA_REASON_INVALID, ODMA_RULE_END},
+        {{.kind = ODMA_OP_FREE, .handle = handle, .end = 5}, ODMA_REASON_INVALID, ODMA_RULE_END},
+        {extend_op(handle, 0), ODMA_REASON_INVALID, ODMA_RULE_LEAST_TOKENS},
+        {extend_op(handle, 2049), ODMA_REASON_INVALID, ODMA_RULE_LEAST_TOKENS},
+        {{.kind = ODMA_OP_EXTEND, .handle = handle, .least_tokens = 300, .want_tokens = 299},
+         ODMA_REASON_INVALID,
+         ODMA_RULE_WANT_TOKENS},
+        {{.kind = ODMA_OP_EXTEND, .handle = handle, .least_tokens = 3, .want_tokens = UINT32_MAX},
+         ODMA_REASON_INVALID,
+         ODMA_RULE_WANT_TOKENS},
+        {{.kind = ODMA_OP_TRIM, .handle = handle}, ODMA_REASON_INVALID, ODMA_RULE_TO_TOKENS},
+        {{.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = UINT32_MAX},
+         ODMA_REASON_INVALID,
+         ODMA_RULE_TO_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_REQUEST_ID},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PROMPT_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PROMPT_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PROMPT_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_MAX_TOTAL_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_MAX_TOTAL_TOKENS},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_OVERFLOW_RISK},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_OVERFLOW_RISK},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
+    };
+    memset(cases[12].op.request_id, 0, ODMA_ID_BYTES);
+    cases[13].op.prompt_tokens = 0;
+    cases[14].op.prompt_tokens = UINT32_MAX;
+    cases[15].op.generated_tokens = UINT32_MAX; /* and their sum wraps around */
+    cases[16].op.max_total_tokens = 0;
+    cases[17].op.max_total_tokens = 256 * 16 + 1;
+    cases[18].op.overflow_risk = 1.5F;
+    cases[19].op.overflow_risk = NAN;
+    for (int i = 0; i < ODMA_QUANTILES; i++) {
+        cases[20].op.quantiles[i] = (float)(10 - i);
+        cases[21].op.quantiles[i] = i == 3 ? NAN : 5;
+    }
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        begin_step(arena);
+        add_op(cases[i].op);
+        OK(run_step(arena));
+        bool same = step.results[0].outcome == ODMA_REFUSED &&
+                    step.results[0].reason == cases[i].reason &&
+                    step.results[0].rule == cases[i].rule;
+        insist(same, "a bad value is refused by its rule: the case is", (int)i);
+        CHECK(report_of(arena).live == 1);
+        checked(arena);
+    }
+    odma_arena_close(arena);
+}
+
+/* --- epochs, answers, forks --- */
+
+static void an_epoch_ends_with_its_books_and_keeps_what_was_learnt(void) {
+    odma_arena *arena = fresh();
+    uint64_t handle = allocate_one(arena, "a", 100);
+    begin_step(arena);
+    add_op(free_op(handle, 40));
+    OK(run_step(arena));
+    allocate_one(arena, "b", 100);
+    OK(odma_arena_end_epoch(arena, 1));
+    GIVES(ODMA_EPOCH, run_step(arena));
+    odma_report report = report_of(arena);
+    CHECK(report.epoch == 0 && report.last_epoch == 1 && report.live == 0 && report.seq == 0);
+    CHECK(report.counters.finished == 1 && report.free_blocks == GEOMETRY.blocks);
+    OK(odma_arena_open_epoch(arena, 5, &ENGINE, "boot", "other words", 11));
+    char words[ODMA_DESCRIPTION_BYTES];
+    uint32_t bytes = 0;
+    OK(odma_arena_description(arena, words, &bytes));
+    CHECK(bytes == 11 && memcmp(words, "other words", 11) == 0);
+    static odma_completion completions[ODMA_RING];
+    uint32_t count = 0;
+    OK(odma_arena_completions(arena, ODMA_CLASS_POOL, completions, &count));
+    CHECK(count == 1 && completions[0].output_tokens == 40 && !completions[0].censored);
+    allocate_one(arena, "a", 100);
+    odma_arena_close(arena);
+
+    OK(odma_arena_attach(path, &GEOMETRY, "another boot", &arena, reason));
+    report = report_of(arena);
+    CHECK(report.rebooted && report.epoch == 0 && report.last_epoch == 5 && report.live == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void the_stored_answer_survives_and_knows_its_body(void) {
+    odma_arena *arena = fresh();
+    uint64_t handle = allocate_one(arena, "a", 100);
+    static struct step first;
+    first = step;
+    CHECK(!first.answer.replayed);
+    odma_arena_close(arena);
+    arena = attached();
+    for (int again = 0; again < 2; again++) {
+        memset(step.results, 0xff, sizeof step.results);
+        step.ops[0].quantiles[0] = 5; /* predictions are no part of the body */
+        for (int i = 1; i < ODMA_QUANTILES; i++) step.ops[0].quantiles[i] = 6;
+        OK(again ? odma_arena_replay(arena, &step.batch, &step.answer) : run_step(arena));
+        CHECK(step.answer.replayed == 1 && step.answer.seq == 1 && step.answer.result_count == 1);
+        CHECK(memcmp(step.results, first.results, sizeof *step.results) == 0);
+    }
+    struct step other = step;
+    for (int i = 0; i < 12; i++) {
+        step = other;
+        step.batch.ops = step.ops;
+        if (i == 0) step.ops[0].prompt_tokens++;
+        if (i == 1) step.ops[0].request_id[63] = 'x';
+        if (i == 2) step.ops[0].request_class[0] = 'x';
+        if (i == 3) step.ops[0].tenant[31] = 'x';
+        if (i == 4) step.ops[0].generated_tokens++;
+        if (i == 5) step.ops[0].max_total_tokens = 2048;
+        if (i == 6) step.ops[0].guess_tokens = 1;
+        if (i == 7) step.ops[0].overflow_risk = 0.5F;
+        if (i == 8) step.ops[0].has_text = 1;
+        if (i == 9) step.batch.pass_refused = 1;
+        if (i == 10) step.batch.max_copy_tokens = 0;
+        if (i == 11) step.batch.op_count = 0;
+        insist_status(run_step(arena), ODMA_SEQ_CHANGED, "another body", i);
+        insist_status(odma_arena_replay(arena, &step.batch, &step.answer), ODMA_SEQ_CHANGED,
+                      "another body", i);
+    }
+    begin_step(arena);
+    GIVES(ODMA_NOT_FOUND, odma_arena_replay(arena, &step.batch, &step.answer));
+    step.batch.seq = 3;
+    GIVES(ODMA_SEQ_GAP, odma_arena_replay(arena, &step.batch, &step.answer));
+    odma_result result;
+    odma_op op = free_op(handle, 1);
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    CHECK(result.outcome == ODMA_FREED);
+    step = other;
+    OK(run_step(arena));
+    CHECK(step.answer.replayed == 1 && step.results[0].handle == handle);
+    odma_arena_close(arena);
+}
+
+static void a_forked_child_must_attach_for_itself(void) {
+    odma_arena *arena = fresh();
+    allocate_one(arena, "a", 100);
+    begin_step(arena);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        odma_report report;
+        odma_arena *own = NULL;
+        GIVES(ODMA_FORKED, odma_arena_report(arena, &report));
+        GIVES(ODMA_FORKED, run_step(arena));
+        GIVES(ODMA_FORKED, odma_arena_check(arena, reason));
+        GIVES(ODMA_FORKED, odma_arena_end_epoch(arena, 1));
+        GIVES(ODMA_LOCKED, odma_arena_attach(path, NULL, NULL, &own, reason));
+        odma_arena_close(arena);
+        _exit(0);
+    }
+    int ended = -1;
+    CHECK(waitpid(child, &ended, 0) == child && ended == 0);
+    OK(run_step(arena));
+    checked(arena);
+    odma_arena *second = NULL;
+    GIVES(ODMA_LOCKED, odma_arena_attach(path, NULL, NULL, &second, reason));
+    odma_arena_close(arena);
+}
+
+/* --- random mixes --- */
+
+static odma_region regions[ROOM];
+static uint32_t region_count;
+
+static void list_regions(odma_arena *arena) {
+    OK(odma_arena_regions(arena, 0, regions, ROOM, &region_count));
+    CHECK(region_count <= 2 * REGIONS);
+}
+
+static odma_op random_op(void) {
+    static uint32_t names;
+    const odma_region *region = region_count ? &regions[below(region_count)] : NULL;
+    uint64_t handle = region != NULL ? region->handle : below(1000);
+    uint32_t length = region != NULL ? region->length * 16 : 16;
+    uint32_t choice = below(10);
+    if (choice < 3) return free_op(handle, below(500));
+    if (choice < 6) return extend_op(handle, length + below(200));
+    if (choice < 7)
+        return (odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = 1 + below(length)};
+    char id[ODMA_ID_BYTES] = {0};
+    snprintf(id, sizeof id, "request %u", names++);
+    odma_op op = allocate_op(id, 1 + below(400));
+    snprintf(op.request_class, sizeof op.request_class, "class %u", below(80));
+    return op;
+}
+
+static void random_step(odma_arena *arena) {
+    list_regions(arena);
+    begin_step(arena);
+    for (uint32_t i = 0; i < region_count; i++) {
+        if (regions[i].state != ODMA_REGION_LIVE || below(20) == 0) continue;
+        step.used[step.batch.used_count++] =
+            (odma_used){.handle = regions[i].handle,
+                        .used_tokens = below(regions[i].length * 16 + 1),
+                        .pinned = below(30) == 0};
+    }
+    step.batch.pass_refused = below(2);
+    odma_report report = report_of(arena);
+    uint32_t behind = (uint32_t)(report.seq - report.completed_seq);
+    step.batch.completed_seq = report.completed_seq + below(behind + 1);
+    for (uint32_t count = below(OPS / 2); step.batch.op_count < count;) add_op(random_op());
+}
+
+/* An engine and a policy for each case: every kind of both comes up. */
+static void begin_random(odma_arena *arena, uint32_t number) {
+    odma_engine engine = ENGINE;
+    odma_policy policy = POLICY;
+    engine.moves = 1 + number % 3;
+    engine.single_ordered_stream = number / 3 % 2;
+    engine.copies_may_overlap = number / 6 % 2;
+    policy.start = 1 + number / 2 % 3;
+    policy.overflow = 1 + number / 4 % 3;
+    policy.safety_share = number % 5 * 0.1;
+    policy.limit_count = number % 4;
+    for (uint32_t i = 0; i < policy.limit_count; i++) policy.limits_tokens[i] = 100 * (i + 1);
+    OK(odma_arena_open_epoch(arena, 2 + number, &engine, "boot", NULL, 0));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+}
+
+static void random_steps_keep_every_rule(void) {
+    odma_arena *arena = fresh();
+    for (uint32_t number = 0; number < 36; number++) {
+        begin_random(arena, number);
+        for (int i = 0; i < 150; i++) {
+            random_step(arena);
+            OK(run_step(arena));
+            checked(arena);
+            if (below(40) > 0) continue;
+            odma_report before = report_of(arena);
+            odma_arena_close(arena);
+            arena = attached();
+            odma_report after = report_of(arena);
+            CHECK(memcmp(&before, &after, sizeof after) == 0);
+        }
+    }
+    odma_arena_close(arena);
+}
+
+static void the_largest_batch_is_answered(void) {
+    odma_geometry geometry = {.blocks = 40000,
+                              .block_tokens = 16,
+                              .max_regions = ODMA_MAX_OPS,
+                              .max_ops = ODMA_MAX_OPS,
+                              .max_copies = 1, /* regions without tokens move without copies */
+                              .model_length_tokens = 1024};
+    odma_arena *arena = NULL;
+    odma_policy policy = POLICY;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
+    odma_op *ops = calloc(ODMA_MAX_OPS, sizeof *ops);
+    odma_used *used = calloc(ODMA_MAX_OPS, sizeof *used);
+    odma_result *results = calloc(ODMA_MAX_OPS, sizeof *results);
+    odma_copy copy;
+    odma_place moved;
+    odma_answer answer = {.results = results, .copies = &copy, .moved = &moved};
+    odma_batch batch = {.epoch = 1, .seq = 1, .max_copy_tokens = ODMA_UNSET,
+                        .op_count = ODMA_MAX_OPS, .used = used, .ops = ops};
+    for (uint32_t i = 0; i < ODMA_MAX_OPS; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "%u", i);
+        ops[i] = allocate_op(id, 64 + i % 65);
+    }
+    OK(odma_arena_apply(arena, &batch, &answer));
+    checked(arena);
+    CHECK(answer.result_count == ODMA_MAX_OPS);
+
+    for (uint32_t i = 0; i < ODMA_MAX_OPS; i++) {
+        CHECK(results[i].outcome == ODMA_PLACED);
+        used[i].handle = results[i].handle;
+        ops[i] = i % 2 ? extend_op(results[i].handle, 256) : free_op(results[i].handle, 100);
+    }
+    batch = (odma_batch){.epoch = 1, .seq = 2, .completed_seq = 1, .max_copy_tokens = ODMA_UNSET,
+                         .used_count = ODMA_MAX_OPS, .op_count = ODMA_MAX_OPS,
+                         .used = used, .ops = ops};
+    OK(odma_arena_apply(arena, &batch, &answer));
+    checked(arena);
+    CHECK(answer.copy_count <= 1 && answer.moved_count <= 1);
+    OK(odma_arena_apply(arena, &batch, &answer));
+    CHECK(answer.replayed == 1);
+    free(ops);
+    free(used);
+    free(results);
+    odma_arena_close(arena);
+}
+
+/* --- dying between two stores --- */
+
+static int stores_to_live = -1;
+
+void before_store(void);
+
+void before_store(void) {
+    if (stores_to_live >= 0 && stores_to_live-- == 0) _exit(9);
+}
+
+static void copy_file(const char *from, const char *to) {
+    char command[2 * sizeof path + 32];
+    snprintf(command, sizeof command, "cp -p '%s' '%s'", from, to);
+    CHECK(system(command) == 0);
+}
+
+/* Let a child do the step at hand and die before its `number`th store. */
+static bool dies_at_store(int number) {
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        odma_arena *arena = attached();
+        stores_to_live = number;
+        OK(run_step(arena));
+        odma_arena_close(arena);
+        _exit(0);
+    }
+    int ended = -1;
+    CHECK(waitpid(child, &ended, 0) == child && WIFEXITED(ended));
+    CHECK(WEXITSTATUS(ended) == 9 || WEXITSTATUS(ended) == 0);
+    return WEXITSTATUS(ended) == 9;
+}
+
+/* The answer and the books are those of a process that did not die. */
+static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
+    odma_arena *arena = fresh();
+    for (int i = 0; i < 30; i++) {
+        random_step(arena);
+        OK(run_step(arena));
+    }
+    random_step(arena);
+    for (int i = 0; i < 4; i++) add_op(random_op());
+    odma_arena_close(arena);
+    char saved[sizeof path + 8];
+    snprintf(saved, sizeof saved, "%s.saved", path);
+    copy_file(path, saved);
+
+    arena = attached();
+    OK(run_step(arena));
+    static struct step whole;
+    whole = step;
+    static odma_region books[ROOM];
+    list_regions(arena);
+    uint32_t book_count = region_count;
+    memcpy(books, regions, sizeof books);
+    odma_report report = report_of(arena);
+    odma_arena_close(arena);
+
+    bool died = true;
+    uint32_t before = 0, after = 0;
+    for (int number = 0; died; number++) {
+        copy_file(saved, path);
+        died = dies_at_store(number);
+        arena = attached();
+        checked(arena);
+        bool done = report_of(arena).seq == whole.batch.seq;
+        *(done ? &after : &before) += 1;
+        CHECK(done || report_of(arena).seq == whole.batch.seq - 1);
+        memset(&step.results, 0, sizeof step.results);
+        OK(run_step(arena));
+        CHECK(step.answer.replayed == (done ? 1 : 0));
+        CHECK(memcmp(step.results, whole.results, sizeof step.results) == 0);
+        CHECK(step.answer.copy_count == whole.answer.copy_count);
+        CHECK(memcmp(step.copies, whole.copies, whole.answer.copy_count * sizeof *step.copies) == 0);
+        list_regions(arena);
+        CHECK(region_count == book_count);
+        CHECK(memcmp(books, regions, region_count * sizeof *books) == 0);
+        odma_report now = report_of(arena);
+        CHECK(memcmp(&now, &report, sizeof now) == 0);
+        odma_arena_close(arena);
+    }
+    CHECK(before > 4 && after > 4);
+}
+
+/* --- limits --- */
+
+static double waste_of(const double *weights, const uint32_t *upper, uint32_t bins,
+                       const uint32_t *limits, uint32_t count) {
+    double waste = 0;
+    for (uint32_t i = 0; i < bins; i++) {
+        uint32_t k = 0;
+        while (k < count && limits[k] < upper[i]) k++;
+        CHECK(k < count);
+        waste += weights[i] * (limits[k] - upper[i]);
+    }
+    return waste;
+}
+
+/* Try every choice of at most `most` bins that holds the last one. */
+static double least_waste(const double *weights, const uint32_t *upper, uint32_t bins,
+                          uint32_t most) {
+    double least = INFINITY;
+    for (uint32_t choice = 0; choice < 1U << (bins - 1); choice++) {
+        uint32_t limits[16], count = 0;
+        for (uint32_t i = 0; i < bins; i++)
+            if (i == bins - 1 || choice >> i & 1) limits[count++] = upper[i];
+        if (count > most) continue;
+        double waste = waste_of(weights, upper, bins, limits, count);
+        if (waste < least) least = waste;
+    }
+    return least;
+}
+
+static void the_best_limits_are_the_best_of_all(void) {
+    for (int round = 0; round < 600; round++) {
+        double weights[10], waste = -1;
+        uint32_t upper[10], limits[ODMA_LIMITS], found = 0, last = 0;
+        uint32_t bins = 1 + below(10), most = 1 + below(6);
+        for (uint32_t i = 0; i < bins; i++) {
+            weights[i] = below(3) ? below(50) : 0;
+            last = upper[i] = last + 1 + below(100);
+        }
+        OK(odma_optimal_limits(weights, upper, bins, most, limits, &found, &waste));
+        CHECK(found >= 1 && found <= most && limits[found - 1] == upper[bins - 1]);
+        for (uint32_t i = 1; i < found; i++) CHECK(limits[i - 1] < limits[i]);
+        for (uint32_t i = 0; i < found; i++) {
+            uint32_t k = 0;
+            while (k < bins && upper[k] != limits[i]) k++;
+            CHECK(k < bins);
+        }
+        CHECK(fabs(waste - waste_of(weights, upper, bins, limits, found)) < 1e-6);
+        CHECK(fabs(waste - least_waste(weights, upper, bins, most)) < 1e-6);
+    }
+}
+
+static void limits_of_nonsense_are_invalid(void) {
+    double weights[4] = {1, 1, 1, 1}, waste;
+    uint32_t upper[4] = {1, 2, 3, 4}, limits[ODMA_LIMITS], found;
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 0, 1, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4097, 1, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 0, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 17, limits, &found, &waste));
+    weights[2] = -1;
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+    weights[2] = (double)NAN;
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+    weights[2] = 1;
+    upper[2] = 2;
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+}
+
+static void a_status_has_a_name(void) {
+    for (int i = -1; i < 40; i++) {
+        const char *name = odma_status_name((odma_status)i);
+        CHECK(name != NULL && name[0] != 0);
+    }
+}
+
+#define FACT(name) {#name, name}
+
+static const struct {
+    const char *name;
+    void (*test)(void);
+} FACTS[] = {
+    FACT(an_arena_is_made_once_and_attached_once),
+    FACT(a_file_that_is_not_ours_is_foreign),
+    FACT(a_file_of_another_size_is_corrupt_and_stays_as_it_is),
+    FACT(a_file_that_shrinks_under_an_arena_breaks_it),
+    FACT(a_wild_byte_never_goes_unnoticed),
+    FACT(a_null_is_invalid),
+    FACT(a_bad_geometry_makes_no_file),
+    FACT(a_bad_engine_or_epoch_changes_nothing),
+    FACT(a_bad_policy_is_not_installed),
+    FACT(a_bad_batch_consumes_no_seq),
+    FACT(a_bad_value_is_the_result_of_its_operation),
+    FACT(an_epoch_ends_with_its_books_and_keeps_what_was_learnt),
+    FACT(the_stored_answer_survives_and_knows_its_body),
+    FACT(a_forked_child_must_attach_for_itself),
+    FACT(random_steps_keep_every_rule),
+    FACT(the_largest_batch_is_answered),
+    FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
+    FACT(the_best_limits_are_the_best_of_all),
+    FACT(limits_of_nonsense_are_invalid),
+    FACT(a_status_has_a_name),
+};
+
+/* test_arena DIRECTORY FACT: exit 0 if it holds. test_arena: list the facts. */
+int main(int argc, char **argv) {
+    for (size_t i = 0; i < sizeof FACTS / sizeof *FACTS; i++) {
+        if (argc < 3) {
+            puts(FACTS[i].name);
+        } else if (strcmp(argv[2], FACTS[i].name) == 0) {
+            snprintf(path, sizeof path, "%s/arena", argv[1]);
+            FACTS[i].test();
+            return 0;
+        }
+    }
+    return argc < 3 ? 0 : 2;
+}
