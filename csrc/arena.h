@@ -166,13 +166,14 @@ struct odma_arena {
     uint32_t waits_first;
     uint32_t *ids;               /* request id -> slot, open addressing */
     uint32_t ids_mask;
+    uint32_t *id_hashes;         /* of the live slots' request ids */
     uint32_t bin_upper[ODMA_BINS];
 
     /* the batch in hand */
     uint64_t tick;
     uint64_t batch_seq;          /* used_tokens said in it hold; UINT64_MAX: none */
     struct note *notes;
-    uint32_t *moved;             /* slots that moved, each once */
+    uint32_t *moved;             /* slots that moved: at most max_copies */
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */
     uint32_t pins;
@@ -217,8 +218,9 @@ uint32_t open_window(odma_arena *arena, uint32_t left, uint32_t right);
 uint32_t close_window(odma_arena *arena, uint32_t prev, uint32_t next);
 uint32_t take_slot(odma_arena *arena);
 void give_slot(odma_arena *arena, uint32_t slot);
-uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES]);
-void add_id(odma_arena *arena, uint32_t slot);
+uint32_t id_hash(const char id[ODMA_ID_BYTES]);
+uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t hash);
+void add_id(odma_arena *arena, uint32_t slot, uint32_t hash);
 void drop_id(odma_arena *arena, uint32_t slot);
 
 /* --- policy.c --- */

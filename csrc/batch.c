@@ -84,7 +84,7 @@ static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule
 void forget_books(odma_arena *arena) {
     struct books *books = arena->books;
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (arena->slots[i].generation == 0) continue;
+        if (arena->slots[i].generation == 0 && arena->slots[i].state == SLOT_FREE) continue;
         arena->slots[i] = (struct slot){0};
         mark(arena, &arena->slots[i], sizeof(struct slot));
     }
@@ -296,7 +296,7 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
     mark(arena, request, sizeof *request);
 }
 
-static void begin_region(odma_arena *arena, uint32_t slot) {
+static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
     struct slot *region = &arena->slots[slot];
     bool batch = arena->batch_seq != UINT64_MAX;
     *region = (struct slot){.state = ODMA_REGION_LIVE,
@@ -304,7 +304,7 @@ static void begin_region(odma_arena *arena, uint32_t slot) {
                             .seq = batch ? arena->batch_seq : 0};
     set_place(arena, slot);
     arena->notes[slot] = (struct note){.tick = arena->tick};
-    add_id(arena, slot);
+    add_id(arena, slot, hash);
     arena->live++;
 }
 
@@ -328,7 +328,8 @@ static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_re
                                    ? arena->geometry.model_length_tokens
                                    : capacity);
     uint32_t rule = allocate_rule(arena, op, max_total);
-    uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id) : NONE;
+    uint32_t hash = id_hash(op->request_id);
+    uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
     if (alive != NONE) {
         const struct request *request = &arena->requests[alive];
         if (request->prompt_tokens == op->prompt_tokens &&
@@ -348,7 +349,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_re
         return;
     }
     uint32_t length = first_blocks(arena, op, max_total);
-    uint64_t tenant = hash_bytes(op->tenant, sizeof op->tenant);
+    uint64_t tenant = op->tenant[0] == 0 ? 0 : hash_bytes(op->tenant, sizeof op->tenant);
     bool unsure = is_unsure(arena, op->quantiles);
     struct plan_refusal refusal = {.reason = admission(arena, length, tenant, unsure)};
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
@@ -362,7 +363,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_re
     write_request(arena, slot, op, max_total, tenant);
     if (arena->live > 0 && arena->free_blocks < safety_blocks(arena))
         arena->books->counters.safety_hits_unsure++;
-    begin_region(arena, slot);
+    begin_region(arena, slot, hash);
     arena->books->counters.allocates++;
     placed(arena, slot, result);
 }
@@ -387,12 +388,16 @@ static void feed(struct digest *digest, uint64_t value) {
     digest->high = mix(digest->high + value * 0x9e3779b97f4a7c15ULL + 1);
 }
 
+/* Words up to the first that is all padding, then their number. */
 static void feed_name(struct digest *digest, const char *name, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 8) {
+    size_t i = 0;
+    for (; i < bytes; i += 8) {
         uint64_t word;
         memcpy(&word, name + i, 8);
+        if (word == 0) break;
         feed(digest, word);
     }
+    feed(digest, i);
 }
 
 static void feed_op(struct digest *digest, const odma_op *op) {

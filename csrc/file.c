@@ -52,15 +52,16 @@ enum { PROGRESS_OFFSET = 2048 };
 
 struct record {
     uint64_t commit; /* the lsn, once the rest is written; else 0 */
-    uint64_t sum;    /* of all below and of what follows */
+    uint64_t sum;    /* of all below and of the answer */
     uint64_t lsn;
     uint64_t books_sum;
+    uint64_t changes_sum; /* of the granules, at their places in the books */
     uint64_t epoch, seq;
     uint64_t fingerprint[2];
     uint32_t policy_version;
     uint32_t results, copies, moved; /* counts */
     uint32_t granules;
-    uint32_t pad[3];
+    uint32_t pad;
 };
 
 static uint64_t align_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -102,12 +103,13 @@ static uint64_t word_sum(uint64_t place, uint64_t word) {
     return word == 0 ? 0 : mix(word ^ (place + 1) * 0x9e3779b97f4a7c15ULL);
 }
 
-static uint64_t words_sum(const uint8_t *bytes, uint64_t offset, uint64_t count) {
+/* Sum of `count` bytes that belong at `place` of the books. */
+static uint64_t place_sum(const uint8_t *bytes, uint64_t place, uint64_t count) {
     uint64_t sum = 0;
     for (uint64_t i = 0; i < count; i += 8) {
         uint64_t word;
-        memcpy(&word, bytes + offset + i, 8);
-        sum ^= word_sum(offset + i, word);
+        memcpy(&word, bytes + i, 8);
+        sum ^= word_sum(place + i, word);
     }
     return sum;
 }
@@ -183,46 +185,46 @@ void mark(odma_arena *arena, const void *object, size_t bytes) {
     }
 }
 
-/* Collect the granules that differ from the file's, and the sum that the books
- * will have with them. */
-static uint32_t collect(odma_arena *arena, uint64_t *sum) {
+/* Collect the granules that differ from the file's, and the sums of the books
+ * as they will be. */
+static void collect(odma_arena *arena, struct record *record) {
     const uint8_t *now = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
     uint32_t count = 0;
-    *sum = arena->sum;
+    record->books_sum = arena->sum;
     for (uint32_t i = 0; i < arena->dirty_count; i++) {
         uint32_t granule = arena->dirty[i];
         uint64_t offset = (uint64_t)granule * GRANULE_BYTES;
         arena->dirty_bits[granule / 64] &= ~((uint64_t)1 << (granule % 64));
         if (memcmp(now + offset, file + offset, GRANULE_BYTES) == 0) continue;
-        *sum ^= words_sum(file, offset, GRANULE_BYTES) ^ words_sum(now, offset, GRANULE_BYTES);
+        uint64_t sum = place_sum(now + offset, offset, GRANULE_BYTES);
+        record->changes_sum ^= sum;
+        record->books_sum ^= sum ^ place_sum(file + offset, offset, GRANULE_BYTES);
         arena->record_indexes[count] = granule;
         memcpy(arena->record_granules + (uint64_t)count * GRANULE_BYTES, now + offset, GRANULE_BYTES);
         count++;
     }
     arena->dirty_count = 0;
-    return count;
+    record->granules = count;
 }
 
 static uint64_t record_sum(const struct record *record, const void *results, const void *copies,
-                           const void *moved, const void *indexes, const void *granules) {
+                           const void *moved) {
     uint64_t sum = hash_bytes(&record->lsn, sizeof *record - offsetof(struct record, lsn));
     sum = mix(sum ^ hash_bytes(results, record->results * sizeof(odma_result)));
     sum = mix(sum ^ hash_bytes(copies, record->copies * sizeof(odma_copy)));
-    sum = mix(sum ^ hash_bytes(moved, record->moved * sizeof(odma_place)));
-    sum = mix(sum ^ hash_bytes(indexes, record->granules * sizeof(uint32_t)));
-    return mix(sum ^ hash_bytes(granules, (size_t)record->granules * GRANULE_BYTES));
+    return mix(sum ^ hash_bytes(moved, record->moved * sizeof(odma_place)));
 }
 
-static void apply_changes(odma_arena *arena, const uint32_t *indexes, const uint8_t *granules,
-                          uint32_t count, const struct progress *progress) {
-    for (uint32_t i = 0; i < count; i++)
+static void apply_changes(odma_arena *arena, const struct record *record, const uint32_t *indexes,
+                          const uint8_t *granules) {
+    for (uint32_t i = 0; i < record->granules; i++)
         store(arena, arena->layout.books_offset + (uint64_t)indexes[i] * GRANULE_BYTES,
               granules + (uint64_t)i * GRANULE_BYTES, GRANULE_BYTES);
-    store(arena, PROGRESS_OFFSET + offsetof(struct progress, sum), &progress->sum, 8);
-    store(arena, PROGRESS_OFFSET + offsetof(struct progress, lsn), &progress->lsn, 8);
-    arena->lsn = progress->lsn;
-    arena->sum = progress->sum;
+    store(arena, PROGRESS_OFFSET + offsetof(struct progress, sum), &record->books_sum, 8);
+    store(arena, PROGRESS_OFFSET + offsetof(struct progress, lsn), &record->lsn, 8);
+    arena->lsn = record->lsn;
+    arena->sum = record->books_sum;
 }
 
 static bool file_is_whole(const odma_arena *arena) {
@@ -238,14 +240,11 @@ static odma_status commit_record(odma_arena *arena, uint32_t index, struct recor
     }
     const struct layout *layout = &arena->layout;
     uint64_t at = record_offset(arena, index);
-    struct progress progress = {.lsn = arena->lsn + 1};
-    record->granules = collect(arena, &progress.sum);
-    record->lsn = progress.lsn;
-    record->books_sum = progress.sum;
+    collect(arena, record);
+    record->lsn = arena->lsn + 1;
     record->epoch = arena->books->epoch;
     record->policy_version = arena->books->policy.version;
-    record->sum = record_sum(record, arena->results, arena->copies, arena->places,
-                             arena->record_indexes, arena->record_granules);
+    record->sum = record_sum(record, arena->results, arena->copies, arena->places);
 
     const uint64_t none = 0;
     store(arena, at, &none, 8);
@@ -258,7 +257,7 @@ static odma_status commit_record(odma_arena *arena, uint32_t index, struct recor
           (size_t)record->granules * GRANULE_BYTES);
     store(arena, at, &record->lsn, 8);
 
-    apply_changes(arena, arena->record_indexes, arena->record_granules, record->granules, &progress);
+    apply_changes(arena, record, arena->record_indexes, arena->record_granules);
     return ODMA_OK;
 }
 
@@ -288,9 +287,17 @@ static const struct record *whole_record(const odma_arena *arena, uint32_t index
     if (record->results > arena->geometry.max_ops || record->copies > arena->geometry.max_copies ||
         record->moved > arena->geometry.max_copies || record->granules > layout->record_granules)
         return NULL;
-    uint64_t sum = record_sum(record, at + layout->results, at + layout->copies, at + layout->moved,
-                              at + layout->indexes, at + layout->granules);
-    return sum == record->sum ? record : NULL;
+    if (record->sum !=
+        record_sum(record, at + layout->results, at + layout->copies, at + layout->moved))
+        return NULL;
+    const uint32_t *indexes = (const void *)(at + layout->indexes);
+    uint64_t changes = 0;
+    for (uint32_t i = 0; i < record->granules; i++) {
+        if (indexes[i] >= layout->books_bytes / GRANULE_BYTES) return NULL;
+        changes ^= place_sum(at + layout->granules + (uint64_t)i * GRANULE_BYTES,
+                             (uint64_t)indexes[i] * GRANULE_BYTES, GRANULE_BYTES);
+    }
+    return changes == record->changes_sum ? record : NULL;
 }
 
 odma_status stored_answer(odma_arena *arena, const uint64_t fingerprint[2], odma_answer *answer) {
@@ -327,11 +334,7 @@ static odma_status redo(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
         if (record == NULL)
             return refuse(reason, ODMA_CORRUPT, "record %u was committed but is damaged", i);
         const uint32_t *indexes = (const void *)(at + arena->layout.indexes);
-        for (uint32_t k = 0; k < record->granules; k++)
-            if (indexes[k] >= arena->layout.books_bytes / GRANULE_BYTES)
-                return refuse(reason, ODMA_CORRUPT, "record %u writes beyond the books", i);
-        struct progress progress = {.lsn = record->lsn, .sum = record->books_sum};
-        apply_changes(arena, indexes, at + arena->layout.granules, record->granules, &progress);
+        apply_changes(arena, record, indexes, at + arena->layout.granules);
         return ODMA_OK;
     }
     return ODMA_OK;
@@ -346,7 +349,7 @@ static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES])
     if (status != ODMA_OK) return status;
 
     memcpy(arena->books, arena->map + arena->layout.books_offset, arena->layout.books_bytes);
-    if (words_sum((const uint8_t *)arena->books, 0, arena->layout.books_bytes) != arena->sum)
+    if (place_sum((const uint8_t *)arena->books, 0, arena->layout.books_bytes) != arena->sum)
         return refuse(reason, ODMA_CORRUPT, "the sum of the books is wrong");
     const char *fault = books_fault(arena);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "%s", fault);
@@ -386,9 +389,10 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->spare_slots = zeroed(table, sizeof(uint32_t), &enough);
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
     arena->ids = zeroed(ids, sizeof(uint32_t), &enough);
+    arena->id_hashes = zeroed(table, sizeof(uint32_t), &enough);
     arena->ids_mask = ids - 1;
     arena->notes = zeroed(table, sizeof *arena->notes, &enough);
-    arena->moved = zeroed(table, sizeof(uint32_t), &enough);
+    arena->moved = zeroed(geometry->max_copies, sizeof(uint32_t), &enough);
     arena->results = zeroed(geometry->max_ops, sizeof *arena->results, &enough);
     arena->copies = zeroed(geometry->max_copies, sizeof *arena->copies, &enough);
     arena->places = zeroed(geometry->max_copies, sizeof *arena->places, &enough);
@@ -421,6 +425,7 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->spare_slots);
     free(arena->waits);
     free(arena->ids);
+    free(arena->id_hashes);
     free(arena->notes);
     free(arena->moved);
     free(arena->results);

@@ -90,8 +90,8 @@ uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_t
         start = op->prompt_tokens +
                 output_at(op->quantiles, risk, (double)max_total - op->prompt_tokens);
         if (start < held + 1) start = held + 1;
-        if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;
     }
+    if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;
     return rounded(arena, start, max_total);
 }
 

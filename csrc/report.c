@@ -111,7 +111,8 @@ static const char *run_fault(const odma_arena *arena, uint32_t id, uint32_t star
     const struct slot *slot = &arena->slots[id];
     if (slot->state == SLOT_FREE || slot->start != run->start || slot->length != run->length)
         return "a run and its slot disagree";
-    if (slot->state == ODMA_REGION_LIVE && find_id(arena, arena->requests[id].id) != id)
+    const char *name = arena->requests[id].id;
+    if (slot->state == ODMA_REGION_LIVE && find_id(arena, name, id_hash(name)) != id)
         return "a request id leads elsewhere";
     return NULL;
 }

@@ -252,34 +252,34 @@ void give_slot(odma_arena *arena, uint32_t slot) {
 
 /* --- request ids --- */
 
-static uint32_t id_home(const odma_arena *arena, const char id[ODMA_ID_BYTES]) {
+uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
     const char *end = memchr(id, 0, ODMA_ID_BYTES);
-    size_t bytes = end == NULL ? ODMA_ID_BYTES : (size_t)(end - id);
-    return (uint32_t)hash_bytes(id, bytes) & arena->ids_mask;
-}
-
-static uint32_t id_place(const odma_arena *arena, const char id[ODMA_ID_BYTES]) {
-    uint32_t i = id_home(arena, id);
-    while (arena->ids[i] != NONE &&
-           memcmp(arena->requests[arena->ids[i]].id, id, ODMA_ID_BYTES) != 0)
-        i = (i + 1) & arena->ids_mask;
-    return i;
+    return (uint32_t)hash_bytes(id, end == NULL ? ODMA_ID_BYTES : (size_t)(end - id));
 }
 
 /* The live region of a request id, or NONE. */
-uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES]) {
-    return arena->ids[id_place(arena, id)];
+uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t hash) {
+    for (uint32_t i = hash & arena->ids_mask;; i = (i + 1) & arena->ids_mask) {
+        uint32_t slot = arena->ids[i];
+        if (slot == NONE || (arena->id_hashes[slot] == hash &&
+                             memcmp(arena->requests[slot].id, id, ODMA_ID_BYTES) == 0))
+            return slot;
+    }
 }
 
-void add_id(odma_arena *arena, uint32_t slot) {
-    arena->ids[id_place(arena, arena->requests[slot].id)] = slot;
+void add_id(odma_arena *arena, uint32_t slot, uint32_t hash) {
+    uint32_t i = hash & arena->ids_mask;
+    while (arena->ids[i] != NONE) i = (i + 1) & arena->ids_mask;
+    arena->ids[i] = slot;
+    arena->id_hashes[slot] = hash;
 }
 
 void drop_id(odma_arena *arena, uint32_t slot) {
-    uint32_t hole = id_place(arena, arena->requests[slot].id);
+    uint32_t hole = arena->id_hashes[slot] & arena->ids_mask;
+    while (arena->ids[hole] != slot) hole = (hole + 1) & arena->ids_mask;
     for (uint32_t i = (hole + 1) & arena->ids_mask; arena->ids[i] != NONE;
          i = (i + 1) & arena->ids_mask) {
-        uint32_t home = id_home(arena, arena->requests[arena->ids[i]].id);
+        uint32_t home = arena->id_hashes[arena->ids[i]];
         if (((i - home) & arena->ids_mask) < ((i - hole) & arena->ids_mask)) continue;
         arena->ids[hole] = arena->ids[i];
         hole = i;
@@ -350,9 +350,11 @@ const char *runs_rebuild(odma_arena *arena) {
     uint32_t waits = 0;
     for (uint32_t i = 0; i < table; i++) {
         if (arena->slots[i].state == ODMA_REGION_LIVE) {
-            if (find_id(arena, arena->requests[i].id) != NONE) return "two regions have one id";
+            uint32_t hash = id_hash(arena->requests[i].id);
+            if (find_id(arena, arena->requests[i].id, hash) != NONE)
+                return "two regions have one id";
             if (++arena->live > arena->geometry.max_regions) return "too many regions are live";
-            add_id(arena, i);
+            add_id(arena, i, hash);
         } else if (arena->slots[i].state == ODMA_REGION_WAITING) {
             keys[waits++] = (struct key){.value = arena->slots[i].seq, .slot = i};
             arena->waiting_blocks += arena->slots[i].length;

@@ -18,8 +18,8 @@ from odma_service.client import Client
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
 
-USAGE_ERROR = typer.BadParameter.__mro__[1]
-"""Base of what a wrong command line raises; typer does not export it."""
+UsageError: Any = typer.BadParameter.__base__
+"""What a wrong command line raises; typer does not export it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +37,19 @@ def main() -> None:
     """Run the command that sys.argv asks for, and exit."""
     try:
         code = app(standalone_mode=False)
-    except (OdmaError, USAGE_ERROR) as error:
-        message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
-        if message:
-            print(f"odma: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
-        code = 2
+    except OdmaError as error:
+        code = _fail(str(error))
+    except UsageError as error:
+        code = _fail(error.format_message())
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    if message:  # there is none where the help was printed
+        typer.echo(f"odma: {' '.join(message.split())}", err=True)
+    return 2
 
 
 def _print_version(wanted: bool) -> None:

@@ -122,7 +122,7 @@ class Client:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pools = PoolServiceStub(self._channel)
         self.memory = MemoryServiceStub(self._channel)
 
@@ -384,7 +384,7 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
 def _error_from(error: grpc.RpcError) -> OdmaError:
     """Return the error that a failed call stands for."""
     code, text = error.code(), error.details() or ""
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast("grpc.Call", error))
     info = error_details_pb2.ErrorInfo()
     if status is not None and any(detail.Unpack(info) for detail in status.details):
         if info.reason == "REFUSED":

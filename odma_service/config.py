@@ -173,7 +173,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _unknown(kind: str, name: str, known: set[str]) -> str:
     near = get_close_matches(name, sorted(known), cutoff=0.7)
-    guess = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    guess = (
+        f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    )
     return f"unknown {kind}; {guess}"
 
 

@@ -166,7 +166,7 @@ def plain(message: Message) -> dict[str, Any]:
                 return known.name if known else item
             return item
 
-        if field.label == field.LABEL_REPEATED:
+        if field.is_repeated:
             values[field.name] = [one(item) for item in value]
         elif field.has_presence and not message.HasField(field.name):
             values[field.name] = None
@@ -273,9 +273,11 @@ class Engine:
         used: Mapping[int, Mapping[str, Any]],
         owners: Sequence[int],
     ) -> None:
+        ended = {op["free"]["handle"] for op in batch["ops"] if "free" in op}
         at = {
             handle: [held.start + i for i in range(held.written)]
             for handle, held in self.regions.items()
+            if handle not in ended
         }
         targets: set[int] = set()
         for copy in answer["copies"]:
@@ -302,9 +304,9 @@ class Engine:
                 insist(safe, f"{what} writes where something may still read")
                 targets.update(span)
             self.memory[target : target + tokens] = self.memory[source : source + tokens]
-            at[handle] = [
-                i - source + target if source <= i < source + tokens else i for i in at[handle]
-            ]
+            places = at.get(handle, [])
+            moved = [i - source + target if source <= i < source + tokens else i for i in places]
+            at[handle] = moved
             for one, places in at.items():
                 for i, place in enumerate(places):
                     insist(self.memory[place] == (one, i), f"{what} loses token {i} of {one}")
@@ -421,7 +423,7 @@ class Player:
         if rpc in BY_NAME:
             message = {"name": self.names["$name"], **message}
         if rpc not in WITHOUT_POOL:
-            message = {"pool": self.names["$pool"], **message}
+            message = {"pool": self.names.get("$pool"), **message}
         if rpc == "Apply":
             engine = self.engines.get(message["pool"]["name"])
             seq = engine.seq if engine else 0

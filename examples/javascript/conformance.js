@@ -187,8 +187,9 @@ class Engine {
     const { moves, copies_may_overlap: mayOverlap } = this.request;
     const growing = new Set(batch.ops.filter((op) => op.extend).map((op) => op.extend.handle));
     const at = new Map(); // handle -> where each of its tokens is now
+    const ended = new Set(batch.ops.filter((op) => op.free).map((op) => op.free.handle));
     for (const [handle, { start, written }] of this.regions) {
-      at.set(handle, Array.from({ length: written }, (_, i) => start + i));
+      if (!ended.has(handle)) at.set(handle, Array.from({ length: written }, (_, i) => start + i));
     }
     let carried = 0;
     const targets = new Set();
@@ -211,7 +212,9 @@ class Engine {
       }
       const data = this.memory.slice(from, from + tokens);
       this.memory.splice(to, tokens, ...data);
-      at.set(handle, at.get(handle).map((i) => (i >= from && i < from + tokens ? i - from + to : i)));
+      const moved = (at.get(handle) ?? []).map((i) => (
+        i >= from && i < from + tokens ? i - from + to : i));
+      at.set(handle, moved);
       for (const [one, places] of at) {
         places.forEach((place, i) => insist(this.memory[place] === `${one}:${i}`,
           `${what} loses token ${i} of ${one}`));

@@ -115,7 +115,7 @@ function settle(request, { place, refusal }, byHandle) {
     request.place = place;
     write(request, 0);
   } else if (refusal) {
-    count.refusals++;
+    if (refusal.reason !== 'REFUSAL_REASON_SKIPPED') count.refusals++;
     const full = ['REFUSAL_REASON_NO_SPACE', 'REFUSAL_REASON_FRAGMENTED'].includes(refusal.reason);
     const victim = byHandle.get(refusal.preempt_handle);
     if (full && victim?.place) victim.preempt = true;

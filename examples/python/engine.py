@@ -15,13 +15,14 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from odma_service import client as odma
-from odma_service.rpc import pb
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.rpc.v1 import types_pb2 as types
 
 CAPACITY = 4096
 MODEL_LENGTH = 1024
 REQUESTS = 150
 BATCH_CAP = 32
-FULL = (pb.REFUSAL_REASON_NO_SPACE, pb.REFUSAL_REASON_FRAGMENTED)
+FULL = (types.REFUSAL_REASON_NO_SPACE, types.REFUSAL_REASON_FRAGMENTED)
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class Request:
     prompt: int
     output: int
     generated: int = 0
-    place: pb.Place | None = None
+    place: types.Place | None = None
     preempt: bool = False
 
     @property
@@ -124,7 +125,7 @@ class Engine:
             request.place = result.place
             self.write(request, 0)
         elif outcome == "refusal":
-            self.count["refusals"] += 1
+            self.count["refusals"] += result.refusal.reason != types.REFUSAL_REASON_SKIPPED
             victim = by_handle.get(result.refusal.preempt_handle)
             if victim and victim.place and result.refusal.reason in FULL:
                 victim.preempt = True
@@ -157,10 +158,10 @@ def main() -> None:
     with odma.Client(target) as service:
         pool = service.open_pool(
             name="example-python",
-            geometry=pb.Geometry(planes=[pb.PlaneGroup(count=56, bytes_per_token=1024)]),
+            geometry=types.Geometry(planes=[types.PlaneGroup(count=56, bytes_per_token=1024)]),
             capacity_tokens=CAPACITY,
             model_length_tokens=MODEL_LENGTH,
-            moves=pb.MOVES_ANY,
+            moves=types.MOVES_ANY,
             single_ordered_stream=True,
             copies_may_overlap=True,
             take_over=True,  # the memory of an earlier run is gone, and so is its owner

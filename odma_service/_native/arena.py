@@ -15,12 +15,12 @@ from odma_service._native._odma import ffi, lib
 from odma_service._native.operations import (
     batch_error,
     check_numbers,
-    copy_from,
+    copies_from,
     given,
     op_struct,
     ops_array,
-    place_from,
-    result_from,
+    places_from,
+    results_from,
     used_array,
 )
 from odma_service._native.records import (
@@ -273,7 +273,7 @@ class Arena:
         result = ffi.new("odma_result *")
         status = lib.odma_arena_unary(self._arena, epoch, operation, result)
         self._insist(status, epoch=epoch)
-        return result_from(result, op, self._block_tokens)
+        return results_from(result, [op], self._block_tokens)[0]
 
     def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
         """Free every live region that is not listed, and every waiting run.
@@ -292,7 +292,7 @@ class Arena:
             self._arena, epoch, listed, len(handles), kept, freed, count
         )
         self._insist(status, epoch=epoch, invalid="handles")
-        return [place_from(place, self._block_tokens) for place in kept], list(freed[0 : count[0]])
+        return places_from(kept, len(handles), self._block_tokens), list(freed[0 : count[0]])
 
     def _fill_batch(
         self, epoch: int, batch: Batch, predictions: Sequence[Quantiles | None] | None
@@ -322,14 +322,13 @@ class Arena:
         return used, ops
 
     def _read_answer(self, batch: Batch) -> Answer:
-        answer, block_tokens = self._answer, self._block_tokens
-        results = self._results[0 : answer.result_count]
+        answer = self._answer
         return Answer(
             answer.seq,
             bool(answer.replayed),
-            [result_from(*pair, block_tokens) for pair in zip(results, batch.ops, strict=True)],
-            [copy_from(copy) for copy in self._copies[0 : answer.copy_count]],
-            [place_from(place, block_tokens) for place in self._moved[0 : answer.moved_count]],
+            results_from(self._results, batch.ops, self._block_tokens),
+            copies_from(self._copies, answer.copy_count),
+            places_from(self._moved, answer.moved_count, self._block_tokens),
             answer.policy_version,
         )
 

@@ -9,7 +9,8 @@ the operation, which keeps the batch's fingerprint apart from others.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from odma_service._native._odma import ffi, lib
 from odma_service.errors import InvalidError
@@ -29,13 +30,14 @@ from odma_service.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from odma_service.values import Batch, Quantiles
 
 ID_BYTES: int = lib.ODMA_ID_BYTES
 NAME_BYTES: int = lib.ODMA_NAME_BYTES
 MOST_TEXT_BYTES = 16 * 1024
+_NAME_RULE = f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
 UNSET: int = lib.ODMA_UNSET
 
 _FREE, _TRIM, _EXTEND, _ALLOCATE = (
@@ -44,7 +46,8 @@ _FREE, _TRIM, _EXTEND, _ALLOCATE = (
     lib.ODMA_OP_EXTEND,
     lib.ODMA_OP_ALLOCATE,
 )
-_PLACED, _REFUSED, _FREED = lib.ODMA_PLACED, lib.ODMA_REFUSED, lib.ODMA_FREED
+_PLACED, _FREED, _ALREADY_FREE = lib.ODMA_PLACED, lib.ODMA_FREED, lib.ODMA_ALREADY_FREE
+_NO_RULE = lib.ODMA_RULE_NONE
 _NO_PREDICTION = (-1.0,)
 
 _REASONS: dict[int, Reason] = {int(reason): reason for reason in Reason}
@@ -71,6 +74,7 @@ RULES: dict[int, tuple[str, str]] = {
     lib.ODMA_RULE_MAX_TOTAL_TOKENS: ("max_total_tokens", "1 to the capacity"),
     lib.ODMA_RULE_OVERFLOW_RISK: ("overflow_risk", "0 to 1"),
     lib.ODMA_RULE_QUANTILES: ("prediction", "finite, at least 0, ascending"),
+    lib.ODMA_RULE_NAME: ("request_class", "it and tenant do not start with the byte 0xFF"),
     lib.ODMA_RULE_KIND: ("op", "must be free, trim, extend or allocate"),
     lib.ODMA_RULE_COUNTS: ("ops", "too many ops or used"),
     lib.ODMA_RULE_COMPLETED_SEQ: ("completed_seq", "never falls, at most the last answered seq"),
@@ -145,7 +149,10 @@ def _fields(op: Op, prediction: Quantiles | None) -> dict[str, object]:
 
 
 def _allocate_fields(op: Allocate, prediction: Quantiles | None) -> dict[str, object]:
-    fields = {
+    texts = _texts(op)
+    if isinstance(texts, _Flaw):
+        texts = {"has_text": 1, "text_digest": _digest(repr(op).encode())}
+    return texts | {
         "kind": _ALLOCATE,
         "prompt_tokens": op.prompt_tokens,
         "generated_tokens": op.generated_tokens,
@@ -154,39 +161,46 @@ def _allocate_fields(op: Allocate, prediction: Quantiles | None) -> dict[str, ob
         "overflow_risk": _risk(op.overflow_risk),
         "quantiles": _NO_PREDICTION if prediction is None else prediction,
     }
-    if _flaw(op) is not None:
-        return fields | {"has_text": 1, "text_digest": _digest(repr(op).encode())}
-    fields["request_id"] = op.request_id.encode()
-    fields["request_class"] = op.request_class.encode()
-    fields["tenant"] = op.tenant.encode()
-    if op.text is not None:
-        fields["has_text"] = 1
-        fields["text_digest"] = _digest(op.text.encode())
-    return fields
 
 
-def _flaw(op: Allocate) -> tuple[str, str] | None:
-    """Return the field and the rule it breaks, where C cannot be shown its value."""
-    if not _fits(op.request_id, ID_BYTES):
-        return RULES[lib.ODMA_RULE_REQUEST_ID]
-    if not _fits(op.request_class, NAME_BYTES):
-        return "request_class", f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
-    if not _fits(op.tenant, NAME_BYTES):
-        return "tenant", f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
+class _Flaw(NamedTuple):
+    """A field, and the rule it breaks, whose value C cannot be shown."""
+
+    field: str
+    rule: str
+
+
+def _texts(op: Allocate) -> dict[str, object] | _Flaw:
+    """Return the texts of `op` as C takes them, or what is wrong with it."""
+    request_id = _packed(op.request_id, ID_BYTES)
+    if request_id is None:
+        return _Flaw(*RULES[lib.ODMA_RULE_REQUEST_ID])
+    request_class = _packed(op.request_class, NAME_BYTES)
+    if request_class is None:
+        return _Flaw("request_class", _NAME_RULE)
+    tenant = _packed(op.tenant, NAME_BYTES)
+    if tenant is None:
+        return _Flaw("tenant", _NAME_RULE)
     if op.predicted_output_tokens == 0:
-        return "predicted_output_tokens", "at least 1"
-    if op.text is not None and not _fits(op.text, MOST_TEXT_BYTES, nul=True):
-        return "text", f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8"
-    return None
+        return _Flaw("predicted_output_tokens", "at least 1")
+    texts: dict[str, object] = {"request_id": request_id, "request_class": request_class, "tenant": tenant}
+    if op.text is None:
+        return texts
+    text = _packed(op.text, MOST_TEXT_BYTES, nul=True)
+    if text is None:
+        return _Flaw("text", f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8")
+    return texts | {"has_text": 1, "text_digest": _digest(text)}
 
 
-def _fits(text: object, most_bytes: int, *, nul: bool = False) -> bool:
+def _packed(text: object, most_bytes: int, *, nul: bool = False) -> bytes | None:
+    """Return `text` in UTF-8, or None if it is none, too long, or has a NUL."""
     if not isinstance(text, str) or (not nul and "\0" in text):
-        return False
+        return None
     try:
-        return len(text.encode()) <= most_bytes
+        data = text.encode()
     except UnicodeEncodeError:
-        return False
+        return None
+    return data if len(data) <= most_bytes else None
 
 
 def given(value: int | None) -> int:
@@ -237,34 +251,64 @@ def check_numbers(path: str, record: Batch | Used | Op) -> None:
 # --- from C ---
 
 
-def result_from(result: Any, op: Op, block_tokens: int) -> Result:
-    """Return what C answered to `op`."""
-    outcome = result.outcome
-    if outcome == _PLACED:
-        return Place(result.handle, result.start * block_tokens, result.length * block_tokens)
-    if outcome == _FREED:
-        return _NEW_FREED
-    if outcome != _REFUSED:
-        return _OLD_FREED
-    return Refusal(
-        _REASONS[result.reason],
-        result.free_blocks * block_tokens,
-        result.largest_run * block_tokens,
-        result.waiting_blocks * block_tokens,
-        result.copy_tokens_needed,
-        result.preempt_handle,
-        _broken_rule(result.rule, op),
+def _layout(ctype: str) -> Struct:
+    """Return how to unpack a C struct of numbers, as cffi knows it."""
+    layout = Struct(
+        "=" + "".join(_CODES[field.type.cname] for _, field in ffi.typeof(ctype).fields)
     )
+    assert layout.size == ffi.sizeof(ctype), "the struct has no padding"
+    return layout
 
 
-def copy_from(copy: Any) -> Copy:
-    """Return a copy, in tokens as C has it."""
-    return Copy(copy.handle, copy.from_token, copy.to_token, copy.tokens, bool(copy.overlaps))
+_CODES = {"uint32_t": "I", "uint64_t": "Q"}
+_RESULT, _COPY, _PLACE = _layout("odma_result"), _layout("odma_copy"), _layout("odma_place")
+_new = tuple.__new__  # Place(...) takes twice as long
 
 
-def place_from(place: Any, block_tokens: int) -> Place:
-    """Return a place in tokens."""
-    return Place(place.handle, place.start * block_tokens, place.length * block_tokens)
+def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Result]:
+    """Return what C answered to each of `ops`."""
+    answered: list[Result] = []
+    for op, entry in zip(ops, _entries(_RESULT, results, len(ops)), strict=True):
+        outcome, reason, rule, start, length, free, largest, waiting, needed, _, handle, who = entry
+        if outcome == _PLACED:
+            answered.append(_new(Place, (handle, start * block_tokens, length * block_tokens)))
+        elif outcome == _FREED:
+            answered.append(_NEW_FREED)
+        elif outcome == _ALREADY_FREE:
+            answered.append(_OLD_FREED)
+        else:
+            answered.append(
+                Refusal(
+                    _REASONS[reason],
+                    free * block_tokens,
+                    largest * block_tokens,
+                    waiting * block_tokens,
+                    needed,
+                    who,
+                    _broken_rule(rule, op),
+                )
+            )
+    return answered
+
+
+def copies_from(copies: Any, count: int) -> list[Copy]:
+    """Return copies, in tokens as C has them."""
+    return [
+        Copy(handle, start, to, tokens, bool(overlaps))
+        for handle, start, to, tokens, overlaps in _entries(_COPY, copies, count)
+    ]
+
+
+def places_from(places: Any, count: int, block_tokens: int) -> list[Place]:
+    """Return places in tokens."""
+    return [
+        Place(handle, start * block_tokens, length * block_tokens)
+        for handle, start, length in _entries(_PLACE, places, count)
+    ]
+
+
+def _entries(layout: Struct, array: Any, count: int) -> Iterator[tuple[Any, ...]]:
+    return layout.iter_unpack(ffi.buffer(array, count * layout.size))
 
 
 def batch_error(rule: int, index: int) -> InvalidError:
@@ -274,7 +318,11 @@ def batch_error(rule: int, index: int) -> InvalidError:
 
 
 def _broken_rule(rule: int, op: Op) -> str:
-    if rule == lib.ODMA_RULE_NONE:
+    if rule == _NO_RULE:
         return ""
-    flaw = _flaw(op) if isinstance(op, Allocate) and rule == lib.ODMA_RULE_REQUEST_ID else None
-    return ": ".join(flaw or RULES[rule])
+    # An empty request id may stand for whatever else C was not shown.
+    if rule == lib.ODMA_RULE_REQUEST_ID and isinstance(op, Allocate):
+        flaw = _texts(op)
+        if isinstance(flaw, _Flaw):
+            return ": ".join(flaw)
+    return ": ".join(RULES[rule])

@@ -125,17 +125,178 @@ class Registry:
     ) -> Opened:
         """Begin an epoch, in the books of an earlier one where their geometry is the same.
 
-        While an epoch lives, its open_id gets the same answer again. `policy` is installed
-        unless `keep_policy` is set and the pool has one already. Raises PoolOwnedError,
+        While an epoch lives, its open_id gets the same epoch again. `policy` is installed
+        unless the pool has one and `keep_policy` is set. Raises PoolOwnedError,
         PoolLimitError, InvalidError, BooksLockedError.
         """
         with self._lock:
             entry = self._entry(spec.name)
             if entry is None:
-                entry = self._create(spec, policy)
+                return self._create(spec, policy)
             with entry.lock:
-                pool = self._insist(spec.name, entry)
-                if not self._is_retry(pool, spec):
-                    self._check_free(entry, pool, take_over)
-                    self._begin(entry, pool, spec, None if keep_policy else policy, policy)
-                return self._opened(entry)
+                if entry.pool is None:
+                    return self._create(spec, policy)
+                if not self._is_retry(entry.pool, spec):
+                    self._insist_free(entry.pool, entry, take_over=take_over)
+                    self._begin(entry.pool, entry, spec, policy, keep_policy=keep_policy)
+                return _opened(entry.pool)
+
+    def close_epoch(self, name: str, epoch: int) -> None:
+        """End an epoch; once more is the same as once. Raises EpochError for an older one."""
+        entry = self._find(name)
+        with entry.lock:
+            pool = self._insist(name, entry)
+            if pool.epoch == 0 and pool.report().last_epoch == epoch:
+                return
+            if pool.epoch != epoch:
+                raise EpochError(name, epoch)
+            pool.close_epoch(epoch)
+            log.info("pool closed", pool=name, epoch=epoch)
+
+    @contextmanager
+    def owned(self, name: str, epoch: int) -> Iterator[Learner]:
+        """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
+        entry = self._find(name)
+        with entry.lock:
+            pool = self._insist(name, entry)
+            if pool.epoch != epoch:
+                raise EpochError(name, epoch)
+            entry.heard_at = self._monotonic()
+            try:
+                yield entry.learner
+            except BooksCorruptError as error:
+                self._drop(name, entry, error)
+                raise
+
+    @contextmanager
+    def viewed(self, name: str) -> Iterator[View]:
+        """Hold a pool to look at it. Raises PoolNotFoundError."""
+        entry = self._find(name)
+        with entry.lock:
+            yield View(self._insist(name, entry), self._idle_seconds(entry))
+
+    # --- which pools there are ---
+
+    def _find(self, name: str) -> Entry:
+        """Return a pool's entry. Raises PoolNotFoundError."""
+        entry = self._entries.get(name)
+        if entry is None:
+            with self._lock:
+                entry = self._entry(name)
+        if entry is None:
+            raise PoolNotFoundError(name)
+        return entry
+
+    def _entry(self, name: str) -> Entry | None:
+        """Return a pool's entry, attaching the file that another process may have given up."""
+        entry = self._entries.get(name)
+        if entry is not None or not self._path(name).exists():
+            return entry
+        path = self._path(name)
+        try:
+            pool = Pool.attach(path, self._boot_id)
+        except UNUSABLE as error:
+            log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
+            return None
+        self._entries[name] = entry = Entry(pool, self._monotonic())
+        if pool.report().rebooted:
+            log.warning("epoch over: the machine was started anew", pool=name)
+        log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
+        return entry
+
+    def _insist(self, name: str, entry: Entry) -> Pool:
+        """Return the pool of a locked entry, closed if its owner was silent for too long."""
+        pool = entry.pool
+        if pool is None:
+            raise PoolNotFoundError(name)
+        if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
+            log.warning("pool closed: its owner is silent", pool=name, epoch=pool.epoch)
+            pool.close_epoch(pool.epoch)
+        return pool
+
+    def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
+        """Set the books of a locked entry aside, so that the pool can be opened again."""
+        if entry.pool is None:
+            return
+        entry.pool.close()
+        entry.pool = None
+        self._entries.pop(name, None)
+        log.error(
+            "pool set aside", file=str(set_aside(self._path(name), str(error))), reason=str(error)
+        )
+
+    def _make_room(self) -> None:
+        """Forget the pool that was opened longest ago of those that are closed, if need be."""
+        if len(self._entries) < self._max_pools:
+            return
+        closed: list[tuple[int, str]] = []
+        for name, entry in self._entries.items():
+            with entry.lock:
+                if entry.pool and not self._insist(name, entry).epoch:
+                    closed.append((entry.pool.report().last_epoch, name))
+        if not closed:
+            raise PoolLimitError(f"all {self._max_pools} pools (max-pools) are open")
+        _, name = min(closed)
+        entry = self._entries.pop(name)
+        with entry.lock:
+            if entry.pool:
+                entry.pool.close()
+            entry.pool = None
+            self._path(name).unlink()
+        log.info("pool forgotten, to make room", pool=name)
+
+    # --- opening ---
+
+    def _is_retry(self, pool: Pool, spec: PoolSpec) -> bool:
+        if not pool.epoch or pool.spec.open_id != spec.open_id:
+            return False
+        if pool.spec != spec:
+            raise InvalidError("open_id", "was used to open this pool with other fields")
+        return True
+
+    def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
+        """Raise PoolOwnedError if somebody else owns the pool and nobody takes it over."""
+        name, epoch = pool.spec.name, self._insist(pool.spec.name, entry).epoch
+        if not epoch:
+            return
+        if not take_over:
+            raise PoolOwnedError(name, self._idle_seconds(entry))
+        log.warning("pool taken over", pool=name, from_epoch=epoch)
+
+    def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
+        self._make_room()
+        path = self._path(spec.name)
+        pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
+        self._entries[spec.name] = Entry(pool, self._monotonic())
+        log.info("pool made", pool=spec.name, epoch=pool.epoch, tokens=spec.capacity_tokens)
+        return _opened(pool)
+
+    def _begin(
+        self, pool: Pool, entry: Entry, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool
+    ) -> None:
+        """Begin an epoch for a locked entry, with new books where the geometry is another."""
+        epoch = self._next_epoch(pool.report().last_epoch)
+        if spec.arena_geometry() == pool.spec.arena_geometry():
+            pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
+        else:
+            path = self._path(spec.name)
+            unfinished = path.with_name(path.name + UNFINISHED)
+            old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
+            unfinished.replace(path)
+            old.close()
+        entry.adopt(pool, self._monotonic())
+        log.info("pool opened", pool=spec.name, epoch=epoch, tokens=spec.capacity_tokens)
+
+    def _next_epoch(self, last: int) -> int:
+        """Return a number that no epoch had, not even in books that are lost."""
+        return max(int(self._wall() * 1000), last + 1)
+
+    def _idle_seconds(self, entry: Entry) -> float:
+        return self._monotonic() - entry.heard_at
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}{SUFFIX}"
+
+
+def _opened(pool: Pool) -> Opened:
+    return Opened(pool.spec, pool.epoch, pool.policy().version)

@@ -49,9 +49,7 @@ _RULES: dict[type[OdmaError], Rule] = {
     errors.PoolOwnedError: Rule(
         grpc.StatusCode.ALREADY_EXISTS, "POOL_OWNED", ("name", "idle_seconds")
     ),
-    errors.EpochError: Rule(
-        grpc.StatusCode.FAILED_PRECONDITION, "EPOCH_OVER", ("name", "epoch")
-    ),
+    errors.EpochError: Rule(grpc.StatusCode.FAILED_PRECONDITION, "EPOCH_OVER", ("name", "epoch")),
     errors.SeqChangedError: Rule(grpc.StatusCode.ALREADY_EXISTS, "SEQ_CHANGED", ("seq",)),
     errors.SeqOldError: Rule(grpc.StatusCode.OUT_OF_RANGE, "SEQ_OLD", ("seq", "expected")),
     errors.SeqGapError: Rule(grpc.StatusCode.FAILED_PRECONDITION, "SEQ_GAP", ("seq", "expected")),

@@ -1,8 +1,8 @@
 """Messages to values and back: Apply and what it shares with the other rpcs.
 
 What one operation may hold is checked where its outcome is decided. Here only that is refused
-which makes the whole message senseless. A decode step waits for this code, so it handles the
-entries of a batch without a call for each field.
+which makes the whole message senseless. A decode step waits for this code: it makes tuples
+without the checks of their classes, and `used`, the longest list, without their names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from odma_service.values import (
     Allocate,
     Answer,
     Batch,
-    End,
     Extend,
     Free,
     Freed,
@@ -32,7 +31,7 @@ from odma_service.values import (
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
 
-_tuple = tuple.__new__  # Used(...) takes twice as long
+_tuple = tuple.__new__  # Extend(...) takes twice as long
 
 
 def name_from(name: str, field: str = "name") -> str:
@@ -53,10 +52,11 @@ def batch_from(request: pb.ApplyRequest) -> Batch:
     """Return the batch that an Apply asks for. Raises InvalidError for an empty operation."""
     if request.seq == 0:
         raise InvalidError("seq", "at least 1")
+    used = [(u.handle, u.used_tokens, u.pinned) for u in request.used]
     return Batch(
         request.seq,
         request.completed_seq,
-        [_tuple(Used, (u.handle, u.used_tokens, u.pinned)) for u in request.used],
+        cast("list[Used]", used),
         _ops_from(request),
         request.max_copy_tokens if request.HasField("max_copy_tokens") else None,
         request.pass_refused,
@@ -74,7 +74,7 @@ def _ops_from(request: pb.ApplyRequest) -> list[Op]:
         elif kind == "allocate":
             ops.append(allocate_from(op.allocate))
         elif kind == "trim":
-            ops.append(Trim(op.trim.handle, op.trim.to_tokens))
+            ops.append(_tuple(Trim, (op.trim.handle, op.trim.to_tokens)))
         else:
             raise InvalidError(f"ops[{len(ops)}]", "one of free, trim, extend and allocate")
     return ops
@@ -83,27 +83,30 @@ def _ops_from(request: pb.ApplyRequest) -> list[Op]:
 def allocate_from(message: pb.Alloc) -> Allocate:
     """Return what an Alloc asks for."""
     has = message.HasField
-    return Allocate(
-        message.request_id,
-        message.prompt_tokens,
-        message.generated_tokens,
-        message.max_total_tokens if has("max_total_tokens") else None,
-        message.request_class,
-        message.tenant,
-        message.overflow_risk if has("overflow_risk") else None,
-        message.predicted_output_tokens if has("predicted_output_tokens") else None,
-        message.text if has("text") else None,
+    return _tuple(
+        Allocate,
+        (
+            message.request_id,
+            message.prompt_tokens,
+            message.generated_tokens,
+            message.max_total_tokens if has("max_total_tokens") else None,
+            message.request_class,
+            message.tenant,
+            message.overflow_risk if has("overflow_risk") else None,
+            message.predicted_output_tokens if has("predicted_output_tokens") else None,
+            message.text if has("text") else None,
+        ),
     )
 
 
 def extend_from(message: pb.Extend) -> Extend:
     """Return what an Extend asks for."""
-    return Extend(message.handle, message.least_tokens, message.want_tokens)
+    return _tuple(Extend, (message.handle, message.least_tokens, message.want_tokens))
 
 
 def free_from(message: pb.Freeing) -> Free:
     """Return what a Freeing asks for; an unknown `end` is the operation's own mistake."""
-    return Free(message.handle, cast("End", message.end), message.output_tokens)
+    return _tuple(Free, (message.handle, message.end, message.output_tokens))
 
 
 def apply_to(answer: Answer) -> pb.ApplyResponse:
@@ -111,28 +114,29 @@ def apply_to(answer: Answer) -> pb.ApplyResponse:
     response = pb.ApplyResponse(
         seq=answer.seq, replayed=answer.replayed, policy_version=answer.policy_version
     )
-    add_result = response.results.add
+    add_result, add_copy = response.results.add, response.copies.add
     for result in answer.results:
-        _fill_result(add_result(), result)
-    for copy in answer.copies:
-        response.copies.add(
-            handle=copy.handle,
-            from_token=copy.from_token,
-            to_token=copy.to_token,
-            tokens=copy.tokens,
-            overlaps=copy.overlaps,
+        if type(result) is Place:
+            place = add_result().place
+            place.handle, place.start_token, place.length_tokens = result
+        else:
+            _fill_result(add_result(), result)
+    for handle, from_token, to_token, tokens, overlaps in answer.copies:
+        add_copy(
+            handle=handle,
+            from_token=from_token,
+            to_token=to_token,
+            tokens=tokens,
+            overlaps=overlaps,
         )
     response.moved.extend(map(place_to, answer.moved))
     return response
 
 
 def _fill_result(message: pb.Result, result: Result) -> None:
-    if type(result) is Place:
-        place = message.place
-        place.handle, place.start_token, place.length_tokens = result
-    elif type(result) is Refusal:
+    if isinstance(result, Refusal):
         message.refusal.CopyFrom(refusal_to(result))
-    elif cast("Freed", result).already_free:
+    elif isinstance(result, Freed) and result.already_free:
         message.already_free.SetInParent()
     else:
         message.freed.SetInParent()

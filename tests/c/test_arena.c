@@ -477,7 +477,7 @@ static void a_bad_batch_consumes_no_seq(void) {
     odma_report before = report_of(arena);
     const odma_status expected[] = {ODMA_EPOCH,   ODMA_SEQ_GAP, ODMA_SEQ_OLD, ODMA_INVALID,
                                     ODMA_INVALID, ODMA_INVALID, ODMA_INVALID, ODMA_INVALID,
-                                    ODMA_INVALID, ODMA_INVALID};
+                                    ODMA_INVALID, ODMA_INVALID, ODMA_INVALID, ODMA_INVALID};
     const uint32_t rule[] = {0,
                              0,
                              0,
@@ -612,6 +612,64 @@ static void an_epoch_ends_with_its_books_and_keeps_what_was_learnt(void) {
     OK(odma_arena_attach(path, &GEOMETRY, "another boot", &arena, reason));
     report = report_of(arena);
     CHECK(report.rebooted && report.epoch == 0 && report.last_epoch == 5 && report.live == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+/* The tail that a trim gives back waits in an entry that never was a region. */
+static void an_epoch_ends_while_runs_wait(void) {
+    odma_arena *arena = fresh();
+    odma_engine engine = ENGINE;
+    engine.single_ordered_stream = 0;
+    OK(odma_arena_open_epoch(arena, 2, &engine, "boot", NULL, 0));
+    uint64_t handle = allocate_one(arena, "a", 500);
+    begin_step(arena);
+    step.used[step.batch.used_count++] = (odma_used){.handle = handle, .used_tokens = 10};
+    add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = 10});
+    OK(run_step(arena));
+    CHECK(report_of(arena).waiting == 1);
+    OK(odma_arena_end_epoch(arena, 2));
+    CHECK(report_of(arena).waiting == 0 && report_of(arena).free_blocks == GEOMETRY.blocks);
+    checked(arena);
+    odma_arena_close(arena);
+    odma_arena_close(attached());
+}
+
+/* A region is placed in the small hole, grows out of it and is freed, and its
+ * entry serves the next one: more moves in a batch than there are entries. */
+static void a_batch_may_move_more_regions_than_live_at_once(void) {
+    odma_geometry geometry = GEOMETRY;
+    odma_arena *arena = NULL;
+    odma_policy policy = POLICY;
+    odma_engine engine = ENGINE;
+    geometry.max_regions = 3;
+    policy.overflow = ODMA_OVERFLOW_RELOCATE;
+    engine.moves = ODMA_MOVES_OWN_GROWTH;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &engine, "boot", NULL, 0));
+    uint64_t hole = allocate_one(arena, "hole", 64);
+    uint64_t wall = allocate_one(arena, "wall", 64);
+    begin_step(arena);
+    step.batch.max_copy_tokens = 0; /* what holds no tokens needs no copies */
+    add_op(free_op(hole, 1));
+    for (uint32_t i = 0; i < 10; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "%u", i);
+        add_op(allocate_op(id, 64));
+        /* the first slot of the arena again, a generation older */
+        uint64_t handle = hole + ((uint64_t)(i + 1) << 20);
+        add_op(extend_op(handle, 256));
+        add_op(free_op(handle, 1));
+    }
+    OK(run_step(arena));
+    for (uint32_t i = 1; i < step.batch.op_count; i++)
+        CHECK(step.results[i].outcome == (i % 3 ? ODMA_PLACED : ODMA_FREED));
+    CHECK(report_of(arena).live == 1 && report_of(arena).counters.relocations == 10);
+    CHECK(step.answer.copy_count == 0 && step.answer.moved_count == 0);
+    OK(odma_arena_unary(arena, 1, &(odma_op){.kind = ODMA_OP_FREE, .handle = wall, .end = 1},
+                        step.results));
     checked(arena);
     odma_arena_close(arena);
 }
@@ -772,7 +830,7 @@ static void random_steps_keep_every_rule(void) {
 }
 
 static void the_largest_batch_is_answered(void) {
-    odma_geometry geometry = {.blocks = 40000,
+    odma_geometry geometry = {.blocks = 50000,
                               .block_tokens = 16,
                               .max_regions = ODMA_MAX_OPS,
                               .max_ops = ODMA_MAX_OPS,
@@ -996,6 +1054,8 @@ static const struct {
     FACT(a_bad_batch_consumes_no_seq),
     FACT(a_bad_value_is_the_result_of_its_operation),
     FACT(an_epoch_ends_with_its_books_and_keeps_what_was_learnt),
+    FACT(an_epoch_ends_while_runs_wait),
+    FACT(a_batch_may_move_more_regions_than_live_at_once),
     FACT(the_stored_answer_survives_and_knows_its_body),
     FACT(a_forked_child_must_attach_for_itself),
     FACT(random_steps_keep_every_rule),
