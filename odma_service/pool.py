@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 MOST_CAPACITY_TOKENS = 2**28
 MOST_BLOCKS = 2**24
+MOST_EPOCH = 2**53 - 1
 OTHER_CLASSES = "(other)"
 
 
@@ -170,8 +171,9 @@ class Pool:
         """Make books at `path` and begin an epoch.
 
         Raises BooksError if there is a file already, PoolLimitError without room for one,
-        InvalidError for an epoch that is not 1 to 2^53 - 1. No file is left then.
+        InvalidError for an epoch that is not 1 to 2^53 - 1. Then no file was made.
         """
+        _insist_next(epoch, 0)
         arena = Arena.create(path, spec.arena_geometry())
         try:
             arena.set_policy(policy)
@@ -235,9 +237,10 @@ class Pool:
         """
         if spec.arena_geometry() != self._arena.geometry:
             raise BooksMismatchError(f"the books of {self._spec.name!r} have another geometry")
-        self._arena.open_epoch(epoch, spec.engine(), boot_id, spec.to_json())
+        _insist_next(epoch, self._arena.report().last_epoch)
         if policy is not None:
-            self.set_policy(policy)
+            self.set_policy(policy)  # first, so that no epoch ever runs without it
+        self._arena.open_epoch(epoch, spec.engine(), boot_id, spec.to_json())
         self._arena.name = spec.name
         self._spec = spec
         self._epoch = epoch
@@ -387,6 +390,11 @@ def set_aside(path: Path, reason: str) -> Path:
     path.rename(aside)
     aside.with_name(f"{aside.name}.reason").write_text(reason + "\n")
     return aside
+
+
+def _insist_next(epoch: int, last_epoch: int) -> None:
+    if not last_epoch < epoch <= MOST_EPOCH:
+        raise InvalidError("epoch", f"{last_epoch + 1} to 2^53 - 1, not {epoch}")
 
 
 def _placed(op: Allocate | Extend, result: Result) -> Place:

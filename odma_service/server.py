@@ -155,13 +155,33 @@ def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[s
 def _bind(server: grpc.Server, address: str) -> str:
     if not address.startswith(LOOPBACK):
         log.warning("listening beyond loopback, where anybody may call", address=address)
+    if not _is_unix(address):
+        _try_bind(address)
     try:
         port = server.add_insecure_port(address)
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise OdmaError(f"cannot listen on {address}: in use, or not an address of this machine")
+    except RuntimeError as error:
+        raise OdmaError(f"cannot listen on {address}: {error}") from None
     return address if _is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _try_bind(address: str) -> None:
+    """Raise OdmaError with the system's reason, which gRPC does not tell, if binding fails."""
+    host, _, port = address.rpartition(":")
+    reason: OSError | None = None
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(place)
+                except OSError as error:
+                    reason = error
+                else:
+                    return
+    except socket.gaierror as error:
+        reason = error
+    raise OdmaError(f"cannot listen on {address}: {reason.strerror if reason else 'no address'}")
 
 
 def _is_unix(address: str) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from google.protobuf.message import Message
+from rich.columns import Columns
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -46,7 +45,7 @@ def picture(
     pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int
 ) -> RenderableType:
     """Return one pool as a bar over its addresses and tables below it."""
-    tables = [_memory(pool), _policy(pool.policy), _counters(pool.counters)]
+    tables = [_memory(pool), _policy(pool.policy), _counters(pool)]
     if pool.buckets:
         tables.append(_buckets(pool))
     if pool.classes:
@@ -55,7 +54,8 @@ def picture(
         _headline(pool),
         Text(),
         _bar(pool, regions, max(width - MARGIN, 10)),
-        *(Padding(table, (1, 0, 0, 0)) for table in tables),
+        Text(),
+        Columns(tables, padding=(1, 3)),
     )
 
 
@@ -172,10 +172,11 @@ def _policy(policy: types.Policy) -> Table:
     return table
 
 
-def _counters(counters: Message) -> Table:
-    table = _facts_table("counters", "since the pool was made")
-    for field in counters.DESCRIPTOR.fields:
-        table.add_row(field.name.replace("_", " "), f"{getattr(counters, field.name):,}")
+def _counters(pool: pool_pb.GetPoolResponse) -> Table:
+    table = _facts_table("since it was made", "")
+    for field in pool_pb.Counters.DESCRIPTOR.fields:
+        count = getattr(pool.counters, field.name)
+        table.add_row(field.name.replace("_", " "), f"{count:,}")
     return table
 
 

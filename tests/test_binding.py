@@ -417,6 +417,8 @@ def test_no_room_for_the_books_is_an_error_at_once(path):
 
 
 def test_a_closed_arena_says_so(arena):
+    with pytest.raises(InvalidError):
+        apply(arena, completed_seq=9)
     arena.close()
     arena.close()
     with pytest.raises(BooksError, match="closed"):

@@ -234,7 +234,6 @@ def test_a_digest_stays_the_same_for_books_written_earlier():
     assert Geometry((PlaneGroup(56, 1024),)).digest(16) == 13511047335010797682
 
 
-
 # --- devices ---
 
 

@@ -13,11 +13,11 @@ always known exactly.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from copy import copy as shallow
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from math import ceil, expm1, floor, isfinite, log1p
+from math import ceil, expm1, isfinite, log1p
 
 import numpy as np
 
@@ -38,29 +38,33 @@ from odma_service.values import (
 )
 
 FREE = 0  # an owner; a handle owns what it holds, and -n is a run that waits for answer n
-EVER = 2**62
 FUZZ = 1e-9  # of the last digits of a product or a logarithm
+CLASSES, RING = 64, 256
+MISTAKES = (Reason.INVALID, Reason.NOT_FOUND)
 
 
 @dataclass
 class Region:
-    """A live region; places in blocks, `used` in tokens."""
+    """A live region. Its place is in blocks; `said` is what the batch called used, None: full."""
 
     handle: int
     op: Allocate
-    prediction: tuple | None
+    prediction: tuple[float, ...] | None
     maximum: int
     birth: int
     start: int
     length: int
-    used: int
+    said: int | None
+
+    def used(self, block_tokens):
+        return self.length * block_tokens if self.said is None else self.said
 
 
 def free_runs(owner, waiting_too=False):
-    """Return (start, length) of every run that is free, or will be once all waiting is over."""
+    """Return (start, length) of every run that is free, or will be once nothing waits."""
     runs, at = [], 0
     for free, cells in groupby(owner, lambda who: who == FREE or (waiting_too and who < FREE)):
-        length = len(list(cells))
+        length = sum(1 for _ in cells)
         if free:
             runs.append((at, length))
         at += length
@@ -79,36 +83,34 @@ def up(tokens, unit):
 
 
 def output_at(prediction, risk, most):
-    """Output tokens exceeded with probability `risk`: linear in the level and log(1 + tokens)."""
-    level = 1 - risk
-    points = [(0.0, prediction[0]), *zip(QUANTILE_LEVELS, prediction, strict=True)]
-    points.append((1.0, max(most, prediction[-1])))
-    if prediction[-1] >= most and level > QUANTILE_LEVELS[-1]:
+    """Output tokens exceeded with probability `risk`: linear in the level and in log(1 + tokens).
+
+    Flat below the first quantile; beyond the last one it goes on to `most`.
+    """
+    level, last = 1 - risk, prediction[-1]
+    points = [(0.0, prediction[0]), *zip(QUANTILE_LEVELS, prediction, strict=True), (1.0, most)]
+    if level > QUANTILE_LEVELS[-1] and last >= most:
         return most
-    for (low, few), (high, many) in pairwise(points):
-        if level <= high:
-            part = (level - low) / (high - low)
-            return expm1(log1p(few) + part * (log1p(many) - log1p(few)))
-    raise AssertionError(level)
+    (low, few), (high, many) = next(pair for pair in pairwise(points) if level <= pair[1][0])
+    part = (level - low) / (high - low)
+    return expm1(log1p(few) + part * (log1p(many) - log1p(few)))
 
 
-def rounded(policy, tokens, maximum, block_tokens):
-    """Blocks by the policy: the smallest limit, else a multiple of step, never above maximum."""
-    tokens = ceil(tokens)
-    limits = [limit for limit in policy.limits_tokens if limit >= tokens]
-    length = limits[0] if limits else up(tokens, policy.step_tokens) * policy.step_tokens
-    return up(min(length, maximum), block_tokens)
+def rounded(policy, tokens, maximum, unit):
+    """Blocks by the policy: the smallest limit, else a multiple of step, never above maximum.
+
+    A set, for the last digit of `tokens` may be off.
+    """
+    sizes = set()
+    for error in (-FUZZ, 0, FUZZ):
+        least = ceil(tokens * (1 + error))
+        limits = [limit for limit in policy.limits_tokens if limit >= least]
+        length = limits[0] if limits else up(least, policy.step_tokens) * policy.step_tokens
+        sizes.add(up(min(length, maximum), unit))
+    return sizes
 
 
-def allowed_blocks(policy, tokens, maximum, block_tokens):
-    """The same, where the last digit of `tokens` may be off."""
-    return {
-        rounded(policy, max(1, tokens * (1 + error)), maximum, block_tokens)
-        for error in (-FUZZ, 0, FUZZ)
-    }
-
-
-def first_blocks(policy, op, prediction, maximum, block_tokens):
+def first_blocks(policy, op, prediction, maximum, unit):
     """What a new region may measure."""
     held = op.prompt_tokens + op.generated_tokens
     start = maximum
@@ -116,338 +118,411 @@ def first_blocks(policy, op, prediction, maximum, block_tokens):
         start = held + policy.step_tokens
     elif policy.start == Start.QUANTILE and prediction is not None:
         risk = policy.overflow_risk if op.overflow_risk is None else op.overflow_risk
-        most = maximum - op.prompt_tokens
-        start = max(held + 1, op.prompt_tokens + output_at(prediction, risk, most))
+        output = output_at(prediction, risk, maximum - op.prompt_tokens)
+        start = max(held + 1, op.prompt_tokens + output)
     if op.generated_tokens:
         start = max(start, held * policy.growth)
-    return allowed_blocks(policy, start, maximum, block_tokens)
+    return rounded(policy, start, maximum, unit)
 
 
-def grown_blocks(policy, least, want, maximum, block_tokens):
-    """What a region may measure that has to hold `least`, from the shortest up."""
-    if want:
-        return {min(up(want, block_tokens), up(maximum, block_tokens))}
-    least_blocks = up(least, block_tokens)
-    targets = allowed_blocks(policy, least * policy.growth, maximum, block_tokens)
-    return {max(least_blocks, target) for target in targets}
+def aim_blocks(policy, op, maximum, unit):
+    """What a region that is extended should measure, if there is room enough."""
+    if op.want_tokens:
+        return {min(up(op.want_tokens, unit), up(maximum, unit))}
+    least = up(op.least_tokens, unit)
+    return {
+        max(least, size) for size in rounded(policy, op.least_tokens * policy.growth, maximum, unit)
+    }
 
 
 # --- memory ---
 
 
 class Memory:
-    """The device's memory, one plane of it: a token's name is its region's birth and its index."""
+    """One plane of the device's memory: a token's name is its region's birth and its index."""
 
     def __init__(self, tokens):
         self.cells = np.full(tokens, -1, np.int64)
 
-    @staticmethod
-    def names(region):
-        return (region.birth << 24) + np.arange(region.used)
+    def write(self, birth, start_token, first, last):
+        """Let a region have its tokens [first, last)."""
+        names = (birth << 24) + np.arange(first, last)
+        self.cells[start_token + first : start_token + last] = names
 
-    def write(self, region, start_token, first):
-        names = self.names(region)[first:]
-        self.cells[start_token + first : start_token + first + len(names)] = names
+    def holds(self, birth, start_token, last):
+        """Whether the tokens [0, last) of a region are there."""
+        names = (birth << 24) + np.arange(last)
+        return bool((self.cells[start_token : start_token + last] == names).all())
 
-    def run(self, copies, regions, block_tokens, dead):
-        """Execute `copies` one by one; after each, every live token is where it should be."""
-        places = {
-            handle: region.start * block_tokens + np.arange(region.used)
-            for handle, region in regions.items()
-        }
+    def run(self, copies, regions, unit, dead):
+        """Execute `copies`; after each of them every live token is where it should be.
+
+        Return where the regions lie then, in tokens, and how many tokens were carried.
+        """
+        parts, names, places, live = {}, [], [], []
+        at = 0
+        for handle, region in regions.items():
+            tokens = np.arange(region.used(unit))
+            parts[handle] = slice(at, at + len(tokens))
+            at += len(tokens)
+            names.append((region.birth << 24) + tokens)
+            places.append(region.start * unit + tokens)
+            live.append(np.full(len(tokens), handle not in dead))
+        names, places, live = (np.concatenate(x) for x in (names, places, live))
         carried = Counter()
         for copy in copies:
-            where = places.get(copy.handle)
-            assert where is not None, f"a copy of a region that has no tokens: {copy}"
-            source = slice(copy.from_token, copy.from_token + copy.tokens)
-            target = slice(copy.to_token, copy.to_token + copy.tokens)
-            assert copy.tokens > 0 and max(source.stop, target.stop) <= len(self.cells), copy
-            overlaps = abs(copy.from_token - copy.to_token) < copy.tokens
-            assert copy.overlaps == overlaps, f"wrong about its overlap: {copy}"
-            self.cells[target] = self.cells[source].copy()
-            taken = (where >= source.start) & (where < source.stop)
-            assert taken.sum() == copy.tokens, f"carries what is not its region's: {copy}"
+            assert copy.handle in parts, f"a copy of a region that is new or unknown: {copy}"
+            self.copy(copy)
+            where = places[parts[copy.handle]]
+            taken = (where >= copy.from_token) & (where < copy.from_token + copy.tokens)
+            assert taken.sum() == copy.tokens, f"it carries what is not its region's: {copy}"
             where[taken] += copy.to_token - copy.from_token
             carried[copy.handle] += copy.tokens
-            for handle, region in regions.items():
-                if handle not in dead:
-                    same = self.cells[places[handle]] == self.names(region)
-                    assert same.all(), f"tokens of {handle} are lost after {copy}"
+            kept = (self.cells[places] == names) | ~live
+            assert kept.all(), f"tokens {places[~kept]} are lost after {copy}"
         for handle, tokens in carried.items():
-            assert tokens % regions[handle].used == 0, f"{handle}: copied {tokens} tokens"
-        return {handle: where[0] for handle, where in places.items() if len(where)}, carried
+            used = regions[handle].used(unit)
+            assert tokens % used == 0, f"{handle}: {tokens} tokens were copied of {used}"
+        ends = {handle: places[part] for handle, part in parts.items()}
+        for handle, where in ends.items():
+            assert (np.diff(where) == 1).all(), f"{handle} is scattered"
+        return {handle: int(where[0]) for handle, where in ends.items() if len(where)}, carried
+
+    def copy(self, copy):
+        source = slice(copy.from_token, copy.from_token + copy.tokens)
+        target = slice(copy.to_token, copy.to_token + copy.tokens)
+        assert copy.tokens > 0, copy
+        assert max(source.stop, target.stop) <= len(self.cells), f"it leaves the arena: {copy}"
+        shares = abs(copy.from_token - copy.to_token) < copy.tokens
+        assert copy.overlaps == shares, f"it is wrong about its overlap: {copy}"
+        self.cells[target] = self.cells[source].copy()
 
 
 # --- the walk through a batch ---
 
 
 class Walk:
-    """The books during a batch, operation by operation.
+    """The books during a batch, or a unary call, operation by operation.
 
-    `restless` says that regions may have been slid at times the answer does not tell.
+    `restless` says that regions were slid at times that the answer does not tell.
     """
 
-    def __init__(self, twin, ops, results, predictions, restless, unary=False):
-        self.twin, self.policy, self.engine = twin, twin.policy, twin.engine
-        self.geometry, self.unit = twin.geometry, twin.geometry.block_tokens
+    def __init__(self, twin, ops, results, predictions, *, unary=False, restless=False):
+        self.policy, self.engine, self.geometry = twin.policy, twin.engine, twin.geometry
+        self.unit, self.seq = twin.geometry.block_tokens, twin.seq
         self.ops, self.results, self.predictions = ops, results, predictions
         self.unary, self.restless = unary, restless
+        self.pass_refused, self.pinned, self.budget = False, set(), 0
+        self.safety_blocks = twin.safety_blocks
+
         self.owner = list(twin.owner)
         self.regions = {handle: shallow(region) for handle, region in twin.regions.items()}
-        self.issued = set(twin.issued)
-        self.births = twin.births
-        self.pinned = set()
-        self.budget = EVER
-        self.known = True
-        self.refused = self.needed_moves = False
-        self.relocated = set()
-        self.counts = Counter()
-        self.learnt = []
-        placed = [i for i, result in enumerate(results) if isinstance(result, Place)]
-        self.growths = [i for i in placed if isinstance(ops[i], Allocate | Extend)]
-        self.grown = Counter(results[i].handle for i in self.growths)
+        self.issued, self.births = set(twin.issued), twin.births
+        self.known = True  # the places
+        self.lost = False  # not even the lengths
+        self.refused = False
+        self.needed_moves = False  # something was placed where nothing fitted
+        self.went = set()  # regions that were relocated
+        self.vague = set()  # regions whose length will be known at the end
+        self.counts, self.learnt = Counter(), []
+        grown = [
+            i
+            for i, (op, result) in enumerate(zip(ops, results, strict=True))
+            if isinstance(op, Allocate | Extend) and isinstance(result, Place)
+        ]
+        self.growths = grown
+        self.grown = Counter(results[i].handle for i in grown)
+
+    def run(self):
+        for i, (op, result) in enumerate(zip(self.ops, self.results, strict=True)):
+            try:
+                self.one(i, op, result)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\noperation {i}: {op}\n  -> {result}") from None
+        return self
+
+    def one(self, i, op, result):
+        if isinstance(result, Refusal):
+            self.check_details(op, result)
+        if isinstance(op, Free):
+            self.free_op(op, result)
+        elif isinstance(op, Trim):
+            self.trim_op(i, op, result)
+        elif isinstance(op, Extend):
+            self.extend_op(i, op, result)
+        else:
+            self.allocate_op(i, op, result)
 
     # what there is
 
     @property
     def waits(self):
+        """Whether what is given back has to wait for a completion."""
         return not (self.engine.single_ordered_stream or self.unary)
 
     @property
-    def slides(self):
-        """Whether the engine and the policy let regions make way for each other."""
-        return (
-            self.engine.moves == Moves.ANY
-            and self.policy.overflow == Overflow.COMPACT
-            and self.engine.single_ordered_stream
-            and not self.unary
-        )
-
-    @property
     def relocates(self):
-        """Whether they let a region that grows go elsewhere."""
-        return (
-            self.engine.moves != Moves.NONE
-            and self.policy.overflow != Overflow.PREEMPT
-            and not self.unary
-        )
+        """Whether a region that grows may go elsewhere."""
+        may = self.engine.moves != Moves.NONE and self.policy.overflow != Overflow.PREEMPT
+        return may and not self.unary
 
     @property
-    def waiting(self):
-        return sum(who < FREE for who in self.owner) if self.known else 0
+    def slides(self):
+        """Whether others may be slid out of its way."""
+        may = self.engine.moves == Moves.ANY and self.policy.overflow == Overflow.COMPACT
+        return may and self.engine.single_ordered_stream and not self.unary
+
+    @property
+    def counted(self):
+        return not self.lost and (self.known or not self.waits)
 
     @property
     def free(self):
-        """Free blocks; where places are unknown, without waiting runs, lengths tell."""
         if self.known:
             return self.owner.count(FREE)
         return self.geometry.blocks - sum(region.length for region in self.regions.values())
 
     @property
-    def counted(self):
-        return self.known or not self.waits
+    def waiting(self):
+        return sum(who < FREE for who in self.owner)
 
-    def in_tokens(self, place):
+    @property
+    def limited(self):
+        """Whether copies are so limited that a plan could fail for it."""
+        regions = self.regions.values()
+        tokens = 2 * sum(region.used(self.unit) for region in regions)
+        copies = self.geometry.blocks * (len(self.ops) + 1)
+        return self.budget < tokens or self.geometry.max_copies < copies
+
+    def in_blocks(self, place):
         return place.start_token // self.unit, place.length_tokens // self.unit
 
     def hand_over(self, start, length, who):
         self.owner[start : start + length] = [who] * length
 
     def vacate(self, start, length):
-        self.hand_over(start, length, -self.twin.walked_seq if self.waits else FREE)
+        self.hand_over(start, length, -self.seq if self.waits else FREE)
 
-    # walking
+    def free_behind(self, region):
+        end = region.start + region.length
+        return next((length for start, length in free_runs(self.owner) if start == end), 0)
 
-    def all(self):
-        for i, (op, result) in enumerate(zip(self.ops, self.results, strict=True)):
-            context = f"operation {i}: {op} -> {result}"
-            try:
-                self.one(i, op, result)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\n{context}") from None
+    def in_best_hole(self, start, length):
+        """Whether [start, start + length) lies in a shortest hole that fits."""
+        fitting = [run for run in free_runs(self.owner) if run[1] >= length]
+        holes = [run for run in fitting if run[0] <= start and start + length <= sum(run)]
+        return bool(holes) and holes[0][1] == min(size for _, size in fitting)
 
-    def one(self, i, op, result):
-        if isinstance(result, Refusal):
-            self.refusal_details(op, result)
-        if isinstance(op, Free):
-            self.free_op(op, result)
-        elif isinstance(op, Trim):
-            self.trim_op(op, result)
-        elif isinstance(op, Extend):
-            self.extend_op(i, op, result)
-        else:
-            self.allocate_op(i, op, result)
+    def exactly(self, i):
+        """Whether the place that the answer tells for operation i is the one it was given."""
+        alone = not self.restless or self.growths == [i]
+        return self.known and alone and self.grown[self.results[i].handle] == 1
 
-    def refusal_details(self, op, result):
+    def final_length(self, i, handle):
+        """Whether the length that the answer tells for operation i is the one it was given."""
+        later = (op for op in self.ops[i + 1 :] if isinstance(op, Trim | Free))
+        return self.grown[handle] == 1 and all(op.handle != handle for op in later)
+
+    # mistakes
+
+    def check_details(self, op, result):
         if self.known:
-            seen = (
+            told = (
                 result.free_tokens,
                 result.largest_run_tokens,
                 result.awaiting_completion_tokens,
             )
             true = (self.free, longest(free_runs(self.owner)), self.waiting)
-            if result.reason not in (Reason.INVALID, Reason.NOT_FOUND, Reason.SKIPPED) or any(seen):
-                assert seen == tuple(self.unit * blocks for blocks in true), f"{seen} != {true}"
-        assert bool(result.copy_tokens_needed) <= (result.reason == Reason.COPY_BUDGET)
-        assert bool(result.field) == (result.reason in (Reason.INVALID, Reason.NOT_FOUND))
-        if not isinstance(op, Extend) or result.reason in (Reason.INVALID, Reason.NOT_FOUND):
+            assert told == tuple(blocks * self.unit for blocks in true), f"{told}, not {true}"
+        if result.reason != Reason.COPY_BUDGET:
+            assert result.copy_tokens_needed == 0, "it needs no copies"
+        assert bool(result.field) == (result.reason in MISTAKES), "a field for no mistake"
+        if result.reason in MISTAKES or not isinstance(op, Extend):
             assert result.preempt_handle == 0, "nobody should be preempted for this"
 
-    def faulty(self, result, reasons):
-        """Whether the operation breaks rules, which the result then has to say."""
-        if not reasons:
-            assert not (
-                isinstance(result, Refusal) and result.reason in (Reason.INVALID, Reason.NOT_FOUND)
-            ), "nothing is wrong with it"
-            return False
-        assert isinstance(result, Refusal), f"it breaks rules: {reasons}"
-        told = (result.reason, result.field.partition(":")[0])
-        assert told in reasons, f"it breaks other rules: {reasons}"
-        return True
+    def is_mistaken(self, result, rules):
+        """Whether the operation breaks rules; then the result has to tell one of them."""
+        if rules:
+            assert isinstance(result, Refusal), f"it breaks {rules}"
+            told = (result.reason, result.field.partition(":")[0])
+            assert told in rules, f"it breaks {rules}"
+        elif isinstance(result, Refusal):
+            assert result.reason not in MISTAKES, "nothing is wrong with it"
+        return bool(rules)
 
-    def handle_faults(self, handle):
-        if handle in self.regions:
-            return set()
-        return {(Reason.NOT_FOUND, "handle")}
+    def dead(self, handle):
+        return set() if handle in self.regions else {(Reason.NOT_FOUND, "handle")}
+
+    # free and trim
 
     def free_op(self, op, result):
-        faults = set()
+        rules = set()
         if op.end not in tuple(End):
-            faults.add((Reason.INVALID, "end"))
+            rules.add((Reason.INVALID, "end"))
         if op.output_tokens > 2**24:
-            faults.add((Reason.INVALID, "output_tokens"))
+            rules.add((Reason.INVALID, "output_tokens"))
         if op.handle not in self.issued:
-            faults.add((Reason.NOT_FOUND, "handle"))
-        if self.faulty(result, faults):
+            rules.add((Reason.NOT_FOUND, "handle"))
+        if self.is_mistaken(result, rules):
             return
-        assert isinstance(result, Freed)
-        assert result.already_free == (op.handle not in self.regions)
+        assert result == Freed(already_free=op.handle not in self.regions)
         if result.already_free:
             return
         region = self.regions.pop(op.handle)
         if self.known:
             self.vacate(region.start, region.length)
         self.counts["frees"] += 1
-        self.counts["preempted"] += op.end == End.PREEMPTED
-        self.counts["finished"] += op.end == End.FINISHED
-        self.counts["hit_limit"] += op.end == End.HIT_LIMIT
+        for end, counter in (
+            (End.FINISHED, "finished"),
+            (End.HIT_LIMIT, "hit_limit"),
+            (End.PREEMPTED, "preempted"),
+        ):
+            self.counts[counter] += op.end == end
         if op.end in (End.FINISHED, End.HIT_LIMIT):
             self.learnt.append((region, op.output_tokens, op.end == End.HIT_LIMIT))
 
-    def trim_op(self, op, result):
-        faults = self.handle_faults(op.handle)
-        if not faults:
-            region = self.regions[op.handle]
-            if not max(1, region.used) <= op.to_tokens <= region.length * self.unit:
-                faults.add((Reason.INVALID, "to_tokens"))
-        if self.faulty(result, faults):
+    def trim_op(self, i, op, result):
+        rules = self.dead(op.handle)
+        if op.handle in self.vague:
+            self.take_vaguely(i, op, result)
             return
-        assert isinstance(result, Place) and result.handle == op.handle
         blocks = up(op.to_tokens, self.unit)
-        if self.known and blocks < region.length:
+        if not rules:
+            region = self.regions[op.handle]
+            used = max(1, region.used(self.unit))
+            if blocks != region.length and not used <= op.to_tokens <= region.length * self.unit:
+                rules.add((Reason.INVALID, "to_tokens"))
+        if self.is_mistaken(result, rules):
+            return
+        if isinstance(result, Refusal):
+            assert result.reason == Reason.TABLE_FULL, "that is no reason"
+            assert not self.known or self.waiting, "nothing waits"
+            return
+        assert isinstance(result, Place)
+        assert result.handle == op.handle
+        if self.known:
             self.vacate(region.start + blocks, region.length - blocks)
         region.length = blocks
         self.counts["trims"] += 1
 
-    # growth
+    def take_vaguely(self, i, op, result):
+        """Take over a change of a region whose length is not known now."""
+        region = self.regions[op.handle]
+        if isinstance(result, Place):
+            assert result.handle == op.handle
+            self.counts["trims" if isinstance(op, Trim) else "extends"] += 1
+            region.length = up(op.to_tokens if isinstance(op, Trim) else op.least_tokens, self.unit)
+            if self.results[i].length_tokens:
+                region.length = self.in_blocks(result)[1]
+        elif isinstance(op, Extend):
+            self.counts["refused_extends"] += result.reason not in MISTAKES
+            self.refused |= result.reason not in MISTAKES
 
-    def exactly(self, i, handle):
-        """Whether operation i's place in the answer is the one it was given."""
-        alone = not self.restless or self.growths == [i]
-        return self.known and alone and self.grown[handle] == 1
+    # extend
 
-    def settle(self, i, region, start, length):
-        """Take over the place that a growth was given."""
-        handle = region.handle
-        exact = self.exactly(i, handle)
-        if exact and start != region.start and region.start >= 0:
-            self.relocated.add(handle)
-        if exact and not self.needed_moves:
-            fresh = [FREE, handle] if not self.waits or region.used == 0 else [FREE]
-            if start == region.start:
-                fresh = [FREE, handle]
-            assert all(who in fresh for who in self.owner[start : start + length]), (
-                f"[{start}, +{length}) is not free"
-            )
-            if start != region.start and region.start >= 0:
-                self.vacate(region.start, region.length)
-            self.hand_over(start, length, handle)
-        if self.restless or not exact:
-            self.known = False
-        region.start, region.length = start, length
-
-    def in_best_hole(self, start, length):
-        """Whether [start, start + length) lies in the shortest hole that fits."""
-        fitting = [run for run in free_runs(self.owner) if run[1] >= length]
-        holes = [run for run in fitting if run[0] <= start and start + length <= run[0] + run[1]]
-        return bool(holes) and holes[0][1] == min(size for _, size in fitting)
-
-    def extend_faults(self, op):
-        faults = self.handle_faults(op.handle)
-        if not faults:
+    def extend_rules(self, op):
+        rules = self.dead(op.handle)
+        if not rules:
             maximum = up(self.regions[op.handle].maximum, self.unit) * self.unit
             if not 1 <= op.least_tokens <= maximum:
-                faults.add((Reason.INVALID, "least_tokens"))
+                rules.add((Reason.INVALID, "least_tokens"))
             if op.want_tokens and not op.least_tokens <= op.want_tokens <= 2**28:
-                faults.add((Reason.INVALID, "want_tokens"))
-        return faults
+                rules.add((Reason.INVALID, "want_tokens"))
+        return rules
 
     def extend_op(self, i, op, result):
-        if self.faulty(result, self.extend_faults(op)):
+        if self.is_mistaken(result, self.extend_rules(op)):
+            return
+        if op.handle in self.vague:
+            self.take_vaguely(i, op, result)
             return
         region = self.regions[op.handle]
         least = up(op.least_tokens, self.unit)
-        targets = grown_blocks(
-            self.policy, op.least_tokens, op.want_tokens, region.maximum, self.unit
-        )
         if isinstance(result, Refusal):
             assert least > region.length, "it is long enough"
-            self.extend_refused(region, least, result)
+            self.check_extend_refused(region, least, result)
             return
-        assert isinstance(result, Place) and result.handle == op.handle
-        start, length = self.in_tokens(result)
-        if least <= region.length and (not op.want_tokens or max(targets) <= region.length):
-            self.counts["extends"] += 1
-            return
-        last = self.grown[op.handle] == 1 and not self.trimmed_later(i, op.handle) and length
-        if not last:
-            length = max(region.length, max(targets))
-        assert max(least, region.length) <= length <= max(max(targets), region.length), (
-            f"{least} to {targets} blocks, not {length}"
-        )
-        if length > region.length:
-            self.extend_placed(i, region, start, length, targets)
+        assert isinstance(result, Place)
+        assert result.handle == op.handle
         self.counts["extends"] += 1
+        if least > region.length:
+            self.check_grown(i, op, region, least, *self.in_blocks(result))
+        elif self.final_length(i, op.handle):
+            assert result.length_tokens == region.length * self.unit, "it was long enough"
 
-    def extend_placed(self, i, region, start, length, targets):
-        if self.exactly(i, region.handle):
-            behind = self.free_behind(region)
-            if start != region.start:
-                assert self.relocates and region.handle not in self.pinned, "it may not move"
-                assert behind < max(targets) - region.length, "it could have grown in place"
-                own = range(region.start, region.start + region.length)
-                slid = start + length > own.start and start < own.stop
-                if slid or not self.in_best_hole(start, length):
-                    assert self.slides, "not the best hole"
-                    self.needed_moves = True
-            elif behind < length - region.length:
-                assert self.slides, "no room behind it, and none may make way"
-                self.needed_moves = True
-        if self.known:
-            assert self.free >= length - region.length or self.relocates
+    def check_grown(self, i, op, region, least, start, length):
+        aims = aim_blocks(self.policy, op, region.maximum, self.unit)
+        aim = max(aims)
+        behind = self.free_behind(region) if self.known else 0
+        in_place = self.known and region.length + behind >= least
+        if not self.final_length(i, op.handle):
+            length = min(aim, region.length + behind) if in_place else aim
+            if not in_place and aim != least:
+                self.known, self.lost = False, True
+                self.vague.add(op.handle)
+        assert least <= length <= aim, f"{least} to {aim} blocks by the policy, not {length}"
+        if in_place:
+            wanted = {min(aim, region.length + behind) for aim in aims}
+            assert length in wanted, f"in place it could have {wanted} blocks"
+        elif not self.vague:
+            assert length in aims | {least}, f"{aims} or {least} blocks by the policy"
+        if self.exactly(i):
+            if in_place:
+                assert start == region.start, "it could have grown in place"
+            else:
+                self.check_moved(region, start, length, aim)
         self.settle(i, region, start, length)
 
-    def trimmed_later(self, i, handle):
-        return any(isinstance(op, Trim) and op.handle == handle for op in self.ops[i + 1 :])
+    def check_moved(self, region, start, length, aim):
+        """Check how a region has won room that was not behind it."""
+        if start == region.start:
+            assert self.slides, "there is no room behind it, and nobody may make way"
+            self.needed_moves = True
+            return
+        assert self.relocates, "it may not move"
+        assert region.handle not in self.pinned, "it is pinned"
+        can_go = region.handle not in self.went or not self.waits
+        if can_go and not self.limited and longest(free_runs(self.owner)) >= aim:
+            assert length == aim, f"a hole of {aim} blocks was there"
+        before = next((run for run in free_runs(self.owner) if sum(run) == region.start), None)
+        slid_itself = before is not None and before[0] == start
+        end = region.start + region.length + self.free_behind(region)
+        if slid_itself and start + length <= end:
+            assert self.engine.single_ordered_stream or self.in_best_hole(start, length)
+        elif not self.in_best_hole(start, length):
+            assert self.slides, "it is not in a best hole"
+            self.needed_moves = True
 
-    def free_behind(self, region):
-        end = region.start + region.length
-        stop = end
-        while stop < len(self.owner) and self.owner[stop] == FREE:
-            stop += 1
-        return stop - end
+    def settle(self, i, region, start, length):
+        """Take over the place of a region that was placed or has grown."""
+        exact = self.exactly(i)
+        fresh = region.handle not in self.regions
+        moved = not fresh and start != region.start
+        if exact and moved:
+            self.went.add(region.handle)
+        if exact and not self.needed_moves:
+            empty = region.used(self.unit) == 0 or not self.waits
+            mine = {FREE, region.handle} if not moved or empty else {FREE}
+            cells = self.owner[start : start + length]
+            assert len(cells) == length, "it is outside of the arena"
+            assert set(cells) <= mine, f"[{start}, +{length}) is not free"
+            if moved:
+                self.vacate(region.start, region.length)
+            self.hand_over(start, length, region.handle)
+        else:
+            self.known = False
+        if not fresh and region.said is None and not self.unary:
+            region.said = region.length * self.unit
+        region.start, region.length = start, length
+        self.count_safety_hit("unsure" if fresh else "growth")
 
-    # allocation
+    def count_safety_hit(self, cause):
+        if self.counted and len(self.regions) > (cause == "growth"):
+            self.counts[f"safety_hits_{cause}"] += self.free < self.safety_blocks
+        elif not self.counted:
+            self.counts["uncounted_hits"] += 1
+
+    # allocate
 
     def maximum_of(self, op):
         capacity = self.geometry.blocks * self.unit
@@ -455,188 +530,167 @@ class Walk:
             return min(self.geometry.model_length_tokens, capacity)
         return op.max_total_tokens
 
-    def allocate_faults(self, op, prediction):
-        faults = set()
+    def allocate_rules(self, op, prediction):
         maximum = self.maximum_of(op)
-        if not (op.request_id and "\0" not in op.request_id and len(op.request_id.encode()) <= 64):
-            faults.add((Reason.INVALID, "request_id"))
-        if not 1 <= maximum <= self.geometry.blocks * self.unit:
-            faults.add((Reason.INVALID, "max_total_tokens"))
-        if op.prompt_tokens < 1 or op.prompt_tokens + op.generated_tokens > maximum:
-            faults.add((Reason.INVALID, "prompt_tokens"))
-        if op.overflow_risk is not None and not 0 <= op.overflow_risk <= 1:
-            faults.add((Reason.INVALID, "overflow_risk"))
-        for field in ("request_class", "tenant"):
-            if len(getattr(op, field).encode()) > 32 or "\0" in getattr(op, field):
-                faults.add((Reason.INVALID, field))
-        if prediction is not None and not (
-            all(isfinite(value) and value >= 0 for value in prediction)
-            and all(a <= b for a, b in pairwise(prediction))
-        ):
-            faults.add((Reason.INVALID, "prediction"))
-        return faults
-
-    def same_request(self, op):
-        for region in self.regions.values():
-            if region.op.request_id == op.request_id:
-                return region
-        return None
+        rules = {
+            "request_id": 1 <= len(op.request_id.encode()) <= 64 and "\0" not in op.request_id,
+            "request_class": len(op.request_class.encode()) <= 32,
+            "tenant": len(op.tenant.encode()) <= 32,
+            "predicted_output_tokens": op.predicted_output_tokens != 0,
+            "max_total_tokens": 1 <= maximum <= self.geometry.blocks * self.unit,
+            "prompt_tokens": 1 <= op.prompt_tokens <= maximum - op.generated_tokens,
+            "overflow_risk": op.overflow_risk is None or 0 <= op.overflow_risk <= 1,
+            "prediction": prediction is None
+            or (
+                all(isfinite(value) and value >= 0 for value in prediction)
+                and all(a <= b for a, b in pairwise(prediction))
+            ),
+        }
+        return {(Reason.INVALID, field) for field, kept in rules.items() if not kept}
 
     def allocate_op(self, i, op, result):
         prediction = self.predictions[i]
-        if isinstance(result, Refusal) and result.reason == Reason.SKIPPED:
-            assert self.refused and not self.twin.passing, "nothing was refused before it"
+        if self.is_asked_again(op, result):
             return
-        assert not (self.refused and not self.twin.passing), "it should have been skipped"
-        if self.faulty(result, self.allocate_faults(op, prediction)):
+        if self.is_mistaken(result, self.allocate_rules(op, prediction)):
             return
-        living = self.same_request(op)
-        if living is not None:
-            self.asked_again(living, op, result)
+        if self.refused and not self.pass_refused:
+            assert isinstance(result, Refusal), "it should have been skipped"
+            assert result.reason == Reason.SKIPPED, "it should have been skipped"
             return
         sizes = first_blocks(self.policy, op, prediction, self.maximum_of(op), self.unit)
         if isinstance(result, Refusal):
-            self.allocate_refused(op, prediction, sizes, result)
-            return
-        assert isinstance(result, Place) and result.handle not in self.issued, "a used handle"
-        start, length = self.in_tokens(result)
-        if not length or self.grown[result.handle] > 1 or self.trimmed_later(i, result.handle):
+            self.check_allocate_refused(op, prediction, sizes, result)
+        else:
+            assert isinstance(result, Place)
+            assert result.handle not in self.issued, "the handle was used before"
+            self.check_placed(i, op, prediction, sizes, result)
+
+    def is_asked_again(self, op, result):
+        """Whether its request lives: then it gets that region, or asks with other numbers."""
+        for region in self.regions.values():
+            if region.op.request_id != op.request_id:
+                continue
+            if self.allocate_rules(op, None):
+                return False
+            numbers = (op.prompt_tokens, op.generated_tokens, self.maximum_of(op))
+            if numbers == (region.op.prompt_tokens, region.op.generated_tokens, region.maximum):
+                assert isinstance(result, Place), "it lives"
+                assert result.handle == region.handle, "it lives"
+            else:
+                assert self.is_mistaken(result, {(Reason.INVALID, "request_id")})
+            return True
+        return False
+
+    def check_placed(self, i, op, prediction, sizes, result):
+        start, length = self.in_blocks(result)
+        if not self.final_length(i, result.handle):
             length = max(sizes)
         assert length in sizes, f"{sizes} blocks by the policy, not {length}"
-        self.allocate_placed(i, op, prediction, result.handle, start, length)
-
-    def asked_again(self, living, op, result):
-        same = [
-            getattr(op, field) == getattr(living.op, field)
-            for field in ("prompt_tokens", "generated_tokens")
-        ]
-        if all(same) and self.maximum_of(op) == living.maximum:
-            assert isinstance(result, Place) and result.handle == living.handle, "it lives"
-        else:
-            assert isinstance(result, Refusal) and result.reason == Reason.INVALID
-            assert result.field.startswith("request_id")
-
-    def allocate_placed(self, i, op, prediction, handle, start, length):
         assert len(self.regions) < self.geometry.max_regions, "the table is full"
+        assert self.over_quota(op, length) <= FUZZ, "the tenant has its share"
         if self.counted:
             assert self.free >= length, "too few are free"
-            assert self.admitted(prediction, length), "it is the safety pool"
-        assert self.within_quota(op, length), "the tenant has its share"
-        region = Region(
-            handle, op, prediction, self.maximum_of(op), self.births, -1, length, used=0
-        )
-        if self.exactly(i, handle):
+            admitted = self.free - length >= self.safety_blocks or not self.regions
+            assert admitted or self.is_unsure(prediction), "the rest is the safety pool"
+        if self.exactly(i):
             if longest(free_runs(self.owner)) < length:
-                assert self.slides, "nothing fits, and none may make way"
+                assert self.slides, "nothing fits, and nobody may make way"
                 self.needed_moves = True
             else:
-                assert self.in_best_hole(start, length), "not the best hole"
+                assert self.in_best_hole(start, length), "it is not in a best hole"
         self.births += 1
-        self.issued.add(handle)
+        said = None if self.unary else 0
+        region = Region(
+            result.handle, op, prediction, self.maximum_of(op), self.births, start, length, said
+        )
         self.settle(i, region, start, length)
-        self.regions[handle] = region
+        self.issued.add(result.handle)
+        self.regions[result.handle] = region
         self.counts["allocates"] += 1
 
-    def unsure(self, prediction):
+    def is_unsure(self, prediction):
         if prediction is None or self.policy.unsure_ratio == 0:
             return False
         return prediction[5] / max(1, prediction[2]) > self.policy.unsure_ratio
 
-    def admitted(self, prediction, length):
-        share = self.twin.safety_blocks
-        return not self.regions or self.unsure(prediction) or self.free - length >= share
-
-    def held_by(self, tenant):
-        return sum(
-            region.length for region in self.regions.values() if region.op.tenant == tenant
-        )
-
-    def within_quota(self, op, length):
-        most = self.policy.tenant_share * self.geometry.blocks
-        return self.held_by(op.tenant) + length <= most * (1 + FUZZ)
+    def over_quota(self, op, length):
+        regions = self.regions.values()
+        held = sum(region.length for region in regions if region.op.tenant == op.tenant)
+        return held + length - self.policy.tenant_share * self.geometry.blocks
 
     # refusals
 
-    def allocate_refused(self, op, prediction, sizes, result):
-        length = max(sizes)
+    def check_allocate_refused(self, op, prediction, sizes, result):
         self.refused = True
         self.counts["refused_allocates"] += 1
-        reason = result.reason
-        if reason == Reason.TABLE_FULL:
-            assert len(self.regions) >= self.geometry.max_regions or self.waiting, "it is not"
-        elif reason == Reason.QUOTA:
-            most = self.policy.tenant_share * self.geometry.blocks
-            assert self.held_by(op.tenant) + length > most * (1 - FUZZ), "the quota is kept"
-        elif reason == Reason.SAFETY_SHARE:
-            assert self.regions and not self.unsure(prediction), "the share is not for it"
+        if result.reason == Reason.TABLE_FULL:
+            full = len(self.regions) >= self.geometry.max_regions
+            assert full or not self.known or self.waiting, "it is not full"
+        elif result.reason == Reason.QUOTA:
+            assert self.over_quota(op, max(sizes)) > -FUZZ, "the tenant's share would do"
+        elif result.reason == Reason.SAFETY_SHARE:
+            assert self.regions, "it would be the only one"
+            assert not self.is_unsure(prediction), "the safety pool is for it"
             if self.counted:
-                assert self.free - min(sizes) < self.twin.safety_blocks, "the share is kept"
+                assert self.free - max(sizes) < self.safety_blocks, "the share would be kept"
         else:
-            self.lacking(result, length, length, None)
+            self.check_lack(result, max(sizes), max(sizes), None)
 
-    def extend_refused(self, region, least, result):
+    def check_extend_refused(self, region, least, result):
         self.refused = True
         self.counts["refused_extends"] += 1
-        oldest_first = sorted(self.regions.values(), key=lambda region: region.birth)
-        advice = [other.handle for other in oldest_first[1:] if other.handle not in self.pinned]
-        expected = advice[-1] if advice else 0
-        assert result.preempt_handle == expected, f"preempt {expected}"
+        _, *younger = sorted(self.regions.values(), key=lambda region: region.birth)
+        advice = [other.handle for other in younger if other.handle not in self.pinned]
+        assert result.preempt_handle == (advice[-1] if advice else 0), f"not the last of {advice}"
         if result.reason == Reason.TABLE_FULL:
-            assert self.waits and self.waiting or not self.known, "no run waits"
-            return
-        self.lacking(result, least - region.length, least, region)
-
-    def lacking(self, result, blocks, length, region):
-        """Check that a run of `length`, or `blocks` behind `region`, could not be had."""
-        reason = result.reason
-        assert reason in (
-            Reason.NO_SPACE,
-            Reason.FRAGMENTED,
-            Reason.COPY_BUDGET,
-            Reason.WAITS_FOR_COMPLETION,
-            Reason.PINNED,
-        ), "that is no reason"
-        if reason == Reason.PINNED:
-            assert self.pinned and (self.slides or self.relocates), "no pin is in the way"
-        if reason == Reason.COPY_BUDGET:
-            assert self.slides or (region is not None and self.relocates), "it needs no copies"
-            assert self.bounded, "copies are unlimited"
-            assert result.copy_tokens_needed or self.geometry.max_copies < EVER
-        if self.counted:
-            assert (reason == Reason.NO_SPACE) <= (self.free < blocks), "enough are free"
-            if self.free >= blocks and self.slides and not self.pinned and not self.bounded:
-                raise AssertionError("making way would have won enough")
-        if not self.known:
-            return
-        runs = free_runs(self.owner)
-        if region is None:
-            assert longest(runs) < length, "a hole fits"
+            assert self.waits, "nothing waits"
+            assert not self.known or self.waiting, "nothing waits"
         else:
-            assert self.free_behind(region) < blocks, "there is room behind it"
-            free_to_go = region.handle not in self.pinned and region.handle not in self.relocated
-            if self.relocates and free_to_go and longest(runs) >= length:
-                assert reason == Reason.COPY_BUDGET, "a hole fits"
-                assert self.budget < region.used or self.geometry.max_copies < EVER
-        self.lack_is_told_right(reason, blocks, length, region, runs)
+            self.check_lack(result, least - region.length, least, region)
 
-    def lack_is_told_right(self, reason, blocks, length, region, runs):
-        later = free_runs(self.owner, waiting_too=True)
+    def check_lack(self, result, more, length, region):
+        """Check that `length` blocks, which are `more` than `region` has, were not to be had."""
+        reason = result.reason
+        if reason == Reason.PINNED:
+            assert self.pinned, "nothing is pinned"
+            assert self.slides or (self.relocates and region is not None), "nothing would move"
+        elif reason == Reason.COPY_BUDGET:
+            assert self.slides or (self.relocates and region is not None), "nothing would move"
+            assert self.limited, "copies are unlimited"
+        elif reason == Reason.NO_SPACE:
+            assert not self.counted or self.free < more, "enough blocks are free"
+        elif reason == Reason.FRAGMENTED:
+            assert not self.counted or self.free >= more, "too few blocks are free"
+        else:
+            assert reason == Reason.WAITS_FOR_COMPLETION, "that is no reason"
+            assert self.waits or self.unary, "nothing waits"
+        if self.counted and self.slides and not self.pinned and not self.limited:
+            assert self.free < more, "others could have made way"
+        if self.known:
+            self.check_no_room(reason, more, length, region)
+            self.check_wait(reason, more, length, region)
+
+    def check_no_room(self, reason, more, length, region):
+        hole = longest(free_runs(self.owner))
+        if region is None:
+            assert hole < length, "a hole fits"
+            return
+        assert self.free_behind(region) < more, "there is room behind it"
+        tied = region.handle in self.pinned or (self.waits and region.handle in self.went)
+        if self.relocates and not tied and hole >= length:
+            assert reason == Reason.COPY_BUDGET, "a hole fits"
+
+    def check_wait(self, reason, more, length, region):
+        """Check that what waits is named as the reason where it would do, and only there."""
+        hole = longest(free_runs(self.owner, waiting_too=True))
         if reason == Reason.WAITS_FOR_COMPLETION:
             assert self.waiting, "nothing waits"
-            if region is None:
-                assert self.free + self.waiting >= length, "what waits would not do"
-        if reason == Reason.NO_SPACE:
-            assert self.free + self.waiting < blocks, "what waits would do"
-        if reason == Reason.FRAGMENTED:
-            assert self.free >= blocks, "too few are free"
-            assert longest(later) < length, "what waits would do"
-
-    @property
-    def bounded(self):
-        """Whether copies are limited so that a plan could fail for it."""
-        tokens = 2 * sum(region.used for region in self.regions.values())
-        pieces = self.geometry.blocks * (len(self.ops) + 1)
-        return self.budget < tokens or self.geometry.max_copies < pieces
+            assert self.free + self.waiting >= more, "what waits would not do"
+        elif reason == Reason.NO_SPACE:
+            assert self.free + self.waiting < more, "what waits would do"
+        elif reason == Reason.FRAGMENTED and self.waiting:
+            assert hole < length or (region is not None and not self.relocates), "waiting would do"
 
 
 # --- the twin ---
@@ -647,20 +701,249 @@ class Twin:
 
     def __init__(self, geometry, policy):
         self.geometry, self.policy, self.engine = geometry, policy, None
-        self.memory = Memory(geometry.blocks * geometry.block_tokens)
-        self.births = 0
+        self.unit = geometry.block_tokens
         self.counters = Counter()
-        self.completions = []
+        self.class_names = []
+        self.completions = defaultdict(list)  # by class name, and of all under None
         self.forget()
 
     def forget(self):
-        """Begin with empty books."""
+        """Begin an epoch: the books are empty, what was learnt stays."""
+        self.memory = Memory(self.geometry.blocks * self.unit)
         self.owner = [FREE] * self.geometry.blocks
-        self.regions, self.issued = {}, set()
-        self.seq = self.completed_seq = 0
-        self.written = Counter()
-        self.last = None
+        self.regions, self.issued, self.written = {}, set(), Counter()
+        self.seq = self.completed_seq = self.births = 0
 
     @property
     def safety_blocks(self):
         return ceil(self.policy.safety_share * self.geometry.blocks)
+
+    # what the arena did
+
+    def apply(self, batch, predictions, answer, entries):
+        """Check the answer to a batch and the books after it, and take them over."""
+        assert (answer.seq, answer.replayed) == (batch.seq, False)
+        assert answer.policy_version == self.policy.version
+        assert len(answer.results) == len(batch.ops)
+        self.begin(batch)
+        walk = self.walk(batch, predictions, answer)
+        dead = self.regions.keys() - walk.regions.keys()
+        starts, carried = self.memory.run(answer.copies, self.regions, self.unit, dead)
+        self.check_copies(walk, answer.copies)
+        places = self.final_places(walk, answer)
+        for handle, region in walk.regions.items():
+            region.start, length = places[handle]
+            assert length == region.length or handle in walk.vague
+            region.length = length
+            if handle in starts:
+                assert starts[handle] == region.start * self.unit, f"{handle} was not copied there"
+            if handle in walk.pinned:
+                assert region.start == self.regions[handle].start, f"pinned {handle} has moved"
+                assert not carried[handle], f"pinned {handle} was copied"
+        self.check_owners(walk, entries)
+        self.counters["batches"] += 1
+        self.counters["copies"] += len(answer.copies)
+        self.counters["copied_tokens"] += sum(copy.tokens for copy in answer.copies)
+        self.take_over(walk, entries)
+
+    def begin(self, batch):
+        """Do what comes before the operations, and let the engine write what it calls used."""
+        self.seq, self.completed_seq = batch.seq, batch.completed_seq
+        self.owner = [FREE if -self.completed_seq <= who < FREE else who for who in self.owner]
+        said = {used.handle: used.used_tokens for used in batch.used}
+        for handle, region in self.regions.items():
+            region.said = said.get(handle)
+            used, first = region.used(self.unit), self.written[handle]
+            start, first = region.start * self.unit, min(used, first)
+            assert self.memory.holds(region.birth, start, first), f"{handle} has lost tokens"
+            self.memory.write(region.birth, start, first, used)
+            self.written[handle] = used
+
+    def walk(self, batch, predictions, answer):
+        limit = batch.max_copy_tokens
+        moved = any(
+            isinstance(result, Place)
+            and result.length_tokens
+            and result.handle in self.regions
+            and result.start_token != self.regions[result.handle].start * self.unit
+            for result in answer.results
+        )
+        for restless in (bool(answer.copies or answer.moved or moved), True):
+            walk = Walk(self, batch.ops, answer.results, predictions)
+            walk.restless = walk.slides and restless
+            walk.pass_refused = batch.pass_refused
+            walk.pinned = {used.handle for used in batch.used if used.pinned}
+            walk.budget = self.policy.max_copy_tokens if limit is None else limit
+            walk.run()
+            if not walk.needed_moves or walk.restless or len(walk.growths) == 1:
+                break
+        return walk
+
+    def check_copies(self, walk, copies):
+        assert sum(copy.tokens for copy in copies) <= walk.budget, "more tokens than allowed"
+        assert len(copies) <= self.geometry.max_copies, "more copies than allowed"
+        if not self.engine.copies_may_overlap:
+            assert not any(copy.overlaps for copy in copies), "a copy overlaps"
+        if self.engine.single_ordered_stream:
+            return
+        targets = set()
+        for copy in copies:
+            source = self.owner[copy.from_token // self.unit]
+            assert source == copy.handle, f"its source is not its region's old place: {copy}"
+            target = set(range(copy.to_token, copy.to_token + copy.tokens))
+            assert not targets & target, f"it writes what another has written: {copy}"
+            targets |= target
+            owners = {self.owner[token // self.unit] for token in target}
+            assert owners == {FREE}, f"it writes what was not free before the batch: {copy}"
+
+    def final_places(self, walk, answer):
+        """Return (start, length) of every live region as the answer tells them."""
+        told = {}
+        for result in answer.results:
+            if not isinstance(result, Place):
+                continue
+            place = (result.start_token // self.unit, result.length_tokens // self.unit)
+            assert told.setdefault(result.handle, place) == place, "a region has two places"
+            assert (result.handle in walk.regions) == bool(place[1]), "it is dead, or it is not"
+        places = {
+            handle: told.get(handle, (region.start, region.length))
+            for handle, region in walk.regions.items()
+        }
+        moved = {place.handle: place for place in answer.moved}
+        assert len(moved) == len(answer.moved), "a region is listed twice"
+        for handle, place in moved.items():
+            region = self.regions.get(handle)
+            assert region is not None, f"{place} was not there before"
+            assert handle in walk.regions, f"{place} is dead"
+            assert handle not in told, f"{place} is among the results"
+            assert place.start_token != region.start * self.unit, f"{place} has not moved"
+            places[handle] = (place.start_token // self.unit, place.length_tokens // self.unit)
+        for handle, (start, _) in places.items():
+            if handle in self.regions and start != self.regions[handle].start:
+                grew = walk.relocates and walk.grown[handle]
+                assert walk.slides or grew, f"{handle} may not move"
+        return places
+
+    def check_owners(self, walk, entries):
+        """Compare the arena's list of its entries with what the answer has said."""
+        owner = self.owners(entries)
+        for region in walk.regions.values():
+            cells = owner[region.start : region.start + region.length]
+            assert cells == [region.handle] * region.length, f"{region} is not in the books"
+        if walk.known:
+            assert owner == walk.owner, "blocks are waiting, or not, against the rules"
+        for before, now in zip(self.owner, owner, strict=True):
+            if before < FREE:
+                assert now == before, "a block was given out before its completion"
+            elif now < FREE:
+                assert now == -self.seq, "a block waits for another batch"
+                assert walk.waits, "a block waits for nothing"
+            elif before > FREE and walk.waits:
+                assert now == before, "a block was given out, or freed, in the batch it was vacated"
+
+    def owners(self, entries):
+        """Return the owner of every block by the arena's list."""
+        owner = [FREE] * self.geometry.blocks
+        for entry in entries:
+            start, length = entry.start_token // self.unit, entry.length_tokens // self.unit
+            assert length > 0, f"{entry} is empty"
+            assert start + length <= len(owner), f"{entry} leaves the arena"
+            cells = owner[start : start + length]
+            assert cells == [FREE] * length, f"{entry} overlaps another"
+            who = entry.handle if entry.live else -entry.awaits_seq
+            owner[start : start + length] = [who] * length
+        return owner
+
+    def take_over(self, walk, entries):
+        self.owner = self.owners(entries)
+        self.regions, self.issued, self.births = walk.regions, walk.issued, walk.births
+        self.counters.update(walk.counts)
+        for region, output_tokens, censored in walk.learnt:
+            self.learn(region, output_tokens, censored)
+        for op, result in zip(walk.ops, walk.results, strict=True):
+            new = isinstance(op, Allocate) and isinstance(result, Place)
+            if new and op.request_class not in self.class_names:
+                self.class_names.append(op.request_class)
+
+    def learn(self, region, output_tokens, censored):
+        completion = (region.prediction, region.op.prompt_tokens, output_tokens, censored)
+        for name in (None, self.class_of(region.op.request_class)):
+            self.completions[name] = [*self.completions[name], completion][-RING:]
+
+    def class_of(self, name):
+        return name if name in self.class_names[:CLASSES] else "(other)"
+
+    def unary(self, op, prediction, result, entries):
+        """Check a unary call, which copies nothing, and take it over."""
+        walk = Walk(self, [op], [result], [prediction], unary=True).run()
+        assert walk.known, "it may not move anything"
+        assert self.owners(entries) == walk.owner
+        self.take_over(walk, entries)
+
+    def reconcile(self, handles, kept, freed, entries):
+        """Check what was kept and freed, and take it over."""
+        assert sorted(freed) == sorted(self.regions.keys() - set(handles))
+        assert [place.handle for place in kept] == list(handles)
+        for place in kept:
+            region = self.regions.get(place.handle)
+            there = (region.start * self.unit, region.length * self.unit) if region else (0, 0)
+            assert (place.start_token, place.length_tokens) == there
+        for handle in freed:
+            del self.regions[handle]
+        self.owner = [who if who in self.regions else FREE for who in self.owner]
+        assert self.owners(entries) == self.owner
+        self.completed_seq = self.seq
+        self.counters["frees"] += len(freed)
+
+    # what the arena says
+
+    def check_report(self, report):
+        runs = free_runs(self.owner)
+        regions = self.regions.values()
+        expected = {
+            "seq": self.seq,
+            "completed_seq": self.completed_seq,
+            "live": len(self.regions),
+            "free_runs": len(runs),
+            "free_tokens": self.owner.count(FREE) * self.unit,
+            "awaiting_completion_tokens": sum(who < FREE for who in self.owner) * self.unit,
+            "largest_run_tokens": longest(runs) * self.unit,
+            "reserved_tokens": sum(region.length for region in regions) * self.unit,
+            "safety_tokens": self.safety_blocks * self.unit,
+            "used_tokens": sum(region.used(self.unit) for region in regions),
+            "classes": min(CLASSES, len(self.class_names)),
+        }
+        said = {field: getattr(report, field) for field in expected}
+        assert said == expected
+        counted = report.counters._asdict()
+        if self.counters.pop("uncounted_hits", 0):
+            for cause in ("safety_hits_growth", "safety_hits_unsure"):
+                self.counters[cause] = counted[cause]
+        unknowable = ("relocations", "compactions")
+        assert {name: count for name, count in counted.items() if name not in unknowable} == {
+            name: self.counters[name] for name in counted if name not in unknowable
+        }
+
+    def check_entries(self, entries):
+        assert self.owners(entries) == self.owner
+        births = []
+        for entry in entries:
+            if not entry.live:
+                continue
+            region = self.regions[entry.handle]
+            births.append((region.birth, entry.birth))
+            assert entry.used_tokens == region.used(self.unit)
+            assert entry.prompt_tokens == region.op.prompt_tokens
+            assert entry.generated_tokens == region.op.generated_tokens
+            assert entry.max_total_tokens == region.maximum
+            assert entry.request_class == self.class_of(region.op.request_class)
+            assert entry.request_id == region.op.request_id
+        births.sort()
+        assert all(a[1] < b[1] for a, b in pairwise(births)), "births are out of order"
+        starts = [entry.start_token for entry in entries]
+        assert starts == sorted(starts)
+
+    def check_learnt(self, class_index, completions_of):
+        """Compare the remembered completions, by the arena's functions."""
+        for name, expected in self.completions.items():
+            assert [tuple(entry) for entry in completions_of(class_index(name))] == expected

@@ -12,7 +12,7 @@ import { Client } from './client.js';
 
 const CAPACITY = 4096;
 const MODEL_LENGTH = 1024;
-const REQUESTS = 150;
+const REQUESTS = 100;
 const BATCH_CAP = 32;
 
 let state = 7;

@@ -20,7 +20,7 @@ from odma_service.rpc.v1 import types_pb2 as types
 
 CAPACITY = 4096
 MODEL_LENGTH = 1024
-REQUESTS = 150
+REQUESTS = 100
 BATCH_CAP = 32
 FULL = (types.REFUSAL_REASON_NO_SPACE, types.REFUSAL_REASON_FRAGMENTED)
 

@@ -481,7 +481,7 @@ class Arena:
     def _insist_batch(self, status: int, epoch: int, batch: Batch) -> None:
         if status == lib.ODMA_OK:
             return
-        if status == lib.ODMA_INVALID and self._answer.rule != lib.ODMA_RULE_NONE:
+        if status == lib.ODMA_INVALID and self._arena:
             raise batch_error(self._answer.rule, self._answer.rule_index)
         self._fail(status, epoch=epoch, seq=batch.seq)
 

@@ -183,7 +183,11 @@ def _texts(op: Allocate) -> dict[str, object] | _Flaw:
         return _Flaw("tenant", _NAME_RULE)
     if op.predicted_output_tokens == 0:
         return _Flaw("predicted_output_tokens", "at least 1")
-    texts: dict[str, object] = {"request_id": request_id, "request_class": request_class, "tenant": tenant}
+    texts: dict[str, object] = {
+        "request_id": request_id,
+        "request_class": request_class,
+        "tenant": tenant,
+    }
     if op.text is None:
         return texts
     text = _packed(op.text, MOST_TEXT_BYTES, nul=True)

@@ -695,9 +695,9 @@ static void the_stored_answer_survives_and_knows_its_body(void) {
         step = other;
         step.batch.ops = step.ops;
         if (i == 0) step.ops[0].prompt_tokens++;
-        if (i == 1) step.ops[0].request_id[63] = 'x';
+        if (i == 1) step.ops[0].request_id[1] = 'x';
         if (i == 2) step.ops[0].request_class[0] = 'x';
-        if (i == 3) step.ops[0].tenant[31] = 'x';
+        if (i == 3) step.ops[0].tenant[0] = 'x';
         if (i == 4) step.ops[0].generated_tokens++;
         if (i == 5) step.ops[0].max_total_tokens = 2048;
         if (i == 6) step.ops[0].guess_tokens = 1;

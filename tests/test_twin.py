@@ -1,0 +1,585 @@
+"""The arena and its naive twin never disagree, whatever an engine asks for.
+
+The same made-up engine is driven twice: by Hypothesis, which shrinks what it finds, and
+by plain random numbers, which come much faster. ODMA_TWIN_EXAMPLES=N makes the runs as
+long as wanted, with other numbers each time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from math import nan
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from twin import Twin
+
+from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
+from odma_service.errors import (
+    EpochError,
+    InvalidError,
+    SeqChangedError,
+    SeqGapError,
+    SeqOldError,
+    VersionError,
+)
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Extend,
+    Free,
+    Moves,
+    Overflow,
+    Start,
+    Trim,
+    Used,
+)
+
+EXAMPLES = int(os.environ.get("ODMA_TWIN_EXAMPLES", "0"))
+SEED = int(time.time()) * 1000 if EXAMPLES else 0
+WORLDS, STEPS = 60, 500
+
+pytestmark = pytest.mark.timeout(0 if EXAMPLES else 300)
+
+
+# --- an engine that asks for odd things ---
+
+
+class World:
+    """An arena, its twin, and what their engine does. `roll(n)` is a number below n."""
+
+    def __init__(self, roll):
+        self.directory = Path(tempfile.mkdtemp(prefix="twin-"))
+        self.roll = roll
+        self.geometry = self.some_geometry()
+        self.capacity = self.geometry.blocks * self.geometry.block_tokens
+        self.unit = self.geometry.block_tokens
+        self.arena = Arena.create(self.directory / "pool", self.geometry)
+        self.twin = Twin(self.geometry, self.arena.policy())
+        self.epoch, self.ids, self.mood = 0, 0, 0
+        self.change_policy()
+        self.begin_epoch()
+
+    def close(self):
+        self.arena.close()
+        shutil.rmtree(self.directory)
+
+    def one_of(self, *choices):
+        return choices[self.roll(len(choices))]
+
+    def rarely(self, rarity):
+        return self.roll(rarity) == rarity - 1
+
+    # what there is
+
+    def some_geometry(self):
+        blocks, unit = 8 + self.roll(193), self.one_of(1, 2, 4, 8, 16)
+        return ArenaGeometry(
+            blocks=blocks,
+            block_tokens=unit,
+            max_regions=self.one_of(8, 30, 60, 2, 1),
+            max_ops=1 + self.roll(24),
+            max_copies=self.one_of(4096, 4096, 12, 3, 1),
+            model_length_tokens=1 + self.roll(blocks * unit * 5 // 4),
+            digest=self.roll(1000),
+        )
+
+    def some_engine(self):
+        return EngineRecord(
+            moves=self.one_of(Moves.ANY, Moves.OWN_GROWTH, Moves.ANY, Moves.NONE),
+            single_ordered_stream=self.roll(5) < 3,
+            copies_may_overlap=bool(self.roll(2)),
+            planes=1 + self.roll(60),
+            descriptor_seconds=self.one_of(0.0, 1e-7, 1e-5),
+            token_seconds=self.one_of(0.0, 3e-7, 1e-5),
+        )
+
+    def some_policy(self):
+        limits = {1 + self.roll(self.capacity * 5 // 4) for _ in range(self.one_of(0, 0, 3, 16))}
+        return PolicyRecord(
+            name="random",
+            start=self.one_of(Start.STEP, Start.QUANTILE, Start.QUANTILE, Start.MAXIMUM),
+            overflow=self.one_of(
+                Overflow.COMPACT, Overflow.RELOCATE, Overflow.COMPACT, Overflow.PREEMPT
+            ),
+            step_tokens=1 + self.roll(self.one_of(1, 8, 64)),
+            limits_tokens=tuple(sorted(limits)),
+            overflow_risk=self.roll(65) / 64,
+            safety_share=self.one_of(0.0, 0.0, 0.05, 0.1, 0.3, 0.9),
+            unsure_ratio=self.one_of(0.0, 1.0, 2.0, 5.0),
+            growth=self.one_of(1.0, 1.5, 2.0, 4.0, 1.1),
+            tenant_share=self.one_of(1.0, 1.0, 1.0, 0.5, 0.21),
+            max_copy_tokens=self.one_of(2**31, 2**31, self.roll(self.capacity), 0),
+        )
+
+    # operations
+
+    def some_handle(self):
+        live = list(self.twin.regions)
+        if live and not self.rarely(15):
+            return live[self.roll(len(live))]
+        issued = sorted(self.twin.issued)
+        if issued and self.roll(3):
+            return issued[self.roll(len(issued))]
+        return self.one_of(0, self.roll(2**20), 2**63, 2**20 * (1 + self.roll(2**20)))
+
+    def some_op(self):
+        # moods: to fill the pool, to change it, to empty it
+        weights = ((1, 1, 4, 5), (2, 1, 5, 3), (5, 1, 3, 1))[self.mood]
+        number = self.roll(sum(weights))
+        for weight, op in zip(
+            weights, (self.some_free, self.some_trim, self.some_extend, self.some_allocate)
+        ):
+            if number < weight:
+                return op()
+            number -= weight
+        raise AssertionError
+
+    def some_free(self):
+        output_tokens = 2**24 + 1 if self.rarely(60) else self.roll(self.capacity)
+        end = 9 if self.rarely(60) else self.one_of(*End)
+        return Free(self.some_handle(), end, output_tokens)
+
+    def some_trim(self):
+        handle = self.some_handle()
+        region = self.twin.regions.get(handle)
+        if region is None:
+            return Trim(handle, self.roll(50))
+        length, used = region.length * self.unit, self.twin.written[handle]
+        lengths = (used, used + self.roll(self.unit), length, self.roll(length + 2), 2**31)
+        return Trim(handle, self.one_of(*lengths))
+
+    def some_extend(self):
+        handle = self.some_handle()
+        region = self.twin.regions.get(handle)
+        length = region.length * self.unit if region else 10
+        least = length + 1 + self.roll(self.unit * self.one_of(1, 3, 10))
+        if region and self.roll(8):
+            least = min(least, max(region.maximum, 1))
+        if self.rarely(10):
+            least = self.one_of(self.roll(length + 1), 2**32 - 1)
+        want = least + self.roll(3 * self.unit) - self.rarely(10) if self.rarely(4) else 0
+        return Extend(handle, least, min(max(want, 0), 2**32 - 1))
+
+    def some_id(self):
+        if self.rarely(12) and self.twin.regions:
+            return self.one_of(*self.twin.regions.values()).op.request_id
+        if self.rarely(80):
+            return self.one_of("", "ä" * 33, "with\0null")
+        self.ids += 1
+        return self.one_of(f"request {self.ids}", f"{self.ids}" + "x" * 50)
+
+    def some_allocate(self):
+        request_id = self.some_id()
+        for region in self.twin.regions.values():
+            if region.op.request_id == request_id and self.roll(2):
+                return region.op
+        most = self.one_of(self.unit * 4, self.capacity // 8, self.capacity // 4, self.capacity)
+        prompt = 1 + self.roll(max(1, most))
+        generated = self.roll(most + 1) if self.rarely(5) else 0
+        held = prompt + generated
+        maximum = self.one_of(
+            None, None, held + self.roll(self.capacity), min(held * 2, self.capacity)
+        )
+        if maximum is not None and self.roll(20):
+            maximum = min(maximum, self.capacity)
+        return Allocate(
+            request_id,
+            prompt_tokens=self.one_of(0, 2**32 - 1) if self.rarely(60) else prompt,
+            generated_tokens=generated,
+            max_total_tokens=0 if self.rarely(60) else maximum,
+            request_class=self.one_of("", "chat", "code", f"class {self.roll(90)}"),
+            tenant=self.one_of("", "one", "other"),
+            overflow_risk=self.one_of(None, None, self.roll(65) / 64, 1.0, 0.0, 0.1 + self.roll(9)),
+            predicted_output_tokens=self.one_of(None, 1 + self.roll(100)),
+            text=self.one_of(None, None, "words", "other words"),
+        )
+
+    def some_prediction(self, op):
+        if not isinstance(op, Allocate) or not self.roll(3):
+            return None
+        most = self.one_of(1, 40, self.capacity, 4 * self.capacity)
+        values = [self.roll(most) / 4 for _ in range(7)]
+        if not self.rarely(60):
+            values.sort()
+        if self.rarely(90):
+            values[self.roll(7)] = nan
+        return tuple(values)
+
+    # batches
+
+    def some_used(self):
+        said = []
+        for handle, region in self.twin.regions.items():
+            if self.rarely(15):
+                continue
+            length = region.length * self.unit
+            used = min(length, self.twin.written[handle] + self.roll(2 * self.unit + 1))
+            if self.rarely(12):
+                used = self.one_of(0, length, self.roll(length + 1))
+            said.append(Used(handle, used, self.rarely(25)))
+        return said
+
+    def some_batch(self):
+        if self.rarely(15):
+            self.mood = self.roll(3)
+        count = self.roll(1 + self.one_of(1, 4, 10, self.geometry.max_ops))
+        ops = [self.some_op() for _ in range(min(count, self.geometry.max_ops))]
+        seq, completed = self.twin.seq, self.twin.completed_seq
+        batch = Batch(
+            seq=seq + 1,
+            completed_seq=self.one_of(seq, completed, completed + self.roll(seq - completed + 1)),
+            used=self.some_used(),
+            ops=ops,
+            max_copy_tokens=self.one_of(None, None, None, 2**31, 0, self.roll(self.capacity)),
+            pass_refused=bool(self.roll(2)),
+        )
+        return batch, [self.some_prediction(op) for op in ops]
+
+    def entries(self):
+        return self.arena.regions(room=2 * self.geometry.max_regions)
+
+    def step(self):
+        batch, predictions = self.some_batch()
+        answer = self.arena.apply(self.epoch, batch, predictions)
+        self.twin.apply(batch, predictions, answer, self.entries())
+        self.last = batch, predictions, answer
+
+    def unary(self):
+        op = self.some_op()
+        prediction = self.some_prediction(op)
+        result = self.arena.unary(self.epoch, op, prediction)
+        self.twin.unary(op, prediction, result, self.entries())
+
+    # what must change nothing
+
+    def books(self):
+        return self.arena.report(), self.entries(), self.arena.policy()
+
+    def must_fail(self, error, batch, epoch=None):
+        before = self.books()
+        with pytest.raises(error):
+            self.arena.apply(self.epoch if epoch is None else epoch, batch)
+        assert self.books() == before
+
+    def ask_again(self):
+        """Repeat the last batch: the stored answer, whatever is predicted now."""
+        batch, _, answer = self.last
+        before = self.books()
+        stored = answer._replace(replayed=True)
+        predictions = [self.some_prediction(op) for op in batch.ops]
+        assert self.arena.apply(self.epoch, batch, predictions) == stored
+        assert self.arena.replay(self.epoch, batch) == stored
+        assert self.books() == before
+
+    def ask_differently(self):
+        """Repeat the last seq with another body."""
+        batch, _, _ = self.last
+        other = self.changed(batch)
+        if other != batch:
+            self.must_fail(SeqChangedError, other)
+            with pytest.raises(SeqChangedError):
+                self.arena.replay(self.epoch, other)
+
+    def changed(self, batch):
+        used, ops = list(batch.used), list(batch.ops)
+        if ops and self.roll(2):
+            i = self.roll(len(ops))
+            ops[i] = self.changed_op(ops[i])
+        elif used and self.roll(2):
+            i = self.roll(len(used))
+            used[i] = self.one_of(
+                used[i]._replace(pinned=not used[i].pinned),
+                used[i]._replace(used_tokens=used[i].used_tokens + 1),
+                used[i]._replace(handle=used[i].handle + 1),
+            )
+        else:
+            return self.one_of(
+                batch._replace(pass_refused=not batch.pass_refused),
+                batch._replace(completed_seq=batch.completed_seq + 1),
+                batch._replace(max_copy_tokens=None if batch.max_copy_tokens else 1),
+                batch._replace(used=used[:-1]),
+                batch._replace(ops=ops[:-1]),
+                batch._replace(ops=ops[::-1]),
+                batch._replace(used=used[::-1]),
+            )
+        return batch._replace(used=used, ops=ops)
+
+    def changed_op(self, op):
+        if isinstance(op, Free):
+            return self.one_of(
+                op._replace(handle=op.handle + 1), op._replace(output_tokens=op.output_tokens + 1)
+            )
+        if isinstance(op, Trim):
+            return op._replace(to_tokens=op.to_tokens - 1 if op.to_tokens else 1)
+        if isinstance(op, Extend):
+            return self.one_of(
+                op._replace(least_tokens=op.least_tokens - 1 if op.least_tokens else 1),
+                op._replace(want_tokens=op.want_tokens - 1 if op.want_tokens else 1),
+                Trim(op.handle, op.least_tokens),
+            )
+        return self.one_of(
+            op._replace(prompt_tokens=op.prompt_tokens - 1 if op.prompt_tokens else 1),
+            op._replace(generated_tokens=op.generated_tokens + 1),
+            op._replace(max_total_tokens=op.max_total_tokens + 1 if op.max_total_tokens else 1),
+            op._replace(request_id=op.request_id + "y"),
+            op._replace(request_class=op.request_class + "y"),
+            op._replace(tenant=op.tenant + "y"),
+            op._replace(text=(op.text or "") + "y"),
+            op._replace(overflow_risk=0.75 if op.overflow_risk != 0.75 else None),
+            op._replace(predicted_output_tokens=(op.predicted_output_tokens or 0) + 1),
+        )
+
+    def ask_wrongly(self):
+        """Send a batch that breaks a rule of its own."""
+        batch, _ = self.some_batch()
+        seq, used = batch.seq, batch.used
+        live = list(self.twin.regions)
+        dead = self.one_of(0, 2**40 + 1, *sorted(self.twin.issued - set(live)))
+        wrong = [
+            (EpochError, batch, self.epoch + 1),
+            (EpochError, batch, self.epoch - 1),
+            (SeqGapError, batch._replace(seq=seq + 1 + self.roll(9))),
+            (SeqOldError, batch._replace(seq=self.roll(max(1, seq - 1)))),
+            (InvalidError, batch._replace(completed_seq=seq)),
+            (InvalidError, batch._replace(ops=[Free(1, End.ABORTED)] * (self.geometry.max_ops + 1))),
+            (InvalidError, batch._replace(used=[Used(dead, 0)])),
+            (InvalidError, batch._replace(seq=-1)),
+            (InvalidError, batch._replace(completed_seq=2**64)),
+        ]
+        if self.twin.completed_seq:
+            wrong.append((InvalidError, batch._replace(completed_seq=self.twin.completed_seq - 1)))
+        if used:
+            length = self.twin.regions[used[0].handle].length * self.unit
+            too_many = used[0]._replace(used_tokens=length + 1)
+            wrong.append((InvalidError, batch._replace(used=[*used, used[self.roll(len(used))]])))
+            wrong.append((InvalidError, batch._replace(used=[*used[1:], too_many])))
+        self.must_fail(*self.one_of(*wrong))
+
+    # what happens between batches
+
+    def change_policy(self):
+        policy = self.some_policy()
+        version = self.arena.policy().version
+        if self.rarely(3):
+            with pytest.raises(VersionError):
+                self.arena.set_policy(policy, version + 1)
+        assert self.arena.set_policy(policy, self.one_of(0, version)) == version + 1
+        self.twin.policy = self.arena.policy()
+        assert self.twin.policy == policy.__class__(
+            **{field: getattr(policy, field) for field in policy.__slots__ if field != "version"},
+            version=version + 1,
+        )
+
+    def begin_epoch(self):
+        before = self.epoch
+        if before and self.roll(2):
+            self.arena.end_epoch(before)
+        self.epoch += 1 + self.roll(3)
+        engine = self.some_engine()
+        self.arena.open_epoch(self.epoch, engine, "boot", b"words")
+        assert self.arena.engine == engine
+        self.twin.forget()
+        self.twin.engine = engine
+        self.last = None
+        if before:
+            with pytest.raises(EpochError):
+                self.arena.end_epoch(before)
+
+    def reattach(self):
+        """Close the books and open them again: nothing is lost."""
+        before = self.books()
+        self.arena.close()
+        geometry = self.one_of(None, self.geometry)
+        self.arena = Arena.attach(self.directory / "pool", geometry, self.one_of("boot", None))
+        assert self.books() == before
+        assert self.arena.description() == b"words"
+
+    def reboot(self):
+        """Attach after a reboot of the host: the epoch is over."""
+        self.arena.close()
+        self.arena = Arena.attach(self.directory / "pool", None, "another boot")
+        report = self.arena.report()
+        assert (report.epoch, report.last_epoch, report.live) == (0, self.epoch, 0)
+        assert report.rebooted
+        with pytest.raises(EpochError):
+            self.arena.apply(self.epoch, Batch(1, 0, [], []))
+        self.arena.check()
+        self.begin_epoch_after_reboot()
+
+    def begin_epoch_after_reboot(self):
+        self.twin.forget()
+        self.epoch += 1
+        self.twin.engine = self.some_engine()
+        self.arena.open_epoch(self.epoch, self.twin.engine, "boot", b"words")
+        self.last = None
+
+    def reconcile(self):
+        handles = [handle for handle in self.twin.regions if self.roll(4)]
+        handles += [self.some_handle() for _ in range(self.roll(3))]
+        kept, freed = self.arena.reconcile(self.epoch, handles)
+        self.twin.reconcile(handles, kept, freed, self.entries())
+
+    def check(self):
+        self.arena.check()
+        report = self.arena.report()
+        assert report.epoch == self.epoch
+        self.twin.check_report(report)
+        self.twin.check_entries(self.entries())
+
+    def check_learnt(self):
+        self.twin.check_learnt(self.arena.class_index, self.arena.completions)
+
+
+# --- driven by Hypothesis ---
+
+
+class Dice:
+    """Rolls what Hypothesis has drawn, so that it can shrink it, then what follows from that."""
+
+    def __init__(self, numbers):
+        self.numbers, self.more = iter(numbers), Random(sum(numbers))
+
+    def __call__(self, limit):
+        number = next(self.numbers, None)
+        return self.more.randrange(limit) if number is None else number % limit
+
+
+dice = st.lists(st.integers(0, 2**16), max_size=40).map(Dice)
+
+
+class ArenaAgainstTwin(RuleBasedStateMachine):
+    """An arena and a list of block owners never disagree."""
+
+    world = None
+
+    @initialize(roll=dice)
+    def make(self, roll):
+        self.world = World(roll)
+
+    def teardown(self):
+        if self.world is not None:
+            self.world.close()
+
+    @invariant()
+    def the_books_agree(self):
+        if self.world is not None:
+            self.world.check()
+
+    @rule(roll=dice)
+    def step(self, roll):
+        self.world.roll = roll
+        self.world.step()
+
+    @rule(roll=dice)
+    def one_more_step(self, roll):
+        self.world.roll = roll
+        self.world.step()
+
+    @rule(roll=dice)
+    def a_few_steps(self, roll):
+        self.world.roll = roll
+        for _ in range(5):
+            self.world.step()
+
+    @rule(roll=dice)
+    def unary(self, roll):
+        self.world.roll = roll
+        self.world.unary()
+
+    @precondition(lambda self: self.world.last is not None)
+    @rule(roll=dice)
+    def ask_again(self, roll):
+        self.world.roll = roll
+        self.world.ask_again()
+        self.world.ask_differently()
+
+    @rule(roll=dice)
+    def ask_wrongly(self, roll):
+        self.world.roll = roll
+        self.world.ask_wrongly()
+
+    @rule(roll=dice)
+    def change_policy(self, roll):
+        self.world.roll = roll
+        self.world.change_policy()
+
+    @rule(roll=dice)
+    def reattach(self, roll):
+        self.world.roll = roll
+        self.world.reattach()
+
+    @rule(roll=dice)
+    def reconcile(self, roll):
+        self.world.roll = roll
+        self.world.reconcile()
+        self.world.check_learnt()
+
+    @rule(roll=dice)
+    def begin_epoch(self, roll):
+        self.world.roll = roll
+        if self.world.rarely(3):
+            self.world.reboot()
+        else:
+            self.world.begin_epoch()
+
+
+test_the_arena_agrees_with_its_twin = ArenaAgainstTwin.TestCase
+test_the_arena_agrees_with_its_twin.settings = settings(
+    max_examples=EXAMPLES or 150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# --- driven by plain random numbers ---
+
+
+def live(world, steps):
+    """Let a world live for so many batches, with something else between them now and then."""
+    for number in range(steps):
+        world.step()
+        if world.rarely(8):
+            world.unary()
+        if world.rarely(10):
+            world.ask_again()
+        if world.rarely(10):
+            world.ask_differently()
+        if world.rarely(12):
+            world.ask_wrongly()
+        if world.rarely(60):
+            world.change_policy()
+        if world.rarely(80):
+            world.reattach()
+        if world.rarely(120):
+            world.reconcile()
+        if number % 5 == 0:
+            world.check()
+        if world.rarely(200):
+            world.check_learnt()
+            world.one_of(world.reboot, world.begin_epoch, world.begin_epoch)()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_the_arena_agrees_with_its_twin_for_many_batches(part):
+    worlds = max(WORLDS, EXAMPLES) // 4
+    for seed in range(SEED + part * worlds, SEED + (part + 1) * worlds):
+        world = World(Random(seed).randrange)
+        try:
+            live(world, STEPS)
+            world.check_learnt()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, seq {world.twin.seq}: {error}") from error
+        finally:
+            world.close()
