@@ -186,6 +186,15 @@ struct odma_arena {
     struct side *sides;          /* scratch of the planner */
 };
 
+/* The finalizer of MurmurHash3: a bijection that spreads every bit. */
+static inline uint64_t mix(uint64_t value) {
+    value ^= value >> 33;
+    value *= 0xff51afd7ed558ccdULL;
+    value ^= value >> 33;
+    value *= 0xc4ceb9fe1a85ec53ULL;
+    return value ^ (value >> 33);
+}
+
 /* --- file.c --- */
 void mark(odma_arena *arena, const void *object, size_t bytes);
 odma_status commit(odma_arena *arena);
@@ -197,7 +206,6 @@ odma_status leave(odma_arena *arena, odma_status status);
 odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void pad_boot_id(char into[ODMA_BOOT_BYTES], const char *boot_id);
-uint64_t mix(uint64_t value);
 uint64_t hash_bytes(const void *bytes, size_t count);
 
 /* --- runs.c --- */

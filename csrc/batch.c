@@ -91,7 +91,6 @@ void forget_books(odma_arena *arena) {
     books->epoch = books->seq = books->completed_seq = books->births = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
     memset(&books->engine, 0, sizeof books->engine);
-    books->description_bytes = 0;
     if (books->policy.version == 0)
         books->policy = (odma_policy){.name = "static",
                                       .version = 1,

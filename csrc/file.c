@@ -76,15 +76,6 @@ odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const cha
 
 /* --- sums --- */
 
-/* The finalizer of MurmurHash3: a bijection that spreads every bit. */
-uint64_t mix(uint64_t value) {
-    value ^= value >> 33;
-    value *= 0xff51afd7ed558ccdULL;
-    value ^= value >> 33;
-    value *= 0xc4ceb9fe1a85ec53ULL;
-    return value ^ (value >> 33);
-}
-
 uint64_t hash_bytes(const void *bytes, size_t count) {
     const uint8_t *from = bytes;
     uint64_t hash = mix(count + 1);
@@ -103,8 +94,9 @@ static uint64_t word_sum(uint64_t place, uint64_t word) {
     return word == 0 ? 0 : mix(word ^ (place + 1) * 0x9e3779b97f4a7c15ULL);
 }
 
-/* Sum of `count` bytes that belong at `place` of the books. */
-static uint64_t place_sum(const uint8_t *bytes, uint64_t place, uint64_t count) {
+/* Sum of `count` bytes, whole words, that belong at `place`. */
+static uint64_t place_sum(const void *from, uint64_t place, uint64_t count) {
+    const uint8_t *bytes = from;
     uint64_t sum = 0;
     for (uint64_t i = 0; i < count; i += 8) {
         uint64_t word;
@@ -210,10 +202,11 @@ static void collect(odma_arena *arena, struct record *record) {
 
 static uint64_t record_sum(const struct record *record, const void *results, const void *copies,
                            const void *moved) {
-    uint64_t sum = hash_bytes(&record->lsn, sizeof *record - offsetof(struct record, lsn));
-    sum = mix(sum ^ hash_bytes(results, record->results * sizeof(odma_result)));
-    sum = mix(sum ^ hash_bytes(copies, record->copies * sizeof(odma_copy)));
-    return mix(sum ^ hash_bytes(moved, record->moved * sizeof(odma_place)));
+    const uint64_t apart = (uint64_t)1 << 40; /* places no two lists share */
+    return place_sum(&record->lsn, 0, sizeof *record - offsetof(struct record, lsn)) ^
+           place_sum(results, apart, record->results * sizeof(odma_result)) ^
+           place_sum(copies, 2 * apart, record->copies * sizeof(odma_copy)) ^
+           place_sum(moved, 3 * apart, record->moved * sizeof(odma_place));
 }
 
 static void apply_changes(odma_arena *arena, const struct record *record, const uint32_t *indexes,
@@ -349,7 +342,7 @@ static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES])
     if (status != ODMA_OK) return status;
 
     memcpy(arena->books, arena->map + arena->layout.books_offset, arena->layout.books_bytes);
-    if (place_sum((const uint8_t *)arena->books, 0, arena->layout.books_bytes) != arena->sum)
+    if (place_sum(arena->books, 0, arena->layout.books_bytes) != arena->sum)
         return refuse(reason, ODMA_CORRUPT, "the sum of the books is wrong");
     const char *fault = books_fault(arena);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "%s", fault);

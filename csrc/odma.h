@@ -395,8 +395,8 @@ odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch);
 odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry);
 odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine);
 
-/* Copy out the running epoch's description; *bytes is its length. `description`
- * has room for ODMA_DESCRIPTION_BYTES. */
+/* Copy out the description of the running epoch, or of the last one; *bytes is
+ * its length. `description` has room for ODMA_DESCRIPTION_BYTES. */
 odma_status odma_arena_description(odma_arena *arena, void *description, uint32_t *bytes);
 
 odma_status odma_arena_policy(odma_arena *arena, odma_policy *policy);

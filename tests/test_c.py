@@ -12,8 +12,8 @@ import pytest
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PROGRAM = Path(__file__).with_name("c") / "test_arena.c"
 FACTS = re.findall(r"^    FACT\((\w+)\)", PROGRAM.read_text(), re.MULTILINE)
-WARNINGS = "-Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror".split()
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wundef", "-Wpedantic", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def device(**others):
 
 def one_move(memory, copies, to_token):
     memory.fill(7, 0, 8)
-    memory.run(copies)
+    memory.run(copies, {0})
     memory.move(1, [Move(7, 0, to_token, 8)])
     memory.check()
     return memory.violations
@@ -164,6 +164,10 @@ def test_every_token_of_a_dropped_copy_is_missed():
     assert one_move(device(drop_copy=2), [copy], 32) == 0
 
 
+def test_a_region_that_may_not_move_must_not_be_copied():
+    assert one_move(device(), [Copy(handle=5, from_token=0, to_token=32, tokens=8)], 32) == 1
+
+
 def test_a_copy_that_leaves_the_memory_is_a_violation():
     assert one_move(device(), [Copy(from_token=0, to_token=60, tokens=8)], 0) == 1
 
@@ -171,7 +175,7 @@ def test_a_copy_that_leaves_the_memory_is_a_violation():
 def test_a_token_that_another_request_overwrites_is_missed():
     memory = device()
     memory.fill(7, 0, 8)
-    memory.run([Copy(from_token=40, to_token=4, tokens=2)])
+    memory.run([Copy(from_token=40, to_token=4, tokens=2)], {0})
     memory.check()
     assert memory.violations == 2
 
@@ -189,7 +193,7 @@ def test_appended_tokens_are_checked_like_those_of_a_prefill():
     memory.fill(1, 0, 4)
     memory.fill(2, 16, 4)
     memory.append(np.array([1, 2]), np.array([0, 16]), np.array([4, 4]))
-    memory.run([Copy(from_token=16, to_token=32, tokens=5)])
+    memory.run([Copy(from_token=16, to_token=32, tokens=5)], {0})
     memory.move(1, [Move(2, 16, 32, 5)])
     memory.check()
     assert (memory.violations, memory.tokens_checked) == (0, 10)
@@ -261,6 +265,15 @@ def test_every_kind_of_engine_keeps_every_token(
     assert outcome.flaws() == []
     assert outcome.refusals > 0
     assert outcome.copies == 0 or moves is not Moves.NONE
+
+
+def test_a_lone_request_that_cannot_grow_starts_again_elsewhere(target):
+    """One region at the end of the memory, none that may move, and nobody else to preempt."""
+    sizes = {"capacity_tokens": 12_000, "max_output_tokens": 1_500, "model_length_tokens": 5_000}
+    kind = EngineKind(moves=Moves.NONE, **sizes)
+    with Client(target) as service:
+        outcome = play(service, generate(60, 1), "s3", kind, lambda tally: None)
+    assert outcome.flaws() == []
 
 
 def test_the_json_has_what_was_promised(target, trace_file):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 
+from conftest import wait_for
 from test_conformance import JAVASCRIPT, ROOT, need_node, run
+
+from odma_service.client import Client
+from odma_service.errors import PoolNotFoundError
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -31,3 +36,26 @@ def test_the_javascript_engine_runs(server):
     told = run(need_node(), JAVASCRIPT / "engine.js", server.target)
     assert "finished 100" in told
     assert "copies 0" not in told
+
+
+def test_the_javascript_engine_outlives_a_killed_service(servers):
+    server = servers()
+    command = [need_node(), JAVASCRIPT / "engine.js", server.target]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine,
+        Client(server.target) as service,
+    ):
+        wait_for(lambda: last_seq(service, "example-javascript") > 100, "batch 100")
+        server.restart()
+        assert last_seq(service, "example-javascript") > 100
+        told, _ = engine.communicate(timeout=100)
+    assert engine.returncode == 0
+    assert "finished 100" in told
+
+
+def last_seq(service: Client, name: str) -> int:
+    """Return the last answered seq, 0 before the pool is there."""
+    try:
+        return service.get_pool(name).last_seq
+    except PoolNotFoundError:
+        return 0

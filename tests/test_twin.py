@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from twin import Twin
 
-from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
+from odma_service._native import (
+    CLASS_OTHER,
+    CLASS_POOL,
+    Arena,
+    ArenaGeometry,
+    EngineRecord,
+    PolicyRecord,
+)
 from odma_service.errors import (
     EpochError,
     InvalidError,
@@ -135,9 +142,8 @@ class World:
         # moods: to fill the pool, to change it, to empty it
         weights = ((1, 1, 4, 5), (2, 1, 5, 3), (5, 1, 3, 1))[self.mood]
         number = self.roll(sum(weights))
-        for weight, op in zip(
-            weights, (self.some_free, self.some_trim, self.some_extend, self.some_allocate)
-        ):
+        ops = (self.some_free, self.some_trim, self.some_extend, self.some_allocate)
+        for weight, op in zip(weights, ops, strict=True):
             if number < weight:
                 return op()
             number -= weight
@@ -350,7 +356,7 @@ class World:
             (SeqGapError, batch._replace(seq=seq + 1 + self.roll(9))),
             (SeqOldError, batch._replace(seq=self.roll(max(1, seq - 1)))),
             (InvalidError, batch._replace(completed_seq=seq)),
-            (InvalidError, batch._replace(ops=[Free(1, End.ABORTED)] * (self.geometry.max_ops + 1))),
+            (InvalidError, batch._replace(ops=[Trim(1, 1)] * (self.geometry.max_ops + 1))),
             (InvalidError, batch._replace(used=[Used(dead, 0)])),
             (InvalidError, batch._replace(seq=-1)),
             (InvalidError, batch._replace(completed_seq=2**64)),
@@ -436,7 +442,11 @@ class World:
         self.twin.check_entries(self.entries())
 
     def check_learnt(self):
-        self.twin.check_learnt(self.arena.class_index, self.arena.completions)
+        indexes = {None: CLASS_POOL, "(other)": CLASS_OTHER}
+        for name, expected in self.twin.completions.items():
+            index = indexes[name] if name in indexes else self.arena.class_index(name)
+            assert [tuple(entry) for entry in self.arena.completions(index)] == expected
+            assert self.arena.histogram(index).completions >= len(expected)
 
 
 # --- driven by Hypothesis ---

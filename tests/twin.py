@@ -159,8 +159,10 @@ class Memory:
 
         Return where the regions lie then, in tokens, and how many tokens were carried.
         """
-        parts, names, places, live = {}, [], [], []
-        at = 0
+        if not copies:
+            full = (region for region in regions.values() if region.used(unit))
+            return {region.handle: region.start * unit for region in full}, Counter()
+        parts, names, places, live, at = {}, [], [], [], 0
         for handle, region in regions.items():
             tokens = np.arange(region.used(unit))
             parts[handle] = slice(at, at + len(tokens))
@@ -316,7 +318,8 @@ class Walk:
     def exactly(self, i):
         """Whether the place that the answer tells for operation i is the one it was given."""
         alone = not self.restless or self.growths == [i]
-        return self.known and alone and self.grown[self.results[i].handle] == 1
+        told = self.results[i].length_tokens and self.grown[self.results[i].handle] == 1
+        return self.known and alone and told
 
     def final_length(self, i, handle):
         """Whether the length that the answer tells for operation i is the one it was given."""
@@ -389,8 +392,9 @@ class Walk:
         blocks = up(op.to_tokens, self.unit)
         if not rules:
             region = self.regions[op.handle]
-            used = max(1, region.used(self.unit))
-            if blocks != region.length and not used <= op.to_tokens <= region.length * self.unit:
+            full = region.length * self.unit
+            used = full if self.unary else max(1, region.used(self.unit))
+            if blocks != region.length and not used <= op.to_tokens <= full:
                 rules.add((Reason.INVALID, "to_tokens"))
         if self.is_mistaken(result, rules):
             return
@@ -733,7 +737,7 @@ class Twin:
         places = self.final_places(walk, answer)
         for handle, region in walk.regions.items():
             region.start, length = places[handle]
-            assert length == region.length or handle in walk.vague
+            assert length == region.length or handle in walk.vague, f"{length} blocks of {region}"
             region.length = length
             if handle in starts:
                 assert starts[handle] == region.start * self.unit, f"{handle} was not copied there"
@@ -942,8 +946,3 @@ class Twin:
         assert all(a[1] < b[1] for a, b in pairwise(births)), "births are out of order"
         starts = [entry.start_token for entry in entries]
         assert starts == sorted(starts)
-
-    def check_learnt(self, class_index, completions_of):
-        """Compare the remembered completions, by the arena's functions."""
-        for name, expected in self.completions.items():
-            assert [tuple(entry) for entry in completions_of(class_index(name))] == expected

@@ -27,8 +27,8 @@ from rich.progress import (
 )
 
 from odma_service.client import Client
-from odma_service.demo.engine import Tally
-from odma_service.demo.play import EngineKind, play
+from odma_service.demo.engine import EngineKind, Tally
+from odma_service.demo.play import play
 from odma_service.demo.report import Outcome, as_object, table_of
 from odma_service.demo.server import own_server
 from odma_service.errors import OdmaError

@@ -12,7 +12,7 @@ until the completion of the answer that vacated it is reported, so it must stay 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +27,8 @@ Ids = NDArray[np.int64]
 class CopyOrder(Protocol):
     """What the device reads of a copy."""
 
+    @property
+    def handle(self) -> int: ...
     @property
     def from_token(self) -> int: ...
     @property
@@ -86,12 +88,14 @@ class Device:
         self._memory[places] = self._books[places] = (requests << REQUEST_SHIFT) + written
         self._live[places] = True
 
-    def run(self, copies: Sequence[CopyOrder]) -> None:
-        """Execute the copies of one answer."""
+    def run(self, copies: Sequence[CopyOrder], movable: Container[int]) -> None:
+        """Execute the copies of one answer; only regions with these handles may move."""
         numbered = list(enumerate(copies, self.copies + 1))
         for number, copy in numbered if self._ordered else reversed(numbered):
             shared = abs(copy.from_token - copy.to_token) < copy.tokens
             if shared != copy.overlaps or (shared and not self._may_overlap):
+                self.violations += 1
+            if copy.handle not in movable:
                 self.violations += 1
             if max(copy.from_token, copy.to_token) + copy.tokens > self._memory.size:
                 self.violations += 1

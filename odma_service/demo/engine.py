@@ -28,14 +28,29 @@ from odma_service.demo.running import Running
 from odma_service.errors import OdmaError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import End, Reason
+from odma_service.values import End, Moves, Reason
 
 ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
 PATIENCE_STEPS = 1_000
+NOBODY = 0
 
 PREEMPT = {Reason.NO_SPACE, Reason.FRAGMENTED}
 ASK_AGAIN = {Reason.COPY_BUDGET, Reason.WAITS_FOR_COMPLETION, Reason.PINNED}
 BUGS = {Reason.INVALID, Reason.NOT_FOUND}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """How large an engine is and what it can do. drop_copy is the number of a copy to skip."""
+
+    capacity_tokens: int = 111_000
+    max_output_tokens: int = 4_096
+    model_length_tokens: int = 16_384
+    batch_cap: int = 256
+    moves: Moves = Moves.ANY
+    single_stream: bool = True
+    copies_may_overlap: bool = True
+    drop_copy: int = 0
 
 
 class EngineError(OdmaError):
@@ -76,18 +91,15 @@ class Engine:
         pool: PoolClient,
         device: Device,
         requests: Iterable[Request],
-        *,
-        batch_cap: int,
-        single_stream: bool,
+        kind: EngineKind,
     ) -> None:
         self.tally = Tally()
         self._pool = pool
         self._device = device
-        self._batch_cap = batch_cap
-        self._single_stream = single_stream
+        self._kind = kind
         self._queue = deque(requests)
         self._generated: dict[int, int] = {}  # before a preemption, by request number
-        self._running = Running(batch_cap)
+        self._running = Running(kind.batch_cap)
         self._ended: list[_Ended] = []
         self._blocked: Reason | None = None  # why the head of the queue has to wait
         self._last_refusal = "none"
@@ -100,7 +112,7 @@ class Engine:
         while self._queue or self._running.count or self._ended:
             self._step()
             watch(self.tally)
-        if not self._single_stream:
+        if not self._kind.single_stream:
             self._pool.apply(completed_seq=self._pool.seq)
 
     def _step(self) -> None:
@@ -126,7 +138,9 @@ class Engine:
         """Return the requests to ask memory for: none while the last refusal still holds."""
         if self._blocked and self._running.count and not self._ended:
             return []
-        return list(islice(self._queue, min(ADMISSIONS, self._batch_cap - self._running.count)))
+        return list(
+            islice(self._queue, min(ADMISSIONS, self._kind.batch_cap - self._running.count))
+        )
 
     def _decide(self, full: Sequence[int], asked: Sequence[Request]) -> None:
         """Ask one batch and do what the answer says, up to where the step begins."""
@@ -140,8 +154,8 @@ class Engine:
 
         freed, rest = answer.results[: len(ended)], answer.results[len(ended) :]
         self._give_back(answer.seq, freed)
-        self._device.run(answer.copies)
-        victims = self._grow(answer, rest[: len(full)])
+        self._device.run(answer.copies, self._movable(full))
+        victims = self._grow(answer, rest[: len(full)], full)
         self._admit(asked, rest[len(full) :])
         self._device.check_regions(running.starts, running.lengths)
         self._preempt(victims)
@@ -157,7 +171,7 @@ class Engine:
 
     def _completed_seq(self) -> int:
         """With several streams the step before this one may still be running."""
-        late = not self._single_stream and self.tally.steps - self._answered_step < 2
+        late = not self._kind.single_stream and self.tally.steps - self._answered_step < 2
         return max(self._pool.seq - late, 0)
 
     def _allocation(self, request: Request) -> pb.Op:
@@ -169,6 +183,17 @@ class Engine:
             request_class=request.request_class,
         )
 
+    def _movable(self, full: Sequence[int]) -> set[int]:
+        """Return the handles of the regions that this engine lets the service move."""
+        handles = self._running.handles
+        match self._kind.moves:
+            case Moves.ANY:
+                return set(handles)
+            case Moves.OWN_GROWTH:
+                return {handles[entry] for entry in full}
+            case Moves.NONE:
+                return set()
+
     # Doing what the answer says
 
     def _give_back(self, seq: int, results: Iterable[pb.Result]) -> None:
@@ -178,22 +203,31 @@ class Engine:
             self._device.vacate(seq, run.start_token, run.tokens)
         self._ended = []
 
-    def _grow(self, answer: pb.ApplyResponse, results: Iterable[pb.Result]) -> set[int]:
-        """Note where regions lie now, and return the handles advised for preemption."""
-        places, victims = list(answer.moved), set()
-        for result in results:
+    def _grow(
+        self, answer: pb.ApplyResponse, results: Iterable[pb.Result], full: Iterable[int]
+    ) -> set[int]:
+        """Note where regions lie now, and return the handles of those to preempt."""
+        running, places, victims = self._running, list(answer.moved), set()
+        for entry, result in zip(full, results, strict=True):
             if result.HasField("place"):
                 places.append(result.place)
-            elif self._refused(result.refusal) in PREEMPT and result.refusal.preempt_handle:
-                victims.add(result.refusal.preempt_handle)
+            else:
+                victims.add(self._victim(running.handles[entry], result.refusal))
         moves = [
-            self._running.place(self._running.entry(p.handle), p.start_token, p.length_tokens)
-            for p in places
+            running.place(running.entry(p.handle), p.start_token, p.length_tokens) for p in places
         ]
         self._device.move(answer.seq, [move for move in moves if move])
-        if moves and self._blocked is Reason.FRAGMENTED:
+        if places and self._blocked is Reason.FRAGMENTED:
             self._blocked = None
-        return victims
+        return victims - {NOBODY}
+
+    def _victim(self, handle: int, refusal: types.Refusal) -> int:
+        """Return the region to preempt for one that cannot grow, or NOBODY to wait."""
+        if self._refused(refusal) not in PREEMPT:
+            return NOBODY
+        if self._running.count == 1 and not refusal.awaiting_completion_tokens:
+            return handle  # alone and at the end of the memory: it has to start elsewhere
+        return refusal.preempt_handle
 
     def _admit(self, asked: Iterable[Request], results: Iterable[pb.Result]) -> None:
         for request, result in zip(asked, results, strict=True):
@@ -220,7 +254,8 @@ class Engine:
         victims = []
         for handle in handles:
             entry = self._running.entry(handle)
-            if self._running.births[entry] == self._running.births.min():
+            oldest = self._running.births[entry] == self._running.births.min()
+            if oldest and self._running.count > 1:
                 raise EngineError("the oldest request was named for preemption")
             request = self._running.requests[entry]
             self._generated[request.number] = self._end(entry, End.PREEMPTED)

@@ -5,38 +5,22 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from odma_service.client import Client, PoolClient
 from odma_service.demo.device import Device
-from odma_service.demo.engine import Engine, Tally
+from odma_service.demo.engine import Engine, EngineKind, Tally
 from odma_service.demo.load import Limits, Request, requests_of
 from odma_service.demo.report import Outcome
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.traces import Trace
-from odma_service.values import Moves
 
 # K and V of the 28 layers of DeepSeek-R1-Distill-Qwen-7B, 4 heads of 128 in bf16.
 PLANES = types.PlaneGroup(count=56, bytes_per_token=1_024)
 PRESET = "mlu370-x4"
 LEAST_REGIONS = 1_024
-
-
-@dataclass(frozen=True, slots=True)
-class EngineKind:
-    """How large an engine is and what it can do. drop_copy is the number of a copy to skip."""
-
-    capacity_tokens: int = 111_000
-    max_output_tokens: int = 4_096
-    model_length_tokens: int = 16_384
-    batch_cap: int = 256
-    moves: Moves = Moves.ANY
-    single_stream: bool = True
-    copies_may_overlap: bool = True
-    drop_copy: int = 0
 
 
 def play(
@@ -55,9 +39,7 @@ def play(
             may_overlap=kind.copies_may_overlap,
             drop_copy=kind.drop_copy,
         )
-        engine = Engine(
-            pool, device, requests, batch_cap=kind.batch_cap, single_stream=kind.single_stream
-        )
+        engine = Engine(pool, device, requests, kind)
         engine.play(watch)
         books = service.get_pool(pool.ref.name)
     finally:
