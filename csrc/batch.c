@@ -260,8 +260,6 @@ static uint32_t quantiles_rule(const float quantiles[ODMA_QUANTILES]) {
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
-    if ((uint8_t)op->request_class[0] == 0xff || (uint8_t)op->tenant[0] == 0xff)
-        return ODMA_RULE_NAME;
     if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;

@@ -236,8 +236,7 @@ typedef enum odma_rule {
     ODMA_RULE_COUNTS,             /* too many ops or used */
     ODMA_RULE_COMPLETED_SEQ,      /* never falls, at most the last answered seq */
     ODMA_RULE_USED_HANDLE,        /* live, and listed once */
-    ODMA_RULE_USED_TOKENS,        /* at most the region's length */
-    ODMA_RULE_NAME                /* class and tenant: at most 32 bytes, not beginning with 0xff */
+    ODMA_RULE_USED_TOKENS         /* at most the region's length */
 } odma_rule;
 
 typedef struct odma_result {

@@ -42,11 +42,17 @@ uint32_t used_of(const odma_arena *arena, uint32_t slot) {
     return region->length * arena->geometry.block_tokens;
 }
 
-static double price_of(const odma_arena *arena, uint32_t slot) {
+/* Seconds of copies: see odma_engine. */
+static double price(const odma_arena *arena, uint64_t tokens, uint64_t copies) {
     const odma_engine *engine = &arena->books->engine;
+    return (double)tokens * engine->token_seconds +
+           (double)copies * engine->planes * engine->descriptor_seconds;
+}
+
+/* Of one region in one piece: exact, but for slides that need several. */
+static double price_of(const odma_arena *arena, uint32_t slot) {
     uint32_t used = used_of(arena, slot);
-    if (used == 0) return 0;
-    return used * engine->token_seconds + engine->planes * engine->descriptor_seconds;
+    return price(arena, used, used > 0);
 }
 
 static uint64_t pieces(const odma_arena *arena, uint32_t used, uint32_t from, uint32_t to) {
@@ -176,17 +182,17 @@ static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t righ
 /* The cheapest window whose holes hold `length` blocks together. */
 static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins, uint32_t *left,
                             uint32_t *right) {
-    double best = INFINITY, price = 0;
+    double best = INFINITY, sum = 0;
     uint32_t first = NONE, gap = 0;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
         if (!is_free_run(arena, id)) {
             if (first == NONE) continue;
             if (may_move(arena, id, ignore_pins)) {
-                price += price_of(arena, id);
+                sum += price_of(arena, id);
             } else {
                 first = NONE;
                 gap = 0;
-                price = 0;
+                sum = 0;
             }
             continue;
         }
@@ -196,10 +202,10 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
             gap -= arena->runs[first].length;
             for (first = arena->runs[first].next; !is_free_run(arena, first);
                  first = arena->runs[first].next)
-                price -= price_of(arena, first);
+                sum -= price_of(arena, first);
         }
-        if (gap >= length && price < best) {
-            best = price;
+        if (gap >= length && sum < best) {
+            best = sum;
             *left = first;
             *right = id;
         }
@@ -221,6 +227,14 @@ static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
 static bool refused(struct plan_refusal *refusal, uint32_t reason) {
     refusal->reason = reason;
     return false;
+}
+
+/* Refuse for the budget, naming the cheapest of the plans that were tried. */
+static bool over_budget(struct plan_refusal *refusal, const struct cost *cost) {
+    bool first = refusal->reason != ODMA_REASON_COPY_BUDGET;
+    if (first || cost->tokens < refusal->copy_tokens_needed)
+        refusal->copy_tokens_needed = (uint32_t)cost->tokens;
+    return refused(refusal, ODMA_REASON_COPY_BUDGET);
 }
 
 /* Why `blocks` more, or a run of `length`, cannot be had although nothing that
@@ -253,10 +267,7 @@ bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
         struct cost cost = {0};
         uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
         pack(arena, left, pivot, right, &cost);
-        if (!within_budget(arena, &cost)) {
-            refusal->copy_tokens_needed = (uint32_t)cost.tokens;
-            return refused(refusal, ODMA_REASON_COPY_BUDGET);
-        }
+        if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
         pack(arena, left, pivot, right, NULL);
         hole = close_window(arena, pivot, after);
         arena->books->counters.compactions++;
@@ -305,9 +316,9 @@ static bool cheapest_room(odma_arena *arena, uint32_t slot, uint32_t more, bool 
     best->price = INFINITY;
     for (;;) {
         while (b > free_behind && left.gap + right[b - 1].gap >= more) b--;
-        double price = left.price + right[b].price;
-        if (left.gap + right[b].gap >= more && price < best->price)
-            *best = (struct window){.left = left.edge, .right = right[b].edge, .price = price};
+        double both = left.price + right[b].price;
+        if (left.gap + right[b].gap >= more && both < best->price)
+            *best = (struct window){.left = left.edge, .right = right[b].edge, .price = both};
         if (!itself || left.gap >= more || left.price >= best->price) break;
         if (left.edge == slot) left.price = price_of(arena, slot);
         if (!widen(arena, &left, true, others, ignore_pins)) break;
@@ -316,13 +327,8 @@ static bool cheapest_room(odma_arena *arena, uint32_t slot, uint32_t more, bool 
 }
 
 static bool slide(odma_arena *arena, uint32_t slot, uint32_t length, const struct window *window,
-                  struct plan_refusal *refusal) {
-    struct cost cost = {0};
-    pack(arena, window->left, slot, window->right, &cost);
-    if (!within_budget(arena, &cost)) {
-        refusal->copy_tokens_needed = (uint32_t)cost.tokens;
-        return refused(refusal, ODMA_REASON_COPY_BUDGET);
-    }
+                  const struct cost *cost, struct plan_refusal *refusal) {
+    if (!within_budget(arena, cost)) return over_budget(refusal, cost);
     pack(arena, window->left, slot, window->right, NULL);
     close_window(arena, slot, arena->runs[slot].next);
     fix_used(arena, slot);
@@ -337,10 +343,7 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     uint32_t from = arena->runs[slot].start, to = arena->runs[hole].start;
     struct cost cost = {0};
     add_cost(arena, &cost, slot, to);
-    if (!within_budget(arena, &cost)) {
-        refusal->copy_tokens_needed = (uint32_t)cost.tokens;
-        return refused(refusal, ODMA_REASON_COPY_BUDGET);
-    }
+    if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
     uint32_t old = take_slot(arena);
     if (old == NONE) return refused(refusal, ODMA_REASON_TABLE_FULL);
     fix_used(arena, slot);
@@ -379,12 +382,14 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
         return refused(refusal, room_lack(arena, slot, more, length));
     bool ordered = arena->books->engine.single_ordered_stream;
     bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
-    struct window window = {.price = INFINITY};
+    struct window window;
+    struct cost cost = {0};
     bool slides = ordered && arena->free_blocks >= more &&
                   cheapest_room(arena, slot, more, false, &window);
+    if (slides) pack(arena, window.left, slot, window.right, &cost);
     uint32_t hole = itself ? best_fit(arena, length) : NONE;
-    if (slides && (hole == NONE || window.price <= price_of(arena, slot)) &&
-        slide(arena, slot, length, &window, refusal))
+    if (slides && (hole == NONE || price(arena, cost.tokens, cost.copies) <= price_of(arena, slot)) &&
+        slide(arena, slot, length, &window, &cost, refusal))
         return true;
     if (hole != NONE && relocate(arena, slot, length, hole, refusal)) return true;
     if (refusal->reason != ODMA_REASON_NONE) return false;

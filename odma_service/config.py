@@ -11,6 +11,7 @@ TOML, repeated flags, and separated by commas in the environment.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -33,6 +34,7 @@ NOT_SETTINGS = {"ODMA_DATA_DIR", "ODMA_REQUIRE_CLIENTS"}
 """Variables with our prefix that other tools of the project read."""
 
 UNIX = "unix:"
+HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:\s]+):(?P<port>[0-9]{1,5})")
 LONGEST_UNIX_PATH_BYTES = 107
 
 
@@ -59,15 +61,10 @@ def _check_address(address: str) -> str:
                 f"{LONGEST_UNIX_PATH_BYTES} bytes long"
             )
         return address
-    host, _, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not bare or (":" in bare) != (host != bare) or not _is_port(port):
+    match = HOST_AND_PORT.fullmatch(address)
+    if not match or int(match["port"]) >= 1 << 16:
         raise ValueError(f"{address!r} is not host:port, [host]:port or unix:/path")
     return address
-
-
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 1 << 16
 
 
 class Settings(BaseSettings):

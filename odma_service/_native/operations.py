@@ -74,7 +74,6 @@ RULES: dict[int, tuple[str, str]] = {
     lib.ODMA_RULE_MAX_TOTAL_TOKENS: ("max_total_tokens", "1 to the capacity"),
     lib.ODMA_RULE_OVERFLOW_RISK: ("overflow_risk", "0 to 1"),
     lib.ODMA_RULE_QUANTILES: ("prediction", "finite, at least 0, ascending"),
-    lib.ODMA_RULE_NAME: ("request_class", "it and tenant do not start with the byte 0xFF"),
     lib.ODMA_RULE_KIND: ("op", "must be free, trim, extend or allocate"),
     lib.ODMA_RULE_COUNTS: ("ops", "too many ops or used"),
     lib.ODMA_RULE_COMPLETED_SEQ: ("completed_seq", "never falls, at most the last answered seq"),

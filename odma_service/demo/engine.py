@@ -136,11 +136,12 @@ class Engine:
 
     def _candidates(self) -> list[Request]:
         """Return the requests to ask memory for: none while the last refusal still holds."""
-        if self._blocked and self._running.count and not self._ended:
+        if self._ended:
+            self._blocked = None
+        if self._blocked and self._running.count:
             return []
-        return list(
-            islice(self._queue, min(ADMISSIONS, self._kind.batch_cap - self._running.count))
-        )
+        room = self._kind.batch_cap - self._running.count
+        return list(islice(self._queue, min(room, ADMISSIONS)))
 
     def _decide(self, full: Sequence[int], asked: Sequence[Request]) -> None:
         """Ask one batch and do what the answer says, up to where the step begins."""

@@ -416,8 +416,8 @@ class Trim(_message.Message):
     TO_TOKENS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     to_tokens: _builtins.int
-    """New length, rounded up to a block; at least what is used, at least 1, at
-    most the present length.
+    """New length, rounded up to a block; at least 1, at most the present length,
+    and at least what is used unless the rounded length is the present one.
     """
     def __init__(
         self,

@@ -47,6 +47,13 @@ class MemoryServiceStub:
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
                             open again.
+
+    Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
+    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
+    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
+    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
+    call the Refusal and a RetryInfo.
     """
 
     @_typing.overload
@@ -161,6 +168,13 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
                             open again.
+
+    Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
+    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
+    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
+    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
+    call the Refusal and a RetryInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -271,6 +285,13 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
                             open again.
+
+    Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
+    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
+    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
+    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
+    call the Refusal and a RetryInfo.
     """
 
     @_abc_1.abstractmethod

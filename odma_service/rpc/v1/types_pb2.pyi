@@ -66,8 +66,9 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_INVALID: _RefusalReason.ValueType  # 10
     """A value breaks a rule; field names it. Do not retry unchanged."""
     REFUSAL_REASON_SKIPPED: _RefusalReason.ValueType  # 11
-    """An earlier allocate or extend of the batch was refused and pass_refused is
-    not set. Ask again in the next step.
+    """An earlier allocate or extend of the batch was refused, for another reason
+    than INVALID or NOT_FOUND, and pass_refused is not set. Ask again in the
+    next step.
     """
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
@@ -111,8 +112,9 @@ operation needs it alive. A bug of the engine.
 REFUSAL_REASON_INVALID: RefusalReason.ValueType  # 10
 """A value breaks a rule; field names it. Do not retry unchanged."""
 REFUSAL_REASON_SKIPPED: RefusalReason.ValueType  # 11
-"""An earlier allocate or extend of the batch was refused and pass_refused is
-not set. Ask again in the next step.
+"""An earlier allocate or extend of the batch was refused, for another reason
+than INVALID or NOT_FOUND, and pass_refused is not set. Ask again in the
+next step.
 """
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
