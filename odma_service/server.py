@@ -48,6 +48,9 @@ OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail
 )
+NOTICE_SECONDS = 0.2
+"""Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
+
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
 
@@ -100,6 +103,8 @@ def _serve(settings: Settings, registry: Registry, stopped: Event) -> None:
         stopped.wait()
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
+        registry.close()
+        time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
     calls.shutdown()
 

@@ -114,8 +114,8 @@ def first_blocks(policy, op, prediction, maximum, unit):
     elif policy.start == Start.QUANTILE and prediction is not None:
         risk = policy.overflow_risk if op.overflow_risk is None else op.overflow_risk
         output = output_at(prediction, risk, maximum - op.prompt_tokens)
-        total = max(held + 1, op.prompt_tokens + output)
-        starts = [total, total * (1 - FUZZ), total * (1 + FUZZ)]
+        about = (output, output * (1 - FUZZ), output * (1 + FUZZ))
+        starts = [max(held + 1, op.prompt_tokens + tokens) for tokens in about]
     return [rounded(policy, max(start, least), maximum, unit) for start in starts]
 
 
@@ -587,7 +587,7 @@ class Walk:
             length = sizes[0]
         assert length in sizes, f"{sizes} blocks by the policy, not {length}"
         assert len(self.regions) < self.geometry.max_regions, "the table is full"
-        assert self.over_quota(op, length) <= FUZZ, "the tenant has its share"
+        assert self.lost or self.over_quota(op, length) <= FUZZ, "the tenant has its share"
         if self.counted:
             assert self.free >= length, "too few are free"
             admitted = self.free - length >= self.safety_blocks or not self.regions
@@ -624,18 +624,21 @@ class Walk:
     def check_allocate_refused(self, op, prediction, sizes, result):
         self.refused = True
         self.counts["refused_allocates"] += 1
+        if len(set(sizes)) > 1:
+            return
+        length = sizes[0]
         if result.reason == Reason.TABLE_FULL:
             full = len(self.regions) >= self.geometry.max_regions
             assert full or not self.known or self.waiting, "it is not full"
         elif result.reason == Reason.QUOTA:
-            assert self.over_quota(op, max(sizes)) > -FUZZ, "the tenant's share would do"
+            assert self.lost or self.over_quota(op, length) > -FUZZ, "its share would do"
         elif result.reason == Reason.SAFETY_SHARE:
             assert self.regions, "it would be the only one"
             assert not self.is_unsure(prediction), "the safety pool is for it"
             if self.counted:
-                assert self.free - max(sizes) < self.safety_blocks, "the share would be kept"
+                assert self.free - length < self.safety_blocks, "the share would be kept"
         else:
-            self.check_lack(result, max(sizes), max(sizes), None)
+            self.check_lack(result, length, length, None)
 
     def check_extend_refused(self, region, least, result):
         self.refused = True
@@ -859,11 +862,11 @@ class Twin:
         self.owner = self.owners(entries)
         self.regions, self.issued, self.births = walk.regions, walk.issued, walk.births
         self.counters.update(walk.counts)
-        for region, output_tokens, censored in walk.learnt:
-            self.learn(region, output_tokens, censored)
         for name in walk.class_names:
             if name not in self.class_names:
                 self.class_names.append(name)
+        for region, output_tokens, censored in walk.learnt:
+            self.learn(region, output_tokens, censored)
 
     def learn(self, region, output_tokens, censored):
         completion = (region.prediction, region.op.prompt_tokens, output_tokens, censored)
