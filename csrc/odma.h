@@ -292,7 +292,7 @@ typedef struct odma_counters {
     uint64_t preempted;           /* freed with ODMA_END_PREEMPTED */
     uint64_t copies, copied_tokens;
     uint64_t relocations;         /* extends that went to another hole */
-    uint64_t compactions;         /* operations for which a window was slid */
+    uint64_t compactions;         /* operations for which others were moved */
     uint64_t safety_hits_growth, safety_hits_unsure;
     uint64_t finished, hit_limit;
 } odma_counters;

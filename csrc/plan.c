@@ -353,7 +353,6 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     hold(arena, slot, hole, length);
     set_waiting(arena, old);
     set_place(arena, slot);
-    arena->books->counters.relocations++;
     return true;
 }
 
@@ -371,6 +370,35 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
         behind += arena->runs[id].length;
     if (behind >= more) return ODMA_REASON_WAITS_FOR_COMPLETION;
     return lack(arena, more, length);
+}
+
+enum { MOST_EVACUATED = 4 };
+
+/* Where copies run in any order, nothing can be won from a neighbour in the
+ * batch that moves it. But the neighbours behind a region can be sent to holes
+ * elsewhere now, so that it grows in place once that is completed: true if
+ * copies were written for it. */
+static bool evacuate(odma_arena *arena, uint32_t slot, uint32_t more,
+                     struct plan_refusal *refusal) {
+    uint32_t sent[MOST_EVACUATED], count = 0, gap = 0, gone = 0;
+    for (uint32_t id = arena->runs[slot].next; id != NONE && gap < more; id = arena->runs[id].next) {
+        gap += arena->runs[id].length;
+        if (is_free_run(arena, id) || arena->slots[id].state == ODMA_REGION_WAITING) continue;
+        if (count == MOST_EVACUATED || !may_move(arena, id, false) || note_of(arena, id)->moved ||
+            best_fit(arena, arena->runs[id].length) == NONE)
+            return false;
+        sent[count++] = id;
+    }
+    if (gap < more) return false;
+    uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
+    for (; gone < count; gone++) {
+        uint32_t length = arena->runs[sent[gone]].length, hole = best_fit(arena, length);
+        bool outside = hole != NONE &&
+                       (arena->runs[hole].start < low || arena->runs[hole].start >= high);
+        if (!outside || !relocate(arena, sent[gone], length, hole, refusal)) break;
+    }
+    arena->books->counters.compactions += gone > 0;
+    return gone > 0;
 }
 
 /* Let a region that cannot grow in place have `length` blocks, by the cheaper
@@ -391,7 +419,14 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
     if (slides && (hole == NONE || price(arena, cost.tokens, cost.copies) <= price_of(arena, slot)) &&
         slide(arena, slot, length, &window, &cost, refusal))
         return true;
-    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) return true;
+    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) {
+        arena->books->counters.relocations++;
+        return true;
+    }
+    if (refusal->reason != ODMA_REASON_NONE) return false;
+    bool others = !ordered && allowed(arena) == ODMA_OVERFLOW_COMPACT;
+    if (others && evacuate(arena, slot, more, refusal))
+        return refused(refusal, ODMA_REASON_WAITS_FOR_COMPLETION);
     if (refusal->reason != ODMA_REASON_NONE) return false;
     return refused(refusal, room_lack(arena, slot, more, length));
 }
