@@ -234,6 +234,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             done = make_room(arena, slot, least, &refusal);
         }
         if (!done) {
+            make_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
             result->copy_tokens_needed = refusal.copy_tokens_needed;
             result->preempt_handle = youngest(arena);

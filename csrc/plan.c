@@ -372,35 +372,6 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
     return lack(arena, more, length);
 }
 
-enum { MOST_EVACUATED = 4 };
-
-/* Where copies run in any order, nothing can be won from a neighbour in the
- * batch that moves it. But the neighbours behind a region can be sent to holes
- * elsewhere now, so that it grows in place once that is completed: true if
- * copies were written for it. */
-static bool evacuate(odma_arena *arena, uint32_t slot, uint32_t more,
-                     struct plan_refusal *refusal) {
-    uint32_t sent[MOST_EVACUATED], count = 0, gap = 0, gone = 0;
-    for (uint32_t id = arena->runs[slot].next; id != NONE && gap < more; id = arena->runs[id].next) {
-        gap += arena->runs[id].length;
-        if (is_free_run(arena, id) || arena->slots[id].state == ODMA_REGION_WAITING) continue;
-        if (count == MOST_EVACUATED || !may_move(arena, id, false) || note_of(arena, id)->moved ||
-            best_fit(arena, arena->runs[id].length) == NONE)
-            return false;
-        sent[count++] = id;
-    }
-    if (gap < more) return false;
-    uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
-    for (; gone < count; gone++) {
-        uint32_t length = arena->runs[sent[gone]].length, hole = best_fit(arena, length);
-        bool outside = hole != NONE &&
-                       (arena->runs[hole].start < low || arena->runs[hole].start >= high);
-        if (!outside || !relocate(arena, sent[gone], length, hole, refusal)) break;
-    }
-    arena->books->counters.compactions += gone > 0;
-    return gone > 0;
-}
-
 /* Let a region that cannot grow in place have `length` blocks, by the cheaper
  * plan; of two that cost the same the slide, for it leaves its spare room
  * behind the region. */
@@ -424,9 +395,40 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
         return true;
     }
     if (refusal->reason != ODMA_REASON_NONE) return false;
-    bool others = !ordered && allowed(arena) == ODMA_OVERFLOW_COMPACT;
-    if (others && evacuate(arena, slot, more, refusal))
-        return refused(refusal, ODMA_REASON_WAITS_FOR_COMPLETION);
-    if (refusal->reason != ODMA_REASON_NONE) return false;
     return refused(refusal, room_lack(arena, slot, more, length));
+}
+
+enum { MOST_EVACUATED = 4 };
+
+/* Make way for a region that make_room() refused. Where copies run in any
+ * order, nothing can be won from a neighbour in the batch that moves it; but
+ * the neighbours behind the region can be sent to holes elsewhere now, so that
+ * it grows in place once that is completed. Says so in the refusal if copies
+ * were written for it. */
+void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    uint32_t more = length - arena->runs[slot].length;
+    uint32_t sent[MOST_EVACUATED], count = 0, gap = 0, gone = 0;
+    if (arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX ||
+        allowed(arena) != ODMA_OVERFLOW_COMPACT)
+        return;
+    for (uint32_t id = arena->runs[slot].next; id != NONE && gap < more; id = arena->runs[id].next) {
+        gap += arena->runs[id].length;
+        if (is_free_run(arena, id) || arena->slots[id].state == ODMA_REGION_WAITING) continue;
+        if (count == MOST_EVACUATED || !may_move(arena, id, false) || note_of(arena, id)->moved ||
+            best_fit(arena, arena->runs[id].length) == NONE)
+            return;
+        sent[count++] = id;
+    }
+    if (gap < more) return;
+    uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
+    for (; gone < count; gone++) {
+        uint32_t length = arena->runs[sent[gone]].length, hole = best_fit(arena, length);
+        bool outside = hole != NONE &&
+                       (arena->runs[hole].start < low || arena->runs[hole].start >= high);
+        struct plan_refusal ignored = {0};
+        if (!outside || !relocate(arena, sent[gone], length, hole, &ignored)) break;
+    }
+    if (gone == 0) return;
+    arena->books->counters.compactions++;
+    *refusal = (struct plan_refusal){.reason = ODMA_REASON_WAITS_FOR_COMPLETION};
 }
