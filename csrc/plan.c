@@ -421,14 +421,17 @@ void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_ref
     }
     if (gap < more) return;
     uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
+    struct plan_refusal tried = {0};
     for (; gone < count; gone++) {
-        uint32_t length = arena->runs[sent[gone]].length, hole = best_fit(arena, length);
+        uint32_t blocks = arena->runs[sent[gone]].length, hole = best_fit(arena, blocks);
         bool outside = hole != NONE &&
                        (arena->runs[hole].start < low || arena->runs[hole].start >= high);
-        struct plan_refusal ignored = {0};
-        if (!outside || !relocate(arena, sent[gone], length, hole, &ignored)) break;
+        if (!outside || !relocate(arena, sent[gone], blocks, hole, &tried)) break;
     }
-    if (gone == 0) return;
-    arena->books->counters.compactions++;
-    *refusal = (struct plan_refusal){.reason = ODMA_REASON_WAITS_FOR_COMPLETION};
+    if (gone > 0) {
+        arena->books->counters.compactions++;
+        *refusal = (struct plan_refusal){.reason = ODMA_REASON_WAITS_FOR_COMPLETION};
+    } else if (tried.reason == ODMA_REASON_COPY_BUDGET) {
+        *refusal = tried;
+    }
 }

@@ -349,12 +349,14 @@ def test_an_engine_outlives_its_server(tmp_path, single_stream):
         if tally.steps in moments:
             moments[tally.steps].set()
 
-    killer = Thread(target=kill_and_restart)
+    killer = Thread(target=kill_and_restart, daemon=True)
     killer.start()
     kind = EngineKind(single_stream=single_stream, **SMALL)
-    with Client(address) as service:
-        outcome = play(service, generate(40, 3), "elastic", kind, watch)
-    assert outcome.steps > max(moments)
-    killer.join()
-    server.stop(process)
-    assert outcome.flaws() == []
+    try:
+        with Client(address) as service:
+            outcome = play(service, generate(40, 3), "elastic", kind, watch)
+        assert outcome.steps > max(moments)
+        assert outcome.flaws() == []
+        killer.join()
+    finally:
+        server.stop(process)

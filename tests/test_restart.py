@@ -16,7 +16,7 @@ from conftest import READY, books, open_pool, wait_for
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from odma_service.client import Client, allocate, extend, free, trim, used
-from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError
+from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -232,7 +232,7 @@ def test_calls_under_way_are_answered_before_it_ends(restarted):
             try:
                 while True:
                     pool.apply()
-            except Exception as error:
+            except UnavailableError as error:
                 return error
 
     with ThreadPoolExecutor(4) as engines:

@@ -221,6 +221,7 @@ class Walk:
         self.counts, self.learnt, self.class_names = Counter(), [], []
         self.growths = self.find_growths()
         self.grown = Counter(results[i].handle for i in self.growths)
+        self.evacuations = self.find_evacuations()
 
     def find_growths(self):
         """Return the operations that may have given a region its place."""
@@ -233,6 +234,17 @@ class Walk:
                 new.add(result.handle)
         return growths
 
+    def find_evacuations(self):
+        """Return the refused operations for which others may have been sent away."""
+        return [
+            i
+            for i, result in enumerate(self.results)
+            if self.evacuates
+            and isinstance(self.ops[i], Extend)
+            and isinstance(result, Refusal)
+            and result.reason == Reason.WAITS_FOR_COMPLETION
+        ]
+
     def run(self):
         for i, (op, result) in enumerate(zip(self.ops, self.results, strict=True)):
             try:
@@ -242,8 +254,9 @@ class Walk:
         return self
 
     def one(self, i, op, result):
+        away = self.restless and i in self.evacuations
         if isinstance(result, Refusal):
-            self.check_details(op, result)
+            self.check_details(op, result, changed=away)
         if isinstance(op, Free):
             self.free_op(op, result)
         elif isinstance(op, Trim):
@@ -252,6 +265,8 @@ class Walk:
             self.extend_op(i, op, result)
         else:
             self.allocate_op(i, op, result)
+        if away:
+            self.known = False
 
     # what there is
 
@@ -267,10 +282,18 @@ class Walk:
         return may and not self.unary
 
     @property
+    def moves_others(self):
+        return self.engine.moves == Moves.ANY and self.policy.overflow == Overflow.COMPACT
+
+    @property
     def slides(self):
         """Whether others may be slid out of its way."""
-        may = self.engine.moves == Moves.ANY and self.policy.overflow == Overflow.COMPACT
-        return may and self.engine.single_ordered_stream and not self.unary
+        return self.moves_others and self.engine.single_ordered_stream and not self.unary
+
+    @property
+    def evacuates(self):
+        """Whether others may be sent away, so that it can grow once that is completed."""
+        return self.moves_others and self.waits
 
     @property
     def counted(self):
@@ -315,7 +338,7 @@ class Walk:
 
     def exactly(self, i):
         """Whether the place that the answer tells for operation i is the one it was given."""
-        alone = not self.restless or self.growths == [i]
+        alone = not self.restless or [*self.growths, *self.evacuations] == [i]
         told = self.results[i].length_tokens and self.grown[self.results[i].handle] == 1
         return self.known and alone and told
 
@@ -326,8 +349,8 @@ class Walk:
 
     # mistakes
 
-    def check_details(self, op, result):
-        if self.known:
+    def check_details(self, op, result, *, changed):
+        if self.known and not changed:
             told = (
                 result.free_tokens,
                 result.largest_run_tokens,
@@ -508,7 +531,7 @@ class Walk:
             if moved:
                 self.vacate(region.start, region.length)
             self.hand_over(start, length, region.handle)
-        else:
+        if not exact or self.restless:
             self.known = False
         if not fresh and region.said is None and not self.unary:
             region.said = region.length * self.unit
@@ -682,12 +705,16 @@ class Walk:
         assert self.free_behind(region) < more, "there is room behind it"
         tied = region.handle in self.pinned or (self.waits and region.handle in self.went)
         if self.relocates and not tied and hole >= length:
-            assert reason == Reason.COPY_BUDGET, "a hole fits"
+            assert self.limited, "a hole fits"
+            sent_away = self.restless and reason == Reason.WAITS_FOR_COMPLETION
+            assert sent_away or reason == Reason.COPY_BUDGET, "a hole fits"
 
     def check_wait(self, reason, more, length, region):
         """Check that what waits is named as the reason where it would do, and only there."""
         hole = longest(free_runs(self.owner, waiting_too=True))
         if reason == Reason.WAITS_FOR_COMPLETION:
+            if self.restless and region is not None:
+                return
             assert self.waiting, "nothing waits"
             assert self.free + self.waiting >= more, "what waits would not do"
         elif reason == Reason.NO_SPACE:
@@ -768,7 +795,8 @@ class Twin:
         walk.budget = self.policy.max_copy_tokens if limit is None else limit
         walk.pass_refused = batch.pass_refused
         walk.pinned = {used.handle for used in batch.used if used.pinned}
-        walk.restless = walk.slides and self.something_moved(walk, answer)
+        if walk.slides or walk.evacuations:
+            walk.restless = self.something_moved(walk, answer)
         return walk.run()
 
     def something_moved(self, walk, answer):
@@ -825,7 +853,7 @@ class Twin:
         for handle, (start, _) in places.items():
             if handle in self.regions and start != self.regions[handle].start:
                 grew = walk.relocates and walk.grown[handle]
-                assert walk.slides or grew, f"{handle} may not move"
+                assert walk.slides or walk.evacuations or grew, f"{handle} may not move"
         return places
 
     def check_owners(self, walk, entries):
