@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from twin import Twin
@@ -46,6 +46,9 @@ from odma_service.values import (
     Free,
     Moves,
     Overflow,
+    Place,
+    Reason,
+    Refusal,
     Start,
     Trim,
     Used,
@@ -55,7 +58,7 @@ EXAMPLES = int(os.environ.get("ODMA_TWIN_EXAMPLES", "0"))
 SEED = int(time.time()) * 1000 if EXAMPLES else 0
 WORLDS, STEPS = 48, 400
 
-pytestmark = pytest.mark.timeout(0 if EXAMPLES else 300)
+pytestmark = pytest.mark.timeout(0 if EXAMPLES else 600)
 
 
 # --- an engine that asks for odd things ---
@@ -64,10 +67,10 @@ pytestmark = pytest.mark.timeout(0 if EXAMPLES else 300)
 class World:
     """An arena, its twin, and what their engine does. `roll(n)` is a number below n."""
 
-    def __init__(self, roll):
+    def __init__(self, roll, blocks=None):
         self.directory = Path(tempfile.mkdtemp(prefix="twin-"))
         self.roll = roll
-        self.geometry = self.some_geometry()
+        self.geometry = self.some_geometry(blocks or 8 + roll(193))
         self.capacity = self.geometry.blocks * self.geometry.block_tokens
         self.unit = self.geometry.block_tokens
         self.arena = Arena.create(self.directory / "pool", self.geometry)
@@ -88,8 +91,8 @@ class World:
 
     # what there is
 
-    def some_geometry(self):
-        blocks, unit = 8 + self.roll(193), self.one_of(1, 2, 4, 8, 16)
+    def some_geometry(self, blocks):
+        unit = self.one_of(1, 2, 4, 8, 16)
         capacity = blocks * unit
         return ArenaGeometry(
             blocks=blocks,
@@ -275,11 +278,27 @@ class World:
     def entries(self):
         return self.arena.regions(room=2 * self.geometry.max_regions)
 
-    def step(self):
-        batch, predictions = self.some_batch()
+    def apply(self, batch, predictions):
         answer = self.arena.apply(self.epoch, batch, predictions)
         self.twin.apply(batch, predictions, answer, self.entries())
         self.last = batch, predictions, answer
+        return answer
+
+    def step(self):
+        self.apply(*self.some_batch())
+
+    def insist(self):
+        """Ask for room without copies, then with the copies that are said to be needed."""
+        op = self.one_of(self.some_extend, self.some_allocate)()
+        predictions = [self.some_prediction(op)]
+        seq = self.twin.seq
+        batch = Batch(seq + 1, seq, self.some_used(), [op], max_copy_tokens=0)
+        result = self.apply(batch, predictions).results[0]
+        if isinstance(result, Refusal) and result.reason == Reason.COPY_BUDGET:
+            batch = batch._replace(seq=seq + 2, max_copy_tokens=result.copy_tokens_needed)
+            result = self.apply(batch, predictions).results[0]
+            if self.geometry.max_copies == 4096 and self.twin.engine.single_ordered_stream:
+                assert isinstance(result, Place), f"{op} got all it needed: {result}"
 
     def unary(self):
         op = self.some_op()
@@ -525,6 +544,11 @@ class ArenaAgainstTwin(RuleBasedStateMachine):
             self.world.step()
 
     @rule(roll=dice)
+    def insist(self, roll):
+        self.world.roll = roll
+        self.world.insist()
+
+    @rule(roll=dice)
     def unary(self, roll):
         self.world.roll = roll
         self.world.unary()
@@ -574,6 +598,7 @@ test_the_arena_agrees_with_its_twin.settings = settings(
     derandomize=not EXAMPLES,
     database=None,
     suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
 )
 
 
@@ -586,6 +611,8 @@ def live(world, steps):
         world.step()
         if world.rarely(8):
             world.unary()
+        if world.rarely(10):
+            world.insist()
         if world.rarely(10):
             world.ask_again()
         if world.rarely(10):
@@ -605,15 +632,25 @@ def live(world, steps):
             world.one_of(world.reboot, world.begin_epoch, world.begin_epoch)()
 
 
+def agrees(seed, steps, blocks=None):
+    world = World(Random(seed).randrange, blocks)
+    try:
+        live(world, steps)
+        world.check()
+        world.check_learnt()
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"seed {seed}, seq {world.twin.seq}: {error}") from error
+    finally:
+        world.close()
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_the_arena_agrees_with_its_twin_for_many_batches(part):
     worlds = max(WORLDS, EXAMPLES) // 4
     for seed in range(SEED + part * worlds, SEED + (part + 1) * worlds):
-        world = World(Random(seed).randrange)
-        try:
-            live(world, STEPS)
-            world.check_learnt()
-        except (Exception, pytest.fail.Exception) as error:
-            raise AssertionError(f"seed {seed}, seq {world.twin.seq}: {error}") from error
-        finally:
-            world.close()
+        agrees(seed, STEPS)
+
+
+def test_the_arena_agrees_with_its_twin_on_long_runs():
+    for seed in range(SEED, SEED + max(6, EXAMPLES // 50)):
+        agrees(seed, 60, blocks=5000 + 3000 * (seed % 3))

@@ -198,14 +198,15 @@ class Memory:
 class Walk:
     """The books during a batch, or a unary call, operation by operation.
 
-    `restless` says that regions were slid at times that the answer does not tell.
+    `restless` says that regions may have been moved for others, at times that the answer does
+    not tell.
     """
 
-    def __init__(self, twin, ops, results, predictions, *, unary=False, restless=False):
+    def __init__(self, twin, ops, results, predictions, *, unary=False):
         self.policy, self.engine, self.geometry = twin.policy, twin.engine, twin.geometry
         self.unit, self.seq = twin.geometry.block_tokens, twin.seq
         self.ops, self.results, self.predictions = ops, results, predictions
-        self.unary, self.restless = unary, restless
+        self.unary, self.restless = unary, False
         self.pass_refused, self.pinned, self.budget = False, set(), 0
         self.safety_blocks = twin.safety_blocks
 
@@ -260,7 +261,7 @@ class Walk:
         if isinstance(op, Free):
             self.free_op(op, result)
         elif isinstance(op, Trim):
-            self.trim_op(i, op, result)
+            self.trim_op(op, result)
         elif isinstance(op, Extend):
             self.extend_op(i, op, result)
         else:
@@ -314,8 +315,12 @@ class Walk:
         """Whether copies are so limited that a plan could fail for it."""
         regions = self.regions.values()
         tokens = 2 * sum(region.used(self.unit) for region in regions)
-        copies = self.geometry.blocks * (len(self.ops) + 1)
-        return self.budget < tokens or self.geometry.max_copies < copies
+        return self.budget < tokens or not self.many_copies
+
+    @property
+    def many_copies(self):
+        """Whether an answer holds more copies than there can be, pieces of a block included."""
+        return self.geometry.max_copies >= self.geometry.blocks * (len(self.ops) + 1)
 
     def in_blocks(self, place):
         return place.start_token // self.unit, place.length_tokens // self.unit
@@ -326,9 +331,10 @@ class Walk:
     def vacate(self, start, length):
         self.hand_over(start, length, -self.seq if self.waits else FREE)
 
-    def free_behind(self, region):
+    def free_behind(self, region, waiting_too=False):
         end = region.start + region.length
-        return next((length for start, length in free_runs(self.owner) if start == end), 0)
+        runs = free_runs(self.owner, waiting_too)
+        return next((length for start, length in runs if start == end), 0)
 
     def in_best_hole(self, start, length):
         """Whether [start, start + length) lies in a shortest hole that fits."""
@@ -405,10 +411,10 @@ class Walk:
         if op.end in (End.FINISHED, End.HIT_LIMIT):
             self.learnt.append((region, op.output_tokens, op.end == End.HIT_LIMIT))
 
-    def trim_op(self, i, op, result):
+    def trim_op(self, op, result):
         rules = self.dead(op.handle)
         if not rules and op.handle in self.vague:
-            self.take_vaguely(i, op, result)
+            self.take_vaguely(op, result)
             return
         blocks = up(op.to_tokens, self.unit)
         if not rules:
@@ -430,14 +436,14 @@ class Walk:
         region.length = blocks
         self.counts["trims"] += 1
 
-    def take_vaguely(self, i, op, result):
+    def take_vaguely(self, op, result):
         """Take over a change of a region whose length is not known now."""
         region = self.regions[op.handle]
         if isinstance(result, Place):
             assert result.handle == op.handle
             self.counts["trims" if isinstance(op, Trim) else "extends"] += 1
             region.length = up(op.to_tokens if isinstance(op, Trim) else op.least_tokens, self.unit)
-            if self.results[i].length_tokens:
+            if result.length_tokens:
                 region.length = self.in_blocks(result)[1]
         elif isinstance(op, Extend):
             self.counts["refused_extends"] += result.reason not in MISTAKES
@@ -459,7 +465,7 @@ class Walk:
         if self.is_mistaken(result, self.extend_rules(op)):
             return
         if op.handle in self.vague:
-            self.take_vaguely(i, op, result)
+            self.take_vaguely(op, result)
             return
         region = self.regions[op.handle]
         least = up(op.least_tokens, self.unit)
@@ -684,6 +690,8 @@ class Walk:
         elif reason == Reason.COPY_BUDGET:
             assert self.slides or (self.relocates and region is not None), "nothing would move"
             assert self.limited, "copies are unlimited"
+            if self.many_copies and not self.growths and not self.evacuations:
+                assert result.copy_tokens_needed > self.budget, "that many are allowed"
         elif reason == Reason.NO_SPACE:
             assert not self.counted or self.free < more, "enough blocks are free"
         elif reason == Reason.FRAGMENTED:
@@ -711,16 +719,15 @@ class Walk:
 
     def check_wait(self, reason, more, length, region):
         """Check that what waits is named as the reason where it would do, and only there."""
-        hole = longest(free_runs(self.owner, waiting_too=True))
+        elsewhere = region is None or self.relocates
+        would_do = elsewhere and longest(free_runs(self.owner, waiting_too=True)) >= length
+        if region is not None:
+            would_do |= self.free_behind(region, waiting_too=True) >= more
         if reason == Reason.WAITS_FOR_COMPLETION:
-            if self.restless and region is not None:
-                return
-            assert self.waiting, "nothing waits"
-            assert self.free + self.waiting >= more, "what waits would not do"
-        elif reason == Reason.NO_SPACE:
-            assert self.free + self.waiting < more, "what waits would do"
-        elif reason == Reason.FRAGMENTED and self.waiting:
-            assert hole < length or (region is not None and not self.relocates), "waiting would do"
+            sent_away = self.restless and region is not None
+            assert sent_away or (self.waiting and would_do), "what waits would not do"
+        elif reason in (Reason.NO_SPACE, Reason.FRAGMENTED) and self.waiting:
+            assert not would_do, "what waits would do"
 
 
 # --- the twin ---

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -889,9 +890,14 @@ void before_store(void) {
 }
 
 static void copy_file(const char *from, const char *to) {
-    char command[2 * sizeof path + 32];
-    snprintf(command, sizeof command, "cp -p '%s' '%s'", from, to);
-    CHECK(system(command) == 0);
+    int source = open(from, O_RDONLY | O_CLOEXEC);
+    int target = open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    CHECK(source >= 0 && target >= 0);
+    static char bytes[1 << 20];
+    ssize_t count;
+    while ((count = read(source, bytes, sizeof bytes)) > 0)
+        CHECK(write(target, bytes, (size_t)count) == count);
+    CHECK(count == 0 && close(source) == 0 && close(target) == 0);
 }
 
 /* Let a child attach and do the step at hand, and die before its `number`th
@@ -950,7 +956,7 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
     for (int number = 0; died; number++) {
         copy_file(saved, path);
         died = dies_at_store(number, false);
-        for (int again = number % 7; dies_at_store(again, true); again += 7) recoveries++;
+        for (int again = number % 23; dies_at_store(again, true); again += 23) recoveries++;
         arena = attached();
         checked(arena);
         bool done = report_of(arena).seq == whole.batch.seq;
@@ -971,6 +977,269 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
         odma_arena_close(arena);
     }
     CHECK(before > 4 && after > 4 && recoveries > 4);
+}
+
+/* What a caller can see of the books. */
+struct view {
+    odma_report report;
+    odma_policy policy;
+    odma_region regions[ROOM];
+    uint32_t count;
+};
+
+static void look(odma_arena *arena, struct view *view) {
+    memset(view, 0, sizeof *view);
+    view->report = report_of(arena);
+    view->report.recovery = 0;
+    OK(odma_arena_policy(arena, &view->policy));
+    OK(odma_arena_regions(arena, 0, view->regions, ROOM, &view->count));
+}
+
+static void allocates_alone(odma_arena *arena) {
+    odma_result result;
+    odma_op op = allocate_op("alone", 20);
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    CHECK(result.outcome == ODMA_PLACED);
+}
+
+static void frees_alone(odma_arena *arena) {
+    odma_result result;
+    odma_op op = free_op(regions[0].handle, 30);
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    CHECK(result.outcome == ODMA_FREED);
+}
+
+static void reconciles(odma_arena *arena) {
+    uint64_t freed[REGIONS];
+    uint32_t count;
+    odma_place kept;
+    OK(odma_arena_reconcile(arena, 1, &regions[0].handle, 1, &kept, freed, &count));
+    CHECK(count > 0 && kept.length == regions[0].length);
+}
+
+static void sets_a_policy(odma_arena *arena) {
+    odma_policy policy = POLICY;
+    policy.growth = 2;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+}
+
+static void ends_its_epoch(odma_arena *arena) { OK(odma_arena_end_epoch(arena, 1)); }
+
+static void opens_another_epoch(odma_arena *arena) {
+    OK(odma_arena_open_epoch(arena, 7, &ENGINE, "boot", "new words", 9));
+}
+
+static bool dies_while_it(void (*acts)(odma_arena *), int number) {
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        odma_arena *arena = attached();
+        stores_to_live = number;
+        acts(arena);
+        odma_arena_close(arena);
+        _exit(0);
+    }
+    int ended = -1;
+    CHECK(waitpid(child, &ended, 0) == child && WIFEXITED(ended));
+    CHECK(WEXITSTATUS(ended) == 9 || WEXITSTATUS(ended) == 0);
+    return WEXITSTATUS(ended) == 9;
+}
+
+static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
+    void (*const acts[])(odma_arena *) = {allocates_alone, frees_alone,    reconciles,
+                                          sets_a_policy,   ends_its_epoch, opens_another_epoch};
+    odma_arena *arena = fresh();
+    for (int i = 0; i < 12; i++) {
+        random_step(arena);
+        OK(run_step(arena));
+    }
+    for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
+    list_regions(arena);
+    odma_arena_close(arena);
+    char saved[sizeof path + 8];
+    snprintf(saved, sizeof saved, "%s.saved", path);
+    copy_file(path, saved);
+    static struct view before, after, now;
+    for (size_t i = 0; i < sizeof acts / sizeof *acts; i++) {
+        copy_file(saved, path);
+        arena = attached();
+        look(arena, &before);
+        acts[i](arena);
+        look(arena, &after);
+        odma_arena_close(arena);
+        CHECK(memcmp(&before, &after, sizeof before) != 0);
+
+        bool died = true;
+        uint32_t undone = 0, done = 0;
+        for (int number = 0; died; number++) {
+            copy_file(saved, path);
+            died = dies_while_it(acts[i], number);
+            arena = attached();
+            checked(arena);
+            look(arena, &now);
+            bool is_done = memcmp(&now, &after, sizeof now) == 0;
+            CHECK(is_done || memcmp(&now, &before, sizeof now) == 0);
+            *(is_done ? &done : &undone) += 1;
+            odma_arena_close(arena);
+        }
+        CHECK(undone > 2 && done > 2);
+    }
+}
+
+/* --- extremes --- */
+
+static void the_largest_arena_is_usable(void) {
+    odma_geometry geometry = {.blocks = ODMA_MAX_BLOCKS,
+                              .block_tokens = 16,
+                              .max_regions = ODMA_MAX_REGIONS,
+                              .max_ops = ODMA_MAX_OPS,
+                              .max_copies = ODMA_MAX_COPIES,
+                              .model_length_tokens = 1 << 28};
+    odma_arena *arena = NULL;
+    odma_policy policy = POLICY;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    policy.start = ODMA_START_MAXIMUM;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
+    uint64_t handle = allocate_one(arena, "all of it", 1);
+    CHECK(step.results[0].length == ODMA_MAX_BLOCKS && report_of(arena).free_blocks == 0);
+
+    policy.start = ODMA_START_STEP;
+    policy.step_tokens = 1 << 20;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    begin_step(arena);
+    step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0};
+    add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = (1U << 28) - 16});
+    add_op(allocate_op("the rest", 16));
+    step.ops[1].max_total_tokens = 16;
+    add_op((odma_op){.kind = ODMA_OP_EXTEND,
+                     .handle = handle,
+                     .least_tokens = 1U << 28,
+                     .want_tokens = 1U << 28});
+    OK(run_step(arena));
+    CHECK(step.results[1].start == ODMA_MAX_BLOCKS - 1);
+    CHECK(step.results[2].reason == ODMA_REASON_NO_SPACE);
+    CHECK(step.results[2].preempt_handle == step.results[1].handle);
+    CHECK(report_of(arena).used_tokens == (1U << 28) - 17);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+/* Lengths beyond those that have a bin of their own. */
+static void long_runs_are_fitted_best_too(void) {
+    odma_geometry geometry = GEOMETRY;
+    odma_policy policy = POLICY;
+    odma_arena *arena = NULL;
+    geometry.blocks = 4000000;
+    geometry.model_length_tokens = 1 << 26;
+    policy.start = ODMA_START_MAXIMUM;
+    policy.overflow = ODMA_OVERFLOW_PREEMPT;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
+    for (int round = 0; round < 3000; round++) {
+        list_regions(arena);
+        uint32_t wanted = 1 + below(1U << (1 + below(21))), at = 0, best = UINT32_MAX, longest = 0;
+        for (uint32_t i = 0; i <= region_count; i++) {
+            uint32_t end = i < region_count ? regions[i].start : geometry.blocks;
+            if (end - at >= wanted && end - at < best) best = end - at;
+            if (end - at > longest) longest = end - at;
+            if (i < region_count) at = end + regions[i].length;
+        }
+        CHECK(report_of(arena).largest_run == longest);
+        odma_result result;
+        char id[16];
+        snprintf(id, sizeof id, "%d", round);
+        odma_op op = allocate_op(id, 1);
+        op.max_total_tokens = wanted * 16;
+        OK(odma_arena_unary(arena, 1, &op, &result));
+        if (region_count == REGIONS) {
+            CHECK(result.reason == ODMA_REASON_TABLE_FULL);
+        } else if (best == UINT32_MAX) {
+            CHECK(result.outcome == ODMA_REFUSED);
+        } else {
+            CHECK(result.outcome == ODMA_PLACED && result.length == wanted);
+            uint32_t low = 0, high = geometry.blocks;
+            for (uint32_t i = 0; i < region_count; i++) {
+                uint32_t end = regions[i].start + regions[i].length;
+                if (end <= result.start) low = end;
+                if (regions[i].start >= result.start + wanted && regions[i].start < high)
+                    high = regions[i].start;
+            }
+            CHECK(high - low == best);
+        }
+        if (region_count > 20 + below(40)) {
+            op = free_op(regions[below(region_count)].handle, 1);
+            OK(odma_arena_unary(arena, 1, &op, &result));
+            CHECK(result.outcome == ODMA_FREED);
+        }
+        if (round % 100 == 0) checked(arena);
+    }
+    odma_arena_close(arena);
+}
+
+static double weight_of(odma_arena *arena) {
+    static odma_histogram histogram;
+    double weight = 0;
+    OK(odma_arena_histogram(arena, ODMA_CLASS_POOL, &histogram));
+    for (int i = 0; i < ODMA_BINS; i++)
+        weight += histogram.output_finished[i] + histogram.output_censored[i];
+    return weight;
+}
+
+/* Each weighs 2^(-1/512) of the next, for ever: also when all are scaled down,
+ * which happens once in 20,480. */
+static void old_completions_fade_at_one_pace(void) {
+    odma_arena *arena = fresh();
+    const double fade = exp2(-1.0 / 512);
+    double expected = 0;
+    for (uint32_t round = 0; round < 21500; round++) {
+        odma_result result;
+        odma_op op = allocate_op("again", 1 + below(100));
+        OK(odma_arena_unary(arena, 1, &op, &result));
+        op = free_op(result.handle, below(2000));
+        if (below(4) == 0) op.end = ODMA_END_HIT_LIMIT;
+        OK(odma_arena_unary(arena, 1, &op, &result));
+        expected = expected * fade + 1;
+        if (round % 50 && round < 20400) continue;
+        CHECK(fabs(weight_of(arena) - expected) < 1e-6 * expected);
+    }
+    checked(arena);
+    odma_arena_close(arena);
+    arena = attached();
+    CHECK(fabs(weight_of(arena) - expected) < 1e-6 * expected);
+    odma_arena_close(arena);
+}
+
+static void *allocates_and_frees(void *arena) {
+    for (uint32_t i = 0; i < 2000; i++) {
+        odma_result result;
+        char id[32];
+        snprintf(id, sizeof id, "%p %u", (void *)&result, i);
+        odma_op op = allocate_op(id, 20);
+        OK(odma_arena_unary(arena, 1, &op, &result));
+        if (result.outcome != ODMA_PLACED) continue;
+        op = free_op(result.handle, 5);
+        OK(odma_arena_unary(arena, 1, &op, &result));
+        CHECK(result.outcome == ODMA_FREED);
+    }
+    return NULL;
+}
+
+static void threads_take_turns(void) {
+    odma_arena *arena = fresh();
+    pthread_t threads[4];
+    for (int i = 0; i < 4; i++)
+        CHECK(pthread_create(&threads[i], NULL, allocates_and_frees, arena) == 0);
+    for (int i = 0; i < 100; i++) checked(arena);
+    for (int i = 0; i < 4; i++) CHECK(pthread_join(threads[i], NULL) == 0);
+    odma_report report = report_of(arena);
+    CHECK(report.live == 0 && report.free_blocks == GEOMETRY.blocks);
+    CHECK(report.counters.allocates == report.counters.frees && report.counters.frees > 2000);
+    checked(arena);
+    odma_arena_close(arena);
 }
 
 /* --- limits --- */
@@ -1072,6 +1341,11 @@ static const struct {
     FACT(random_steps_keep_every_rule),
     FACT(the_largest_batch_is_answered),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
+    FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
+    FACT(the_largest_arena_is_usable),
+    FACT(long_runs_are_fitted_best_too),
+    FACT(old_completions_fade_at_one_pace),
+    FACT(threads_take_turns),
     FACT(the_best_limits_are_the_best_of_all),
     FACT(limits_of_nonsense_are_invalid),
     FACT(a_status_has_a_name),
