@@ -347,10 +347,13 @@ class PoolClient:
         self._client.call(self._client.memory.ClosePool, pb.ClosePoolRequest(pool=self.ref))
 
 
-def _refused(metadata: Mapping[str, str], details: Sequence[Any]) -> OdmaError:
+_REASONS = {reason.value for reason in Reason}
+
+
+def _refused(details: Sequence[Any]) -> OdmaError:
     message = types.Refusal()
-    if not any(detail.Unpack(message) for detail in details):
-        return ServiceError("refused, without a reason")
+    if not any(detail.Unpack(message) for detail in details) or message.reason not in _REASONS:
+        return ServiceError("refused, for a reason that this client does not know")
     return errors.RefusedError(
         Refusal(
             Reason(message.reason),
@@ -388,7 +391,7 @@ def _error_from(error: grpc.RpcError) -> OdmaError:
     info = error_details_pb2.ErrorInfo()
     if status is not None and any(detail.Unpack(info) for detail in status.details):
         if info.reason == "REFUSED":
-            return _refused(info.metadata, status.details)
+            return _refused(status.details)
         if info.domain == DOMAIN and info.reason in _ERRORS:
             return _ERRORS[info.reason](info.metadata, text)
     kind = UnavailableError if code in PERHAPS_DONE else ServiceError

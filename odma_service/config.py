@@ -94,7 +94,10 @@ class Settings(BaseSettings):
     ]
     reflection: Annotated[bool, Field(description="Offer gRPC server reflection.")] = False
     max_pools: Annotated[
-        int, Field(ge=1, le=1024, description="Pools that may be open at once.")
+        int,
+        Field(
+            ge=1, le=1024, description="Pools kept. The oldest closed one makes room for a new one."
+        ),
     ] = 64
     workers: Annotated[int, Field(ge=1, le=256, description="Threads that answer calls.")] = 8
     drain_seconds: Annotated[

@@ -879,6 +879,36 @@ static void the_largest_batch_is_answered(void) {
     odma_arena_close(arena);
 }
 
+/* To relocate takes one dear descriptor and 48 tokens, to slide two neighbours
+ * away two descriptors and two tokens: dearer, but it keeps the budget. */
+static void a_plan_that_keeps_the_budget_is_found(void) {
+    odma_geometry geometry = GEOMETRY;
+    odma_engine engine = ENGINE;
+    odma_policy policy = POLICY;
+    odma_arena *arena = NULL;
+    geometry.blocks = 16;
+    engine.descriptor_seconds = 1;
+    policy.step_tokens = 16;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &engine, "boot", NULL, 0));
+    const char *const names[] = {"a", "b", "c", "gap", "wall"};
+    uint64_t handles[5];
+    for (int i = 0; i < 5; i++) handles[i] = allocate_one(arena, names[i], i == 0 ? 32 : 1);
+    begin_step(arena);
+    for (uint32_t i = 0; i < 5; i++)
+        step.used[step.batch.used_count++] = (odma_used){handles[i], i == 0 ? 48 : 1, 0};
+    add_op(free_op(handles[3], 1));
+    add_op(extend_op(handles[0], 49));
+    step.batch.max_copy_tokens = 10;
+    OK(run_step(arena));
+    CHECK(step.results[1].outcome == ODMA_PLACED && step.results[1].start == 0);
+    CHECK(step.answer.copy_count == 2 && step.answer.moved_count == 2);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
 /* --- dying between two stores --- */
 
 static int stores_to_live = -1;
@@ -1340,6 +1370,7 @@ static const struct {
     FACT(a_forked_child_must_attach_for_itself),
     FACT(random_steps_keep_every_rule),
     FACT(the_largest_batch_is_answered),
+    FACT(a_plan_that_keeps_the_budget_is_found),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
     FACT(the_largest_arena_is_usable),
