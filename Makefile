@@ -6,10 +6,17 @@ PYTHON ?= $(or $(shell which python3.11),python3)
 BIN := .venv/bin
 
 C_SOURCES := $(wildcard csrc/*.c)
-C_CHECKED := $(C_SOURCES) $(wildcard examples/c/*.c tests/c/*.c)
+C_CHECKED := $(C_SOURCES) $(wildcard bench/*.c examples/c/*.c tests/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
-.PHONY: help demo serve test check format proto fuzz coverage bench clean
+LIB_VERSION := 0.1.0
+LIB_SONAME := libodma.so.0
+LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
+PREFIX ?= build/lib
+LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
+	lib/pkgconfig/odma.pc include/odma.h)
+
+.PHONY: help demo serve test check format proto fuzz coverage bench torture lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -47,7 +54,13 @@ coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corp
 	sh tools/coverage.sh
 
 bench: .venv/.compiled  ## Run every benchmark; each prints JSON
+	$(BIN)/odma bench arena --json
 	set -e; for file in $(wildcard bench/*.py); do $(BIN)/python $$file; done
+
+torture: .venv/.compiled  ## Kill 1,000 processes at work and miss nothing (ARGS="--kills 9999")
+	$(BIN)/odma bench torture $(ARGS)
+
+lib: $(LIBRARY)  ## Build libodma, shared and static, into build/lib (PREFIX=/usr/local)
 
 clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was built
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -59,6 +72,40 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,predictor,dev]'
 	touch $@ .venv/.compiled
+
+# Nothing but odma_* leaves the library: the shared one through the map, the static one by
+# linking its objects into one first, whose other names are made local.
+build/obj/%.o: csrc/%.c $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O2 -fPIC -c -o $@ $<
+
+$(PREFIX)/lib/$(LIB_SONAME): $(LIB_OBJECTS) csrc/libodma.map
+	@mkdir -p $(@D)
+	$(CC) -shared -Wl,-soname,$(LIB_SONAME),--version-script=csrc/libodma.map,-z,defs \
+		-o $@ $(LIB_OBJECTS) -lm -pthread
+
+$(PREFIX)/lib/libodma.so: $(PREFIX)/lib/$(LIB_SONAME)
+	ln -sf $(LIB_SONAME) $@
+
+$(PREFIX)/lib/libodma.a: $(LIB_OBJECTS)
+	@mkdir -p $(@D)
+	$(LD) -r -o build/obj/libodma.all $(LIB_OBJECTS)
+	objcopy --wildcard --keep-global-symbol='odma_*' build/obj/libodma.all build/obj/libodma.one
+	rm -f $@
+	$(AR) rcs $@ build/obj/libodma.one
+
+# The prefix is where the file lies, so that the tree can be moved.
+$(PREFIX)/lib/pkgconfig/odma.pc: Makefile
+	@mkdir -p $(@D)
+	printf '%s\n' 'prefix=$${pcfiledir}/../..' 'libdir=$${prefix}/lib' \
+		'includedir=$${prefix}/include' '' 'Name: odma' \
+		'Description: Who owns which blocks of a KV cache that must stay contiguous' \
+		'Version: $(LIB_VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
+		'Cflags: -I$${includedir}' > $@
+
+$(PREFIX)/include/odma.h: csrc/odma.h
+	@mkdir -p $(@D)
+	cp $< $@
 
 .venv/.compiled: $(C_SOURCES) $(wildcard csrc/*.h) odma_service/_native/build.py | .venv/.installed
 	if [ -n "$$(find $^ -newer $@ 2>&1)" ]; then $(BIN)/python setup.py --quiet build_ext --inplace; fi

@@ -1,0 +1,87 @@
+"""`make lib`: the C library as others link it, shared and static, found by pkg-config."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_conformance import ROOT, run
+
+HEADER = (ROOT / "csrc" / "odma.h").read_text()
+PUBLIC = set(re.findall(r"\b(odma_\w+)\(", HEADER))
+ENGINE = ROOT / "examples" / "c" / "engine.c"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return a prefix that the library was put under, by a build of its own."""
+    place = tmp_path_factory.mktemp("lib")
+    for name in ("Makefile", "csrc"):
+        (place / name).symlink_to(ROOT / name)
+    prefix = place / "prefix"
+    run("make", "-C", place, "lib", f"PREFIX={prefix}")
+    return prefix
+
+
+def flags(prefix, *options):
+    """Return what pkg-config says of the library."""
+    if shutil.which("pkg-config") is None:
+        pytest.skip("pkg-config is not installed")
+    command = ["pkg-config", *options, "odma"]
+    found = os.environ | {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=found, check=True
+    ).stdout.split()
+
+
+def names(library, *options):
+    """Return the names that a library defines for others."""
+    listed = run("nm", *options, "--defined-only", "--extern-only", library)
+    return {line.split()[-1] for line in listed.splitlines() if len(line.split()) == 3}
+
+
+def test_the_example_engine_runs_with_the_shared_library(installed, tmp_path):
+    engine = tmp_path / "engine"
+    run("cc", "-std=c11", ENGINE, *flags(installed, "--cflags", "--libs"), "-o", engine)
+    where = os.environ | {"LD_LIBRARY_PATH": str(installed / "lib")}
+    told = subprocess.run(
+        [engine, tmp_path / "books"], capture_output=True, text=True, env=where, check=True
+    ).stdout
+    assert "violations 0" in told
+    assert "[libodma.so.0]" in run("readelf", "-d", engine)
+
+
+def test_the_example_engine_runs_with_the_static_library(installed, tmp_path):
+    engine = tmp_path / "engine"
+    static = [
+        installed / "lib" / "libodma.a" if flag == "-lodma" else flag
+        for flag in flags(installed, "--cflags", "--libs", "--static")
+    ]
+    run("cc", "-std=c11", ENGINE, *static, "-o", engine)
+    assert "violations 0" in run(engine, tmp_path / "books")
+    assert "libodma" not in run("readelf", "-d", engine)
+
+
+def test_the_shared_library_shows_the_header_and_nothing_else(installed):
+    shown = names(installed / "lib" / "libodma.so", "--dynamic", "--with-symbol-versions")
+    assert shown - {"ODMA_0"} == {f"{name}@@ODMA_0" for name in PUBLIC}
+
+
+def test_the_static_library_shows_the_header_and_nothing_else(installed):
+    assert names(installed / "lib" / "libodma.a") == PUBLIC
+
+
+def test_pkg_config_knows_the_version(installed):
+    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert flags(installed, "--modversion") == [declared[1]]
+
+
+def test_the_header_compiles_as_cpp(installed, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "program.cpp"
+    program.write_text("#include <odma.h>\nint main() { return odma_status_name(ODMA_OK)[0]; }\n")
+    run("g++", "-Wall", "-Werror", *flags(installed, "--cflags"), "-c", program, "-o", "/dev/null")
