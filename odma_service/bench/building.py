@@ -1,0 +1,52 @@
+"""The C programs of `bench/`, compiled with the library as the extension is."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from odma_service.errors import OdmaError
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ("-std=c11", "-O2", "-fPIC")
+MEMORY = Path("/dev/shm")
+
+
+class BenchError(OdmaError):
+    """A benchmark could not be run."""
+
+
+def compile_program(name: str, directory: Path) -> Path:
+    """Compile bench/NAME.c with the library. Raises BenchError without sources or compiler."""
+    sources = [ROOT / "bench" / f"{name}.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    if not sources[0].exists() or len(sources) == 1:
+        raise BenchError(f"no C sources in {ROOT}: run this from a source tree, not a package")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise BenchError("no C compiler: install cc or gcc")
+    program = directory / name
+    command: list[str | Path] = [
+        compiler,
+        *FLAGS,
+        f"-I{ROOT / 'csrc'}",
+        *sources,
+        "-lm",
+        "-pthread",
+    ]
+    command += ["-o", program]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        raise BenchError(f"{sources[0]} does not compile: {built.stderr[:1000]}")
+    return program
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """Make a directory for arenas, in memory where the system has such a place."""
+    place = MEMORY if MEMORY.is_dir() else None
+    with TemporaryDirectory(prefix="odma-bench-", dir=place) as directory:
+        yield Path(directory)

@@ -1,0 +1,65 @@
+"""The benchmarks run and say what they measured; how fast is for `make bench`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from odma_service.bench import building
+from odma_service.bench.building import BenchError
+
+
+def odma(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "odma_service", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    run = odma("bench", "arena", "--steps", "2000", "--repeats", "1", "--json")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("size", "live"), [("small", 300), ("big", 18_700)])
+def test_each_size_is_measured_beside_malloc(figures, size, live):
+    told = figures[size]
+    assert abs(told["live"] - live) < live / 5
+    for group in ("alone", "batches_of_64"):
+        assert told[group]["arena_ns"] > 0
+        assert told[group]["malloc_ns"] > 0
+        assert told[group]["ratio"] > 0
+    assert 0 <= told["full_95"]["refused_share"] < 0.1
+    assert told["full_95"]["refused_share_compacting"] == 0
+    assert told["planning"]["without_p50_us"] > 0
+
+
+def test_attaching_is_measured(figures):
+    assert figures["attach"]["regions"] == 20_000
+    assert figures["attach"]["ms"] > 0
+
+
+def test_goals_are_told_beside_the_figures(figures):
+    assert figures["goals"]["ratio_small_batches"] == 2.2
+
+
+def test_a_figure_table_is_for_people():
+    run = odma("bench", "arena", "--steps", "1000", "--repeats", "1")
+    assert run.returncode == 0, run.stderr
+    assert "ratio to malloc" in run.stdout
+
+
+def test_without_a_source_tree_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "ROOT", tmp_path)
+    with pytest.raises(BenchError, match="source tree"):
+        building.compile_program("arena", tmp_path)
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(BenchError, match="no C compiler"):
+        building.compile_program("arena", tmp_path)
