@@ -13,7 +13,11 @@
 
 #include "lpddr.h"
 
-enum { PIECES_AHEAD = 16, LEAST_PIECES = 64 };
+enum {
+    PIECES_AHEAD = 16,
+    LEAST_PIECES = 64,
+    SEEN_AFTER_CK = 1 /* a chunk that ended makes room in the next CK */
+};
 
 /* A chunk in flight. */
 struct chunk {
@@ -166,9 +170,10 @@ static void note_done(struct source *source, const struct channel *channel) {
     source->ending[i] = channel->done_block;
 }
 
+
 static uint64_t first_end(const struct source *source) {
     if (source->ending_count == 0) return NEVER;
-    return source->chunks[source->ending[source->ending_count - 1]].ends_at;
+    return source->chunks[source->ending[source->ending_count - 1]].ends_at + SEEN_AFTER_CK;
 }
 
 static void end_chunk(struct source *source) {

@@ -185,6 +185,46 @@ odma_status odma_lpddr_locate(const odma_lpddr_device *device, uint64_t address,
 odma_status odma_lpddr_run(const odma_lpddr_device *device, const odma_lpddr_traffic *traffic,
                            odma_lpddr_result *result, char reason[ODMA_REASON_BYTES]);
 
+/* What was measured on a card: runs of run_bytes, so many in flight. */
+typedef struct odma_lpddr_measured {
+    uint64_t run_bytes;           /* at least 1 */
+    uint32_t window;              /* 1 to ODMA_LPDDR_WINDOW */
+    double bytes_per_second;      /* above 0 */
+} odma_lpddr_measured;
+
+typedef struct odma_price {
+    double seconds;
+    uint64_t activations;
+    uint64_t requests;
+} odma_price;
+
+typedef struct odma_estimator odma_estimator;
+
+/* Calibrate an estimator by the model of a device; a share of the runs writes.
+ * Where figures were measured they win: between and beyond them their ratio to
+ * the model is carried on.
+ *
+ * Fails     ODMA_INVALID; ODMA_NO_SPACE.
+ * Cost      Up to about a second for 24 channels.
+ */
+odma_status odma_estimator_create(const odma_lpddr_device *device, double write_fraction,
+                                  const odma_lpddr_measured *measured, uint32_t measured_count,
+                                  odma_estimator **estimator, char reason[ODMA_REASON_BYTES]);
+
+/* Give back the memory. NULL is allowed. */
+void odma_estimator_close(odma_estimator *estimator);
+
+/* What it costs to move runs with `window` in flight (0: as many as there are),
+ * where a serial engine takes descriptor_seconds for each.
+ *
+ * Fails     ODMA_INVALID for a length of 0, a window above ODMA_LPDDR_WINDOW or
+ *           a negative descriptor_seconds. No runs cost nothing.
+ * Cost      Constant for each run, under 20 ns.
+ */
+odma_status odma_estimator_price(const odma_estimator *estimator, const odma_run *runs,
+                                 uint32_t count, uint32_t window, double descriptor_seconds,
+                                 odma_price *price);
+
 /* cffi: end */
 
 #ifdef __cplusplus
