@@ -3,7 +3,8 @@
  * The table has a column for every length of a power of two of requests and a
  * row for every power of two of runs in flight: seconds and activations of a
  * run in the steady state. Lengths between two columns are interpolated, longer
- * ones go on with the slope of the last two; windows are interpolated in their
+ * ones take time in
+ * proportion and open a row for every row_bytes more; windows are interpolated in their
  * logarithm. Once the bytes in flight fill every channel's queue many times,
  * more of them change nothing, and the row is that of a source that never runs
  * dry.
@@ -36,6 +37,7 @@ struct cell {
 
 struct odma_estimator {
     uint32_t burst_shift;
+    double rows_per_request;      /* where a run goes on and on */
     struct cell cells[WINDOWS][LENGTHS];
 };
 
@@ -111,9 +113,15 @@ static void row_for(const odma_estimator *estimator, uint32_t window, struct cel
     }
 }
 
-static inline struct cell cell_for(const struct cell row[LENGTHS], uint64_t requests) {
+static inline struct cell cell_for(const odma_estimator *estimator,
+                                   const struct cell row[LENGTHS], uint64_t requests) {
     uint32_t low = 63 - (uint32_t)__builtin_clzll(requests);
-    if (low > LENGTHS - 2) low = LENGTHS - 2;
+    if (low > LENGTHS - 2) {
+        const struct cell *last = &row[LENGTHS - 1];
+        double known = 1 << (LENGTHS - 1), more = (double)requests - known;
+        return (struct cell){last->seconds * (double)requests / known,
+                             last->activations + more * estimator->rows_per_request};
+    }
     double base = (double)((uint64_t)1 << low);
     double part = ((double)requests - base) / base;
     return (struct cell){
@@ -164,7 +172,7 @@ static odma_status correct(odma_estimator *estimator, const odma_lpddr_measured 
         row_for(estimator, point->window, row);
         uint64_t requests = ((point->run_bytes - 1) >> estimator->burst_shift) + 1;
         double seconds = (double)point->run_bytes / point->bytes_per_second;
-        ratios[i] = seconds / cell_for(row, requests).seconds;
+        ratios[i] = seconds / cell_for(estimator, row, requests).seconds;
     }
     for (uint32_t row = 0; row < WINDOWS && count > 0; row++)
         for (uint32_t length = 0; length < LENGTHS; length++)
@@ -191,6 +199,8 @@ odma_status odma_estimator_create(const odma_lpddr_device *device, double write_
         return ODMA_NO_SPACE;
     }
     made->burst_shift = log2_of(device->organisation.burst_bytes);
+    made->rows_per_request =
+        (double)device->organisation.burst_bytes / device->organisation.row_bytes;
     for (uint32_t length = 0; length < LENGTHS && status == ODMA_OK; length++)
         status = calibrate(made, device, write_fraction, length, reason);
     if (status == ODMA_OK) status = correct(made, measured, measured_count, reason);
@@ -226,13 +236,13 @@ odma_status odma_estimator_price(const odma_estimator *estimator, const odma_run
         uint64_t first = runs[i].offset_bytes >> estimator->burst_shift;
         uint64_t last = (runs[i].offset_bytes + runs[i].length_bytes - 1) >> estimator->burst_shift;
         uint64_t length = last - first + 1;
-        struct cell cell = cell_for(row, length);
+        struct cell cell = cell_for(estimator, row, length);
         seconds += cell.seconds > least ? cell.seconds : least;
         activations += cell.activations;
         requests += length;
         if (length > longest) longest = length;
     }
-    double alone = cell_for(estimator->cells[0], longest).seconds;
+    double alone = cell_for(estimator, estimator->cells[0], longest).seconds;
     double serial = (count - 1) * descriptor_seconds + alone;
     price->seconds = seconds > serial ? seconds : serial;
     price->activations = (uint64_t)llround(activations);

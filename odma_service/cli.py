@@ -13,7 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
-from odma_service import config, server, status, trace_cli
+from odma_service import config, lpddr_cli, server, status, trace_cli
 from odma_service.client import Client
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Decides where each request's KV cache lives, for LLM engines that need it contiguous.",
 )
 app.add_typer(trace_cli.app, name="trace")
+app.add_typer(lpddr_cli.app, name="lpddr")
 app.command("demo")(demo_command)
 
 Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]

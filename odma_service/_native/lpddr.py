@@ -21,6 +21,15 @@ REFRESHES = {
     "per-bank": lib.ODMA_LPDDR_REFRESH_PER_BANK,
 }
 COORDINATES = ("column", "group", "bank", "row", "group_xor", "bank_xor", "row_xor")
+
+
+def _fields(struct: str) -> tuple[str, ...]:
+    return tuple(name for name, _ in ffi.typeof(struct).fields)
+
+
+TIMING, ORGANISATION, CONTROLLER = map(
+    _fields, ("odma_lpddr_timing", "odma_lpddr_organisation", "odma_lpddr_controller")
+)
 MOST_WINDOW: int = lib.ODMA_LPDDR_WINDOW
 
 

@@ -7,33 +7,30 @@ grade and says how many channels there are. Both may be a file of the user's own
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from odma_service._native.lpddr import REFRESHES, SCHEDULERS, Estimator, LpddrModel
+from odma_service._native.lpddr import (
+    CONTROLLER,
+    ORGANISATION,
+    REFRESHES,
+    SCHEDULERS,
+    TIMING,
+    Estimator,
+    LpddrModel,
+)
 from odma_service.errors import InvalidError
 from odma_service.lpddr import mapping as mappings
 
 DATA = Path(__file__).parent.parent / "data"
 GRADE = "lpddr5-6400"
 
-TIMING = (
-    "clock_ps read_latency write_latency burst_min burst_max rcd rp_pb rp_ab ras rc wr rtp ppd "
-    "ccd_s ccd_l rrd_s rrd_l faw wtr_s wtr_l rtw_gap rfc_ab rfc_pb refi refi_pb pbr2pbr pbr2act "
-    "aad wck_post"
-).split()
-ORGANISATION = "bank_groups banks_per_group rows row_bytes burst_bytes".split()
-CONTROLLER = (
-    "scheduler refresh read_entries write_entries accepts wck_always_on write_high write_low"
-).split()
-ENERGY = (
-    "activate_nj precharge_nj read_nj write_nj refresh_all_nj standby_mw"
-).split()
-DEVICE = "grade channels interleave_bytes mapping descriptor_seconds".split()
-MEASURED = "run_bytes window bytes_per_second".split()
+ENERGY = ("activate_nj", "precharge_nj", "read_nj", "write_nj", "refresh_all_nj", "standby_mw")
+DEVICE = ["grade", "channels", "interleave_bytes", "mapping", "descriptor_seconds"]
+MEASURED = ["run_bytes", "window", "bytes_per_second"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidError(str(path), f"is not TOML: {error}") from None
 
 
-def _check_names(where: str, table: object, names: list[str], *, every: bool = True) -> None:
+def _check_names(where: str, table: object, names: Sequence[str], *, every: bool = True) -> None:
     if not isinstance(table, dict):
         raise InvalidError(where, "must be a table")
     for name in table:

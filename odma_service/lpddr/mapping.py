@@ -54,9 +54,7 @@ def _mop(widths: Mapping[str, int], lowest: int) -> Bits:
     return bits
 
 
-def _from_fields(
-    fields: list[str], widths: Mapping[str, int], lowest: int, mapping: str
-) -> Bits:
+def _from_fields(fields: list[str], widths: Mapping[str, int], lowest: int, mapping: str) -> Bits:
     bits: Bits = {coordinate: [] for coordinate in COORDINATE.values()}
     free = count(lowest)
     for field in reversed(fields):
@@ -79,7 +77,9 @@ def _from_table(table: Mapping[str, object]) -> Bits:
     for name, bits in table.items():
         if name not in COORDINATES:
             raise InvalidError(f"mapping.{name}", f"unknown; known are {', '.join(COORDINATES)}")
-        if not isinstance(bits, list) or not all(type(bit) is int and 0 <= bit < 64 for bit in bits):
+        if not isinstance(bits, list) or not all(
+            type(bit) is int and 0 <= bit < 64 for bit in bits
+        ):
             raise InvalidError(f"mapping.{name}", "a list of address bits, 0 to 63")
     return {name: list(bits) for name, bits in table.items()}  # type: ignore[call-overload]
 
