@@ -9,7 +9,7 @@ C_SOURCES := $(wildcard csrc/*.c)
 C_CHECKED := $(C_SOURCES) $(wildcard examples/c/*.c tests/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
-.PHONY: help demo serve test check format proto bench clean
+.PHONY: help demo serve test check format proto fuzz coverage bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -39,6 +39,12 @@ format: .venv/.installed  ## Format Python and fix what the linter can
 
 proto: .venv/.installed  ## Regenerate odma_service/rpc from proto
 	$(BIN)/python tools/genproto.py
+
+fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/fuzz
+	sh tools/fuzz.sh $(or $(SECONDS),60)
+
+coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
+	sh tools/coverage.sh
 
 bench: .venv/.compiled  ## Run every benchmark; each prints JSON
 	set -e; for file in $(wildcard bench/*.py); do $(BIN)/python $$file; done

@@ -141,6 +141,7 @@ struct odma_arena {
     uint64_t sum;                /* of the file's books */
     bool broken;
     bool rebooted;
+    uint32_t recovery;           /* odma_recovery */
     bool rescale;                /* some histogram's weights have grown too large */
 
     struct books *books;
@@ -150,8 +151,6 @@ struct odma_arena {
     uint32_t *dirty;             /* granules changed since the last commit */
     uint32_t dirty_count;
     uint64_t *dirty_bits;
-    uint32_t *record_indexes;    /* a record's changes on their way to the file */
-    uint8_t *record_granules;
 
     struct run *runs;
     uint32_t first_run, last_run;
@@ -193,6 +192,12 @@ static inline uint64_t mix(uint64_t value) {
     value ^= value >> 33;
     value *= 0xc4ceb9fe1a85ec53ULL;
     return value ^ (value >> 33);
+}
+
+/* One step of a quick hash, whose end is to be mixed. */
+static inline uint64_t stir(uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+    return hash << 29 | hash >> 35;
 }
 
 /* --- file.c --- */
@@ -248,6 +253,7 @@ uint32_t used_of(const odma_arena *arena, uint32_t slot);
 void fix_used(odma_arena *arena, uint32_t slot);
 bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
+void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 size_t side_bytes(void);
 
 /* --- batch.c --- */

@@ -234,6 +234,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             done = make_room(arena, slot, least, &refusal);
         }
         if (!done) {
+            make_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
             result->copy_tokens_needed = refusal.copy_tokens_needed;
             result->preempt_handle = youngest(arena);
@@ -381,8 +382,9 @@ struct digest {
 };
 
 static void feed(struct digest *digest, uint64_t value) {
-    digest->low = mix(digest->low ^ value);
-    digest->high = mix(digest->high + value * 0x9e3779b97f4a7c15ULL + 1);
+    digest->low = stir(digest->low, value);
+    digest->high = (digest->high + value) * 0xd6e8feb86659fd93ULL;
+    digest->high ^= digest->high >> 32;
 }
 
 /* Words up to the first that is all padding, then their number. */
@@ -429,8 +431,8 @@ static void fingerprint_of(const odma_batch *batch, uint64_t fingerprint[2]) {
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
     }
     for (uint32_t i = 0; i < batch->op_count; i++) feed_op(&digest, &batch->ops[i]);
-    fingerprint[0] = digest.low;
-    fingerprint[1] = digest.high;
+    fingerprint[0] = mix(digest.low);
+    fingerprint[1] = mix(digest.high);
 }
 
 static odma_status breaks(odma_answer *answer, uint32_t rule, uint32_t index) {

@@ -2,12 +2,11 @@
  *
  * The table has a column for every length of a power of two of requests and a
  * row for every power of two of runs in flight: seconds and activations of a
- * run in the steady state. Lengths between two columns are interpolated, longer
- * ones take time in
- * proportion and open a row for every row_bytes more; windows are interpolated in their
- * logarithm. Once the bytes in flight fill every channel's queue many times,
- * more of them change nothing, and the row is that of a source that never runs
- * dry.
+ * run in the steady state. Lengths between two columns are interpolated, long
+ * ones go on at the rate of a stream and open a row for every row_bytes; windows
+ * are interpolated in their logarithm. Once the bytes in flight fill every
+ * channel's queue many times, more of them change nothing, and the row is that
+ * of a source that never runs dry.
  *
  * Refreshes are rare, so a short run sees none or too many. The table is filled
  * without them; what they add is measured apart, on one channel, for each length.
@@ -22,7 +21,8 @@
 #include "lpddr.h"
 
 enum {
-    LENGTHS = 14,                 /* 1 to 2^13 requests */
+    PLAYED = 14,                  /* 1 to 2^13 requests: the columns that are played */
+    LENGTHS = 20,                 /* the rest go on from there at the rate of a stream */
     WINDOWS = 11,                 /* 1 to 2^10 runs, the last: never dry */
     FILLED_BYTES = 8192,          /* in flight in a channel, to call it filled */
     LEAST_REQUESTS = 8000,
@@ -37,7 +37,7 @@ struct cell {
 
 struct odma_estimator {
     uint32_t burst_shift;
-    double rows_per_request;      /* where a run goes on and on */
+    struct cell stream;           /* of one request more where a run goes on and on */
     struct cell cells[WINDOWS][LENGTHS];
 };
 
@@ -99,6 +99,24 @@ static odma_status calibrate(odma_estimator *estimator, const odma_lpddr_device 
     return status;
 }
 
+/* Fill the columns that are too long to be played. */
+static void go_on(odma_estimator *estimator, const odma_lpddr_device *device) {
+    const struct cell *longest = &estimator->cells[WINDOWS - 1][PLAYED - 1];
+    struct cell *stream = &estimator->stream;
+    stream->seconds = ldexp(longest->seconds, 1 - PLAYED);
+    stream->activations =
+        (double)device->organisation.burst_bytes / device->organisation.row_bytes;
+    for (uint32_t row = 0; row < WINDOWS; row++) {
+        const struct cell *last = &estimator->cells[row][PLAYED - 1];
+        for (uint32_t length = PLAYED; length < LENGTHS; length++) {
+            double more = (1 << length) - (1 << (PLAYED - 1));
+            estimator->cells[row][length] =
+                (struct cell){last->seconds + more * stream->seconds,
+                              last->activations + more * stream->activations};
+        }
+    }
+}
+
 /* One row for a window, which lies between two of the table. */
 static void row_for(const odma_estimator *estimator, uint32_t window, struct cell row[LENGTHS]) {
     double place = log2(window);
@@ -119,8 +137,8 @@ static inline struct cell cell_for(const odma_estimator *estimator,
     if (low > LENGTHS - 2) {
         const struct cell *last = &row[LENGTHS - 1];
         double known = 1 << (LENGTHS - 1), more = (double)requests - known;
-        return (struct cell){last->seconds * (double)requests / known,
-                             last->activations + more * estimator->rows_per_request};
+        return (struct cell){last->seconds + more * estimator->stream.seconds,
+                             last->activations + more * estimator->stream.activations};
     }
     double base = (double)((uint64_t)1 << low);
     double part = ((double)requests - base) / base;
@@ -179,6 +197,10 @@ static odma_status correct(odma_estimator *estimator, const odma_lpddr_measured 
             estimator->cells[row][length].seconds *=
                 measured_ratio(points, ratios, count, ldexp(1, (int)row),
                                ldexp(1, (int)(length + estimator->burst_shift)));
+    if (count > 0)
+        estimator->stream.seconds *=
+            measured_ratio(points, ratios, count, ODMA_LPDDR_WINDOW,
+                           ldexp(1, (int)(LENGTHS - 1 + estimator->burst_shift)));
     return ODMA_OK;
 }
 
@@ -191,7 +213,7 @@ odma_status odma_estimator_create(const odma_lpddr_device *device, double write_
     odma_status status = odma_lpddr_check(device, reason);
     if (status != ODMA_OK) return status;
     if (channel_bytes(&device->organisation) * device->channels <
-        (uint64_t)device->organisation.burst_bytes << LENGTHS)
+        (uint64_t)device->organisation.burst_bytes << PLAYED)
         return refuse_field(reason, "organisation.rows: too small a device to calibrate by");
     odma_estimator *made = calloc(1, sizeof *made);
     if (made == NULL) {
@@ -199,10 +221,9 @@ odma_status odma_estimator_create(const odma_lpddr_device *device, double write_
         return ODMA_NO_SPACE;
     }
     made->burst_shift = log2_of(device->organisation.burst_bytes);
-    made->rows_per_request =
-        (double)device->organisation.burst_bytes / device->organisation.row_bytes;
-    for (uint32_t length = 0; length < LENGTHS && status == ODMA_OK; length++)
+    for (uint32_t length = 0; length < PLAYED && status == ODMA_OK; length++)
         status = calibrate(made, device, write_fraction, length, reason);
+    go_on(made, device);
     if (status == ODMA_OK) status = correct(made, measured, measured_count, reason);
     if (status != ODMA_OK) {
         free(made);

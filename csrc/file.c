@@ -78,20 +78,23 @@ odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const cha
 
 uint64_t hash_bytes(const void *bytes, size_t count) {
     const uint8_t *from = bytes;
-    uint64_t hash = mix(count + 1);
+    uint64_t hash = count;
     for (; count >= 8; count -= 8, from += 8) {
         uint64_t word;
         memcpy(&word, from, 8);
-        hash = mix(hash ^ word);
+        hash = stir(hash, word);
     }
     uint64_t rest = 0;
     memcpy(&rest, from, count);
-    return mix(hash ^ rest);
+    return mix(stir(hash, rest));
 }
 
-/* A zero word counts for nothing, so that fresh books have the sum 0. */
-static uint64_t word_sum(uint64_t place, uint64_t word) {
-    return word == 0 ? 0 : mix(word ^ (place + 1) * 0x9e3779b97f4a7c15ULL);
+/* A bijection of the word for each place, so one changed word is always seen. */
+static inline uint64_t word_sum(uint64_t place, uint64_t word) {
+    word ^= (place + 1) * 0x9e3779b97f4a7c15ULL;
+    word ^= word >> 32;
+    word *= 0xd6e8feb86659fd93ULL;
+    return word ^ (word >> 29);
 }
 
 /* Sum of `count` bytes, whole words, that belong at `place`. */
@@ -153,7 +156,7 @@ static struct layout layout_of(const odma_geometry *geometry) {
 
 /* --- stores and commits --- */
 
-static void store(odma_arena *arena, uint64_t offset, const void *from, size_t bytes) {
+static inline void store(odma_arena *arena, uint64_t offset, const void *from, size_t bytes) {
 #ifdef ODMA_STORE_HOOK
     ODMA_STORE_HOOK();
 #endif
@@ -177,12 +180,12 @@ void mark(odma_arena *arena, const void *object, size_t bytes) {
     }
 }
 
-/* Collect the granules that differ from the file's, and the sums of the books
- * as they will be. */
-static void collect(odma_arena *arena, struct record *record) {
+/* Write the granules that differ from the file's into the record at `at`, and
+ * add up what the books will sum to. */
+static void store_changes(odma_arena *arena, uint64_t at, struct record *record) {
     const uint8_t *now = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
-    uint32_t count = 0;
+    uint64_t indexes = at + arena->layout.indexes, granules = at + arena->layout.granules;
     record->books_sum = arena->sum;
     for (uint32_t i = 0; i < arena->dirty_count; i++) {
         uint32_t granule = arena->dirty[i];
@@ -192,12 +195,12 @@ static void collect(odma_arena *arena, struct record *record) {
         uint64_t sum = place_sum(now + offset, offset, GRANULE_BYTES);
         record->changes_sum ^= sum;
         record->books_sum ^= sum ^ place_sum(file + offset, offset, GRANULE_BYTES);
-        arena->record_indexes[count] = granule;
-        memcpy(arena->record_granules + (uint64_t)count * GRANULE_BYTES, now + offset, GRANULE_BYTES);
-        count++;
+        store(arena, indexes + record->granules * sizeof granule, &granule, sizeof granule);
+        store(arena, granules + (uint64_t)record->granules * GRANULE_BYTES, now + offset,
+              GRANULE_BYTES);
+        record->granules++;
     }
     arena->dirty_count = 0;
-    record->granules = count;
 }
 
 static uint64_t record_sum(const struct record *record, const void *results, const void *copies,
@@ -209,8 +212,11 @@ static uint64_t record_sum(const struct record *record, const void *results, con
            place_sum(moved, 3 * apart, record->moved * sizeof(odma_place));
 }
 
-static void apply_changes(odma_arena *arena, const struct record *record, const uint32_t *indexes,
-                          const uint8_t *granules) {
+/* Copy a record's granules into the books, then say so. */
+static void apply_changes(odma_arena *arena, uint64_t at) {
+    const struct record *record = (const void *)(arena->map + at);
+    const uint32_t *indexes = (const void *)(arena->map + at + arena->layout.indexes);
+    const uint8_t *granules = arena->map + at + arena->layout.granules;
     for (uint32_t i = 0; i < record->granules; i++)
         store(arena, arena->layout.books_offset + (uint64_t)indexes[i] * GRANULE_BYTES,
               granules + (uint64_t)i * GRANULE_BYTES, GRANULE_BYTES);
@@ -233,24 +239,20 @@ static odma_status commit_record(odma_arena *arena, uint32_t index, struct recor
     }
     const struct layout *layout = &arena->layout;
     uint64_t at = record_offset(arena, index);
-    collect(arena, record);
+    const uint64_t none = 0;
+    store(arena, at, &none, 8);
+    store_changes(arena, at, record);
     record->lsn = arena->lsn + 1;
     record->epoch = arena->books->epoch;
     record->policy_version = arena->books->policy.version;
     record->sum = record_sum(record, arena->results, arena->copies, arena->places);
-
-    const uint64_t none = 0;
-    store(arena, at, &none, 8);
-    store(arena, at + 8, &record->sum, sizeof *record - 8);
     store(arena, at + layout->results, arena->results, record->results * sizeof(odma_result));
     store(arena, at + layout->copies, arena->copies, record->copies * sizeof(odma_copy));
     store(arena, at + layout->moved, arena->places, record->moved * sizeof(odma_place));
-    store(arena, at + layout->indexes, arena->record_indexes, record->granules * sizeof(uint32_t));
-    store(arena, at + layout->granules, arena->record_granules,
-          (size_t)record->granules * GRANULE_BYTES);
+    store(arena, at + 8, &record->sum, sizeof *record - 8);
     store(arena, at, &record->lsn, 8);
 
-    apply_changes(arena, record, arena->record_indexes, arena->record_granules);
+    apply_changes(arena, at);
     return ODMA_OK;
 }
 
@@ -295,7 +297,8 @@ static const struct record *whole_record(const odma_arena *arena, uint32_t index
 
 odma_status stored_answer(odma_arena *arena, const uint64_t fingerprint[2], odma_answer *answer) {
     uint64_t seq = arena->books->seq;
-    const struct record *record = whole_record(arena, (uint32_t)(seq % 2));
+    const struct record *record =
+        file_is_whole(arena) ? whole_record(arena, (uint32_t)(seq % 2)) : NULL;
     if (record == NULL || record->seq != seq || record->epoch != arena->books->epoch) {
         arena->broken = true;
         return ODMA_BROKEN;
@@ -322,12 +325,17 @@ static odma_status redo(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     for (uint32_t i = 0; i < RECORDS; i++) {
         const uint8_t *at = arena->map + record_offset(arena, i);
         const struct record *head = (const void *)at;
+        if (head->commit == 0 && head->lsn != 0) { /* drop it, and say so once */
+            const uint64_t none = 0;
+            store(arena, record_offset(arena, i) + offsetof(struct record, lsn), &none, 8);
+            arena->recovery = ODMA_DROPPED;
+        }
         if (head->commit != arena->lsn + 1) continue;
         const struct record *record = whole_record(arena, i);
         if (record == NULL)
             return refuse(reason, ODMA_CORRUPT, "record %u was committed but is damaged", i);
-        const uint32_t *indexes = (const void *)(at + arena->layout.indexes);
-        apply_changes(arena, record, indexes, at + arena->layout.granules);
+        apply_changes(arena, record_offset(arena, i));
+        arena->recovery = ODMA_REDONE;
         return ODMA_OK;
     }
     return ODMA_OK;
@@ -376,8 +384,6 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->books = zeroed(1, layout->books_bytes, &enough);
     arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
     arena->dirty_bits = zeroed(granules / 64 + 1, sizeof *arena->dirty_bits, &enough);
-    arena->record_indexes = zeroed(layout->record_granules, sizeof(uint32_t), &enough);
-    arena->record_granules = zeroed(layout->record_granules, GRANULE_BYTES, &enough);
     arena->runs = zeroed(2 * (size_t)table + 2, sizeof *arena->runs, &enough);
     arena->spare_slots = zeroed(table, sizeof(uint32_t), &enough);
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
@@ -412,8 +418,6 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->books);
     free(arena->dirty);
     free(arena->dirty_bits);
-    free(arena->record_indexes);
-    free(arena->record_granules);
     free(arena->runs);
     free(arena->spare_slots);
     free(arena->waits);
@@ -497,6 +501,7 @@ static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTE
     struct header header = {.layout_version = ODMA_LAYOUT_VERSION, .geometry = arena->geometry};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
     header.sum = hash_bytes(&header, offsetof(struct header, sum));
+    arena->sum = place_sum(arena->books, 0, arena->layout.books_bytes); /* all zero */
     forget_books(arena);
     status = commit(arena);
     store(arena, 0, &header, sizeof header); /* last: until now it is no arena */

@@ -292,10 +292,16 @@ typedef struct odma_counters {
     uint64_t preempted;           /* freed with ODMA_END_PREEMPTED */
     uint64_t copies, copied_tokens;
     uint64_t relocations;         /* extends that went to another hole */
-    uint64_t compactions;         /* operations for which a window was slid */
+    uint64_t compactions;         /* operations for which others were moved */
     uint64_t safety_hits_growth, safety_hits_unsure;
     uint64_t finished, hit_limit;
 } odma_counters;
+
+typedef enum odma_recovery {
+    ODMA_CLEAN = 0,               /* nothing was half done */
+    ODMA_DROPPED = 1,             /* a record that was not committed */
+    ODMA_REDONE = 2               /* a committed record was applied again */
+} odma_recovery;
 
 typedef struct odma_report {
     uint64_t epoch;               /* 0: none is running */
@@ -313,6 +319,8 @@ typedef struct odma_report {
     uint64_t used_tokens;         /* of live regions */
     uint32_t classes;             /* named so far */
     uint32_t rebooted;            /* attach ended an epoch of another boot */
+    uint32_t recovery;            /* odma_recovery: what attach found */
+    uint32_t pad;
     odma_counters counters;
 } odma_report;
 

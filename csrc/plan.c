@@ -237,16 +237,11 @@ static bool over_budget(struct plan_refusal *refusal, const struct cost *cost) {
     return refused(refusal, ODMA_REASON_COPY_BUDGET);
 }
 
-/* Why `blocks` more, or a run of `length`, cannot be had although nothing that
- * was tried is against it. */
-static uint32_t lack(const odma_arena *arena, uint32_t blocks, uint32_t length) {
-    if (arena->free_blocks < blocks)
-        return arena->free_blocks + arena->waiting_blocks < blocks
-                   ? ODMA_REASON_NO_SPACE
-                   : ODMA_REASON_WAITS_FOR_COMPLETION;
-    if (arena->waiting > 0 && waiting_would_do(arena, length))
-        return ODMA_REASON_WAITS_FOR_COMPLETION;
-    return ODMA_REASON_FRAGMENTED;
+/* Why `blocks` cannot be had although nothing that was tried is against it;
+ * `would_do`: they could, once nothing waits any more. */
+static uint32_t lack(const odma_arena *arena, uint32_t blocks, bool would_do) {
+    if (arena->waiting > 0 && would_do) return ODMA_REASON_WAITS_FOR_COMPLETION;
+    return arena->free_blocks < blocks ? ODMA_REASON_NO_SPACE : ODMA_REASON_FRAGMENTED;
 }
 
 /* Let a slot that holds nothing hold `length` blocks, moving others if the
@@ -257,13 +252,13 @@ bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
         bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
                       arena->books->engine.single_ordered_stream;
         if (arena->free_blocks < length || !slides || arena->batch_seq == UINT64_MAX)
-            return refused(refusal, lack(arena, length, length));
+            return refused(refusal, lack(arena, length, waiting_would_do(arena, length)));
         uint32_t left = NONE, right = NONE;
         if (!cheapest_window(arena, length, false, &left, &right))
             return refused(refusal, arena->pins > 0 && cheapest_window(arena, length, true, &left,
                                                                        &right)
                                         ? ODMA_REASON_PINNED
-                                        : lack(arena, length, length));
+                                        : lack(arena, length, waiting_would_do(arena, length)));
         struct cost cost = {0};
         uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
         pack(arena, left, pivot, right, &cost);
@@ -353,7 +348,6 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     hold(arena, slot, hole, length);
     set_waiting(arena, old);
     set_place(arena, slot);
-    arena->books->counters.relocations++;
     return true;
 }
 
@@ -369,13 +363,13 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
          id != NONE && (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE);
          id = arena->runs[id].next)
         behind += arena->runs[id].length;
-    if (behind >= more) return ODMA_REASON_WAITS_FOR_COMPLETION;
-    return lack(arena, more, length);
+    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->batch_seq != UINT64_MAX;
+    return lack(arena, more, behind >= more || (elsewhere && waiting_would_do(arena, length)));
 }
 
 /* Let a region that cannot grow in place have `length` blocks, by the cheaper
- * plan; of two that cost the same the slide, for it leaves its spare room
- * behind the region. */
+ * plan that keeps the budget; of two that cost the same the slide, for it
+ * leaves its spare room behind the region. */
 bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
     uint32_t more = length - arena->runs[slot].length;
     if (allowed(arena) == ODMA_OVERFLOW_PREEMPT || arena->batch_seq == UINT64_MAX)
@@ -388,10 +382,52 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
                   cheapest_room(arena, slot, more, false, &window);
     if (slides) pack(arena, window.left, slot, window.right, &cost);
     uint32_t hole = itself ? best_fit(arena, length) : NONE;
-    if (slides && (hole == NONE || price(arena, cost.tokens, cost.copies) <= price_of(arena, slot)) &&
-        slide(arena, slot, length, &window, &cost, refusal))
+    bool slide_first = slides && (hole == NONE || price(arena, cost.tokens, cost.copies) <=
+                                                      price_of(arena, slot));
+    if (slide_first && slide(arena, slot, length, &window, &cost, refusal)) return true;
+    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) {
+        arena->books->counters.relocations++;
         return true;
-    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) return true;
+    }
+    if (slides && !slide_first && slide(arena, slot, length, &window, &cost, refusal)) return true;
     if (refusal->reason != ODMA_REASON_NONE) return false;
     return refused(refusal, room_lack(arena, slot, more, length));
+}
+
+enum { MOST_EVACUATED = 4 };
+
+/* Make way for a region that make_room() refused. Where copies run in any
+ * order, nothing can be won from a neighbour in the batch that moves it; but
+ * the neighbours behind the region can be sent to holes elsewhere now, so that
+ * it grows in place once that is completed. Says so in the refusal if copies
+ * were written for it. */
+void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    uint32_t more = length - arena->runs[slot].length;
+    uint32_t sent[MOST_EVACUATED], count = 0, gap = 0, gone = 0;
+    if (arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX ||
+        allowed(arena) != ODMA_OVERFLOW_COMPACT)
+        return;
+    for (uint32_t id = arena->runs[slot].next; id != NONE && gap < more; id = arena->runs[id].next) {
+        gap += arena->runs[id].length;
+        if (is_free_run(arena, id) || arena->slots[id].state == ODMA_REGION_WAITING) continue;
+        if (count == MOST_EVACUATED || !may_move(arena, id, false) || note_of(arena, id)->moved ||
+            best_fit(arena, arena->runs[id].length) == NONE)
+            return;
+        sent[count++] = id;
+    }
+    if (gap < more) return;
+    uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
+    struct plan_refusal tried = {0};
+    for (; gone < count; gone++) {
+        uint32_t blocks = arena->runs[sent[gone]].length, hole = best_fit(arena, blocks);
+        bool outside = hole != NONE &&
+                       (arena->runs[hole].start < low || arena->runs[hole].start >= high);
+        if (!outside || !relocate(arena, sent[gone], blocks, hole, &tried)) break;
+    }
+    if (gone > 0) {
+        arena->books->counters.compactions++;
+        *refusal = (struct plan_refusal){.reason = ODMA_REASON_WAITS_FOR_COMPLETION};
+    } else if (tried.reason == ODMA_REASON_COPY_BUDGET) {
+        *refusal = tried;
+    }
 }

@@ -241,6 +241,7 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
                             .safety_blocks = safety_blocks(arena),
                             .classes = books->class_count,
                             .rebooted = arena->rebooted,
+                            .recovery = arena->recovery,
                             .counters = books->counters};
     report->reserved_blocks = arena->geometry.blocks - arena->free_blocks - arena->waiting_blocks;
     arena->batch_seq = last_batch(books); /* as it said */

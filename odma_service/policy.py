@@ -20,8 +20,13 @@ S3_BUCKETS = 10
 ODMA_BUCKETS = 8  # limits at first; recalibration finds better ones
 
 
-def named(name: str, model_length_tokens: int, capacity_tokens: int) -> PolicyRecord:
+def named(
+    name: str, model_length_tokens: int, capacity_tokens: int, *, one_stream: bool = True
+) -> PolicyRecord:
     """Return the record called `name` for requests and a pool of such lengths.
+
+    Without one ordered stream `elastic` cannot slide regions: it keeps back more and grows
+    by more (docs/decisions/0003).
 
     The last limit, where there are any, holds the longest request. Copies of one batch are
     bounded by the capacity only: sliding all of a 24 GB pool takes about one decode step.
@@ -65,7 +70,8 @@ def named(name: str, model_length_tokens: int, capacity_tokens: int) -> PolicyRe
             Start.STEP,
             Overflow.COMPACT,
             ELASTIC_STEP_TOKENS,
-            safety_share=0.03,
+            safety_share=0.03 if one_stream else 0.15,
+            growth=1.0 if one_stream else 1.05,
             max_copy_tokens=capacity_tokens,
         )
     raise InvalidError("name", f"one of {', '.join(NAMES)}, not {name!r}")

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from types import FrameType
 
 import grpc
 import structlog
@@ -29,16 +27,14 @@ from odma_service.rpc.v1 import (
     pool_service_pb2,
     predictor_service_pb2,
 )
-from odma_service.rpc.v1.emulator_service_pb2_grpc import (
-    EmulatorServiceServicer,
-    add_EmulatorServiceServicer_to_server,
-)
+from odma_service.rpc.v1.emulator_service_pb2_grpc import add_EmulatorServiceServicer_to_server
 from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
 from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
 from odma_service.rpc.v1.predictor_service_pb2_grpc import (
     PredictorServiceServicer,
     add_PredictorServiceServicer_to_server,
 )
+from odma_service.service.emulator import EmulatorService
 from odma_service.service.memory import MemoryService
 from odma_service.service.pools import PoolService
 from odma_service.service.registry import Registry
@@ -48,14 +44,19 @@ OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail
 )
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+NOTICE_SECONDS = 0.2
+"""Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
+
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
 
-SERVED = (memory_service_pb2, "MemoryService"), (pool_service_pb2, "PoolService")
-UNIMPLEMENTED = (
-    (predictor_service_pb2, "PredictorService"),
+SERVED = (
+    (memory_service_pb2, "MemoryService"),
+    (pool_service_pb2, "PoolService"),
     (emulator_service_pb2, "EmulatorService"),
 )
+UNIMPLEMENTED = ((predictor_service_pb2, "PredictorService"),)
 
 log = structlog.get_logger()
 
@@ -63,7 +64,7 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
-    stopped = _stop_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -73,13 +74,13 @@ def run(settings: Settings) -> None:
     )
     registry.attach_all()
     try:
-        _serve(settings, registry, stopped)
+        _serve(settings, registry)
     finally:
         registry.close()
     log.info("stopped")
 
 
-def _serve(settings: Settings, registry: Registry, stopped: Event) -> None:
+def _serve(settings: Settings, registry: Registry) -> None:
     calls = ThreadPoolExecutor(settings.workers, thread_name_prefix="call")
     server = grpc.server(calls, options=OPTIONS)
     # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
@@ -88,7 +89,7 @@ def _serve(settings: Settings, registry: Registry, stopped: Event) -> None:
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
     add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)  # type: ignore[abstract]
-    add_EmulatorServiceServicer_to_server(EmulatorServiceServicer(), server)  # type: ignore[abstract]
+    add_EmulatorServiceServicer_to_server(EmulatorService(), server)
     healthy = _add_health(server)
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
@@ -97,9 +98,11 @@ def _serve(settings: Settings, registry: Registry, stopped: Event) -> None:
         server.start()
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
         log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
-        stopped.wait()
+        _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
+        registry.close()
+        time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
     calls.shutdown()
 
@@ -121,17 +124,12 @@ def _add_health(server: grpc.Server) -> health.HealthServicer:
     return healthy
 
 
-def _stop_signals() -> Event:
-    """Return an event that SIGTERM or SIGINT sets. A second signal ends the process at once."""
-    stopped = Event()
-
-    def stop(number: int, _: FrameType | None) -> None:
+def _wait_for_stop() -> None:
+    """Return at the first stop signal. A second one ends the process at once."""
+    signal.sigwait(STOP_SIGNALS)
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-        stopped.set()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    return stopped
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextmanager

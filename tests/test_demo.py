@@ -276,6 +276,21 @@ def test_a_lone_request_that_cannot_grow_starts_again_elsewhere(target):
     assert outcome.flaws() == []
 
 
+def test_younger_requests_may_pass_one_that_waits(target, tmp_path):
+    """The third needs nearly all of the pool; its followers fit beside the first two."""
+    lengths = [(1_400, 200), (1_400, 200), (3_800, 4)] + [(30, 40)] * 40
+    path = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 0, "input_length": a, "output_length": b} for a, b in lengths]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--capacity-tokens", "4096", "--max-output", "256", "--model-length", "4096")
+    options = ("--trace", path, "--target", target, "--policy", "elastic", "--json", *sizes)
+    waiting, passing = (run(*options, *more) for more in ((), ("--overtake", "4")))
+    assert (waiting.exit_code, passing.exit_code) == (0, 0)
+    slow, fast = outcome_of(waiting), outcome_of(passing)
+    assert slow["finished"] == fast["finished"] == 43
+    assert fast["steps"] < slow["steps"]
+
+
 def test_the_json_has_what_was_promised(target, trace_file):
     result = run("--trace", trace_file, "--target", target, "--policy", "elastic", "--json", *FLAGS)
     assert result.exit_code == 0
@@ -349,12 +364,14 @@ def test_an_engine_outlives_its_server(tmp_path, single_stream):
         if tally.steps in moments:
             moments[tally.steps].set()
 
-    killer = Thread(target=kill_and_restart)
+    killer = Thread(target=kill_and_restart, daemon=True)
     killer.start()
     kind = EngineKind(single_stream=single_stream, **SMALL)
-    with Client(address) as service:
-        outcome = play(service, generate(40, 3), "elastic", kind, watch)
-    assert outcome.steps > max(moments)
-    killer.join()
-    server.stop(process)
-    assert outcome.flaws() == []
+    try:
+        with Client(address) as service:
+            outcome = play(service, generate(40, 3), "elastic", kind, watch)
+        assert outcome.steps > max(moments)
+        assert outcome.flaws() == []
+        killer.join()
+    finally:
+        server.stop(process)

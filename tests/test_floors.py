@@ -21,7 +21,16 @@ FLOORS = {
     "rpc": {"rpc"},
     "client": {"client"},
     "service": {"config", "metrics", "service", "server"},
-    "cli": {"__main__", "cli", "demo", "lpddr_cli", "status", "trace_cli"},
+    "cli": {
+        "__main__",
+        "arena_cli",
+        "bench",
+        "cli",
+        "demo",
+        "lpddr_cli",
+        "status",
+        "trace_cli",
+    },
 }
 
 MAY_USE = {

@@ -114,8 +114,8 @@ def first_blocks(policy, op, prediction, maximum, unit):
     elif policy.start == Start.QUANTILE and prediction is not None:
         risk = policy.overflow_risk if op.overflow_risk is None else op.overflow_risk
         output = output_at(prediction, risk, maximum - op.prompt_tokens)
-        total = max(held + 1, op.prompt_tokens + output)
-        starts = [total, total * (1 - FUZZ), total * (1 + FUZZ)]
+        about = (output, output * (1 - FUZZ), output * (1 + FUZZ))
+        starts = [max(held + 1, op.prompt_tokens + tokens) for tokens in about]
     return [rounded(policy, max(start, least), maximum, unit) for start in starts]
 
 
@@ -221,6 +221,7 @@ class Walk:
         self.counts, self.learnt, self.class_names = Counter(), [], []
         self.growths = self.find_growths()
         self.grown = Counter(results[i].handle for i in self.growths)
+        self.evacuations = self.find_evacuations()
 
     def find_growths(self):
         """Return the operations that may have given a region its place."""
@@ -233,6 +234,17 @@ class Walk:
                 new.add(result.handle)
         return growths
 
+    def find_evacuations(self):
+        """Return the refused operations for which others may have been sent away."""
+        return [
+            i
+            for i, result in enumerate(self.results)
+            if self.evacuates
+            and isinstance(self.ops[i], Extend)
+            and isinstance(result, Refusal)
+            and result.reason == Reason.WAITS_FOR_COMPLETION
+        ]
+
     def run(self):
         for i, (op, result) in enumerate(zip(self.ops, self.results, strict=True)):
             try:
@@ -242,8 +254,9 @@ class Walk:
         return self
 
     def one(self, i, op, result):
+        away = self.restless and i in self.evacuations
         if isinstance(result, Refusal):
-            self.check_details(op, result)
+            self.check_details(op, result, changed=away)
         if isinstance(op, Free):
             self.free_op(op, result)
         elif isinstance(op, Trim):
@@ -252,6 +265,8 @@ class Walk:
             self.extend_op(i, op, result)
         else:
             self.allocate_op(i, op, result)
+        if away:
+            self.known = False
 
     # what there is
 
@@ -267,10 +282,18 @@ class Walk:
         return may and not self.unary
 
     @property
+    def moves_others(self):
+        return self.engine.moves == Moves.ANY and self.policy.overflow == Overflow.COMPACT
+
+    @property
     def slides(self):
         """Whether others may be slid out of its way."""
-        may = self.engine.moves == Moves.ANY and self.policy.overflow == Overflow.COMPACT
-        return may and self.engine.single_ordered_stream and not self.unary
+        return self.moves_others and self.engine.single_ordered_stream and not self.unary
+
+    @property
+    def evacuates(self):
+        """Whether others may be sent away, so that it can grow once that is completed."""
+        return self.moves_others and self.waits
 
     @property
     def counted(self):
@@ -315,7 +338,7 @@ class Walk:
 
     def exactly(self, i):
         """Whether the place that the answer tells for operation i is the one it was given."""
-        alone = not self.restless or self.growths == [i]
+        alone = not self.restless or [*self.growths, *self.evacuations] == [i]
         told = self.results[i].length_tokens and self.grown[self.results[i].handle] == 1
         return self.known and alone and told
 
@@ -326,8 +349,8 @@ class Walk:
 
     # mistakes
 
-    def check_details(self, op, result):
-        if self.known:
+    def check_details(self, op, result, *, changed):
+        if self.known and not changed:
             told = (
                 result.free_tokens,
                 result.largest_run_tokens,
@@ -508,7 +531,7 @@ class Walk:
             if moved:
                 self.vacate(region.start, region.length)
             self.hand_over(start, length, region.handle)
-        else:
+        if not exact or self.restless:
             self.known = False
         if not fresh and region.said is None and not self.unary:
             region.said = region.length * self.unit
@@ -587,7 +610,7 @@ class Walk:
             length = sizes[0]
         assert length in sizes, f"{sizes} blocks by the policy, not {length}"
         assert len(self.regions) < self.geometry.max_regions, "the table is full"
-        assert self.over_quota(op, length) <= FUZZ, "the tenant has its share"
+        assert self.lost or self.over_quota(op, length) <= FUZZ, "the tenant has its share"
         if self.counted:
             assert self.free >= length, "too few are free"
             admitted = self.free - length >= self.safety_blocks or not self.regions
@@ -624,18 +647,21 @@ class Walk:
     def check_allocate_refused(self, op, prediction, sizes, result):
         self.refused = True
         self.counts["refused_allocates"] += 1
+        if len(set(sizes)) > 1:
+            return
+        length = sizes[0]
         if result.reason == Reason.TABLE_FULL:
             full = len(self.regions) >= self.geometry.max_regions
             assert full or not self.known or self.waiting, "it is not full"
         elif result.reason == Reason.QUOTA:
-            assert self.over_quota(op, max(sizes)) > -FUZZ, "the tenant's share would do"
+            assert self.lost or self.over_quota(op, length) > -FUZZ, "its share would do"
         elif result.reason == Reason.SAFETY_SHARE:
             assert self.regions, "it would be the only one"
             assert not self.is_unsure(prediction), "the safety pool is for it"
             if self.counted:
-                assert self.free - max(sizes) < self.safety_blocks, "the share would be kept"
+                assert self.free - length < self.safety_blocks, "the share would be kept"
         else:
-            self.check_lack(result, max(sizes), max(sizes), None)
+            self.check_lack(result, length, length, None)
 
     def check_extend_refused(self, region, least, result):
         self.refused = True
@@ -679,12 +705,16 @@ class Walk:
         assert self.free_behind(region) < more, "there is room behind it"
         tied = region.handle in self.pinned or (self.waits and region.handle in self.went)
         if self.relocates and not tied and hole >= length:
-            assert reason == Reason.COPY_BUDGET, "a hole fits"
+            assert self.limited, "a hole fits"
+            sent_away = self.restless and reason == Reason.WAITS_FOR_COMPLETION
+            assert sent_away or reason == Reason.COPY_BUDGET, "a hole fits"
 
     def check_wait(self, reason, more, length, region):
         """Check that what waits is named as the reason where it would do, and only there."""
         hole = longest(free_runs(self.owner, waiting_too=True))
         if reason == Reason.WAITS_FOR_COMPLETION:
+            if self.restless and region is not None:
+                return
             assert self.waiting, "nothing waits"
             assert self.free + self.waiting >= more, "what waits would not do"
         elif reason == Reason.NO_SPACE:
@@ -765,7 +795,8 @@ class Twin:
         walk.budget = self.policy.max_copy_tokens if limit is None else limit
         walk.pass_refused = batch.pass_refused
         walk.pinned = {used.handle for used in batch.used if used.pinned}
-        walk.restless = walk.slides and self.something_moved(walk, answer)
+        if walk.slides or walk.evacuations:
+            walk.restless = self.something_moved(walk, answer)
         return walk.run()
 
     def something_moved(self, walk, answer):
@@ -822,7 +853,7 @@ class Twin:
         for handle, (start, _) in places.items():
             if handle in self.regions and start != self.regions[handle].start:
                 grew = walk.relocates and walk.grown[handle]
-                assert walk.slides or grew, f"{handle} may not move"
+                assert walk.slides or walk.evacuations or grew, f"{handle} may not move"
         return places
 
     def check_owners(self, walk, entries):
@@ -859,11 +890,11 @@ class Twin:
         self.owner = self.owners(entries)
         self.regions, self.issued, self.births = walk.regions, walk.issued, walk.births
         self.counters.update(walk.counts)
-        for region, output_tokens, censored in walk.learnt:
-            self.learn(region, output_tokens, censored)
         for name in walk.class_names:
             if name not in self.class_names:
                 self.class_names.append(name)
+        for region, output_tokens, censored in walk.learnt:
+            self.learn(region, output_tokens, censored)
 
     def learn(self, region, output_tokens, censored):
         completion = (region.prediction, region.op.prompt_tokens, output_tokens, censored)

@@ -9,6 +9,7 @@ from odma_service._native.records import (
     EngineRecord,
     Histogram,
     PolicyRecord,
+    Recovery,
     RegionEntry,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "EngineRecord",
     "Histogram",
     "PolicyRecord",
+    "Recovery",
     "RegionEntry",
     "optimal_limits",
 ]

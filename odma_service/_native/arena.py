@@ -31,6 +31,7 @@ from odma_service._native.records import (
     EngineRecord,
     Histogram,
     PolicyRecord,
+    Recovery,
     RegionEntry,
 )
 from odma_service.errors import (
@@ -355,6 +356,7 @@ class Arena:
             used_tokens=report.used_tokens,
             classes=report.classes,
             rebooted=bool(report.rebooted),
+            recovery=Recovery(report.recovery),
             counters=Counters(*_values(report.counters, Counters)),
         )
 

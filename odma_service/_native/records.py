@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -154,6 +155,14 @@ class Counters(NamedTuple):
     hit_limit: int
 
 
+class Recovery(IntEnum):
+    """What attach found half done: nothing, a record to drop, or one to apply again."""
+
+    CLEAN = 0
+    DROPPED = 1
+    REDONE = 2
+
+
 class ArenaReport(NamedTuple):
     """The books in numbers. epoch 0: none is running; free tokens exclude waiting ones."""
 
@@ -172,6 +181,7 @@ class ArenaReport(NamedTuple):
     used_tokens: int
     classes: int
     rebooted: bool
+    recovery: Recovery
     counters: Counters
 
 

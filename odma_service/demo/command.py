@@ -94,6 +94,10 @@ def demo_command(
     overlap: Annotated[
         bool, typer.Option(help="The engine's copies have the meaning of memmove.")
     ] = True,
+    overtake: Annotated[
+        int,
+        typer.Option(min=0, max=256, help="Requests that may pass one that waits. 0: none."),
+    ] = USUAL.overtake,
     drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, as the last line.")
@@ -108,6 +112,7 @@ def demo_command(
         moves=Moves[moves.name],
         single_stream=streams is StreamsChoice.SINGLE,
         copies_may_overlap=overlap,
+        overtake=overtake,
         drop_copy=drop_copy,
     )
     policies = _policies(policy)

@@ -4,9 +4,10 @@
     execute the copies, check every live token
     write one token of each running request, and the prompts of new ones   the step
 
-It runs a closed loop, first come first served. A step in which nothing has to be decided
-makes no call. A preempted request goes back to the front of the queue with what it had
-generated, and its next prefill computes that again.
+It runs a closed loop, first come first served; where `overtake` is set, so many of the next
+in the queue may pass a request that waits for room, a bounded number of times. A step in which
+nothing has to be decided makes no call. A preempted request goes back to the front of the queue
+with what it had generated, and its next prefill computes that again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from odma_service.values import End, Moves, Reason
 
 ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
 PATIENCE_STEPS = 1_000
+MOST_PASSED = 64  # requests that pass one that waits, before all wait for it
 NOBODY = 0
 
 PREEMPT = {Reason.NO_SPACE, Reason.FRAGMENTED}
@@ -41,7 +43,11 @@ BUGS = {Reason.INVALID, Reason.NOT_FOUND}
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """How large an engine is and what it can do. drop_copy is the number of a copy to skip."""
+    """How large an engine is and what it can do.
+
+    overtake is how far behind a waiting request the queue is tried, drop_copy the number of a
+    copy to skip.
+    """
 
     capacity_tokens: int = 111_000
     max_output_tokens: int = 4_096
@@ -50,6 +56,7 @@ class EngineKind:
     moves: Moves = Moves.ANY
     single_stream: bool = True
     copies_may_overlap: bool = True
+    overtake: int = 0
     drop_copy: int = 0
 
 
@@ -102,6 +109,7 @@ class Engine:
         self._running = Running(kind.batch_cap)
         self._ended: list[_Ended] = []
         self._blocked: Reason | None = None  # why the head of the queue has to wait
+        self._passed = 0  # requests that were served before the head of the queue
         self._last_refusal = "none"
         self._window_closed = False
         self._answered_step = 0
@@ -141,7 +149,8 @@ class Engine:
         if self._blocked and self._running.count:
             return []
         room = self._kind.batch_cap - self._running.count
-        return list(islice(self._queue, min(room, ADMISSIONS)))
+        deep = max(ADMISSIONS, 1 + self._kind.overtake)
+        return list(islice(self._queue, min(room, deep if self._passed < MOST_PASSED else 1)))
 
     def _decide(self, full: Sequence[int], asked: Sequence[Request]) -> None:
         """Ask one batch and do what the answer says, up to where the step begins."""
@@ -164,7 +173,9 @@ class Engine:
     def _apply(self, used: Sequence[pb.Used], ops: Sequence[pb.Op]) -> pb.ApplyResponse:
         completed_seq = self._completed_seq()
         started_ns = time.perf_counter_ns()
-        answer = self._pool.apply(used, ops, completed_seq=completed_seq)
+        answer = self._pool.apply(
+            used, ops, completed_seq=completed_seq, pass_refused=self._kind.overtake > 0
+        )
         self.tally.apply_ns.append(time.perf_counter_ns() - started_ns)
         self._answered_step = self.tally.steps
         self._device.complete(completed_seq)
@@ -230,16 +241,24 @@ class Engine:
             return handle  # alone and at the end of the memory: it has to start elsewhere
         return refusal.preempt_handle
 
-    def _admit(self, asked: Iterable[Request], results: Iterable[pb.Result]) -> None:
+    def _admit(self, asked: Sequence[Request], results: Iterable[pb.Result]) -> None:
+        refused: list[Request] = []
+        blocked: Reason | None = None
         for request, result in zip(asked, results, strict=True):
+            self._queue.popleft()
             if result.HasField("place"):
                 place = result.place
                 self._running.add(request, place.handle, place.start_token, place.length_tokens)
-                self._queue.popleft()
-                self._blocked = None
-            elif (reason := self._refused(result.refusal)) is not Reason.SKIPPED:
+                self._passed = self._passed + 1 if refused else 0
+            else:
+                refused.append(request)
+                reason = self._refused(result.refusal)
                 passing = reason in ASK_AGAIN or result.refusal.awaiting_completion_tokens
-                self._blocked = None if passing else reason
+                if not (blocked or passing or reason is Reason.SKIPPED):
+                    blocked = reason
+        self._queue.extendleft(reversed(refused))
+        if asked:
+            self._blocked = blocked
 
     def _refused(self, refusal: types.Refusal) -> Reason:
         reason = Reason(refusal.reason)

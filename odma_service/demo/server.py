@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Timer
+from types import FrameType
 
 from odma_service.errors import OdmaError
 
@@ -23,13 +25,24 @@ class ServerError(OdmaError):
 
 @contextmanager
 def own_server() -> Iterator[str]:
-    """Run a server on a free loopback port, with its pools in a temporary directory."""
-    with TemporaryDirectory(prefix="odma-demo-") as directory:
-        process, target = start(Path(directory))
-        try:
-            yield target
-        finally:
-            stop(process)
+    """Run a server on a free loopback port, with its pools in a temporary directory.
+
+    SIGTERM ends the demo like an exception, so that the server does not outlive it.
+    """
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        with TemporaryDirectory(prefix="odma-demo-") as directory:
+            process, target = start(Path(directory))
+            try:
+                yield target
+            finally:
+                stop(process)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def start(directory: Path, listen: str = "127.0.0.1:0") -> tuple[subprocess.Popen[str], str]:
@@ -38,7 +51,10 @@ def start(directory: Path, listen: str = "127.0.0.1:0") -> tuple[subprocess.Pope
     command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
     command += ["--pool-dir", str(directory / "pools")]
     with log.open("a") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # A session of its own: Ctrl-C is for the demo, which then stops the server.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
     assert process.stdout is not None
     deadline = Timer(START_SECONDS, process.kill)
     deadline.start()

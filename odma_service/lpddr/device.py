@@ -33,7 +33,7 @@ DEVICE = ["grade", "channels", "interleave_bytes", "mapping", "descriptor_second
 MEASURED = ["run_bytes", "window", "bytes_per_second"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Grade:
     """A speed grade: every number of its parameter file."""
 
@@ -43,7 +43,7 @@ class Grade:
     energy: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LpddrDevice:
     """A memory: channels of one grade behind an interleave.
 

@@ -34,6 +34,8 @@ def parse(mapping: str | Mapping[str, object], organisation: Mapping[str, int]) 
         "bg": _width(organisation, "bank_groups"),
         "col": _width(organisation, "row_bytes") - _width(organisation, "burst_bytes"),
     }
+    if widths["col"] < 0:
+        raise InvalidError("organisation.row_bytes", "at least burst_bytes")
     lowest = _width(organisation, "burst_bytes")
     if mapping == "RoBaRaCoCh":
         return _from_fields(["row", "bank", "bg", "col"], widths, lowest, mapping)

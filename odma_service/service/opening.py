@@ -54,9 +54,18 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
 
 def first_policy(change: types.PolicyChange, spec: PoolSpec) -> PolicyRecord:
     """Return the policy that a new pool starts with."""
-    usual = "elastic" if spec.moves == Moves.ANY else "odma"
-    base = named(usual, spec.model_length_tokens, spec.capacity_tokens)
-    return changed_policy(change, base, spec)
+    return changed_policy(
+        change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
+    )
+
+
+def _named(name: str, spec: PoolSpec) -> PolicyRecord:
+    return named(
+        name,
+        spec.model_length_tokens,
+        spec.capacity_tokens,
+        one_stream=spec.single_ordered_stream,
+    )
 
 
 def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
@@ -64,7 +73,7 @@ def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpe
     has = change.HasField
     with _inside("policy"):
         if change.name:
-            base = named(change.name, spec.model_length_tokens, spec.capacity_tokens)
+            base = _named(change.name, spec)
         return base.with_changes(
             step_tokens=change.step_tokens if has("step_tokens") else None,
             limits_tokens=tuple(change.limits_tokens),

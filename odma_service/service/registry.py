@@ -27,6 +27,7 @@ from odma_service.errors import (
     PoolLimitError,
     PoolNotFoundError,
     PoolOwnedError,
+    UnavailableError,
 )
 from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
@@ -93,6 +94,7 @@ class Registry:
         self._wall = wall
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
+        self._closed = False
 
     def attach_all(self) -> None:
         """Find the pools of an earlier run again; say of each that cannot be used why."""
@@ -107,7 +109,11 @@ class Registry:
                 log.error("pool left alone", file=str(path), reason=str(error))
 
     def close(self) -> None:
-        """Give all files back. Epochs go on: the next start finds them."""
+        """Give all files back once the calls that hold them are done; refuse all others.
+
+        Epochs go on: the next start finds them.
+        """
+        self._closed = True
         with self._lock:
             for entry in self._entries.values():
                 with entry.lock:
@@ -118,6 +124,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return the names of all pools."""
+        self._insist_serving()
         return sorted(self._entries)
 
     def open(
@@ -130,6 +137,7 @@ class Registry:
         PoolLimitError, InvalidError, BooksLockedError.
         """
         with self._lock:
+            self._insist_serving()
             entry = self._entry(spec.name)
             if entry is None:
                 return self._create(spec, policy)
@@ -182,6 +190,7 @@ class Registry:
         entry = self._entries.get(name)
         if entry is None:
             with self._lock:
+                self._insist_serving()
                 entry = self._entry(name)
         if entry is None:
             raise PoolNotFoundError(name)
@@ -208,11 +217,16 @@ class Registry:
         """Return the pool of a locked entry, closed if its owner was silent for too long."""
         pool = entry.pool
         if pool is None:
+            self._insist_serving()
             raise PoolNotFoundError(name)
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
             log.warning("pool closed: its owner is silent", pool=name, epoch=pool.epoch)
             pool.close_epoch(pool.epoch)
         return pool
+
+    def _insist_serving(self) -> None:
+        if self._closed:
+            raise UnavailableError("the service is draining; try again")
 
     def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
         """Set the books of a locked entry aside, so that the pool can be opened again."""

@@ -60,6 +60,7 @@ _RULES: dict[type[OdmaError], Rule] = {
     errors.RefusedError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "REFUSED"),
     errors.HandleError: Rule(grpc.StatusCode.NOT_FOUND, "HANDLE", ("handle", "rule")),
     errors.PoolLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_LIMIT"),
+    errors.UnavailableError: Rule(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.BooksLockedError: Rule(grpc.StatusCode.UNAVAILABLE, "BOOKS_LOCKED"),
     errors.BooksError: Rule(grpc.StatusCode.DATA_LOSS, "BOOKS"),
 }
@@ -117,7 +118,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             refusal_pb = refusal_to(error.refusal)
             refusal_pb.retry_after_ms = RETRY_AFTER_MS
             return [refusal_pb, _retry_info()]
-        case errors.BooksLockedError():
+        case errors.BooksLockedError() | errors.UnavailableError():
             return [_retry_info()]
         case _:
             return []

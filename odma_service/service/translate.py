@@ -106,7 +106,7 @@ def extend_from(message: pb.Extend) -> Extend:
 
 def free_from(message: pb.Freeing) -> Free:
     """Return what a Freeing asks for; an unknown `end` is the operation's own mistake."""
-    return _tuple(Free, (message.handle, message.end, message.output_tokens))
+    return _tuple(Free, (message.handle, max(message.end, 0), message.output_tokens))
 
 
 def apply_to(answer: Answer) -> pb.ApplyResponse:

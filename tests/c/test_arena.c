@@ -894,12 +894,15 @@ static void copy_file(const char *from, const char *to) {
     CHECK(system(command) == 0);
 }
 
-/* Let a child do the step at hand and die before its `number`th store. */
-static bool dies_at_store(int number) {
+/* Let a child attach and do the step at hand, and die before its `number`th
+ * store, counted from its attach (`recovering`) or from the step. */
+static bool dies_at_store(int number, bool recovering) {
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
+        if (recovering) stores_to_live = number;
         odma_arena *arena = attached();
+        if (recovering) _exit(0);
         stores_to_live = number;
         OK(run_step(arena));
         odma_arena_close(arena);
@@ -911,22 +914,28 @@ static bool dies_at_store(int number) {
     return WEXITSTATUS(ended) == 9;
 }
 
+static bool is_compacting(void) {
+    uint32_t others = 0;
+    for (uint32_t i = 0; i < step.answer.copy_count; i++)
+        others += step.copies[i].handle != step.results[0].handle;
+    return others > 1 && step.answer.moved_count > 1;
+}
+
 /* The answer and the books are those of a process that did not die. */
 static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
     odma_arena *arena = fresh();
-    for (int i = 0; i < 30; i++) {
-        random_step(arena);
-        OK(run_step(arena));
-    }
-    random_step(arena);
-    for (int i = 0; i < 4; i++) add_op(random_op());
-    odma_arena_close(arena);
     char saved[sizeof path + 8];
     snprintf(saved, sizeof saved, "%s.saved", path);
-    copy_file(path, saved);
-
-    arena = attached();
-    OK(run_step(arena));
+    int steps = 0;
+    do { /* until a step slides regions */
+        CHECK(steps++ < 1000);
+        random_step(arena);
+        for (int i = 0; i < 4; i++) add_op(random_op());
+        odma_arena_close(arena);
+        copy_file(path, saved);
+        arena = attached();
+        OK(run_step(arena));
+    } while (!is_compacting());
     static struct step whole;
     whole = step;
     static odma_region books[ROOM];
@@ -937,10 +946,11 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
     odma_arena_close(arena);
 
     bool died = true;
-    uint32_t before = 0, after = 0;
+    uint32_t before = 0, after = 0, recoveries = 0;
     for (int number = 0; died; number++) {
         copy_file(saved, path);
-        died = dies_at_store(number);
+        died = dies_at_store(number, false);
+        for (int again = number % 7; dies_at_store(again, true); again += 7) recoveries++;
         arena = attached();
         checked(arena);
         bool done = report_of(arena).seq == whole.batch.seq;
@@ -956,10 +966,11 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
         CHECK(region_count == book_count);
         CHECK(memcmp(books, regions, region_count * sizeof *books) == 0);
         odma_report now = report_of(arena);
+        now.recovery = report.recovery;
         CHECK(memcmp(&now, &report, sizeof now) == 0);
         odma_arena_close(arena);
     }
-    CHECK(before > 4 && after > 4);
+    CHECK(before > 4 && after > 4 && recoveries > 4);
 }
 
 /* --- limits --- */

@@ -196,7 +196,7 @@ class Counters(_message.Message):
     relocations: _builtins.int
     """Extends that moved their own region to another hole."""
     compactions: _builtins.int
-    """Operations for which regions were slid."""
+    """Operations for which other regions were moved."""
     safety_hits_growth: _builtins.int
     """Operations that went into the safety pool, by cause."""
     safety_hits_unsure: _builtins.int

@@ -52,8 +52,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_TABLE_FULL: _RefusalReason.ValueType  # 6
     """max_regions are live, or too many vacated runs wait. Wait."""
     REFUSAL_REASON_WAITS_FOR_COMPLETION: _RefusalReason.ValueType  # 7
-    """Vacated tokens would do, once completed_seq covers them. Ask again in the
-    next step.
+    """Vacated tokens would do, once completed_seq covers them; copies of this
+    very answer may be what vacates them. Ask again when it does.
     """
     REFUSAL_REASON_PINNED: _RefusalReason.ValueType  # 8
     """A pinned region is in the way, or the region itself is pinned and would
@@ -98,8 +98,8 @@ of its own regions to be freed.
 REFUSAL_REASON_TABLE_FULL: RefusalReason.ValueType  # 6
 """max_regions are live, or too many vacated runs wait. Wait."""
 REFUSAL_REASON_WAITS_FOR_COMPLETION: RefusalReason.ValueType  # 7
-"""Vacated tokens would do, once completed_seq covers them. Ask again in the
-next step.
+"""Vacated tokens would do, once completed_seq covers them; copies of this
+very answer may be what vacates them. Ask again when it does.
 """
 REFUSAL_REASON_PINNED: RefusalReason.ValueType  # 8
 """A pinned region is in the way, or the region itself is pinned and would
