@@ -81,6 +81,7 @@ def validate(
     reference = [row for file in files for row in rows.read_rows(file)]
     outcomes = list(rows.play(reference, time.process_time))
     scores = rows.score(outcomes)
+    scores["estimator"]["runs_per_second"] = rows.estimator_runs_per_second(time.process_time)
     if as_json:
         typer.echo(json.dumps(scores | {"outcomes": [_outcome(one) for one in outcomes]}))
         return

@@ -25,6 +25,9 @@ LONGEST_SCORED_BYTES = 16 * 1024
 WARMUP_SHARE = 19  # 5 % of all requests come before the counted ones
 SEED = 12345
 ESTIMATED_BYTES = 1 << 28
+TIMED_RUNS = 1 << 20
+LONGEST_TIMED_BYTES = 1 << 20
+TIMES = 20
 
 CONFIG = re.compile(
     r"(?:(?P<channels>[0-9]+)x_)?(?P<grade>[a-z][a-z0-9-]*)(?:_x16)?"
@@ -214,6 +217,17 @@ def score(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "second_simulator": _scores(parts["second_simulator"]),
         },
     }
+
+
+def estimator_runs_per_second(clock: Callable[[], float]) -> float:
+    """Return how many runs of mixed lengths an estimator prices a second."""
+    estimator = LpddrDevice(read_grade()).estimator()
+    runs = np.zeros((TIMED_RUNS, 2), np.uint64)
+    runs[:, 1] = np.random.default_rng(SEED).integers(1, LONGEST_TIMED_BYTES, TIMED_RUNS)
+    began = clock()
+    for _ in range(TIMES):
+        estimator.price(runs, 16, 1e-7)
+    return TIMES * TIMED_RUNS / (clock() - began)
 
 
 def _scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:
