@@ -30,7 +30,7 @@ from pydantic_settings import (
 from odma_service.errors import InvalidError
 
 PREFIX = "ODMA_"
-NOT_SETTINGS = {"ODMA_DATA_DIR", "ODMA_REQUIRE_CLIENTS"}
+NOT_SETTINGS = {"ODMA_DATA_DIR", "ODMA_REFERENCE_DIR", "ODMA_REQUIRE_CLIENTS"}
 """Variables with our prefix that other tools of the project read."""
 
 UNIX = "unix:"

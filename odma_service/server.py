@@ -27,16 +27,14 @@ from odma_service.rpc.v1 import (
     pool_service_pb2,
     predictor_service_pb2,
 )
-from odma_service.rpc.v1.emulator_service_pb2_grpc import (
-    EmulatorServiceServicer,
-    add_EmulatorServiceServicer_to_server,
-)
+from odma_service.rpc.v1.emulator_service_pb2_grpc import add_EmulatorServiceServicer_to_server
 from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
 from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
 from odma_service.rpc.v1.predictor_service_pb2_grpc import (
     PredictorServiceServicer,
     add_PredictorServiceServicer_to_server,
 )
+from odma_service.service.emulator import EmulatorService
 from odma_service.service.memory import MemoryService
 from odma_service.service.pools import PoolService
 from odma_service.service.registry import Registry
@@ -53,11 +51,12 @@ NOTICE_SECONDS = 0.2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
 
-SERVED = (memory_service_pb2, "MemoryService"), (pool_service_pb2, "PoolService")
-UNIMPLEMENTED = (
-    (predictor_service_pb2, "PredictorService"),
+SERVED = (
+    (memory_service_pb2, "MemoryService"),
+    (pool_service_pb2, "PoolService"),
     (emulator_service_pb2, "EmulatorService"),
 )
+UNIMPLEMENTED = ((predictor_service_pb2, "PredictorService"),)
 
 log = structlog.get_logger()
 
@@ -90,7 +89,7 @@ def _serve(settings: Settings, registry: Registry) -> None:
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
     add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)  # type: ignore[abstract]
-    add_EmulatorServiceServicer_to_server(EmulatorServiceServicer(), server)  # type: ignore[abstract]
+    add_EmulatorServiceServicer_to_server(EmulatorService(), server)
     healthy = _add_health(server)
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)

@@ -14,14 +14,23 @@ PACKAGE = Path(__file__).parent.parent / "odma_service"
 FLOORS = {
     "words": {"__init__", "errors", "values"},
     "binding": {"_native"},
-    "domain": {"geometry", "policy", "pool"},
+    "domain": {"geometry", "lpddr", "policy", "pool"},
     "learning": {"learning"},
     "traces": {"traces"},
     "replay": {"replay"},
     "rpc": {"rpc"},
     "client": {"client"},
     "service": {"config", "metrics", "service", "server"},
-    "cli": {"__main__", "arena_cli", "bench", "cli", "demo", "status", "trace_cli"},
+    "cli": {
+        "__main__",
+        "arena_cli",
+        "bench",
+        "cli",
+        "demo",
+        "lpddr_cli",
+        "status",
+        "trace_cli",
+    },
 }
 
 MAY_USE = {

@@ -29,15 +29,13 @@ from odma_service.errors import (
     VersionError,
 )
 from odma_service.pool import Pool
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import (
-    emulator_service_pb2,
-    emulator_service_pb2_grpc,
     pool_service_pb2_grpc,
     predictor_service_pb2,
     predictor_service_pb2_grpc,
 )
-from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.service.opening import first_policy, spec_from
@@ -63,7 +61,7 @@ def channel(server):
         (PREFIX + "MemoryService", "SERVING"),
         (PREFIX + "PoolService", "SERVING"),
         (PREFIX + "PredictorService", "NOT_SERVING"),
-        (PREFIX + "EmulatorService", "NOT_SERVING"),
+        (PREFIX + "EmulatorService", "SERVING"),
     ],
 )
 def test_the_standard_health_service_tells_what_works(channel, name, status):
@@ -82,11 +80,8 @@ def test_the_standard_health_service_tells_what_works(channel, name, status):
         lambda channel: predictor_service_pb2_grpc.PredictorServiceStub(channel).Predict(
             predictor_service_pb2.PredictRequest()
         ),
-        lambda channel: emulator_service_pb2_grpc.EmulatorServiceStub(channel).EstimateAccess(
-            emulator_service_pb2.EstimateAccessRequest()
-        ),
     ],
-    ids=["KeepAlive", "Stream", "Watch", "Predict", "EstimateAccess"],
+    ids=["KeepAlive", "Stream", "Watch", "Predict"],
 )
 def test_what_is_not_built_says_so(channel, call):
     with pytest.raises(grpc.RpcError) as caught:

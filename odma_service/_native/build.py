@@ -1,6 +1,6 @@
 """Builds the C library as the extension `odma_service._native._odma`.
 
-The declarations come from the marked part of csrc/odma.h, so none exists twice.
+The declarations come from the marked parts of the public headers, so none exists twice.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from cffi import FFI
 
 CSRC = Path("csrc")  # setuptools takes no absolute paths: builds start in the project's root
 
-header = (CSRC / "odma.h").read_text()
-declarations = header.partition("/* cffi: begin */")[2].partition("/* cffi: end */")[0]
+HEADERS = ("odma.h", "odma_lpddr.h")
+
+
+def declarations(header: str) -> str:
+    """Return the marked part of a public header."""
+    text = (CSRC / header).read_text()
+    return text.partition("/* cffi: begin */")[2].partition("/* cffi: end */")[0]
+
 
 ffibuilder = FFI()
-ffibuilder.cdef(declarations)
+ffibuilder.cdef("".join(map(declarations, HEADERS)))
 ffibuilder.set_source(
     "odma_service._native._odma",
-    '#include "odma.h"',
+    "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[str(path) for path in sorted(CSRC.glob("*.c"))],
     depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
     include_dirs=[str(CSRC)],

@@ -25,19 +25,21 @@ _sym_db = _symbol_database.Default()
 from odma_service.rpc.v1 import types_pb2 as odma_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eodma/v1/emulator_service.proto\x12\x07odma.v1\x1a\x13odma/v1/types.proto\"1\n\x03Run\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x02 \x01(\x04\"T\n\x15\x45stimateAccessRequest\x12\x1f\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x0f.odma.v1.Device\x12\x1a\n\x04runs\x18\x02 \x03(\x0b\x32\x0c.odma.v1.Run\">\n\x16\x45stimateAccessResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x01(\x04\x32\x64\n\x0f\x45mulatorService\x12Q\n\x0e\x45stimateAccess\x12\x1e.odma.v1.EstimateAccessRequest\x1a\x1f.odma.v1.EstimateAccessResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eodma/v1/emulator_service.proto\x12\x07odma.v1\x1a\x13odma/v1/types.proto\"1\n\x03Run\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x02 \x01(\x04\"\x85\x01\n\x15\x45stimateAccessRequest\x12\x1f\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x0f.odma.v1.Device\x12\x1a\n\x04runs\x18\x02 \x03(\x0b\x32\x0c.odma.v1.Run\x12\x0e\n\x06window\x18\x03 \x01(\r\x12\x1f\n\x06\x61\x63\x63\x65ss\x18\x04 \x01(\x0e\x32\x0f.odma.v1.Access\"X\n\x16\x45stimateAccessResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01*T\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43\x43\x45SS_READ\x10\x01\x12\x10\n\x0c\x41\x43\x43\x45SS_WRITE\x10\x02\x12\x0f\n\x0b\x41\x43\x43\x45SS_COPY\x10\x03\x32\x64\n\x0f\x45mulatorService\x12Q\n\x0e\x45stimateAccess\x12\x1e.odma.v1.EstimateAccessRequest\x1a\x1f.odma.v1.EstimateAccessResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'odma_service.rpc.v1.emulator_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ACCESS']._serialized_start=341
+  _globals['_ACCESS']._serialized_end=425
   _globals['_RUN']._serialized_start=64
   _globals['_RUN']._serialized_end=113
-  _globals['_ESTIMATEACCESSREQUEST']._serialized_start=115
-  _globals['_ESTIMATEACCESSREQUEST']._serialized_end=199
-  _globals['_ESTIMATEACCESSRESPONSE']._serialized_start=201
-  _globals['_ESTIMATEACCESSRESPONSE']._serialized_end=263
-  _globals['_EMULATORSERVICE']._serialized_start=265
-  _globals['_EMULATORSERVICE']._serialized_end=365
+  _globals['_ESTIMATEACCESSREQUEST']._serialized_start=116
+  _globals['_ESTIMATEACCESSREQUEST']._serialized_end=249
+  _globals['_ESTIMATEACCESSRESPONSE']._serialized_start=251
+  _globals['_ESTIMATEACCESSRESPONSE']._serialized_end=339
+  _globals['_EMULATORSERVICE']._serialized_start=427
+  _globals['_EMULATORSERVICE']._serialized_end=527
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from odma_service.rpc.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -19,16 +20,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Access:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AccessEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Access.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACCESS_UNSPECIFIED: _Access.ValueType  # 0
+    """As READ."""
+    ACCESS_READ: _Access.ValueType  # 1
+    ACCESS_WRITE: _Access.ValueType  # 2
+    ACCESS_COPY: _Access.ValueType  # 3
+    """Each run is read, and written somewhere else."""
+
+class Access(_Access, metaclass=_AccessEnumTypeWrapper):
+    """Access says what is done with each run."""
+
+ACCESS_UNSPECIFIED: Access.ValueType  # 0
+"""As READ."""
+ACCESS_READ: Access.ValueType  # 1
+ACCESS_WRITE: Access.ValueType  # 2
+ACCESS_COPY: Access.ValueType  # 3
+"""Each run is read, and written somewhere else."""
+Global___Access: _TypeAlias = Access  # noqa: Y015
+
 @_typing.final
 class Run(_message.Message):
-    """Run is a piece of device memory that is read in address order."""
+    """Run is a piece of device memory that one descriptor moves, in address order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
     offset_bytes: _builtins.int
+    """Below 2^53."""
     length_bytes: _builtins.int
+    """1 to 2^40."""
     def __init__(
         self,
         *,
@@ -49,19 +76,30 @@ class EstimateAccessRequest(_message.Message):
 
     DEVICE_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
+    window: _builtins.int
+    """Runs in flight, at most 1,024. 0: as many as there are."""
+    access: Global___Access.ValueType
     @_builtins.property
-    def device(self) -> _types_pb2.Device: ...
+    def device(self) -> _types_pb2.Device:
+        """Its bandwidth, if given, scales all times; so does a measured one."""
+
     @_builtins.property
-    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]: ...
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]:
+        """At most 131,072. None cost nothing."""
+
     def __init__(
         self,
         *,
         device: _types_pb2.Device | None = ...,
         runs: _abc.Iterable[Global___Run] | None = ...,
+        window: _builtins.int = ...,
+        access: Global___Access.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "device", b"device", "runs", b"runs", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -73,17 +111,22 @@ class EstimateAccessResponse(_message.Message):
 
     SECONDS_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     seconds: _builtins.float
     activations: _builtins.int
+    """Rows opened in all banks of all channels."""
+    bytes_per_second: _builtins.float
+    """Bytes of the runs, a copy's twice, over the seconds; 0 without runs."""
     def __init__(
         self,
         *,
         seconds: _builtins.float = ...,
         activations: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "bytes_per_second", b"bytes_per_second", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,7 +34,14 @@ class EmulatorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmulatorServiceAsyncStub: ...
     EstimateAccess: _grpc.UnaryUnaryMultiCallable[_emulator_service_pb2.EstimateAccessRequest, _emulator_service_pb2.EstimateAccessResponse]
-    """EstimateAccess will price a list of reads. UNIMPLEMENTED in this version."""
+    """EstimateAccess prices a list of runs on a device. Safe to retry. The first
+    question about a device calibrates an estimator, which takes about a
+    second; later ones take nanoseconds for each run. It is a model checked
+    against a cycle-level simulator, not a measurement of hardware.
+
+      INVALID_ARGUMENT  a field breaks a rule written next to it. Do not retry
+                        unchanged.
+    """
 
 @_typing.type_check_only
 class EmulatorServiceAsyncStub(EmulatorServiceStub):
@@ -42,7 +49,14 @@ class EmulatorServiceAsyncStub(EmulatorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EstimateAccess: _aio.UnaryUnaryMultiCallable[_emulator_service_pb2.EstimateAccessRequest, _emulator_service_pb2.EstimateAccessResponse]  # type: ignore[assignment]
-    """EstimateAccess will price a list of reads. UNIMPLEMENTED in this version."""
+    """EstimateAccess prices a list of runs on a device. Safe to retry. The first
+    question about a device calibrates an estimator, which takes about a
+    second; later ones take nanoseconds for each run. It is a model checked
+    against a cycle-level simulator, not a measurement of hardware.
+
+      INVALID_ARGUMENT  a field breaks a rule written next to it. Do not retry
+                        unchanged.
+    """
 
 class EmulatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """EmulatorService answers what-if questions; it changes nothing."""
@@ -53,6 +67,13 @@ class EmulatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _emulator_service_pb2.EstimateAccessRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_emulator_service_pb2.EstimateAccessResponse, _abc.Awaitable[_emulator_service_pb2.EstimateAccessResponse]]:
-        """EstimateAccess will price a list of reads. UNIMPLEMENTED in this version."""
+        """EstimateAccess prices a list of runs on a device. Safe to retry. The first
+        question about a device calibrates an estimator, which takes about a
+        second; later ones take nanoseconds for each run. It is a model checked
+        against a cycle-level simulator, not a measurement of hardware.
+
+          INVALID_ARGUMENT  a field breaks a rule written next to it. Do not retry
+                            unchanged.
+        """
 
 def add_EmulatorServiceServicer_to_server(servicer: EmulatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

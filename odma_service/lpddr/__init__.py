@@ -1,0 +1,15 @@
+"""What reading and writing LPDDR memory costs: devices, mappings, layouts, reference rows."""
+
+from odma_service._native.lpddr import Estimator, Played, Price, Traffic
+from odma_service.lpddr.device import Grade, LpddrDevice, read_device, read_grade
+
+__all__ = [
+    "Estimator",
+    "Grade",
+    "LpddrDevice",
+    "Played",
+    "Price",
+    "Traffic",
+    "read_device",
+    "read_grade",
+]
