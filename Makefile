@@ -14,7 +14,7 @@ LIB_SONAME := libodma.so.0
 LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
-	lib/pkgconfig/odma.pc include/odma.h)
+	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
 
 .PHONY: help demo serve test check format proto fuzz coverage bench torture lib clean
 .DELETE_ON_ERROR:
@@ -70,7 +70,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,predictor,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,predictor,plots,dev]'
 	touch $@ .venv/.compiled
 
 # Nothing but odma_* leaves the library: the shared one through the map, the static one by
@@ -103,7 +103,7 @@ $(PREFIX)/lib/pkgconfig/odma.pc: Makefile
 		'Version: $(LIB_VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
 		'Cflags: -I$${includedir}' > $@
 
-$(PREFIX)/include/odma.h: csrc/odma.h
+$(PREFIX)/include/%.h: csrc/%.h
 	@mkdir -p $(@D)
 	cp $< $@
 

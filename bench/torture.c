@@ -1,8 +1,9 @@
 /* torture.c - an engine that is killed: batches back to back on an arena.
  *
- *     torture FILE
+ *     torture FILE NANOSECONDS
  *
- * Reads the batches from stdin before it does the first, so that little of its
+ * A timer sends it SIGKILL so long after its first batch began. Another process
+ * would mostly get to send it when this one does not run. Reads the batches from stdin before it does the first, so that little of its
  * time lies between them:
  *
  *     BATCHES
@@ -13,14 +14,16 @@
  *     extend HANDLE LEAST_TOKENS
  *     allocate REQUEST_ID PROMPT_TOKENS MAX_TOTAL_TOKENS
  *
- * Writes pairs of 64-bit words to stdout: 0 0 when it begins, then the seq and
- * the digest of each answer. Then it waits for its end.
+ * Writes a pair of 64-bit words to stdout for each answer: its seq and digest.
+ * Then it waits for its end.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "odma.h"
@@ -125,11 +128,21 @@ static void tell(uint64_t seq, uint64_t digest) {
         fail("stdout", "cannot write");
 }
 
+static void be_killed_in(uint64_t nanoseconds) {
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL};
+    struct itimerspec moment = {.it_value = {.tv_sec = (time_t)(nanoseconds / 1000000000),
+                                             .tv_nsec = (long)(nanoseconds % 1000000000)}};
+    timer_t timer;
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer) != 0 ||
+        timer_settime(timer, 0, &moment, NULL) != 0)
+        fail("timer", "cannot set it");
+}
+
 int main(int argc, char **argv) {
-    char reason[ODMA_REASON_BYTES] = "give the name of a file";
+    char reason[ODMA_REASON_BYTES] = "give the name of a file and a time";
     odma_arena *arena = NULL;
     odma_report report;
-    if (argc != 2 || odma_arena_attach(argv[1], NULL, NULL, &arena, reason) != ODMA_OK)
+    if (argc != 3 || odma_arena_attach(argv[1], NULL, NULL, &arena, reason) != ODMA_OK)
         fail("attach", reason);
     if (odma_arena_geometry(arena, &geometry) != ODMA_OK ||
         odma_arena_report(arena, &report) != ODMA_OK)
@@ -142,7 +155,7 @@ int main(int argc, char **argv) {
     odma_batch *batches = room_for(count, sizeof *batches);
     for (uint32_t i = 0; i < count; i++) batches[i] = read_batch(report.epoch);
 
-    tell(0, 0);
+    be_killed_in(strtoull(argv[2], NULL, 10));
     for (uint32_t i = 0; i < count; i++) {
         odma_status status = odma_arena_apply(arena, &batches[i], &answer);
         if (status != ODMA_OK) fail("apply", odma_status_name(status));

@@ -8,11 +8,10 @@ attached the same books.
 from __future__ import annotations
 
 import shutil
+import signal
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -58,7 +57,6 @@ REHEARSED = 12  # batches for each kill
 FIRST_SPAN_SECONDS = 0.001
 SHORTER, LONGER = 0.8, 1.03
 USUAL_OPS = 4
-BEGUN = (0, 0)
 ACKNOWLEDGED = struct.Struct("=QQ")
 
 
@@ -142,30 +140,22 @@ class Subject:
     # The kill
 
     def _kill(self, steps: list[Step]) -> list[tuple[int, int]]:
-        """Let a process do the batches, kill it, and return what it acknowledged."""
-        with self._process(steps) as process:
-            time.sleep(self._random.uniform(0, self._span_seconds))
-            process.kill()
+        """Let a process do the batches until it is killed; return what it acknowledged."""
+        moment = max(int(self._random.uniform(0, self._span_seconds) * 1e9), 1)
+        command = [str(self._program), str(self._path), str(moment)]
+        asked = "\n".join(_lines(steps)).encode()
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.write(asked)
+            process.stdin.close()
+            # Read only then: a reader that wakes up at each answer would get its processor.
+            if process.wait() != -signal.SIGKILL:
+                raise BenchError("the process to be killed ended by itself")
             told = list(ACKNOWLEDGED.iter_unpack(process.stdout.read()))
         # So that few are done before they are killed, however busy the machine is.
         self._span_seconds *= SHORTER if len(told) == len(steps) else LONGER
         return told
-
-    @contextmanager
-    def _process(self, steps: list[Step]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a process that does the batches; it has begun when this yields."""
-        command = [str(self._program), str(self._path)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            try:
-                assert process.stdin is not None
-                process.stdin.write("\n".join(_lines(steps)).encode())
-                process.stdin.close()
-                if _read(process) != BEGUN:
-                    raise BenchError("the process to be killed did not begin")
-                yield process
-            finally:
-                process.kill()
 
     # After the kill
 
@@ -210,16 +200,6 @@ class Subject:
 
 def _outcome(answer: Answer) -> Outcome:
     return Outcome(tuple(answer.results), tuple(answer.copies), tuple(answer.moved))
-
-
-def _read(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Return the next acknowledgement."""
-    assert process.stdout is not None
-    told = process.stdout.read(ACKNOWLEDGED.size)
-    if len(told) != ACKNOWLEDGED.size:
-        raise BenchError("the process to be killed ended by itself")
-    seq, digest = ACKNOWLEDGED.unpack(told)
-    return seq, digest
 
 
 def _lines(steps: list[Step]) -> Iterator[str]:
