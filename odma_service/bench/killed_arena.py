@@ -55,7 +55,7 @@ ENGINES = {
 FILLING = 64  # batches, of many allocates
 REHEARSED = 12  # batches for each kill
 FIRST_SPAN_SECONDS = 0.001
-SHORTER, LONGER = 0.8, 1.03
+SHORTER, LONGER = 0.8, 1.015
 USUAL_OPS = 4
 ACKNOWLEDGED = struct.Struct("=QQ")
 
