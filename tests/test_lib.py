@@ -10,8 +10,8 @@ import subprocess
 import pytest
 from test_conformance import ROOT, run
 
-HEADER = (ROOT / "csrc" / "odma.h").read_text()
-PUBLIC = set(re.findall(r"\b(odma_\w+)\(", HEADER))
+HEADERS = "".join(path.read_text() for path in (ROOT / "csrc").glob("odma*.h"))
+PUBLIC = set(re.findall(r"\b(odma_\w+)\(", HEADERS))
 ENGINE = ROOT / "examples" / "c" / "engine.c"
 
 

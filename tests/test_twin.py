@@ -270,7 +270,7 @@ class World:
             completed_seq=self.one_of(seq, completed, completed + self.roll(seq - completed + 1)),
             used=self.some_used(),
             ops=ops,
-            max_copy_tokens=self.one_of(None, 2**31, 2**31, 2**31, 0, self.roll(self.capacity)),
+            max_copy_tokens=self.one_of(None, 2**31, 2**31, 0, self.roll(self.one_of(9, 50, 500))),
             pass_refused=bool(self.roll(2)),
         )
         return batch, [self.some_prediction(op) for op in ops]

@@ -207,7 +207,7 @@ class Walk:
         self.unit, self.seq = twin.geometry.block_tokens, twin.seq
         self.ops, self.results, self.predictions = ops, results, predictions
         self.unary, self.restless = unary, False
-        self.pass_refused, self.pinned, self.budget = False, set(), 0
+        self.pass_refused, self.pinned, self.budget, self.copied = False, set(), 0, 0
         self.safety_blocks = twin.safety_blocks
 
         self.owner = list(twin.owner)
@@ -315,7 +315,7 @@ class Walk:
         """Whether copies are so limited that a plan could fail for it."""
         regions = self.regions.values()
         tokens = 2 * sum(region.used(self.unit) for region in regions)
-        return self.budget < tokens or not self.many_copies
+        return self.budget - self.copied < tokens or not self.many_copies
 
     @property
     def many_copies(self):
@@ -800,6 +800,7 @@ class Twin:
         walk = Walk(self, batch.ops, answer.results, predictions)
         limit = batch.max_copy_tokens
         walk.budget = self.policy.max_copy_tokens if limit is None else limit
+        walk.copied = sum(copy.tokens for copy in answer.copies)
         walk.pass_refused = batch.pass_refused
         walk.pinned = {used.handle for used in batch.used if used.pinned}
         if walk.slides or walk.evacuations:
