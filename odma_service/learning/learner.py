@@ -33,16 +33,24 @@ class Learner:
         self._counted = _ends(pool)
         self._adapting = pool.policy()  # its safety share is the last one computed
 
-    def apply(self, epoch: int, batch: Batch) -> Answer:
+    def apply(
+        self,
+        epoch: int,
+        batch: Batch,
+        predictions: Sequence[Quantiles | None] | None = None,
+    ) -> Answer:
         """Do a batch as Pool.apply does, with predictions where the policy needs them.
 
-        A batch that cannot be new is answered, or refused, before anything is predicted.
+        `predictions`, one for each operation, take the place of the Learner's own. A batch
+        that cannot be new is answered, or refused, before anything is predicted.
         """
         if batch.seq != self.pool.last_seq + 1:
             stored = self.pool.replay(epoch, batch)
             if stored is not None:
                 return stored
-        answer = self.pool.apply(epoch, batch, self._predictions(batch.ops))
+        if predictions is None:
+            predictions = self._predictions(batch.ops)
+        answer = self.pool.apply(epoch, batch, predictions)
         self._frees += sum(isinstance(op, Free) for op in batch.ops)
         if self._frees >= FREES_PER_ADAPTATION:
             self._frees = 0
