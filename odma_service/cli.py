@@ -13,10 +13,11 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
-from odma_service import config, server, status, trace_cli
+from odma_service import bench_cli, config, server, status, trace_cli
 from odma_service.client import Client
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
+from odma_service.replay_cli import replay_command
 
 UsageError: Any = typer.BadParameter.__base__
 """What a wrong command line raises; typer does not export it."""
@@ -27,7 +28,9 @@ app = typer.Typer(
     help="Decides where each request's KV cache lives, for LLM engines that need it contiguous.",
 )
 app.add_typer(trace_cli.app, name="trace")
+app.add_typer(bench_cli.app, name="bench")
 app.command("demo")(demo_command)
+app.command("replay")(replay_command)
 
 Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]
 DEFAULT_TARGET = "127.0.0.1:50051"

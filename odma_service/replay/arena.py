@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from odma_service.geometry import Device, Geometry, PlaneGroup
 from odma_service.learning import Learner
-from odma_service.pool import Pool, PoolSpec
 from odma_service.policy import PolicyRecord
-from odma_service.replay.load import Limits
+from odma_service.pool import Pool, PoolSpec
+from odma_service.replay.load import BLOCK_TOKENS, Limits
 from odma_service.replay.memory import Asked, Decision, Placed, Run, Step
 from odma_service.replay.predict import Predictor
 from odma_service.replay.prices import Serving
@@ -46,7 +46,14 @@ class EngineKind:
     moves: Moves = Moves.ANY
     single_stream: bool = True
     copies_may_overlap: bool = True
-    block_tokens: int = 16
+
+
+class PolicyEvent(NamedTuple):
+    """What is in force from some step on."""
+
+    step: int
+    safety_share: float
+    limits_tokens: tuple[int, ...]
 
 
 class ArenaMemory:
@@ -79,7 +86,7 @@ class ArenaMemory:
             ),
             single_ordered_stream=kind.single_stream,
             copies_may_overlap=kind.copies_may_overlap,
-            block_tokens=kind.block_tokens,
+            block_tokens=BLOCK_TOKENS,
             max_regions=max(1024, batch_cap),
         )
         self._pool = Pool.create(self._path, spec, EPOCH, "replay", policy)
@@ -88,8 +95,11 @@ class ArenaMemory:
         self._asker_is_victim = policy.overflow is Overflow.PREEMPT
         self._predictor = predictor
         self._exact = exact_lengths
+        self._limits = policy.limits_tokens
         self._seq = 0
         self._answered_step = -2
+        self.events: list[PolicyEvent] = []
+        self.recalibrations = 0
 
     def __enter__(self) -> Self:
         return self
@@ -133,14 +143,22 @@ class ArenaMemory:
         frees, fulls = len(step.ended), len(step.full)
         self._grow(step, answer.results[frees : frees + fulls], decision)
         self._admit(answer.results[frees + fulls :], decision)
-        decision.again |= self._pool.policy().version != version
+        if self._pool.policy().version != version:
+            decision.again = True
+            self._note_policy(step)
         return decision
+
+    def _note_policy(self, step: Step) -> None:
+        policy = self._pool.policy()
+        self.recalibrations += policy.limits_tokens != self._limits
+        self._limits = policy.limits_tokens
+        self.events.append(PolicyEvent(step.number, policy.safety_share, policy.limits_tokens))
 
     def _allocate(self, asked: Asked) -> Allocate:
         request = asked.request
         maximum = request.total_tokens if self._exact else request.maximum_tokens
         return Allocate(
-            str(asked.index),
+            str(asked.number),
             request.prompt_tokens,
             asked.generated_tokens,
             maximum,
@@ -182,9 +200,7 @@ class ArenaMemory:
                 continue
             assert isinstance(result, Refusal)
             if result.reason is not Reason.SKIPPED:
-                decision.again |= (
-                    result.reason in PASSING or result.awaiting_completion_tokens > 0
-                )
+                decision.again |= result.reason in PASSING or result.awaiting_completion_tokens > 0
 
 
 def _geometry(serving: Serving) -> Geometry:

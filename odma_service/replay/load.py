@@ -17,6 +17,7 @@ from odma_service.errors import InvalidError
 from odma_service.traces import Trace
 
 LEAST_OUTPUT_TOKENS = 4_096
+BLOCK_TOKENS = 16
 BLOCK_ROWS = 64
 
 
@@ -65,17 +66,15 @@ def limits_for(
     max_output_tokens: int | None = None,
     model_length_tokens: int | None = None,
 ) -> Limits:
-    """Return limits; where none is given, the trace's longest answer and the capacity.
+    """Return limits; where none is given, the least that cut nothing off in the trace.
 
     No limit on answers is taken to be below 4,096: a trace does not tell what its engine
-    would have allowed.
+    would have allowed. No request is longer than the capacity, which is whole blocks.
     """
-    longest = int(trace.output_tokens.max())
-    return Limits(
-        max_output_tokens or max(LEAST_OUTPUT_TOKENS, longest),
-        min(model_length_tokens or capacity_tokens, capacity_tokens),
-        capacity_tokens,
-    )
+    capacity_tokens -= capacity_tokens % BLOCK_TOKENS
+    max_output = max_output_tokens or max(LEAST_OUTPUT_TOKENS, int(trace.output_tokens.max()))
+    longest = model_length_tokens or int(trace.input_tokens.max()) + max_output
+    return Limits(max_output, min(longest, capacity_tokens), capacity_tokens)
 
 
 def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
@@ -131,6 +130,5 @@ def shuffled(trace: Trace, seed: int) -> Trace:
 
 
 def _block_order(rows: int, random: np.random.Generator) -> NDArray[np.int64]:
-    starts = np.arange(0, rows, BLOCK_ROWS)
-    blocks = [np.arange(start, min(start + BLOCK_ROWS, rows)) for start in starts]
+    blocks = np.split(np.arange(rows), range(BLOCK_ROWS, rows, BLOCK_ROWS))
     return np.concatenate([blocks[i] for i in random.permutation(len(blocks))])

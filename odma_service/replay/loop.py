@@ -143,10 +143,12 @@ class Loop:
             prefill_ps = sum(self._prices.prefill_ps(run.lead + self._tick) for run in fresh)
         self._note_empty()
         waits = bool(self._stalled or fresh or (self._queue and not self._blocked and self._room()))
-        self._take_steps(1 if waits or not self._running else self._quiet_steps(), prefill_ps, copy_ps)
+        self._take_steps(
+            1 if waits or not self._running else self._quiet_steps(), prefill_ps, copy_ps
+        )
         for run in fresh:
-            if self.history.first_ps[run.index] < 0:
-                self.history.first_ps[run.index] = self._sums.now_ps
+            if self.history.first_ps[run.number] < 0:
+                self.history.first_ps[run.number] = self._sums.now_ps
         self._retire()
         return True
 
@@ -170,8 +172,8 @@ class Loop:
             return []
         most = min(ADMISSIONS, self._room())
         return [
-            Asked(index, self._load.requests[index], self._generated.get(index, 0))
-            for index in islice(self._queue, most)
+            Asked(number, self._load.requests[number], self._generated.get(number, 0))
+            for number in islice(self._queue, most)
         ]
 
     def _room(self) -> int:
@@ -209,8 +211,8 @@ class Loop:
             generated = written - run.request.prompt_tokens
             self._remove(run)
             self._ended.append(Ended(run, End.PREEMPTED, generated))
-            self._generated[run.index] = generated
-            self._queue.appendleft(run.index)
+            self._generated[run.number] = generated
+            self._queue.appendleft(run.number)
             self.history.preemptions += 1
             self.history.recomputed_tokens += written
         self._stalled = [run for run in self._stalled if run.birth in self._running]
@@ -218,11 +220,11 @@ class Loop:
     def _admit(self, decision: Decision, asked: list[Asked]) -> list[Run]:
         fresh = []
         arrived = self.history.arrived_ps
-        for (handle, room), (index, request, generated) in zip(
+        for (handle, room), (number, request, generated) in zip(
             decision.placed, asked, strict=False
         ):
             self._births += 1
-            run = Run(index, request, self._births)
+            run = Run(number, request, self._births)
             run.handle, run.room = handle, room
             run.lead = request.prompt_tokens + generated - self._tick
             self._running[run.birth] = run
@@ -237,7 +239,7 @@ class Loop:
 
     def _schedule(self, run: Run) -> None:
         total, room = run.request.total_tokens, run.room
-        run.due = (room if room < total else total) - run.lead
+        run.due = min(total, room) - run.lead
         heappush(self._heap, (run.due, run.birth, run))
 
     # The step
@@ -299,9 +301,9 @@ class Loop:
             request = run.request
             end = End.HIT_LIMIT if request.limited else End.FINISHED
             self._ended.append(Ended(run, end, request.output_tokens))
-            history.finished.append(run.index)
+            history.finished.append(run.number)
             history.sums.append(self._sums)
-            history.finished_ps[run.index] = self._sums.now_ps
+            history.finished_ps[run.number] = self._sums.now_ps
 
     def _remove(self, run: Run) -> None:
         del self._running[run.birth]

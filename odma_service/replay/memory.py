@@ -17,10 +17,10 @@ from odma_service.values import End
 class Run:
     """A request while it runs. `lead` + the loop's tick is what is written."""
 
-    __slots__ = ("birth", "due", "handle", "index", "lead", "request", "room")
+    __slots__ = ("birth", "due", "handle", "lead", "number", "request", "room")
 
-    def __init__(self, index: int, request: Request, birth: int) -> None:
-        self.index = index
+    def __init__(self, number: int, request: Request, birth: int) -> None:
+        self.number = number
         self.request = request
         self.birth = birth
         self.handle = 0
@@ -40,7 +40,7 @@ class Ended(NamedTuple):
 class Asked(NamedTuple):
     """A request at the head of the queue; `generated_tokens` before a preemption."""
 
-    index: int
+    number: int
     request: Request
     generated_tokens: int
 

@@ -39,9 +39,10 @@ class PagedMemory:
     def decide(self, step: Step) -> Decision:
         """Give back, grow and admit, in this order."""
         decision = Decision()
-        self._free += sum(
-            run.room for run, end, _ in step.ended if end is not End.PREEMPTED
-        ) // self._page_tokens
+        self._free += (
+            sum(run.room for run, end, _ in step.ended if end is not End.PREEMPTED)
+            // self._page_tokens
+        )
         self._grow(step, decision)
         if not decision.victims:
             self._admit(step, decision)

@@ -1,8 +1,8 @@
 """Predictors: what is known about the length of an answer before it is there.
 
-    live           quantiles of the answers that have finished, from the pool's own histograms
-    exact          the length itself
-    lognormal:S    the length times a log-normal error of sigma S, with that sigma known
+live           quantiles of the answers that have finished, from the pool's own histograms
+exact          the length itself
+lognormal:S    the length times a log-normal error of sigma S, with that sigma known
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Predictor(NamedTuple):
         """Return quantiles of a request's output tokens, None if the pool has to say."""
         if self.guesses is None:
             return None
-        guess = self.guesses[asked.index]
+        guess = self.guesses[asked.number]
         a, b, c, d, e, f, g = (guess * factor for factor in self.factors)
         return a, b, c, d, e, f, g
 

@@ -128,7 +128,9 @@ def _integral(price: tuple[int, int], running: int, written: int, steps: int) ->
     base, slope = price
     return Segment(
         base * ones + slope * sum_j,
-        base * written * ones + (base * running + slope * written) * sum_j + slope * running * sum_jj,
+        base * written * ones
+        + (base * running + slope * written) * sum_j
+        + slope * running * sum_jj,
     )
 
 
