@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,12 +128,12 @@ def test_the_device_of_the_design_decodes_in_about_60_ms():
 
 
 def test_a_maximum_is_the_same_for_every_policy_and_prompts_are_not_cut():
-    trace = traces.Trace(
-        np.zeros(4), np.array([10, 90, 100, 200]), np.array([50, 5, 1, 1]), "four"
-    )
+    trace = traces.Trace(np.zeros(4), np.array([10, 90, 100, 200]), np.array([50, 5, 1, 1]), "four")
     load = load_of(trace, Limits(20, 100, 100))
     assert load.dropped == 2
-    assert [(r.prompt_tokens, r.total_tokens, r.maximum_tokens, r.limited) for r in load.requests] == [
+    assert [
+        (r.prompt_tokens, r.total_tokens, r.maximum_tokens, r.limited) for r in load.requests
+    ] == [
         (10, 30, 30, True),
         (90, 95, 100, False),
     ]
@@ -272,7 +271,3 @@ def test_parameters_are_read_with_their_hash(tmp_path):
     path.write_text('{"nobody": {}}')
     with pytest.raises(InvalidError):
         read_tuning(path)
-
-
-def test_a_class_that_is_printed_first_needs_no_policies():
-    assert replace(replay.Setting(Limits(1, 2, 16)), seeds=3).seeds == 3

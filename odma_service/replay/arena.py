@@ -199,8 +199,10 @@ class ArenaMemory:
                 decision.placed.append(Placed(result.handle, result.length_tokens))
                 continue
             assert isinstance(result, Refusal)
-            if result.reason is not Reason.SKIPPED:
-                decision.again |= result.reason in PASSING or result.awaiting_completion_tokens > 0
+            # Skipped: a region could not grow, and nobody looked for room for this one.
+            passing = result.reason in PASSING or result.reason is Reason.SKIPPED
+            decision.again |= passing or result.awaiting_completion_tokens > 0
+            break
 
 
 def _geometry(serving: Serving) -> Geometry:
