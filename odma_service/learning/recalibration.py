@@ -73,8 +73,7 @@ def recalibrate(
         raise NothingLearntError(
             f"{histogram.completions} completions are known, {LEARNT_ENOUGH} are needed"
         )
-    longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
-    lengths = lengths_seen(pool.bins(), histogram, longest)
+    lengths = _lengths(pool, histogram)
     found, _ = optimal_limits(
         lengths.weights, lengths.upper_tokens, limits or len(policy.limits_tokens)
     )
@@ -88,6 +87,16 @@ def recalibrate(
         policy_version=version,
         completions=float(lengths.weights.sum()),
     )
+
+
+def seen_weights(pool: Pool) -> NDArray[np.float64]:
+    """Return the weights of the total lengths seen so far, which always have the same bins."""
+    return _lengths(pool, pool.histogram()).weights
+
+
+def _lengths(pool: Pool, histogram: Histogram) -> Lengths:
+    longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
+    return lengths_seen(pool.bins(), histogram, longest)
 
 
 def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest: int) -> Lengths:

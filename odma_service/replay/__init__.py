@@ -18,16 +18,19 @@ from odma_service.replay.compare import (
     run_policy,
 )
 from odma_service.replay.load import Limits, limits_for, load_of
-from odma_service.replay.policies import NAMES, Tuning, check_name, read_tuning
+from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
 from odma_service.replay.prices import Serving
 from odma_service.replay.report import remarks, write_report
+from odma_service.replay.tune import Tuner, training_traces
 
 __all__ = [
     "NAMES",
+    "TUNED",
     "Comparison",
     "Limits",
     "Serving",
     "Setting",
+    "Tuner",
     "Tuning",
     "Watch",
     "as_object",
@@ -38,5 +41,6 @@ __all__ = [
     "read_tuning",
     "remarks",
     "run_policy",
+    "training_traces",
     "write_report",
 ]

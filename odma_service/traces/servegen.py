@@ -35,7 +35,8 @@ class _Lengths(NamedTuple):
 
     def draw(self, count: int, random: np.random.Generator) -> NDArray[np.int64]:
         places = np.searchsorted(self.cumulative, random.random(count) * self.cumulative[-1])
-        return self.values[np.minimum(places, len(self.values) - 1)]
+        drawn: NDArray[np.int64] = self.values[np.minimum(places, len(self.values) - 1)]
+        return drawn
 
 
 def sample_servegen(
@@ -59,7 +60,9 @@ def sample_servegen(
     known = table["has_lengths"] & (table["rate"] > 0)
     inside = known & (table["t_seconds"] >= begin) & (table["t_seconds"] < end)
     if not inside.any():
-        raise TraceError(f"{rates}: nothing between hours {start_hours:g} and {start_hours + hours:g}")
+        raise TraceError(
+            f"{rates}: nothing between hours {start_hours:g} and {start_hours + hours:g}"
+        )
     lengths = _lengths(Path(histograms), begin, end)
     slots = [
         slot
@@ -74,7 +77,9 @@ def sample_servegen(
         raise TraceError(f"{histograms}: no lengths for the clients of that window")
     scale = rows / sum(rate * SLOT_SECONDS for _, _, rate, _ in slots)
     random = np.random.default_rng(seed)
-    times, inputs, outputs = [], [], []
+    times: list[NDArray[np.float64]] = []
+    inputs: list[NDArray[np.int64]] = []
+    outputs: list[NDArray[np.int64]] = []
     for client, at, rate, cv in slots:
         arrivals = _arrivals(rate * SLOT_SECONDS * scale, cv, random)
         times.append(arrivals + (at - begin))
