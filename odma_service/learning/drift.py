@@ -1,9 +1,10 @@
 """Drift: whether lengths have changed enough, and new limits would gain enough, to change.
 
 Two questions, both of which must be answered with yes. Have the lengths changed since the
-limits in force were found (Kolmogorov and Smirnov's test, on decayed weights)? And would the
-limits that are best now save a worthwhile share of what is reserved? The second alone would
-follow noise; the first alone would change limits for nothing.
+limits in force were found (Kolmogorov and Smirnov's test, on decayed weights), or are twice as
+many known? The first to finish are the short ones, so what is known at first is not how
+lengths are. And would the limits that are best now save a worthwhile share of what is
+reserved? The second alone would follow noise; the first alone would change limits for nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from odma_service.learning.recalibration import LimitsReport
+    from odma_service.learning.recalibration import RecalibrationReport
 
-LEAST_GAIN = 0.03  # in utilisation, on the lengths seen
+LEAST_GAIN = 0.03  # in utilisation over time, on the lengths seen
 CRITICAL = 1.628  # of the test at 1 %: times sqrt(1/n + 1/m)
 
 
@@ -47,6 +48,13 @@ def drift_between(before: NDArray[np.float64], now: NDArray[np.float64]) -> Drif
     return Drift(float(apart.max()), CRITICAL * math.sqrt(1 / n + 1 / m))
 
 
-def is_worth_it(before: LimitsReport, after: LimitsReport) -> bool:
+def has_news(before: NDArray[np.float64] | None, now: NDArray[np.float64]) -> bool:
+    """Whether a histogram tells what the one that limits were found on did not."""
+    if before is None or now.sum() >= 2 * before.sum():
+        return True
+    return drift_between(before, now).found
+
+
+def is_worth_it(report: RecalibrationReport) -> bool:
     """Whether other limits would use so much more of what they reserve (hysteresis)."""
-    return after.utilisation - before.utilisation >= LEAST_GAIN
+    return report.gain >= LEAST_GAIN

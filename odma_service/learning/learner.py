@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from odma_service.learning.drift import drift_between, is_worth_it
+from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
     RecalibrationReport,
@@ -91,12 +91,9 @@ class Learner:
         if policy.name != "odma" or not policy.limits_tokens:
             return
         weights = seen_weights(self.pool)
-        if weights.sum() < LEARNT_ENOUGH:
+        if weights.sum() < LEARNT_ENOUGH or not has_news(self._calibrated, weights):
             return
-        if self._calibrated is not None and not drift_between(self._calibrated, weights).found:
-            return
-        report = self.recalibrate(dry_run=True)
-        if is_worth_it(report.before, report.after):
+        if is_worth_it(self.recalibrate(dry_run=True)):
             self.recalibrate(expected_version=policy.version)
         self._calibrated = weights
 

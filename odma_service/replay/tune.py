@@ -28,6 +28,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
     "oracle": {},
     "s3": {"overflow_risk": (0.5, 0.3, 0.1), "growth": (1.5, 2.0)},
     "odma": {
+        "buckets": (8, 12, 16),
         "overflow_risk": (0.3, 0.5, 0.7, 0.9),
         "safety_share": SHARES,
         "growth": (1.0, 1.1, 1.25, 1.5),
