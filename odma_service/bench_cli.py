@@ -59,7 +59,7 @@ def replay_bench(
         "decisions": outcome.history.decisions,
         "peak_resident_mib": round(resident[-1] / 1024, 1),
         "peak_growth_after_first_run_mib": round((resident[-1] - resident[0]) / 1024, 1),
-        "recalibration_ms": round(_recalibration_seconds() * 1e3, 4),
+        "recalibration_ms": round(recalibration_seconds() * 1e3, 4),
     }
     if as_json:
         typer.echo(json.dumps(figures))
@@ -68,7 +68,7 @@ def replay_bench(
         typer.echo(f"{key:34} {value}")
 
 
-def _recalibration_seconds() -> float:
+def recalibration_seconds() -> float:
     """Return the median time to find 16 limits over 512 bins."""
     random = np.random.default_rng(1)
     weights = random.exponential(1.0, RECALIBRATION_BINS)

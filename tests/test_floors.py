@@ -21,7 +21,16 @@ FLOORS = {
     "rpc": {"rpc"},
     "client": {"client"},
     "service": {"config", "metrics", "service", "server"},
-    "cli": {"__main__", "bench_cli", "cli", "demo", "replay_cli", "status", "trace_cli"},
+    "cli": {
+        "__main__",
+        "bench_cli",
+        "cli",
+        "demo",
+        "replay_cli",
+        "reproduce_cli",
+        "status",
+        "trace_cli",
+    },
 }
 
 MAY_USE = {

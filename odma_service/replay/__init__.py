@@ -21,6 +21,7 @@ from odma_service.replay.load import Limits, limits_for, load_of
 from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
 from odma_service.replay.prices import Serving
 from odma_service.replay.report import remarks, write_report
+from odma_service.replay.reproduce import reproduce
 from odma_service.replay.tune import Tuner, training_traces
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "load_of",
     "read_tuning",
     "remarks",
+    "reproduce",
     "run_policy",
     "training_traces",
     "write_report",

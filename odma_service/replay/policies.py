@@ -24,7 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import PolicyRecord, named
+from odma_service.policy import PolicyRecord, longest_tokens, named
 from odma_service.replay.arena import ArenaMemory, EngineKind
 from odma_service.replay.load import Limits, Load
 from odma_service.replay.memory import Memory
@@ -104,17 +104,26 @@ def check_name(name: str) -> str:
 
 
 def record_of(name: str, limits: Limits, parameters: Parameters) -> PolicyRecord:
-    """Return the policy record of an arena policy with its free parameters set."""
+    """Return the policy record of an arena policy with its free parameters set.
+
+    Parameters are fields of the record, and three more: `buckets` is how many limits there
+    are at first, `equal_width` 1 spaces them equally, and `learns` 0 keeps limits and safety
+    share as they are.
+    """
     base = named(ARENA_POLICIES[name].record, limits.model_length_tokens, limits.capacity_tokens)
     changes: dict[str, object] = dict(parameters)
     if "step_tokens" in changes:
         changes["step_tokens"] = int(parameters["step_tokens"])
-    if "buckets" in changes:
-        limits_tokens = _limits(name, limits, int(parameters["buckets"]))
-        del changes["buckets"]
-        changes["limits_tokens"] = limits_tokens
+    buckets = int(parameters.get("buckets", len(base.limits_tokens)))
+    equal_width = bool(parameters.get("equal_width", name == "s3"))
+    if base.limits_tokens:
+        changes["limits_tokens"] = _limits(limits, buckets, equal_width=equal_width)
     if name == "grow-copy":
         changes |= {"name": name, "overflow": Overflow.RELOCATE}
+    if parameters.get("learns") == 0:
+        changes["name"] = f"{name}-fixed"
+    for own in ("buckets", "equal_width", "learns"):
+        changes.pop(own, None)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -155,8 +164,8 @@ def memory_of(
         yield memory
 
 
-def _limits(name: str, limits: Limits, buckets: int) -> tuple[int, ...]:
-    longest = min(limits.model_length_tokens, limits.capacity_tokens)
-    if name == "s3":
+def _limits(limits: Limits, buckets: int, *, equal_width: bool) -> tuple[int, ...]:
+    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
+    if equal_width:
         return tuple(sorted({-(-longest * i // buckets) for i in range(1, buckets + 1)}))
     return tuple(sorted({-(-longest // 2**i) for i in range(buckets)}))
