@@ -17,6 +17,8 @@ from odma_service import bench, config, lpddr_cli, server, status, trace_cli
 from odma_service.client import Client
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
+from odma_service.replay_cli import replay_command, tune_command
+from odma_service.reproduce_cli import reproduce_command
 
 UsageError: Any = typer.BadParameter.__base__
 """What a wrong command line raises; typer does not export it."""
@@ -30,6 +32,9 @@ app.add_typer(trace_cli.app, name="trace")
 app.add_typer(bench.app, name="bench")
 app.add_typer(lpddr_cli.app, name="lpddr")
 app.command("demo")(demo_command)
+app.command("replay")(replay_command)
+app.command("tune")(tune_command)
+app.command("reproduce")(reproduce_command)
 
 Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]
 DEFAULT_TARGET = "127.0.0.1:50051"

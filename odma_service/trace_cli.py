@@ -50,6 +50,25 @@ def generate(
     _report(trace, out)
 
 
+@app.command()
+def servegen(
+    rates: Annotated[Path, typer.Argument(help="A *_rates parquet file of ServeGen.")],
+    histograms: Annotated[Path, typer.Argument(help="Its *_hist parquet file.")],
+    out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
+    start_hours: Annotated[float, typer.Option(min=0, help="Where the window begins.")] = 0.0,
+    hours: Annotated[float, typer.Option(min=1 / 6, help="How long it is.")] = 6.0,
+    rows: Annotated[int, typer.Option(min=1, help="Requests, about: rates are scaled.")] = 3_000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")] = 1,
+) -> None:
+    """Sample a trace that drifts as a production service did, over hours or days."""
+    with _failing_in_one_line():
+        trace = traces.sample_servegen(
+            rates, histograms, rows=rows, seed=seed, start_hours=start_hours, hours=hours
+        )
+        traces.write_trace(trace, out)
+    _report(trace, out)
+
+
 @app.command("import")
 def import_(
     src: Annotated[Path, typer.Argument(help="Azure CSV, Mooncake JSONL or parquet.")],

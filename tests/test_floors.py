@@ -28,6 +28,8 @@ FLOORS = {
         "cli",
         "demo",
         "lpddr_cli",
+        "replay_cli",
+        "reproduce_cli",
         "status",
         "trace_cli",
     },

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from odma_service.learning.recalibration import RecalibrationReport, recalibrate
+from odma_service.learning.drift import has_news, is_worth_it
+from odma_service.learning.recalibration import (
+    LEARNT_ENOUGH,
+    RecalibrationReport,
+    recalibrate,
+    seen_weights,
+)
 from odma_service.learning.safety import adapted_share
 from odma_service.values import Allocate, Free, Start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from odma_service.pool import Pool
     from odma_service.values import Answer, Batch, Op, Place, Quantiles
@@ -22,7 +31,7 @@ MEDIAN = 2  # its index among the quantiles
 
 
 class Learner:
-    """Predictions, recalibration and the adaptive safety share around one pool.
+    """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
     What was learnt is in the pool's books: a Learner can be made anew at any time.
     """
@@ -31,22 +40,32 @@ class Learner:
         self.pool = pool
         self._frees = 0
         self._counted = _ends(pool)
+        self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at
         self._adapting = pool.policy()  # its safety share is the last one computed
 
-    def apply(self, epoch: int, batch: Batch) -> Answer:
+    def apply(
+        self,
+        epoch: int,
+        batch: Batch,
+        predictions: Sequence[Quantiles | None] | None = None,
+    ) -> Answer:
         """Do a batch as Pool.apply does, with predictions where the policy needs them.
 
-        A batch that cannot be new is answered, or refused, before anything is predicted.
+        `predictions`, one for each operation, take the place of the Learner's own. A batch
+        that cannot be new is answered, or refused, before anything is predicted.
         """
         if batch.seq != self.pool.last_seq + 1:
             stored = self.pool.replay(epoch, batch)
             if stored is not None:
                 return stored
-        answer = self.pool.apply(epoch, batch, self._predictions(batch.ops))
+        if predictions is None:
+            predictions = self._predictions(batch.ops)
+        answer = self.pool.apply(epoch, batch, predictions)
         self._frees += sum(isinstance(op, Free) for op in batch.ops)
         if self._frees >= FREES_PER_ADAPTATION:
             self._frees = 0
             self._adapt_safety_share()
+            self._follow_drift()
         return answer
 
     def allocate(self, epoch: int, op: Allocate) -> Place:
@@ -65,6 +84,18 @@ class Learner:
         return recalibrate(
             self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
         )
+
+    def _follow_drift(self) -> None:
+        """Recalibrate `odma` if its lengths have drifted and other limits are worth it."""
+        policy = self.pool.policy()
+        if policy.name != "odma" or not policy.limits_tokens:
+            return
+        weights = seen_weights(self.pool)
+        if weights.sum() < LEARNT_ENOUGH or not has_news(self._calibrated, weights):
+            return
+        if is_worth_it(self.recalibrate(dry_run=True)):
+            self.recalibrate(expected_version=policy.version)
+        self._calibrated = weights
 
     def _predictions(self, ops: Sequence[Op]) -> list[Quantiles | None] | None:
         policy = self.pool.policy()

@@ -1,9 +1,14 @@
 """Recalibration: the bucket limits that would have wasted least on the lengths seen.
 
 The lengths are the decayed histogram of total tokens. A request that stopped at its limit
-would have gone on, so its weight is spread over the longer ones, as the Kaplan-Meier
-estimate does it: at each length the finished share of those still at risk ends there. What
+would have gone on, and so will one that still runs: its weight is spread over the longer ones,
+as the Kaplan-Meier estimate does it: at each length the finished share of those still at risk
+ends there. Without the running ones the first to finish, the short ones, would seem to be all
+there is. What
 is left after the longest finished request ends at the longest length there can be.
+
+A token wasted beside a long request is wasted for longer. So lengths count by the time their
+requests stay, which is taken to be proportional to the length itself.
 """
 
 from __future__ import annotations
@@ -39,13 +44,17 @@ class LimitsReport(NamedTuple):
 
 
 class RecalibrationReport(NamedTuple):
-    """Limits before and after. installed: `after` is in force. completions: their weight."""
+    """Limits before and after. installed: `after` is in force. completions: their weight.
+
+    gain is the utilisation won, with every length counted by the time it stays.
+    """
 
     before: LimitsReport
     after: LimitsReport
     installed: bool
     policy_version: int
     completions: float
+    gain: float = 0.0
 
 
 class Lengths(NamedTuple):
@@ -73,21 +82,39 @@ def recalibrate(
         raise NothingLearntError(
             f"{histogram.completions} completions are known, {LEARNT_ENOUGH} are needed"
         )
-    longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
-    lengths = lengths_seen(pool.bins(), histogram, longest)
+    lengths = _lengths(pool, histogram)
+    staying = lengths_staying(lengths)
     found, _ = optimal_limits(
-        lengths.weights, lengths.upper_tokens, limits or len(policy.limits_tokens)
+        staying.weights, staying.upper_tokens, limits or len(policy.limits_tokens)
     )
     version = policy.version
     if not dry_run and found != policy.limits_tokens:
         version = pool.set_policy(policy.with_changes(limits_tokens=found), version)
+    changed = policy.with_changes(limits_tokens=found)
     return RecalibrationReport(
         before=limits_report(policy, lengths),
-        after=limits_report(policy.with_changes(limits_tokens=found), lengths),
+        after=limits_report(changed, lengths),
         installed=not dry_run,
         policy_version=version,
         completions=float(lengths.weights.sum()),
+        gain=limits_report(changed, staying).utilisation
+        - limits_report(policy, staying).utilisation,
     )
+
+
+def seen_weights(pool: Pool) -> NDArray[np.float64]:
+    """Return the weights of the total lengths seen so far, which always have the same bins."""
+    return _lengths(pool, pool.histogram()).weights
+
+
+def _lengths(pool: Pool, histogram: Histogram) -> Lengths:
+    longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
+    upper = pool.bins()
+    entries = pool.regions(room=2 * pool.spec.max_regions)  # as many may wait as may live
+    running = [entry.used_tokens for entry in entries if entry.live]
+    bins = np.searchsorted(upper, np.array(running, np.int64)).clip(max=len(upper) - 1)
+    censored = histogram.total_censored + np.bincount(bins, minlength=len(upper))
+    return lengths_seen(upper, histogram._replace(total_censored=censored), longest)
 
 
 def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest: int) -> Lengths:
@@ -99,6 +126,11 @@ def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest
         np.append(upper_tokens[:below], np.uint32(longest)),
         np.append(weights[:below], weights[below:].sum()),
     )
+
+
+def lengths_staying(lengths: Lengths) -> Lengths:
+    """Return the lengths that are in memory at some moment."""
+    return Lengths(lengths.upper_tokens, lengths.weights * lengths.upper_tokens)
 
 
 def uncensored(finished: NDArray[np.float64], censored: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,10 +1,12 @@
 """Request traces: reading, writing, describing and making them.
 
 trace.py says what a trace is and describes one in numbers; files.py reads parquet, Azure CSV
-and Mooncake JSONL and writes parquet; synthetic.py makes a seeded load that drifts.
+and Mooncake JSONL and writes parquet; synthetic.py makes a seeded load that drifts;
+servegen.py samples one from the histograms of a production service.
 """
 
 from odma_service.traces.files import import_trace, read_trace, write_trace
+from odma_service.traces.servegen import sample_servegen
 from odma_service.traces.synthetic import generate
 from odma_service.traces.trace import (
     LARGEST_TOKENS,
@@ -25,5 +27,6 @@ __all__ = [
     "generate",
     "import_trace",
     "read_trace",
+    "sample_servegen",
     "write_trace",
 ]

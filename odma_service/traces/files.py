@@ -68,7 +68,7 @@ def write_trace(trace: Trace, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".parquet":
         raise TraceError(f"{path}: traces are written as parquet, so name the file *.parquet")
-    arrow, parquet = _pyarrow(path)
+    arrow, parquet = arrow_modules(path)
     columns: dict[str, Any] = {name: getattr(trace, name) for name in PARQUET_COLUMNS}
     if trace.request_class is not None:
         columns["request_class"] = arrow.array(trace.request_class, type=arrow.string())
@@ -245,7 +245,7 @@ def _place(path: Path, names: list[str], name: str) -> int:
 
 
 def _read_parquet(path: Path, rows: int | None) -> _Table:
-    arrow, parquet = _pyarrow(path)
+    arrow, parquet = arrow_modules(path)
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -280,7 +280,8 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
     )
 
 
-def _pyarrow(path: Path) -> tuple[Any, Any]:
+def arrow_modules(path: Path) -> tuple[Any, Any]:
+    """Return pyarrow and its parquet module. Raises TraceError without them."""
     try:
         return import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:

@@ -1,0 +1,48 @@
+"""The replay: what each policy would give on a trace, in simulated time.
+
+load      the requests of a trace under an engine's limits
+prices    what a decode step, a prefill and a copy take
+memory    what the loop asks of a policy: arena.py a real pool, paging.py a count of pages
+loop      continuous batching over any memory
+policies  every policy by name, with its tuned parameters
+measure   a window, and what is measured in it
+compare   all policies on one load
+"""
+
+from odma_service.replay.compare import (
+    Comparison,
+    Setting,
+    Watch,
+    as_object,
+    compare,
+    run_policy,
+)
+from odma_service.replay.load import Limits, limits_for, load_of
+from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
+from odma_service.replay.prices import Serving
+from odma_service.replay.report import remarks, write_report
+from odma_service.replay.reproduce import reproduce
+from odma_service.replay.tune import Tuner, training_traces
+
+__all__ = [
+    "NAMES",
+    "TUNED",
+    "Comparison",
+    "Limits",
+    "Serving",
+    "Setting",
+    "Tuner",
+    "Tuning",
+    "Watch",
+    "as_object",
+    "check_name",
+    "compare",
+    "limits_for",
+    "load_of",
+    "read_tuning",
+    "remarks",
+    "reproduce",
+    "run_policy",
+    "training_traces",
+    "write_report",
+]

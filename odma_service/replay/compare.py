@@ -1,0 +1,279 @@
+"""Comparing: every policy on the same load, in the same window, over several seeds.
+
+Ideal paging with 16-token pages always runs along: it is what a figure is a share of. It also
+tells whether the load is short of memory at all: only where the same paging with a pool that
+never fills gives at least a tenth more does a ratio on that load say anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from odma_service.replay.arena import ArenaMemory, PolicyEvent
+from odma_service.replay.load import Limits, Load, load_of, shuffled
+from odma_service.replay.loop import History, serve
+from odma_service.replay.measure import (
+    MEMORY_BOUND_RATIO,
+    Interval,
+    Measures,
+    Window,
+    interval,
+    measure,
+    window_of,
+)
+from odma_service.replay.policies import (
+    IDEAL,
+    PAGED_BANDWIDTH_SHARES,
+    UNLIMITED,
+    Tuning,
+    memory_of,
+)
+from odma_service.replay.prices import Serving
+from odma_service.traces import Trace
+
+NO_PREFIX_REUSE = "no prefix reuse"
+Watch = Callable[[str, int, int], None]
+"""Told a policy, a seed, and how many requests have finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is held fixed in a comparison."""
+
+    limits: Limits
+    serving: Serving = field(default_factory=Serving)
+    batch_cap: int = 256
+    closed: bool = True
+    rate: float = 1.0
+    predictor: str | None = None
+    seeds: int = 1
+
+
+class Safety(NamedTuple):
+    """How often the safety pool was used, by cause, and how often limits changed."""
+
+    growth: int = 0
+    unsure: int = 0
+    recalibrations: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One policy on one seed."""
+
+    policy: str
+    seed: int
+    history: History
+    safety: Safety
+    events: list[PolicyEvent] = field(default_factory=list)
+    measures: Measures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadClass:
+    """Whether memory is what a load is short of."""
+
+    memory_bound: bool
+    unlimited_over_ideal: float
+
+    @property
+    def name(self) -> str:
+        """The class as a word."""
+        return "memory-bound" if self.memory_bound else "not memory-bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Every policy on one trace, by seed."""
+
+    label: str
+    requests: int
+    dropped: int
+    setting: Setting
+    tuning: Tuning
+    load_class: LoadClass
+    windows: tuple[Window, ...]
+    outcomes: dict[str, list[Outcome]]
+
+    def rates(self, policy: str) -> list[float]:
+        """Return tokens per second, by seed."""
+        return [_known(outcome).tokens_per_s for outcome in self.outcomes[policy]]
+
+    def ratio(self, policy: str, to: str) -> Interval:
+        """Return one policy's tokens per second over another's, paired by seed."""
+        pairs = zip(self.rates(policy), self.rates(to), strict=True)
+        return interval([ours / theirs for ours, theirs in pairs])
+
+
+def compare(
+    trace: Trace,
+    policies: Sequence[str],
+    setting: Setting,
+    tuning: Tuning,
+    directory: Path,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Serve a trace under every policy; seed 0 is the trace as it is, others reorder it."""
+    names = list(dict.fromkeys((IDEAL, *policies)))
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    windows: list[Window] = []
+    ratios: list[float] = []
+    for seed in range(setting.seeds):
+        load = load_of(shuffled(trace, seed), setting.limits, rate=setting.rate)
+        lengths = [request.output_tokens for request in load.requests]
+        runs = [
+            run_policy(name, load, setting, tuning, directory, seed, watch)
+            for name in (UNLIMITED, *names)
+        ]
+        ratios.append(_unlimited_over_ideal(runs[0], runs[1], setting, lengths))
+        window = window_of(run.history for run in runs[1:])
+        for run in runs[1:]:
+            run.measures = measure(run.history, window, setting.limits.capacity_tokens, lengths)
+            outcomes[run.policy].append(run)
+        windows.append(window)
+    mean = sum(ratios) / len(ratios)
+    return Comparison(
+        trace.label,
+        len(load),
+        load.dropped,
+        setting,
+        tuning,
+        LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
+        tuple(windows),
+        outcomes,
+    )
+
+
+def run_policy(
+    name: str,
+    load: Load,
+    setting: Setting,
+    tuning: Tuning,
+    directory: Path,
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Outcome:
+    """Serve a load under one policy."""
+    with memory_of(
+        name,
+        load,
+        setting.serving,
+        tuning.of(IDEAL if name == UNLIMITED else name),
+        directory,
+        predictor_name=setting.predictor,
+        seed=seed,
+        batch_cap=setting.batch_cap,
+    ) as memory:
+        history = serve(
+            load,
+            memory,
+            setting.serving.prices(memory.kv_bandwidth_share),
+            batch_cap=setting.batch_cap,
+            closed=setting.closed,
+            watch=None if watch is None else lambda finished: watch(name, seed, finished),
+        )
+        if not isinstance(memory, ArenaMemory):
+            return Outcome(name, seed, history, Safety())
+        counters = memory.pool.report().counters
+        safety = Safety(
+            counters.safety_hits_growth, counters.safety_hits_unsure, memory.recalibrations
+        )
+        return Outcome(name, seed, history, safety, memory.events)
+
+
+def as_object(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as JSON has it."""
+    setting, limits = comparison.setting, comparison.setting.limits
+    return {
+        "trace": comparison.label,
+        "load_class": comparison.load_class.name,
+        "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
+        "device": setting.serving.device,
+        "assumptions": assumptions(setting),
+        "parameter_hash": comparison.tuning.digest,
+        "requests": comparison.requests,
+        "dropped": comparison.dropped,
+        "capacity_tokens": limits.capacity_tokens,
+        "max_output_tokens": limits.max_output_tokens,
+        "model_length_tokens": limits.model_length_tokens,
+        "seeds": setting.seeds,
+        "windows": [window._asdict() for window in comparison.windows],
+        "policies": {name: _policy_object(comparison, name) for name in comparison.outcomes},
+    }
+
+
+def assumptions(setting: Setting) -> dict[str, Any]:
+    """Return what the figures rest on besides the trace."""
+    return {
+        **asdict(setting.serving),
+        "paged_bandwidth_shares": {str(k): v for k, v in PAGED_BANDWIDTH_SHARES.items()},
+        "batch_cap": setting.batch_cap,
+        "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
+        "prefill": "whole prompts",
+        "preemption": "by recompute",
+        "prefix_cache": NO_PREFIX_REUSE,
+        "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
+    }
+
+
+def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
+    runs = comparison.outcomes[name]
+    rate, ratio = interval(comparison.rates(name)), comparison.ratio(name, IDEAL)
+
+    def mean(name: str) -> float:
+        pick = attrgetter(name)
+        return sum(float(pick(_known(run))) for run in runs) / len(runs)
+
+    shown: dict[str, Any] = {
+        "tokens_per_s": round(rate.mean, 3),
+        "tokens_per_s_ci95": rate.half and round(rate.half, 3),
+        "over_ideal_paging": round(ratio.mean, 4),
+        "over_ideal_paging_ci95": ratio.half and round(ratio.half, 4),
+    }
+    for field_name, digits in (
+        ("requests_per_s", 5),
+        ("utilisation_written_over_capacity", 4),
+        ("utilisation_written_over_reserved", 4),
+        ("mean_running", 2),
+        ("preemptions", 1),
+        ("recomputed_tokens", 1),
+        ("copies", 1),
+        ("copied_tokens", 1),
+        ("copy_share_of_time", 5),
+        ("prefill_share_of_time", 4),
+    ):
+        shown[field_name] = _whole(round(mean(field_name), digits))
+    for latency in ("ttft", "tpot"):
+        for part in ("p50", "p95", "p99"):
+            shown[f"{latency}_{part}_s"] = round(mean(f"{latency}_s.{part}"), 5)
+    hits = [run.safety for run in runs]
+    shown["safety_hits"] = _whole(sum(s.growth + s.unsure for s in hits) / len(hits))
+    shown["safety_hits_growth"] = _whole(sum(s.growth for s in hits) / len(hits))
+    shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
+    shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
+    shown["parameters"] = dict(comparison.tuning.of(name))
+    return shown
+
+
+def _unlimited_over_ideal(
+    unlimited: Outcome, ideal: Outcome, setting: Setting, lengths: Sequence[int]
+) -> float:
+    window = window_of((unlimited.history, ideal.history))
+    capacity = setting.limits.capacity_tokens
+    rates = [
+        measure(run.history, window, capacity, lengths).tokens_per_s for run in (unlimited, ideal)
+    ]
+    return rates[0] / rates[1]
+
+
+def _known(outcome: Outcome) -> Measures:
+    assert outcome.measures is not None
+    return outcome.measures
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,134 @@
+"""Load: the requests of a trace under an engine's limits.
+
+A request's maximum is min(input + max_output, model_length), the same for every policy. An
+answer stops there, or where the trace says. Prompts are never cut: what cannot fit is dropped
+for every policy, and counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from odma_service.errors import InvalidError
+from odma_service.traces import Trace
+
+LEAST_OUTPUT_TOKENS = 4_096
+BLOCK_TOKENS = 16
+BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where an engine stops a request."""
+
+    max_output_tokens: int
+    model_length_tokens: int
+    capacity_tokens: int
+
+
+class Request(NamedTuple):
+    """One request. It stops at total_tokens, which is its maximum if `limited`."""
+
+    prompt_tokens: int
+    total_tokens: int
+    maximum_tokens: int
+    limited: bool
+    request_class: str
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that the engine will generate for it."""
+        return self.total_tokens - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests in arrival order, and how many of the trace are not among them."""
+
+    label: str
+    limits: Limits
+    requests: tuple[Request, ...]
+    arrivals_seconds: tuple[float, ...]
+    dropped: int
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.requests)
+
+
+def limits_for(
+    trace: Trace,
+    capacity_tokens: int,
+    max_output_tokens: int | None = None,
+    model_length_tokens: int | None = None,
+) -> Limits:
+    """Return limits; where none is given, the least that cut nothing off in the trace.
+
+    No limit on answers is taken to be below 4,096: a trace does not tell what its engine
+    would have allowed. No request is longer than the capacity, which is whole blocks.
+    """
+    capacity_tokens -= capacity_tokens % BLOCK_TOKENS
+    max_output = max_output_tokens or max(LEAST_OUTPUT_TOKENS, int(trace.output_tokens.max()))
+    longest = model_length_tokens or int(trace.input_tokens.max()) + max_output
+    return Limits(max_output, min(longest, capacity_tokens), capacity_tokens)
+
+
+def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
+    """Return what is to be served; arrivals come `rate` times as fast as in the trace.
+
+    Raises InvalidError if nothing fits.
+    """
+    prompts = trace.input_tokens
+    maxima = np.minimum(prompts + limits.max_output_tokens, limits.model_length_tokens)
+    fits = (prompts < maxima) & (maxima <= limits.capacity_tokens)
+    kept = np.flatnonzero(fits)
+    if not kept.size:
+        raise InvalidError("capacity_tokens", "no request of the trace can ever fit")
+    wanted = prompts + trace.output_tokens
+    totals = np.minimum(wanted, maxima)
+    limited = wanted >= prompts + limits.max_output_tokens
+    limited |= wanted > maxima
+    classes = trace.request_class or ("",) * len(trace)
+    requests = tuple(
+        Request(prompt, total, maximum, at_limit, classes[row])
+        for row, prompt, total, maximum, at_limit in zip(
+            kept.tolist(),
+            prompts[kept].tolist(),
+            totals[kept].tolist(),
+            maxima[kept].tolist(),
+            limited[kept].tolist(),
+            strict=True,
+        )
+    )
+    arrivals = tuple((trace.t_seconds[kept] / rate).tolist())
+    return Load(trace.label, limits, requests, arrivals, len(trace) - len(requests))
+
+
+def shuffled(trace: Trace, seed: int) -> Trace:
+    """Return the trace with its rows in another order, in blocks of 64; seed 0 is as it is.
+
+    A block keeps its order and its gaps between arrivals, so what changes fast in a trace
+    stays and what changes slowly is mixed.
+    """
+    if seed == 0:
+        return trace
+    order = _block_order(len(trace), np.random.default_rng(seed))
+    gaps = np.diff(trace.t_seconds, prepend=trace.t_seconds[0])
+    classes = trace.request_class
+    return Trace(
+        np.cumsum(gaps[order]),
+        trace.input_tokens[order],
+        trace.output_tokens[order],
+        trace.label,
+        None if classes is None else tuple(classes[row] for row in order.tolist()),
+        trace.notes,
+    )
+
+
+def _block_order(rows: int, random: np.random.Generator) -> NDArray[np.int64]:
+    blocks = np.split(np.arange(rows), range(BLOCK_ROWS, rows, BLOCK_ROWS))
+    return np.concatenate([blocks[i] for i in random.permutation(len(blocks))])

@@ -1,0 +1,316 @@
+"""The loop: continuous batching, first come first served, over any memory.
+
+    give back what has ended, grow what is full, admit from the queue      one decision
+    copy; prefill the admitted; a token of every request that has room     the step
+
+Nothing has to be decided in most steps: the next event is the earliest of a region full, a
+request finished and, in the open loop, an arrival that could be admitted. The steps before it
+are taken at once. A preempted request goes back to the front of the queue with what it had
+generated, and its next prefill computes that again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import islice
+from typing import NamedTuple
+
+from odma_service.errors import OdmaError
+from odma_service.replay.load import Load
+from odma_service.replay.memory import Asked, Decision, Ended, Memory, Run, Step
+from odma_service.replay.prices import PICOSECONDS, Prices
+from odma_service.values import End
+
+ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
+PATIENCE_STEPS = 1_000
+FOREVER = 2**62
+
+
+class StuckError(OdmaError):
+    """Nothing moves any more: the policy neither grows, nor admits, nor preempts."""
+
+
+class Sums(NamedTuple):
+    """What has come together by some moment: time, tokens, and integrals over time."""
+
+    now_ps: int = 0
+    tokens: int = 0
+    written_token_ps: int = 0
+    reserved_token_ps: int = 0
+    copy_ps: int = 0
+    prefill_ps: int = 0
+    running_ps: int = 0
+
+
+@dataclass(slots=True)
+class History:
+    """A run of the loop.
+
+    sums        one entry for each request that finished, in that order
+    finished    their numbers
+    arrived_ps  by request: its arrival; in the closed loop when it came to the queue's head
+    first_ps    by request: its first token
+    finished_ps by request
+    emptied     how many had finished when nobody was waiting, or would come, for the first time
+    """
+
+    arrived_ps: list[int]
+    first_ps: list[int]
+    finished_ps: list[int]
+    sums: list[Sums] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
+    emptied: int | None = None
+    steps: int = 0
+    decisions: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    copies: int = 0
+    copied_tokens: int = 0
+
+
+def serve(
+    load: Load,
+    memory: Memory,
+    prices: Prices,
+    *,
+    batch_cap: int = 256,
+    closed: bool = True,
+    watch: Callable[[int], None] | None = None,
+) -> History:
+    """Serve every request of the load to its end; `watch` is told how many have finished."""
+    loop = Loop(load, memory, prices, batch_cap, closed=closed)
+    told = 0
+    while loop.advance():
+        if watch is not None and len(loop.history.finished) - told >= 64:
+            told = len(loop.history.finished)
+            watch(told)
+    return loop.history
+
+
+class Loop:
+    """The state of one engine between two decisions."""
+
+    def __init__(
+        self, load: Load, memory: Memory, prices: Prices, batch_cap: int, *, closed: bool
+    ) -> None:
+        count = len(load)
+        self.history = History([-1] * count, [-1] * count, [-1] * count)
+        self._load = load
+        self._memory = memory
+        self._prices = prices
+        self._cap = batch_cap
+        self._closed = closed
+        self._queue = deque(range(count)) if closed else deque()
+        self._arrivals = [round(s * PICOSECONDS) for s in load.arrivals_seconds]
+        self._next = count if closed else 0  # the next to arrive
+        if closed:
+            self.history.arrived_ps[0] = 0
+        else:
+            self.history.arrived_ps = self._arrivals
+        self._generated: dict[int, int] = {}
+        self._running: dict[int, Run] = {}
+        self._heap: list[tuple[int, int, Run]] = []
+        self._ended: list[Ended] = []
+        self._stalled: list[Run] = []  # refused room
+        self._filled: list[Run] = []  # full since the last step
+        self._blocked = False
+        self._births = 0
+        self._tick = 0
+        self._written = 0  # of the running, as the reserved
+        self._reserved = 0
+        self._sums = Sums()
+        self._idle_steps = 0
+
+    def advance(self) -> bool:
+        """Decide, and take steps up to the next event; False when all is done."""
+        self._arrive()
+        if not self._running and not self._queue:
+            if self._next == len(self._load):
+                return False
+            self._sums = self._sums._replace(now_ps=self._arrivals[self._next])
+            self._arrive()
+        prefill_ps = copy_ps = 0
+        fresh: list[Run] = []
+        full = self._full()
+        asked = self._asked()
+        if self._ended or full or asked:
+            decision = self._decide(full, asked)
+            copy_ps = self._prices.copies_ps(decision.copies, decision.copied_tokens)
+            fresh = self._admit(decision, asked)
+            prefill_ps = sum(self._prices.prefill_ps(run.lead + self._tick) for run in fresh)
+        self._note_empty()
+        waits = bool(self._stalled or fresh or (self._queue and not self._blocked and self._room()))
+        self._take_steps(
+            1 if waits or not self._running else self._quiet_steps(), prefill_ps, copy_ps
+        )
+        for run in fresh:
+            if self.history.first_ps[run.number] < 0:
+                self.history.first_ps[run.number] = self._sums.now_ps
+        self._retire()
+        return True
+
+    # What there is to decide
+
+    def _arrive(self) -> None:
+        while self._next < len(self._arrivals) and self._arrivals[self._next] <= self._sums.now_ps:
+            self._queue.append(self._next)
+            self._next += 1
+
+    def _full(self) -> list[Run]:
+        """Return the runs without room for a token, the oldest first."""
+        full = sorted(self._stalled + self._filled, key=_birth)
+        self._stalled, self._filled = [], []
+        return full
+
+    def _asked(self) -> list[Asked]:
+        if self._ended:
+            self._blocked = False
+        if self._blocked or not self._queue:
+            return []
+        most = min(ADMISSIONS, self._room())
+        return [
+            Asked(number, self._load.requests[number], self._generated.get(number, 0))
+            for number in islice(self._queue, most)
+        ]
+
+    def _room(self) -> int:
+        return self._cap - len(self._running)
+
+    # Deciding
+
+    def _decide(self, full: list[Run], asked: list[Asked]) -> Decision:
+        history = self.history
+        step = Step(history.steps, self._tick, self._ended, full, asked, self._running)
+        reserved = sum(run.room for run in full)
+        decision = self._memory.decide(step)
+        self._ended = []
+        self._reserved += sum(run.room for run in full) - reserved
+        self._stalled = decision.stalled
+        if decision.victims:
+            self._preempt(decision.victims)
+        if len(full) > len(self._stalled):
+            still = set(self._stalled)
+            for run in full:
+                if run not in still and run.birth in self._running:
+                    self._schedule(run)
+        history.decisions += 1
+        history.copies += decision.copies
+        history.copied_tokens += decision.copied_tokens
+        self._blocked = len(decision.placed) < len(asked) and not (
+            decision.again or decision.copies
+        )
+        return decision
+
+    def _preempt(self, victims: list[Run]) -> None:
+        """Send these back to the front of the queue, the oldest first in it."""
+        for run in sorted(victims, key=_birth, reverse=True):
+            written = run.lead + self._tick
+            generated = written - run.request.prompt_tokens
+            self._remove(run)
+            self._ended.append(Ended(run, End.PREEMPTED, generated))
+            self._generated[run.number] = generated
+            self._queue.appendleft(run.number)
+            self.history.preemptions += 1
+            self.history.recomputed_tokens += written
+        self._stalled = [run for run in self._stalled if run.birth in self._running]
+
+    def _admit(self, decision: Decision, asked: list[Asked]) -> list[Run]:
+        fresh = []
+        arrived = self.history.arrived_ps
+        for (handle, room), (number, request, generated) in zip(
+            decision.placed, asked, strict=False
+        ):
+            self._births += 1
+            run = Run(number, request, self._births)
+            run.handle, run.room = handle, room
+            run.lead = request.prompt_tokens + generated - self._tick
+            self._running[run.birth] = run
+            self._written += request.prompt_tokens + generated
+            self._reserved += room
+            self._schedule(run)
+            fresh.append(run)
+            self._queue.popleft()
+            if self._closed and self._queue and arrived[self._queue[0]] < 0:
+                arrived[self._queue[0]] = self._sums.now_ps
+        return fresh
+
+    def _schedule(self, run: Run) -> None:
+        total, room = run.request.total_tokens, run.room
+        run.due = min(total, room) - run.lead
+        heappush(self._heap, (run.due, run.birth, run))
+
+    # The step
+
+    def _note_empty(self) -> None:
+        if self.history.emptied is None and not self._queue and self._next == len(self._load):
+            self.history.emptied = len(self.history.finished)
+
+    def _quiet_steps(self) -> int:
+        """Return how many steps can be taken before anything has to be decided."""
+        heap = self._heap
+        while heap[0][0] != heap[0][2].due:
+            heappop(heap)
+        steps = heap[0][0] - self._tick
+        if not self._queue and self._next < len(self._load) and self._room():
+            wait_ps = self._arrivals[self._next] - self._sums.now_ps
+            steps = self._prices.steps_until(len(self._running), self._written, steps, wait_ps)
+        return steps
+
+    def _take_steps(self, steps: int, prefill_ps: int, copy_ps: int) -> None:
+        running = len(self._running) - len(self._stalled)
+        idle = sum(run.lead + self._tick for run in self._stalled)
+        decode = self._prices.decode(running, self._written - idle, steps)
+        apart_ps = prefill_ps + copy_ps
+        ps = decode.ps + apart_ps
+        sums = self._sums
+        self._sums = Sums(
+            sums.now_ps + ps,
+            sums.tokens + running * steps,
+            sums.written_token_ps + decode.token_ps + idle * decode.ps + self._written * apart_ps,
+            sums.reserved_token_ps + self._reserved * ps,
+            sums.copy_ps + copy_ps,
+            sums.prefill_ps + prefill_ps,
+            sums.running_ps + running * ps,
+        )
+        self._tick += steps
+        self._written += running * steps
+        self.history.steps += steps
+        for run in self._stalled:
+            run.lead -= steps
+        self._idle_steps = 0 if running else self._idle_steps + 1
+        if self._idle_steps >= PATIENCE_STEPS:
+            raise StuckError(
+                f"no token in {PATIENCE_STEPS} steps: {len(self._stalled)} requests running,"
+                f" {len(self._queue)} waiting"
+            )
+
+    def _retire(self) -> None:
+        """Let go of the requests that have reached their end."""
+        heap, tick, history = self._heap, self._tick, self.history
+        while heap and heap[0][0] <= tick:
+            due, _, run = heappop(heap)
+            if due != run.due:
+                continue
+            if run.lead + tick < run.request.total_tokens:
+                self._filled.append(run)
+                continue
+            self._remove(run)
+            request = run.request
+            end = End.HIT_LIMIT if request.limited else End.FINISHED
+            self._ended.append(Ended(run, end, request.output_tokens))
+            history.finished.append(run.number)
+            history.sums.append(self._sums)
+            history.finished_ps[run.number] = self._sums.now_ps
+
+    def _remove(self, run: Run) -> None:
+        del self._running[run.birth]
+        run.due = -1
+        self._written -= run.lead + self._tick
+        self._reserved -= run.room
+
+
+def _birth(run: Run) -> int:
+    return run.birth

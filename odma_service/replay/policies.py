@@ -1,0 +1,171 @@
+"""The policies side by side: ours, and the rivals that exist in the replay only.
+
+    static            the request's maximum
+    s3                ten equal-width buckets, preempt on overflow and double
+    odma              the paper's: predicted quantile, learnt limits, overflow copies
+    elastic           grow in place, by relocation, by compaction; one ordered stream
+    elastic-streams   the same on several streams: disjoint copies, completion a step late
+    grow-copy         grow in place or by copying to a hole; nobody else moves
+    oracle            the exact total is reserved; nothing moves
+    ideal-N           pages of N tokens, read at full bandwidth
+    paged-N           pages of N tokens at the bandwidth that scattered reads reach
+
+Nothing here reuses prefixes. Their free parameters are in tuned.json, set by one rule on
+training traces (tune.py); a report names the hash of that file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from odma_service.errors import InvalidError
+from odma_service.policy import PolicyRecord, longest_tokens, named
+from odma_service.replay.arena import ArenaMemory, EngineKind
+from odma_service.replay.load import Limits, Load
+from odma_service.replay.memory import Memory
+from odma_service.replay.paging import UNLIMITED_TOKENS, PagedMemory
+from odma_service.replay.predict import predictor
+from odma_service.replay.prices import Serving
+from odma_service.values import Moves, Overflow
+
+TUNED = Path(__file__).with_name("tuned.json")
+PAGED_BANDWIDTH_SHARES = {16: 0.85, 64: 0.97, 256: 0.99}
+"""Of the sequential bandwidth; assumed until an emulation of LPDDR says so."""
+
+PAGES = tuple(PAGED_BANDWIDTH_SHARES)
+IDEAL = "ideal-16"
+UNLIMITED = "unlimited"
+ALIASES = {"paged": "paged-16", "ideal": IDEAL}
+
+Parameters = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaPolicy:
+    """A policy record over a real arena, the engine it is for, and what it predicts by."""
+
+    record: str
+    kind: EngineKind
+    predictor: str = "live"
+    exact_lengths: bool = False
+
+
+ARENA_POLICIES = {
+    "static": ArenaPolicy("static", EngineKind(Moves.NONE)),
+    "s3": ArenaPolicy("s3", EngineKind(Moves.NONE), predictor="lognormal:0.5"),
+    "odma": ArenaPolicy("odma", EngineKind(Moves.OWN_GROWTH)),
+    "elastic": ArenaPolicy("elastic", EngineKind(Moves.ANY)),
+    "elastic-streams": ArenaPolicy(
+        "elastic", EngineKind(Moves.ANY, single_stream=False, copies_may_overlap=False)
+    ),
+    "grow-copy": ArenaPolicy("elastic", EngineKind(Moves.OWN_GROWTH)),
+    "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
+}
+PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
+NAMES = (*ARENA_POLICIES, *PAGED_POLICIES)
+PREDICTING = ("s3", "odma")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The free parameters of every policy, and the hash of the file they come from."""
+
+    parameters: Mapping[str, Parameters]
+    digest: str
+
+    def of(self, name: str) -> Parameters:
+        """Return the parameters of a policy; those without any have none."""
+        return self.parameters.get(name, {})
+
+
+def read_tuning(path: Path = TUNED) -> Tuning:
+    """Return the parameters in a file. Raises InvalidError for one that is none."""
+    try:
+        text = path.read_bytes()
+        parameters = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidError("parameters", f"{path}: {error}") from None
+    if not isinstance(parameters, dict) or not parameters.keys() <= set(NAMES):
+        raise InvalidError("parameters", f"{path}: an object by policy: {', '.join(NAMES)}")
+    return Tuning(parameters, sha256(text).hexdigest()[:16])
+
+
+def check_name(name: str) -> str:
+    """Return the full name of a policy. Raises InvalidError if there is none such."""
+    full = ALIASES.get(name, name)
+    if full not in NAMES:
+        raise InvalidError("policy", f"one of {', '.join(NAMES)}, not {name!r}")
+    return full
+
+
+def record_of(name: str, limits: Limits, parameters: Parameters) -> PolicyRecord:
+    """Return the policy record of an arena policy with its free parameters set.
+
+    Parameters are fields of the record, and three more: `buckets` is how many limits there
+    are at first, `equal_width` 1 spaces them equally, and `learns` 0 keeps limits and safety
+    share as they are.
+    """
+    base = named(ARENA_POLICIES[name].record, limits.model_length_tokens, limits.capacity_tokens)
+    changes: dict[str, object] = dict(parameters)
+    if "step_tokens" in changes:
+        changes["step_tokens"] = int(parameters["step_tokens"])
+    buckets = int(parameters.get("buckets", len(base.limits_tokens)))
+    equal_width = bool(parameters.get("equal_width", name == "s3"))
+    if base.limits_tokens:
+        changes["limits_tokens"] = _limits(limits, buckets, equal_width=equal_width)
+    if name == "grow-copy":
+        changes |= {"name": name, "overflow": Overflow.RELOCATE}
+    if parameters.get("learns") == 0:
+        changes["name"] = f"{name}-fixed"
+    for own in ("buckets", "equal_width", "learns"):
+        changes.pop(own, None)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def memory_of(
+    name: str,
+    load: Load,
+    serving: Serving,
+    parameters: Parameters,
+    directory: Path,
+    *,
+    predictor_name: str | None = None,
+    seed: int = 0,
+    batch_cap: int = 256,
+) -> Iterator[Memory]:
+    """Give the memory of a policy for one run; an arena's file lies in `directory`."""
+    capacity = load.limits.capacity_tokens
+    if name == UNLIMITED:
+        yield PagedMemory(UNLIMITED_TOKENS, PAGES[0], 0.0)
+        return
+    if name in PAGED_POLICIES:
+        kind, _, page = name.partition("-")
+        share = PAGED_BANDWIDTH_SHARES[int(page)] if kind == "paged" else 1.0
+        yield PagedMemory(capacity, int(page), parameters.get("headroom_share", 0.0), share)
+        return
+    policy = ARENA_POLICIES[name]
+    chosen = predictor_name if predictor_name and name in PREDICTING else policy.predictor
+    with ArenaMemory(
+        directory,
+        load.limits,
+        serving,
+        record_of(name, load.limits, parameters),
+        policy.kind,
+        predictor(chosen, load, seed),
+        exact_lengths=policy.exact_lengths,
+        batch_cap=batch_cap,
+    ) as memory:
+        yield memory
+
+
+def _limits(limits: Limits, buckets: int, *, equal_width: bool) -> tuple[int, ...]:
+    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
+    if equal_width:
+        return tuple(sorted({-(-longest * i // buckets) for i in range(1, buckets + 1)}))
+    return tuple(sorted({-(-longest // 2**i) for i in range(buckets)}))

@@ -1,0 +1,138 @@
+"""Prices: how long a decode step takes on a device with a model.
+
+A step reads the weights and the KV of every request that decodes, computes a token of each,
+and prefills the prompts that were admitted in it; copies come on top. Decoding takes as long
+as the slower of memory and arithmetic, prefill as long as its arithmetic.
+
+Time is counted in whole picoseconds. So k steps at once take exactly as long as k steps one
+by one, and a loop that skips steps can be compared with one that does not, digit by digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PICOSECONDS = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A device and a model, as far as time is concerned.
+
+    The defaults are a Cambricon MLU370-X4 and DeepSeek-R1-Distill-Qwen-7B in bf16. The two
+    efficiencies and the descriptor time are assumptions, printed with every report.
+    """
+
+    device: str = "mlu370-x4"
+    model: str = "DeepSeek-R1-Distill-Qwen-7B"
+    peak_flops_per_second: float = 96e12
+    compute_efficiency: float = 0.5
+    bandwidth_bytes_per_second: float = 307.2e9
+    bandwidth_efficiency: float = 0.85
+    weight_bytes: float = 15.2e9
+    flops_per_token: float = 15.2e9
+    attention_flops_per_pair: float = 4 * 28 * 3584  # a token with one earlier token
+    kv_bytes_per_token: int = 57_344
+    planes: int = 56
+    descriptor_seconds: float = 100e-9
+
+    @property
+    def flops_per_second(self) -> float:
+        """What the device reaches of its peak."""
+        return self.peak_flops_per_second * self.compute_efficiency
+
+    @property
+    def sequential_bytes_per_second(self) -> float:
+        """What the device reaches of its bandwidth in long runs."""
+        return self.bandwidth_bytes_per_second * self.bandwidth_efficiency
+
+    def prices(self, kv_bandwidth_share: float = 1.0) -> Prices:
+        """Return the prices where KV is read at a share of the sequential bandwidth."""
+        bandwidth, flops = self.sequential_bytes_per_second, self.flops_per_second
+        kv_seconds = self.kv_bytes_per_token / bandwidth
+        return Prices(
+            weights_ps=_ps(self.weight_bytes / bandwidth),
+            kv_token_ps=_ps(kv_seconds / kv_bandwidth_share),
+            token_ps=_ps(self.flops_per_token / flops),
+            pair_ps=_ps(self.attention_flops_per_pair / flops),
+            copy_ps=_ps(self.planes * self.descriptor_seconds),
+            copied_token_ps=_ps(2 * kv_seconds),
+        )
+
+
+class Segment(NamedTuple):
+    """Some decode steps in a row: their time, and the time integral of tokens written."""
+
+    ps: int
+    token_ps: int
+
+
+class Prices(NamedTuple):
+    """What things cost, in picoseconds."""
+
+    weights_ps: int
+    kv_token_ps: int
+    token_ps: int
+    pair_ps: int
+    copy_ps: int
+    copied_token_ps: int
+
+    def prefill_ps(self, tokens: int) -> int:
+        """Return the time to prefill one prompt."""
+        return tokens * self.token_ps + tokens * tokens // 2 * self.pair_ps
+
+    def copies_ps(self, pieces: int, tokens: int) -> int:
+        """Return the time of so many copies with so many tokens together."""
+        return pieces * self.copy_ps + tokens * self.copied_token_ps
+
+    def decode(self, running: int, written: int, steps: int) -> Segment:
+        """Return `steps` steps of `running` requests with `written` tokens at the first.
+
+        >>> Prices(100, 2, 1, 0, 0, 0).decode(running=3, written=10, steps=2)
+        Segment(ps=246, token_ps=2838)
+        """
+        memory = self.weights_ps + self.kv_token_ps * written, self.kv_token_ps * running
+        compute = self.token_ps * running + self.pair_ps * written, self.pair_ps * running
+        lead, slope = memory[0] - compute[0], memory[1] - compute[1]
+        last = lead + slope * (steps - 1)
+        if lead >= 0 and last >= 0:
+            return _integral(memory, running, written, steps)
+        if lead <= 0 and last <= 0:
+            return _integral(compute, running, written, steps)
+        first, second = (memory, compute) if lead > 0 else (compute, memory)
+        split = abs(lead) // abs(slope) + 1
+        a = _integral(first, running, written, split)
+        later = second[0] + second[1] * split, second[1]
+        b = _integral(later, running, written + running * split, steps - split)
+        return Segment(a.ps + b.ps, a.token_ps + b.token_ps)
+
+    def steps_until(self, running: int, written: int, most: int, ps: int) -> int:
+        """Return the fewest steps, at most `most`, that take at least `ps`."""
+        if self.decode(running, written, most).ps < ps:
+            return most
+        low, high = 1, most
+        while low < high:
+            middle = (low + high) // 2
+            if self.decode(running, written, middle).ps >= ps:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def _integral(price: tuple[int, int], running: int, written: int, steps: int) -> Segment:
+    """Return the sums over j < steps of price[0] + price[1] j, plain and times the tokens."""
+    ones, sum_j = steps, steps * (steps - 1) // 2
+    sum_jj = sum_j * (2 * steps - 1) // 3
+    base, slope = price
+    return Segment(
+        base * ones + slope * sum_j,
+        base * written * ones
+        + (base * running + slope * written) * sum_j
+        + slope * running * sum_jj,
+    )
+
+
+def _ps(seconds: float) -> int:
+    return round(seconds * PICOSECONDS)

@@ -1,0 +1,138 @@
+"""Tuning: one rule for every policy's free parameters.
+
+The rule: of the values in GRIDS, those that give the most tokens per second, as the geometric
+mean over the training loads, relative to ideal paging without headroom. Parameters are tried
+one after the other, each at the best values so far of the others, in two rounds. Training
+loads are seeds and parts of traces that no figure is quoted from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from odma_service.replay.compare import Outcome, Setting, run_policy
+from odma_service.replay.load import Load, limits_for, load_of
+from odma_service.replay.measure import measure, window_of
+from odma_service.replay.policies import IDEAL, PAGED_POLICIES, Tuning
+from odma_service.traces import Trace, TraceError, generate, read_trace, sample_servegen
+
+ROUNDS = 2
+SHARES = (0.03, 0.05, 0.08, 0.12, 0.2)
+
+GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "static": {},
+    "oracle": {},
+    "s3": {"overflow_risk": (0.5, 0.3, 0.1), "growth": (1.5, 2.0)},
+    "odma": {
+        "buckets": (8, 12, 16),
+        "overflow_risk": (0.3, 0.5, 0.7, 0.9),
+        "safety_share": SHARES,
+        "growth": (1.0, 1.1, 1.25, 1.5),
+    },
+    "elastic": {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)},
+    "elastic-streams": {
+        "safety_share": (0.05, 0.1, 0.2, 0.3),
+        "step_tokens": (64, 128, 256, 512, 1024),
+        "growth": (1.0, 1.25, 1.5),
+    },
+    "grow-copy": {
+        "safety_share": (0.05, 0.1, 0.2, 0.3),
+        "step_tokens": (64, 128, 256, 512, 1024),
+        "growth": (1.0, 1.25, 1.5),
+    },
+    **{name: {"headroom_share": (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)} for name in PAGED_POLICIES},
+}
+
+Say = Callable[[str], None]
+
+
+def training_traces(data: Path) -> list[Trace]:
+    """Return what is tuned on, from a folder with the public traces; what is absent is left out."""
+    servegen = data / "servegen"
+    makers: list[Callable[[], Trace]] = [
+        lambda: reasoning_like(700, 101),
+        lambda: generate(700, 102),
+        lambda: read_trace(data / "traces" / "mooncake_conversation_first2thirds.parquet", 700),
+        lambda: sample_servegen(
+            servegen / "deepseek_r1_rates_first18h.parquet",
+            servegen / "deepseek_r1_hist_first18h.parquet",
+            rows=500,
+            seed=103,
+            hours=4,
+        ),
+        lambda: sample_servegen(
+            servegen / "m_large_rates.parquet",
+            servegen / "m_large_hist.parquet",
+            rows=900,
+            seed=104,
+            start_hours=48,
+            hours=6,
+        ),
+    ]
+    found = []
+    for make in makers:
+        try:
+            found.append(make())
+        except TraceError:
+            continue
+    return found
+
+
+def reasoning_like(rows: int, seed: int) -> Trace:
+    """Return a heavy-tailed load: log-normal prompts (median 120) and answers (median 700)."""
+    random = np.random.default_rng(seed)
+    arrivals = np.cumsum(random.exponential(1.0, rows))
+    inputs = np.rint(random.lognormal(math.log(120), 0.7, rows)).clip(8, 2_000)
+    outputs = np.rint(random.lognormal(math.log(700), 1.0, rows)).clip(4, 14_384)
+    label = f"reasoning-like seed={seed}"
+    return Trace(arrivals, inputs.astype(np.int64), outputs.astype(np.int64), label)
+
+
+class Tuner:
+    """Tries parameters on training loads."""
+
+    def __init__(self, training: Sequence[Trace], capacity_tokens: int, directory: Path) -> None:
+        self._directory = directory
+        self._loads: list[tuple[Setting, Load, Outcome]] = []
+        for trace in training:
+            setting = Setting(limits_for(trace, capacity_tokens))
+            load = load_of(trace, setting.limits)
+            base = run_policy(IDEAL, load, setting, Tuning({}, ""), directory)
+            self._loads.append((setting, load, base))
+
+    def tune(self, name: str, say: Say) -> dict[str, float]:
+        """Return the best parameters of a policy."""
+        grids = GRIDS[name]
+        best = {parameter: values[len(values) // 2] for parameter, values in grids.items()}
+        known: dict[tuple[float, ...], float] = {}
+        for _ in range(ROUNDS):
+            for parameter, values in grids.items():
+                scores = {}
+                for value in values:
+                    tried = best | {parameter: value}
+                    key = tuple(tried.values())
+                    if key not in known:
+                        known[key] = self.score(name, tried)
+                        say(f"{name}: {tried}: {known[key]:.4f}")
+                    scores[value] = known[key]
+                best[parameter] = max(scores, key=lambda value: scores[value])
+        return best
+
+    def score(self, name: str, parameters: Mapping[str, float]) -> float:
+        """Return the geometric mean of tokens per second over those of plain ideal paging."""
+        tuning = Tuning({name: parameters}, "")
+        logs = []
+        for setting, load, base in self._loads:
+            run = run_policy(name, load, setting, tuning, self._directory)
+            window = window_of((base.history, run.history))
+            outputs = [request.output_tokens for request in load.requests]
+            ours, theirs = (
+                measure(each.history, window, setting.limits.capacity_tokens, outputs).tokens_per_s
+                for each in (run, base)
+            )
+            logs.append(math.log(ours / theirs))
+        return math.exp(sum(logs) / len(logs))

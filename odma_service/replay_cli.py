@@ -1,0 +1,262 @@
+"""`odma replay`: what each policy would give on a trace. A failure is one line, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from odma_service import replay, traces
+from odma_service.errors import InvalidError
+
+SHARED_MEMORY = Path("/dev/shm")
+HEADINGS = (
+    "policy",
+    "tokens/s",
+    "of ideal",
+    "running",
+    "written/cap",
+    "written/res",
+    "preempted",
+    "recomputed",
+    "copies",
+    "copy time",
+    "TTFT p50/p99 s",
+    "TPOT p50/p99 ms",
+    "safety hits",
+    "recal.",
+)
+DEFAULT_POLICIES = "static,s3,odma,elastic,paged-16,paged-64,oracle"
+
+
+def replay_command(
+    trace: Annotated[list[Path], typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    policy: Annotated[
+        str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
+    ] = DEFAULT_POLICIES,
+    rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
+    ] = 1,
+    capacity_tokens: Annotated[
+        int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
+    ] = 111_000,
+    max_output: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of an answer. Default: the longest, at least 4,096."),
+    ] = None,
+    model_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
+    ] = None,
+    batch_cap: Annotated[
+        int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
+    ] = 256,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
+    ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="live, exact or lognormal:SIGMA, for all policies that predict."),
+    ] = None,
+    parameters: Annotated[
+        Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Directory for JSON, CSV and plots (with matplotlib).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, as the last line.")
+    ] = False,
+) -> None:
+    """Serve traces in simulated time under every policy, and compare what they give."""
+    names = policies_of(policy)
+    tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
+    compared = []
+    with workplace() as directory:
+        for path in trace:
+            load = traces.read_trace(path, rows)
+            setting = replay.Setting(
+                replay.limits_for(load, capacity_tokens, max_output, model_length),
+                batch_cap=batch_cap,
+                closed=rate is None,
+                rate=rate or 1.0,
+                predictor=predictor,
+                seeds=seeds,
+            )
+            with progress_bar(as_json) as progress:
+                watch = _watch(progress, len(load))
+                comparison = replay.compare(load, names, setting, tuning, directory, watch)
+            compared.append(comparison)
+            if not as_json:
+                show(comparison, load.notes)
+    if report is not None:
+        replay.write_report(compared, report)
+        typer.echo(f"wrote {report}", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(_object(compared)))
+
+
+def policies_of(names: str) -> list[str]:
+    """Return the policies of an option."""
+    try:
+        return [replay.check_name(name.strip()) for name in names.split(",")]
+    except InvalidError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """Give a directory for arenas, in memory if there is a place for that."""
+    parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="odma-replay-", dir=parent) as directory:
+        yield Path(directory)
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """Return a bar on stderr, which is not drawn where nobody looks."""
+    return Progress(
+        TextColumn("{task.description:22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    )
+
+
+def _watch(progress: Progress, total: int) -> replay.Watch:
+    tasks: dict[str, Any] = {}
+
+    def watch(policy: str, seed: int, finished: int) -> None:
+        name = f"{policy}, seed {seed}"
+        if name not in tasks:
+            for task in tasks.values():
+                progress.update(task, visible=False)
+            tasks[name] = progress.add_task(name, total=total)
+        progress.update(tasks[name], completed=finished)
+
+    return watch
+
+
+def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
+    objects = [replay.as_object(comparison) for comparison in compared]
+    return objects[0] if len(objects) == 1 else {"traces": objects}
+
+
+def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
+    """Print a comparison: the class of the load first, then the policies side by side."""
+    facts = replay.as_object(comparison)
+    console = Console()
+    ratio = facts["unlimited_over_ideal_paging"]
+    console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
+    lines = [
+        f"an unlimited pool gives {ratio:.2f} x ideal paging on this one (memory-bound: 1.1)",
+        f"{facts['requests']:,} requests, {facts['dropped']:,} dropped for all: they cannot fit",
+        _sizes(facts),
+        _assumed(facts["assumptions"]),
+        f"parameters {facts['parameter_hash']}, {_windows(facts['windows'])}",
+        *(f"note: {note}" for note in notes),
+    ]
+    if not comparison.load_class.memory_bound:
+        lines.append("memory is not what this load is short of: its ratios prove little")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    console.print(_table(facts))
+    for line in replay.remarks(comparison):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _sizes(facts: dict[str, Any]) -> str:
+    return (
+        f"maximum = min(input + {facts['max_output_tokens']:,},"
+        f" {facts['model_length_tokens']:,}) tokens, pool {facts['capacity_tokens']:,} tokens"
+    )
+
+
+def _assumed(assumed: dict[str, Any]) -> str:
+    return (
+        f"{assumed['device']}, {assumed['model']}: "
+        f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
+        f"{assumed['bandwidth_bytes_per_second'] / 1e9:g} GB/s x "
+        f"{assumed['bandwidth_efficiency']:g}, pages at "
+        + ", ".join(f"{k}: {v:g}" for k, v in assumed["paged_bandwidth_shares"].items())
+        + f" of that; batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
+        f" {assumed['prefix_cache']}"
+    )
+
+
+def _windows(windows: Sequence[dict[str, Any]]) -> str:
+    first = windows[0]
+    kind = "finished requests" if first["steady"] else "the whole run: too few requests,"
+    return f"window: {kind} {first['first']:,} to {first['last']:,}"
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, row in facts["policies"].items():
+        table.add_row(
+            name,
+            _with_interval(row["tokens_per_s"], row["tokens_per_s_ci95"], 1),
+            _with_interval(row["over_ideal_paging"], row["over_ideal_paging_ci95"], 3),
+            f"{row['mean_running']:.1f}",
+            f"{row['utilisation_written_over_capacity']:.1%}",
+            f"{row['utilisation_written_over_reserved']:.1%}",
+            f"{row['preemptions']:,.0f}",
+            f"{row['recomputed_tokens']:,.0f}",
+            f"{row['copies']:,.0f}",
+            f"{row['copy_share_of_time']:.2%}",
+            f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}",
+            f"{row['tpot_p50_s'] * 1e3:.0f} / {row['tpot_p99_s'] * 1e3:.0f}",
+            f"{row['safety_hits']:,.0f}",
+            f"{row['recalibrations']:,.0f}",
+        )
+    return table
+
+
+def _with_interval(value: float, half: float | None, digits: int) -> str:
+    shown = f"{value:,.{digits}f}"
+    return shown if half is None else f"{shown} ± {half:.{digits}f}"
+
+
+def tune_command(
+    data: Annotated[
+        Path, typer.Option(help="Folder with the public traces (traces/, servegen/).")
+    ] = Path("../shared/data"),
+    policy: Annotated[
+        str, typer.Option(help="Which to tune, divided by commas. Default: all.")
+    ] = ",".join(replay.NAMES),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = replay.TUNED,
+    capacity_tokens: Annotated[
+        int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
+    ] = 111_000,
+) -> None:
+    """Set every policy's free parameters by one rule, on training traces only."""
+    names = policies_of(policy)
+    tuned = dict(replay.read_tuning(out).parameters) if out.exists() else {}
+    with workplace() as directory:
+        training = replay.training_traces(data)
+        typer.echo("training on: " + "; ".join(trace.label for trace in training))
+        tuner = replay.Tuner(training, capacity_tokens, directory)
+        for name in names:
+            best = tuner.tune(name, typer.echo)
+            if best:
+                tuned[name] = best
+            lines = (f"  {json.dumps(n)}: {json.dumps(p)}" for n, p in sorted(tuned.items()))
+            out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    typer.echo(f"wrote {out}, parameters {replay.read_tuning(out).digest}")
