@@ -8,7 +8,7 @@ there are more, and shrinks only when there are hardly any.
 
 from __future__ import annotations
 
-LEAST_SHARE = 0.03  # below it regions move too much
+LEAST_SHARE = 0.01
 MOST_SHARE = 0.1
 TOLERATED_RATE = 0.15  # preemptions per completion
 IDLE_RATE = 0.03  # so few that the share is too large
