@@ -36,7 +36,7 @@ HEADINGS = (
     "safety hits",
     "recal.",
 )
-DEFAULT_POLICIES = "static,s3,odma,elastic,paged-16,paged-64,oracle"
+DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
 def replay_command(

@@ -8,7 +8,7 @@ never fills gives at least a tenth more does a ratio on that load say anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,9 @@ from odma_service.replay.measure import (
     window_of,
 )
 from odma_service.replay.policies import (
+    HINDSIGHT_SHARES,
     IDEAL,
+    IDEAL_BEST,
     PAGED_BANDWIDTH_SHARES,
     UNLIMITED,
     Tuning,
@@ -158,6 +160,8 @@ def run_policy(
     watch: Watch | None = None,
 ) -> Outcome:
     """Serve a load under one policy."""
+    if name == IDEAL_BEST:
+        return _best_in_hindsight(load, setting, directory, seed)
     with memory_of(
         name,
         load,
@@ -183,6 +187,22 @@ def run_policy(
             counters.safety_hits_growth, counters.safety_hits_unsure, memory.recalibrations
         )
         return Outcome(name, seed, history, safety, memory.events)
+
+
+def _best_in_hindsight(load: Load, setting: Setting, directory: Path, seed: int) -> Outcome:
+    """Return ideal paging with the headroom that gives most on this load."""
+    outputs = [request.output_tokens for request in load.requests]
+
+    def rate(run: Outcome) -> float:
+        window = window_of([run.history])
+        return measure(run.history, window, setting.limits.capacity_tokens, outputs).tokens_per_s
+
+    runs = [
+        run_policy(IDEAL, load, setting, Tuning({IDEAL: {"headroom_share": share}}, ""), directory)
+        for share in HINDSIGHT_SHARES
+    ]
+    best = max(runs, key=rate)
+    return replace(best, policy=IDEAL_BEST, seed=seed)
 
 
 def as_object(comparison: Comparison) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     grow-copy         grow in place or by copying to a hole; nobody else moves
     oracle            the exact total is reserved; nothing moves
     ideal-N           pages of N tokens, read at full bandwidth
+    ideal-best        ideal-16 with the headroom that turns out best on the very load
     paged-N           pages of N tokens at the bandwidth that scattered reads reach
 
 Nothing here reuses prefixes. Their free parameters are in tuned.json, set by one rule on
@@ -40,6 +41,8 @@ PAGED_BANDWIDTH_SHARES = {16: 0.85, 64: 0.97, 256: 0.99}
 PAGES = tuple(PAGED_BANDWIDTH_SHARES)
 IDEAL = "ideal-16"
 UNLIMITED = "unlimited"
+IDEAL_BEST = "ideal-best"
+HINDSIGHT_SHARES = (0.01, 0.02, 0.03, 0.05, 0.08)
 ALIASES = {"paged": "paged-16", "ideal": IDEAL}
 
 Parameters = Mapping[str, float]
@@ -67,7 +70,7 @@ ARENA_POLICIES = {
     "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
 }
 PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
-NAMES = (*ARENA_POLICIES, *PAGED_POLICIES)
+NAMES = (*ARENA_POLICIES, *PAGED_POLICIES, IDEAL_BEST)
 PREDICTING = ("s3", "odma")
 
 

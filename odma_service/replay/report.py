@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from odma_service.replay.compare import Comparison, as_object
-from odma_service.replay.policies import IDEAL
+from odma_service.replay.policies import IDEAL, IDEAL_BEST
 from odma_service.replay.prices import PICOSECONDS
 
 
@@ -31,8 +31,10 @@ def remarks(comparison: Comparison) -> list[str]:
     if "odma" in rates and "oracle" in rates:
         ratio = comparison.ratio("odma", "oracle").mean
         said.append(f"odma gives {ratio:.3f} of exact lengths reserved (oracle, no moves)")
-    if "elastic" in rates:
-        said.append(f"elastic gives {comparison.ratio('elastic', IDEAL).mean:.3f} of ideal paging")
+    for ideal in (IDEAL, IDEAL_BEST):
+        if "elastic" in rates and ideal in rates:
+            ratio = comparison.ratio("elastic", ideal).mean
+            said.append(f"elastic gives {ratio:.3f} of {ideal}")
     return said
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from odma_service.replay.compare import Outcome, Setting, run_policy
 from odma_service.replay.load import Load, limits_for, load_of
 from odma_service.replay.measure import measure, window_of
-from odma_service.replay.policies import IDEAL, PAGED_POLICIES, Tuning
+from odma_service.replay.policies import IDEAL, IDEAL_BEST, PAGED_POLICIES, Tuning
 from odma_service.traces import Trace, TraceError, generate, read_trace, sample_servegen
 
 ROUNDS = 2
@@ -26,6 +26,7 @@ SHARES = (0.03, 0.05, 0.08, 0.12, 0.2)
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
     "static": {},
     "oracle": {},
+    IDEAL_BEST: {},
     "s3": {"overflow_risk": (0.5, 0.3, 0.1), "growth": (1.5, 2.0)},
     "odma": {
         "buckets": (8, 12, 16),
