@@ -90,15 +90,15 @@ def recalibrate(
     version = policy.version
     if not dry_run and found != policy.limits_tokens:
         version = pool.set_policy(policy.with_changes(limits_tokens=found), version)
-    changed = policy.with_changes(limits_tokens=found)
+    before = limits_report(policy, staying)
+    after = limits_report(policy.with_changes(limits_tokens=found), staying)
     return RecalibrationReport(
-        before=limits_report(policy, lengths),
-        after=limits_report(changed, lengths),
+        before=before,
+        after=after,
         installed=not dry_run,
         policy_version=version,
         completions=float(lengths.weights.sum()),
-        gain=limits_report(changed, staying).utilisation
-        - limits_report(policy, staying).utilisation,
+        gain=after.utilisation - before.utilisation,
     )
 
 

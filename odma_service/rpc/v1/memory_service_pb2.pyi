@@ -944,7 +944,9 @@ Global___RecalibrateRequest: _TypeAlias = RecalibrateRequest  # noqa: Y015
 
 @_typing.final
 class LimitsReport(_message.Message):
-    """LimitsReport is what a list of bucket limits costs on the lengths seen."""
+    """LimitsReport is what a list of bucket limits costs on the lengths seen, each
+    counted by the time that its request stays.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
