@@ -199,14 +199,12 @@ def test_a_file_that_shrinks_under_its_server(servers):
         assert open_pool(service, "p").apply(ops=[allocate("r", 10)]).seq == 1
 
 
-@pytest.mark.xfail(reason="it is passed over, and said to be there already when opened")
 def test_a_symbolic_link_to_nothing(stopped, tmp_path):
     stopped.bad.unlink()
     stopped.bad.symlink_to(tmp_path / "nothing")
     starts_without(stopped, "not a regular file")
 
 
-@pytest.mark.xfail(reason="it is served under both names, with one epoch")
 def test_the_books_of_another_pool(stopped):
     shutil.copyfile(stopped.pool_dir / "good.pool", stopped.bad)
     starts_without(stopped, "good")

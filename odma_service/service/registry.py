@@ -8,6 +8,7 @@ original waits for it there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,11 +200,11 @@ class Registry:
     def _entry(self, name: str) -> Entry | None:
         """Return a pool's entry, attaching the file that another process may have given up."""
         entry = self._entries.get(name)
-        if entry is not None or not self._path(name).exists():
-            return entry
         path = self._path(name)
+        if entry is not None or not os.path.lexists(path):
+            return entry
         try:
-            pool = Pool.attach(path, self._boot_id)
+            pool = self._attach(name, path)
         except UNUSABLE as error:
             log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
             return None
@@ -212,6 +213,13 @@ class Registry:
             log.warning("epoch over: the machine was started anew", pool=name)
         log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
         return entry
+
+    def _attach(self, name: str, path: Path) -> Pool:
+        pool = Pool.attach(path, self._boot_id)
+        if pool.spec.name == name:
+            return pool
+        pool.close()
+        raise BooksMismatchError(f"{path}: its books are those of pool {pool.spec.name!r}")
 
     def _insist(self, name: str, entry: Entry) -> Pool:
         """Return the pool of a locked entry, closed if its owner was silent for too long."""
