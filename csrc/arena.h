@@ -44,6 +44,7 @@ enum {
 };
 
 static const uint32_t NONE = UINT32_MAX;
+static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
 static const uint64_t MAX_WIRE = (uint64_t)1 << 53;
 
 /* --- the books, as they lie in the file --- */

@@ -31,10 +31,15 @@ static void clear_slot(odma_arena *arena, uint32_t slot) {
     give_slot(arena, slot);
 }
 
+/* Whether what is vacated is free at once, and need not wait for completion. */
+static bool frees_at_once(const odma_arena *arena) {
+    return arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX;
+}
+
 /* What a slot holds was vacated: it is free at once if the engine's copies and
  * kernels run in one order, or nothing uses it; else once the batch is done. */
 void set_waiting(odma_arena *arena, uint32_t slot) {
-    if (arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX) {
+    if (frees_at_once(arena)) {
         release(arena, slot);
         clear_slot(arena, slot);
         return;
@@ -182,7 +187,7 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
             return;
         }
     }
-    bool at_once = arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX;
+    bool at_once = frees_at_once(arena);
     if (blocks < length && at_once) {
         cut(arena, slot, blocks);
     } else if (blocks < length) {

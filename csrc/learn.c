@@ -12,7 +12,6 @@
 
 static const double HALF_LIFE_COMPLETIONS = 512;
 static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
-static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
 
 enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
 

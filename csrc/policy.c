@@ -8,8 +8,6 @@
 
 #include "arena.h"
 
-static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
-
 static bool within(double value, double least, double most) {
     return value >= least && value <= most; /* false for NaN */
 }

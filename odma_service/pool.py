@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from odma_service.values import Answer, Batch, Quantiles, Result
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
 MOST_CAPACITY_TOKENS = 2**28
 MOST_BLOCKS = 2**24
 MOST_EPOCH = 2**53 - 1
@@ -74,9 +75,7 @@ class PoolSpec:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise InvalidError(
-                "name", "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
-            )
+            raise InvalidError("name", NAME_RULE)
         if not 1 <= len(self.open_id.encode(errors="replace")) <= 64:
             raise InvalidError("open_id", "1 to 64 bytes")
         if self.block_tokens not in {2**i for i in range(11)}:

@@ -7,10 +7,10 @@ without the checks of their classes, and `used`, the longest list, without their
 
 from __future__ import annotations
 
-import re
 from typing import cast
 
 from odma_service.errors import InvalidError
+from odma_service.pool import NAME, NAME_RULE
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.values import (
@@ -27,9 +27,6 @@ from odma_service.values import (
     Trim,
     Used,
 )
-
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
-NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
 
 _tuple = tuple.__new__  # Extend(...) takes twice as long
 
