@@ -45,6 +45,7 @@ check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C 
 	$(BIN)/mypy
 	set -e; for file in $(C_CHECKED); do $(CC) $(C_STRICT) -c -o /dev/null $$file; done
 	$(BIN)/python tools/genproto.py --check
+	$(BIN)/python tools/genreference.py --check
 	$(BIN)/python -m pytest -q tests/test_floors.py
 	tools/node_modules/.bin/buf lint proto
 
@@ -52,8 +53,9 @@ format: .venv/.installed  ## Format Python and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: .venv/.installed  ## Regenerate odma_service/rpc from proto
+proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/api.md from proto
 	$(BIN)/python tools/genproto.py
+	$(BIN)/python tools/genreference.py
 
 fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/fuzz
 	sh tools/fuzz.sh $(or $(SECONDS),60)
