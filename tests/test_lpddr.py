@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -166,7 +167,8 @@ def test_pages_cost_more_the_shorter_they_are():
     found = layouts.compare(read_device("mlu370-x4"), 4096, 1024, 56, 16)
     assert [layout.runs for layout in found] == [56, 896, 3584, 14336, 229376]
     speeds = [layout.bytes_per_second for layout in found]
-    assert speeds == sorted(speeds, reverse=True)
+    assert all(a > b * (1 - 1e-9) for a, b in pairwise(speeds))
+    assert speeds[0] > 1.4 * speeds[3] > 5 * speeds[4]
     assert [layout.relative_energy for layout in found] == sorted(
         layout.relative_energy for layout in found
     )
