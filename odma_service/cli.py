@@ -97,6 +97,13 @@ def serve(
     drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
     log_format: Annotated[str | None, _flag("log_format")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
+    tls_cert: Annotated[Path | None, _flag("tls_cert")] = None,
+    tls_key: Annotated[Path | None, _flag("tls_key")] = None,
+    tls_client_ca: Annotated[Path | None, _flag("tls_client_ca")] = None,
+    token_file: Annotated[Path | None, _flag("token_file")] = None,
+    allow_insecure: Annotated[bool | None, _flag("allow_insecure")] = None,
+    max_owner_pools: Annotated[int | None, _flag("max_owner_pools")] = None,
+    max_calls: Annotated[int | None, _flag("max_calls")] = None,
 ) -> None:
     """Run the service until SIGTERM or SIGINT.
 
@@ -114,6 +121,13 @@ def serve(
         "drain_seconds": drain_seconds,
         "log_format": log_format,
         "log_level": log_level,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "allow_insecure": allow_insecure,
+        "max_owner_pools": max_owner_pools,
+        "max_calls": max_calls,
     }
     server.run(config.load({name: value for name, value in flags.items() if value is not None}))
 
