@@ -518,7 +518,14 @@ def registry(tmp_path, clock):
 
 
 def registry_of(directory, clock, max_pools=3, boot_id="boot"):
-    return Registry(directory, max_pools=max_pools, boot_id=boot_id, monotonic=clock, wall=clock)
+    return Registry(
+        directory,
+        max_pools=max_pools,
+        max_owner_pools=max_pools,
+        boot_id=boot_id,
+        monotonic=clock,
+        wall=clock,
+    )
 
 
 def open_in(registry, name, **fields):
