@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fcntl import LOCK_EX, flock
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -53,9 +54,11 @@ def need_cpp() -> Path:
     )
     if not there:
         miss_client("no C++ client: `make deps` gets what it needs from Debian")
-    jobs = f"-j{os.cpu_count()}"
-    flags = "CXXFLAGS=-O0 -Werror"
-    run("make", "-s", jobs, "-C", ROOT / "examples" / "cpp", flags, timeout=BUILD_SECONDS)
+    command = ["make", "-s", f"-j{os.cpu_count()}", "-C", ROOT / "examples" / "cpp"]
+    CPP.mkdir(parents=True, exist_ok=True)
+    with (CPP / "lock").open("w") as lock:  # tests may run in several processes
+        flock(lock, LOCK_EX)
+        run(*command, "CXXFLAGS=-O0 -Werror", timeout=BUILD_SECONDS)
     return CPP
 
 
