@@ -16,7 +16,10 @@ from threading import Timer
 import pytest
 
 from odma_service.client import Client, PoolClient
+from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.service.opening import first_policy, spec_from
+from odma_service.service.registry import Opened, Registry
 
 READY = "odma ready on "
 PATIENCE_SECONDS = 30
@@ -145,3 +148,51 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true"
         time.sleep(0.01)
+
+
+# --- a registry without a server ---
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    """Return the clock of the test's registries."""
+    return Clock()
+
+
+@pytest.fixture
+def registry(tmp_path, clock):
+    """Return an empty registry."""
+    registry = registry_of(tmp_path, clock)
+    yield registry
+    registry.close()
+
+
+def registry_of(
+    directory: Path, clock: Clock, max_pools: int = 3, boot_id: str = "boot"
+) -> Registry:
+    """Return a registry of what is in a directory."""
+    return Registry(directory, max_pools=max_pools, boot_id=boot_id, monotonic=clock, wall=clock)
+
+
+def open_in(registry: Registry, name: str, **fields: object) -> Opened:
+    """Open a pool of 1,024 tokens, but for `fields`."""
+    usual = {"open_id": name, "capacity_tokens": 1024, "moves": types.MOVES_ANY}
+    spec = spec_from(pb.OpenPoolRequest(name=name, geometry=GEOMETRY, **usual | fields))
+    policy = first_policy(types.PolicyChange(), spec)
+    return registry.open(spec, policy, keep_policy=True, take_over=False)
+
+
+def state(registry: Registry, name: str) -> tuple[int, float]:
+    """Return the running epoch of a pool and for how long its owner has been silent."""
+    with registry.viewed(name) as view:
+        return view.pool.epoch, view.idle_seconds

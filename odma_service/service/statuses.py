@@ -60,6 +60,8 @@ _RULES: dict[type[OdmaError], Rule] = {
     errors.RefusedError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "REFUSED"),
     errors.HandleError: Rule(grpc.StatusCode.NOT_FOUND, "HANDLE", ("handle", "rule")),
     errors.PoolLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_LIMIT"),
+    errors.StreamLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT"),
+    errors.StreamReplacedError: Rule(grpc.StatusCode.ABORTED, "STREAM_REPLACED", ("name",)),
     errors.UnavailableError: Rule(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.BooksLockedError: Rule(grpc.StatusCode.UNAVAILABLE, "BOOKS_LOCKED"),
     errors.BooksError: Rule(grpc.StatusCode.DATA_LOSS, "BOOKS"),
@@ -75,18 +77,18 @@ def reports_errors(
     def reporting(self: Servicer, request: Request, context: grpc.ServicerContext) -> Answer:
         try:
             return method(self, request, context)
-        except OdmaError as error:
-            status = status_of(error)
-        except Exception:
-            log.exception("a call failed inside", rpc=method.__name__)
-            status = Status(code=_number(grpc.StatusCode.INTERNAL), message="internal error")
+        except Exception as error:  # noqa: BLE001  told to the client, and logged
+            status = status_of(error, method.__name__)
         _abort(context, status)
 
     return reporting
 
 
-def status_of(error: OdmaError) -> Status:
-    """Return the status that tells `error`, with its details."""
+def status_of(error: Exception, rpc: str) -> Status:
+    """Return the status that tells `error`, with its details; a bug of ours is logged."""
+    if not isinstance(error, OdmaError):
+        log.error("a call failed inside", rpc=rpc, exc_info=error)
+        return Status(code=_number(grpc.StatusCode.INTERNAL), message="internal error")
     rule = next(_RULES[kind] for kind in type(error).__mro__ if kind in _RULES)
     info = details_pb.ErrorInfo(
         domain=DOMAIN,
@@ -108,7 +110,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             )
             refusal = Refusal(Reason.INVALID, field=f"{error.field}: {error.rule}")
             return [details_pb.BadRequest(field_violations=[violation]), refusal_to(refusal)]
-        case errors.PoolNotFoundError() | errors.PoolOwnedError():
+        case errors.PoolNotFoundError() | errors.PoolOwnedError() | errors.StreamReplacedError():
             return [details_pb.ResourceInfo(resource_type="pool", resource_name=error.name)]
         case errors.HandleError():
             return [
@@ -118,7 +120,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             refusal_pb = refusal_to(error.refusal)
             refusal_pb.retry_after_ms = RETRY_AFTER_MS
             return [refusal_pb, _retry_info()]
-        case errors.BooksLockedError() | errors.UnavailableError():
+        case errors.BooksLockedError() | errors.UnavailableError() | errors.StreamLimitError():
             return [_retry_info()]
         case _:
             return []
