@@ -244,7 +244,7 @@ class PoolClient:
 
     def __init__(self, client: Client, response: pb.OpenPoolResponse) -> None:
         self._client = client
-        self._apply: Callable[..., pb.ApplyResponse] = client.memory.Apply
+        self._stream: ApplyStream | None = None
         self.response = response
         self.ref = response.pool
         self.seq = 0
@@ -287,7 +287,7 @@ class PoolClient:
         if request is None:
             raise OdmaError(f"batch {self.seq} was answered; there is nothing to resume")
         try:
-            answer = self._client.call(self._apply, request)
+            answer = self._client.call(self._stream or self._client.memory.Apply, request)
         except UnavailableError:
             raise
         except OdmaError:
@@ -306,11 +306,11 @@ class PoolClient:
         StreamLimitError and StreamReplacedError.
         """
         with ApplyStream(self._client.memory) as stream:
-            self._apply = stream
+            self._stream = stream
             try:
                 yield self
             finally:
-                self._apply = self._client.memory.Apply
+                self._stream = None
 
     def keep_alive(self) -> pb.KeepAliveResponse:
         """Tell that this owner lives, when it has nothing else to say for ttl_seconds."""

@@ -85,8 +85,10 @@ class Streams:
         try:
             self._serve(stream, requests)
             stream.end()
-        except grpc.RpcError:
-            pass  # the client is gone
+        except grpc.RpcError as gone:
+            # The client went. grpcio keeps the error in a cycle with the call, whose place in the
+            # connection would be taken until Python looks for garbage.
+            gone.__traceback__ = None
         except Exception as error:  # noqa: BLE001  told to the client, and logged
             stream.end(error)
         finally:
