@@ -29,7 +29,7 @@ serve: .venv/.compiled  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="-k floors")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .

@@ -261,7 +261,14 @@ def registry_of(
     directory: Path, clock: Clock, max_pools: int = 3, boot_id: str = "boot"
 ) -> Registry:
     """Return a registry of what is in a directory."""
-    return Registry(directory, max_pools=max_pools, boot_id=boot_id, monotonic=clock, wall=clock)
+    return Registry(
+        directory,
+        max_pools=max_pools,
+        max_owner_pools=max_pools,
+        boot_id=boot_id,
+        monotonic=clock,
+        wall=clock,
+    )
 
 
 def open_in(registry: Registry, name: str, **fields: object) -> Opened:

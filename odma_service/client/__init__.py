@@ -18,8 +18,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -114,19 +115,50 @@ def allocate(
     )
 
 
+class Tls(NamedTuple):
+    """PEM files of a connection with TLS. No ca: the authorities that gRPC knows.
+
+    `cert` and `key` show who the client is, to a service that asks for it.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return the files' contents. Raises OdmaError for a file that cannot be read."""
+        try:
+            ca, cert, key = (path.read_bytes() if path else None for path in self)
+        except OSError as error:
+            raise OdmaError(f"cannot read {error.filename}: {error.strerror}") from None
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
 class Client:
     """A connection to one service, made again whenever it breaks.
 
     `timeout_seconds` bounds one attempt of a call, `retry_seconds` all attempts together.
-    `target` is host:port or unix:/path.
+    `target` is host:port or unix:/path. Without `tls` the connection is plain. `token` is sent
+    with every call of this class; calls made with its stubs need `metadata` for it.
     """
 
     def __init__(
-        self, target: str, *, timeout_seconds: float = 5.0, retry_seconds: float = 30.0
+        self,
+        target: str,
+        *,
+        timeout_seconds: float = 5.0,
+        retry_seconds: float = 30.0,
+        tls: Tls | None = None,
+        token: str | None = None,
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channel = (
+            grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
+            if tls
+            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        )
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pools = PoolServiceStub(self._channel)
         self.memory = MemoryServiceStub(self._channel)
@@ -231,7 +263,9 @@ class Client:
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
             try:
-                return method(request, timeout=self._timeout_seconds)
+                return method(
+                    request, timeout=self._timeout_seconds, metadata=self.metadata or None
+                )
             except grpc.RpcError as error:
                 if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > give_up:
                     raise _error_from(error) from None
@@ -405,6 +439,12 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
     "POOL_LIMIT": lambda _, text: errors.PoolLimitError(text),
     "STREAM_LIMIT": lambda _, text: errors.StreamLimitError(text),
     "STREAM_REPLACED": lambda m, _: errors.StreamReplacedError(m["name"]),
+    "IDENTITY": lambda _, text: errors.IdentityError(text),
+    "ROLE": lambda m, _: errors.RoleError(m["rpc"], m["role"]),
+    "POOL_FOREIGN": lambda m, _: errors.PoolForeignError(m["name"]),
+    "BUSY": lambda _, text: errors.BusyError(text),
+    "MESSAGE_SIZE": lambda _, text: errors.MessageSizeError(text),
+    "UNIMPLEMENTED": lambda _, text: errors.UnimplementedError(text),
     "BOOKS": lambda _, text: errors.BooksError(text),
 }
 """How to build an error again from the reason, metadata and message of its ErrorInfo."""

@@ -9,7 +9,7 @@ original waits for it there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -33,6 +33,7 @@ from odma_service.errors import (
 from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
+from odma_service.service.access import claimed, may_see
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -85,12 +86,14 @@ class Registry:
         directory: Path,
         *,
         max_pools: int,
+        max_owner_pools: int,
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
+        self._max_owner_pools = max_owner_pools
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
@@ -125,9 +128,10 @@ class Registry:
             self._entries.clear()
 
     def names(self) -> list[str]:
-        """Return the names of all pools."""
+        """Return the names of all pools that the caller may see."""
         self._insist_serving()
-        return sorted(self._entries)
+        pools = [(name, entry.pool) for name, entry in sorted(self._entries.items())]
+        return [name for name, pool in pools if pool and may_see(pool.spec)]
 
     def open(
         self, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool, take_over: bool
@@ -136,17 +140,18 @@ class Registry:
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed
         unless the pool has one and `keep_policy` is set. Raises PoolOwnedError,
-        PoolLimitError, InvalidError, BooksLockedError.
+        PoolForeignError, PoolLimitError, InvalidError, BooksLockedError.
         """
         with self._lock:
             self._insist_serving()
             entry = self._entry(spec.name)
             if entry is None:
-                return self._create(spec, policy)
+                return self._create(claimed(spec, None), policy)
             with entry.lock:
                 if entry.pool is None:
-                    return self._create(spec, policy)
+                    return self._create(claimed(spec, None), policy)
                 pool = self._insist(spec.name, entry)
+                spec = claimed(spec, pool.spec)
                 if self._is_retry(pool, spec):
                     self._hear(spec.name, entry)
                 else:
@@ -158,7 +163,7 @@ class Registry:
         """End an epoch; once more is the same as once. Raises EpochError for an older one."""
         entry = self._find(name)
         with entry.lock:
-            pool = self._insist(name, entry)
+            pool = self._insist_seen(name, entry)
             if pool.epoch == 0 and pool.report().last_epoch == epoch:
                 return
             if pool.epoch != epoch:
@@ -171,7 +176,7 @@ class Registry:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
         with entry.lock:
-            pool = self._insist(name, entry)
+            pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             self._hear(name, entry)
@@ -186,7 +191,7 @@ class Registry:
         """Hold a pool to look at it. Raises PoolNotFoundError."""
         entry = self._find(name)
         with entry.lock:
-            yield View(self._insist(name, entry), self._idle_seconds(entry))
+            yield View(self._insist_seen(name, entry), self._idle_seconds(entry))
 
     def reap(self) -> None:
         """Tell of owners that fell silent, and close their pools after the retention time.
@@ -261,6 +266,13 @@ class Registry:
             entry.stale = False
             log.info("pool revived: its owner is back", pool=name)
 
+    def _insist_seen(self, name: str, entry: Entry) -> Pool:
+        """Return the pool of a locked entry, as if there were none if the caller may not see it."""
+        pool = self._insist(name, entry)
+        if not may_see(pool.spec):
+            raise PoolNotFoundError(name)
+        return pool
+
     def _insist_serving(self) -> None:
         if self._closed:
             raise draining()
@@ -276,17 +288,29 @@ class Registry:
             "pool set aside", file=str(set_aside(self._path(name), str(error))), reason=str(error)
         )
 
-    def _make_room(self) -> None:
-        """Forget the pool that was opened longest ago of those that are closed, if need be."""
-        if len(self._entries) < self._max_pools:
-            return
+    def _make_room(self, owner: str) -> None:
+        """Forget the pool that was opened longest ago of those that are closed, if need be.
+
+        An owner that has all the pools it may have makes room among its own.
+        """
+        own = {
+            name: entry
+            for name, entry in self._entries.items()
+            if owner and entry.pool and entry.pool.spec.owner == owner
+        }
+        if len(own) >= self._max_owner_pools:
+            self._forget_oldest(own, f"{self._max_owner_pools} pools (max-owner-pools)")
+        elif len(self._entries) >= self._max_pools:
+            self._forget_oldest(self._entries, f"{self._max_pools} pools (max-pools)")
+
+    def _forget_oldest(self, entries: Mapping[str, Entry], limit: str) -> None:
         closed: list[tuple[int, str]] = []
-        for name, entry in self._entries.items():
+        for name, entry in entries.items():
             with entry.lock:
                 if entry.pool and not self._insist(name, entry).epoch:
                     closed.append((entry.pool.report().last_epoch, name))
         if not closed:
-            raise PoolLimitError(f"all {self._max_pools} pools (max-pools) are open")
+            raise PoolLimitError(f"all {limit} are open")
         _, name = min(closed)
         entry = self._entries.pop(name)
         with entry.lock:
@@ -299,7 +323,8 @@ class Registry:
     # --- opening ---
 
     def _is_retry(self, pool: Pool, spec: PoolSpec) -> bool:
-        if not pool.epoch or pool.spec.open_id != spec.open_id:
+        of_another = pool.spec.owner != spec.owner or pool.spec.open_id != spec.open_id
+        if not pool.epoch or of_another:
             return False
         if pool.spec != spec:
             raise InvalidError("open_id", "was used to open this pool with other fields")
@@ -315,7 +340,7 @@ class Registry:
         log.warning("pool taken over", pool=name, from_epoch=epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
-        self._make_room()
+        self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
         self._entries[spec.name] = Entry(pool, self._monotonic())

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from odma_service.errors import InvalidError, StreamLimitError, StreamReplacedError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.service.statuses import status_of
+from odma_service.service.statuses import told
 
 END_SECONDS = 1.0
 """So long a stream that is to end may be at a batch, or its client not take an answer."""
@@ -50,7 +50,7 @@ class Stream:
                 return
             self.ended = True
             if error is not None:
-                status = rpc_status.to_status(status_of(error, "Stream"))
+                status = rpc_status.to_status(told(error, "Stream"))
                 self._context.set_code(status.code)
                 self._context.set_details(status.details)
                 self._context.set_trailing_metadata(status.trailing_metadata)
