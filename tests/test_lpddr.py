@@ -14,7 +14,17 @@ from typer.testing import CliRunner
 
 from odma_service import lpddr_cli
 from odma_service.errors import InvalidError
-from odma_service.lpddr import LpddrDevice, Traffic, layouts, read_device, read_grade, rows
+from odma_service.geometry import PRESETS
+from odma_service.lpddr import (
+    COPY,
+    LpddrDevice,
+    Traffic,
+    bandwidth,
+    layouts,
+    read_device,
+    read_grade,
+    rows,
+)
 from odma_service.lpddr.device import DATA
 from odma_service.rpc.v1 import emulator_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -354,3 +364,11 @@ def test_every_reference_row_is_within_its_goal():
     assert scores["device"]["mean_abs_rel_error"] <= 0.05
     assert scores["device"]["max_abs_rel_error"] <= 0.12
     assert scores["estimator"]["max_abs_rel_error"] <= 0.15
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_planner_prices_copies_by_the_emulation(preset):
+    device = read_device(preset)
+    assert device.peak_bytes_per_second == pytest.approx(PRESETS[preset].bandwidth_bytes_per_second)
+    reached = bandwidth(device, write_fraction=COPY) / device.peak_bytes_per_second
+    assert PRESETS[preset].copy_efficiency == pytest.approx(reached, rel=0.02)
