@@ -31,7 +31,6 @@ from odma_service.service.statuses import abort, status_of
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
     ("grpc.max_receive_message_length", 2 * LARGEST_MESSAGE_BYTES),  # gRPC itself refuses more
-    ("grpc.max_concurrent_streams", 1024),  # of one connection; others wait
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
@@ -158,7 +157,8 @@ class Guard(grpc.ServerInterceptor):
             or handler.stream_unary
             or handler.stream_stream
         )
-        if getattr(answer, "experimental_non_blocking", False):  # of the health service
+        non_blocking = getattr(answer, "experimental_non_blocking", False)  # it is given `send`
+        if non_blocking and access.is_open(rpc):
             return handler
 
         def answer_one(request: Any, context: grpc.ServicerContext) -> Any:
@@ -169,12 +169,12 @@ class Guard(grpc.ServerInterceptor):
                 abort(context, status_of(error))
             return answer(request, context)
 
-        def answer_stream(requests: Any, context: grpc.ServicerContext) -> Any:
+        def answer_stream(requests: Any, context: grpc.ServicerContext, *send: Any) -> Any:
             try:
                 self._insist_known(rpc, context)
             except OdmaError as error:
                 abort(context, status_of(error))
-            return answer(self._usable(requests), context)
+            return answer(self._usable(requests), context, *send)
 
         def watched(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             for response in answer_one(request, context):
@@ -184,15 +184,17 @@ class Guard(grpc.ServerInterceptor):
                     abort(context, status_of(error))
                 yield response
 
+        guarded: Any
         form, guarded = {
             (False, False): (grpc.unary_unary_rpc_method_handler, answer_one),
             (False, True): (grpc.unary_stream_rpc_method_handler, watched),
             (True, False): (grpc.stream_unary_rpc_method_handler, answer_stream),
             (True, True): (grpc.stream_stream_rpc_method_handler, answer_stream),
         }[handler.request_streaming, handler.response_streaming]
+        guarded.experimental_non_blocking = non_blocking
         pool = getattr(answer, "experimental_thread_pool", None)
         if pool is not None:
-            guarded.experimental_thread_pool = pool  # type: ignore[attr-defined]
+            guarded.experimental_thread_pool = pool
         made: Handler = form(
             guarded, _parser(handler.request_deserializer), handler.response_serializer
         )
