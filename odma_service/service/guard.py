@@ -2,7 +2,7 @@
 
 It refuses with the same details as every other error, also where gRPC's own answer has none:
 for an rpc that is not served and for a message that cannot be parsed. What it refuses before the
-message is read takes none of the threads that answer calls.
+message is read takes none of the threads that answer calls, nor does the health service.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Guard(grpc.ServerInterceptor):
         self._calls = calls
         self._most_calls = most_calls
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
+        self._open = ThreadPoolExecutor(2, thread_name_prefix="open")
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(
@@ -160,21 +161,26 @@ class Guard(grpc.ServerInterceptor):
         )
         if getattr(answer, "experimental_non_blocking", False):  # of the health service
             return handler
+        open_to_all = access.is_open(rpc)
 
         def answer_one(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 self._insist_known(rpc, context)
                 _insist_usable(request)
+                return answer(request, context)
+            except NotImplementedError:  # by the base class of a servicer
+                abort(context, status_of(UnimplementedError("not built yet")))
             except OdmaError as error:
                 abort(context, status_of(error))
-            return answer(request, context)
 
         def answer_stream(requests: Any, context: grpc.ServicerContext) -> Any:
             try:
                 self._insist_known(rpc, context)
+                return answer(self._usable(requests), context)
+            except NotImplementedError:
+                abort(context, status_of(UnimplementedError("not built yet")))
             except OdmaError as error:
                 abort(context, status_of(error))
-            return answer(self._usable(requests), context)
 
         def watched(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             for response in answer_one(request, context):
@@ -190,7 +196,7 @@ class Guard(grpc.ServerInterceptor):
             (True, False): (grpc.stream_unary_rpc_method_handler, answer_stream),
             (True, True): (grpc.stream_stream_rpc_method_handler, answer_stream),
         }[handler.request_streaming, handler.response_streaming]
-        pool = getattr(answer, "experimental_thread_pool", None)
+        pool = getattr(answer, "experimental_thread_pool", self._open if open_to_all else None)
         if pool is not None:
             guarded.experimental_thread_pool = pool  # type: ignore[attr-defined]
         made: Handler = form(
