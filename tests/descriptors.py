@@ -26,6 +26,10 @@ RPCS: dict[str, MethodDescriptor] = {
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
+GEOMETRIES = [
+    types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)]),
+    types.Geometry(planes=[types.PlaneGroup(count=56, bytes_per_token=1024, alignment_bytes=64)]),
+]
 POOL_NAMES = {"name", "pool_name"}
 SECONDS = 30
 
@@ -78,14 +82,20 @@ def about(rpc: str, pool: types.PoolRef | None) -> Message:
     return request
 
 
+def form_of(method: MethodDescriptor) -> str:
+    """Return what a channel calls this kind of rpc, as "unary_stream"."""
+    kinds = {True: "stream", False: "unary"}
+    return f"{kinds[method.client_streaming]}_{kinds[method.server_streaming]}"
+
+
 def invoke(
     channel: grpc.Channel, rpc: str, requests: list[Message] | list[bytes], **options: Any
 ) -> grpc.RpcError | None:
     """Call an rpc with the first request, or all that it takes; return its error."""
     method = RPCS[rpc]
-    kinds = {True: "stream", False: "unary"}
-    form = f"{kinds[method.client_streaming]}_{kinds[method.server_streaming]}"
-    stub = getattr(channel, form)(rpc, _bytes_of, GetMessageClass(method.output_type).FromString)
+    stub = getattr(channel, form_of(method))(
+        rpc, _bytes_of, GetMessageClass(method.output_type).FromString
+    )
     argument = iter(requests) if method.client_streaming else requests[0]
     try:
         answer = stub(argument, timeout=SECONDS, **options)
