@@ -107,7 +107,7 @@ class Settings(BaseSettings):
             ge=1, le=1024, description="Pools kept. The oldest closed one makes room for a new one."
         ),
     ] = 64
-    workers: Annotated[int, Field(ge=1, le=256, description="Threads that answer calls.")] = 8
+    workers: Annotated[int, Field(ge=1, le=256, description="Most threads that answer calls.")] = 64
     drain_seconds: Annotated[
         float,
         Field(ge=0, le=600, allow_inf_nan=False, description="Wait so long for calls at shutdown."),

@@ -13,6 +13,8 @@ OdmaError
 ├── RefusedError         a unary call was refused; `refusal` says why
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
+├── StreamLimitError     too many streams are open
+├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        nothing says who calls, or nobody is known by it
 ├── RoleError            the caller's role may not call this
 ├── PoolForeignError     the name is that of somebody else's pool
@@ -136,6 +138,18 @@ class HandleError(OdmaError):
 
 class PoolLimitError(OdmaError):
     """No more pools, or no room for the books of one more."""
+
+
+class StreamLimitError(OdmaError):
+    """Too many streams are open."""
+
+
+class StreamReplacedError(OdmaError):
+    """The pool has a newer stream."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"pool {name!r} has a newer stream, which ended this one")
+        self.name = name
 
 
 class IdentityError(OdmaError):

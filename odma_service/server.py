@@ -39,12 +39,20 @@ from odma_service.service.emulator import EmulatorService
 from odma_service.service.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.memory import MemoryService
 from odma_service.service.pools import PoolService
-from odma_service.service.registry import Registry
+from odma_service.service.reaper import reaping
+from odma_service.service.registry import Registry, draining
 from odma_service.service.tls import credentials_of
+
+SPARE_STREAMS = 16
+"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
 
 OPTIONS = (
     *GUARD_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+    # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
 )
 MOST_HEALTH_WATCHERS = 64
 """Clients that watch the health at once, each with a thread of its own; others wait."""
@@ -79,7 +87,8 @@ def run(settings: Settings) -> None:
     )
     registry.attach_all()
     try:
-        _serve(settings, registry)
+        with reaping(registry):
+            _serve(settings, registry)
     finally:
         registry.close()
     log.info("stopped")
@@ -88,14 +97,16 @@ def run(settings: Settings) -> None:
 def _serve(settings: Settings, registry: Registry) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
+    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     server = grpc.server(
         calls,
-        options=OPTIONS,
+        options=(*OPTIONS, most_streams),
         interceptors=[Guard(identities, calls, settings.max_calls)],
         maximum_concurrent_rpcs=2 * settings.max_calls,
     )
+    memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
     # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    memory = MemoryService(registry)  # type: ignore[abstract]
     pools = PoolService(registry)  # type: ignore[abstract]
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
@@ -113,8 +124,10 @@ def _serve(settings: Settings, registry: Registry) -> None:
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
         registry.close()
+        memory.streams.end_all(draining())
         time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
+    memory.streams.close()
     calls.shutdown()
 
 

@@ -30,6 +30,8 @@ SAMPLES = (
     errors.RefusedError(Refusal(Reason.NO_SPACE, free_tokens=16)),
     errors.HandleError(5, "it is dead"),
     errors.PoolLimitError("all 64 pools are open"),
+    errors.StreamLimitError("all streams are open"),
+    errors.StreamReplacedError("main"),
     errors.IdentityError("no token"),
     errors.RoleError("Apply", "operator"),
     errors.BusyError("too many calls"),

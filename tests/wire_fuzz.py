@@ -40,6 +40,15 @@ from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 
 ROOT = Path(__file__).parent.parent
+TOKENS = {
+    "token-of-the-engine": ("engine", "engine", 90),
+    "token-of-another-one": ("another", "engine", 4),
+    "token-of-the-operator": ("operator", "operator", 4),
+    "token-of-a-reader": ("engine", "read-only", 1),
+    "token-of-nobody": (None, None, 1),
+}
+"""The name and role behind each token, and how often it is sent."""
+
 THREADS = 3
 ENDLESS_SECONDS = 0.05
 """So long an endless stream is read."""
@@ -311,10 +320,15 @@ class Fuzzer:
 
         parse = GetMessageClass(method.output_type).FromString
         stub = getattr(channel, form_of(method))(rpc, None, parse)
+        [token] = random.choices(list(TOKENS), [often for *_, often in TOKENS.values()])
         endless = method.server_streaming and not method.client_streaming
         argument = sending() if method.client_streaming else next(sending())
         try:
-            answer = stub(argument, timeout=ENDLESS_SECONDS if endless else SECONDS)
+            answer = stub(
+                argument,
+                timeout=ENDLESS_SECONDS if endless else SECONDS,
+                metadata=[("authorization", f"Bearer {token}")],
+            )
             if not method.server_streaming:
                 self._learn(method, sent[0], answer)
                 return "OK"
@@ -384,6 +398,7 @@ class Covered:
         command += ["--include=*/odma_service/service/*", "-m", "odma_service", "serve"]
         command += ["--listen", "127.0.0.1:0", "--pool-dir", str(self._pools), "--reflection"]
         command += ["--max-pools", "5", "--log-level", "debug"]
+        command += ["--token-file", str(_token_file(directory))]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
@@ -434,6 +449,19 @@ class Covered:
             if file["summary"]["num_statements"]
         }
         return {"total": round(found["totals"]["percent_covered"], 1), "modules": covered}
+
+
+def _token_file(directory: Path) -> Path:
+    file = directory / "tokens.toml"
+    file.touch(mode=0o600)
+    file.write_text(
+        "".join(
+            f'[[identity]]\nname = "{name}"\nrole = "{role}"\ntoken = "{token}"\n'
+            for token, (name, role, _) in TOKENS.items()
+            if name
+        )
+    )
+    return file
 
 
 def fuzz(*, seed: int, calls: int | None = None, seconds: float | None = None) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from odma_service.service.statuses import abort, status_of
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
     ("grpc.max_receive_message_length", 2 * LARGEST_MESSAGE_BYTES),  # gRPC itself refuses more
-    ("grpc.max_concurrent_streams", 1024),  # of one connection; others wait
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
@@ -158,13 +157,17 @@ class Guard(grpc.ServerInterceptor):
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         form: Any
         guarded: Any
-        if handler.request_streaming:
+        at_once = getattr(answer, "experimental_non_blocking", False)  # it sends by itself
+        if at_once and handler.request_streaming:
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._lending(rpc, answer)
+        elif handler.request_streaming:
             form, guarded = grpc.stream_stream_rpc_method_handler, self._exchanging(rpc, answer)
         elif handler.response_streaming:
             form, guarded = grpc.unary_stream_rpc_method_handler, self._telling(rpc, answer)
         else:
             form, guarded = grpc.unary_unary_rpc_method_handler, self._answering(rpc, answer)
         own_pool = getattr(answer, "experimental_thread_pool", None)
+        guarded.experimental_non_blocking = at_once
         guarded.experimental_thread_pool = own_pool or (self._open if access.is_open(rpc) else None)
         made: Handler = form(
             guarded, _parser(handler.request_deserializer), handler.response_serializer
@@ -198,6 +201,14 @@ class Guard(grpc.ServerInterceptor):
                 yield from answer(self._usable(requests), context)
 
         return exchanging
+
+    def _lending(self, rpc: str, answer: Answer) -> Answer:
+        def lending(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                answer(self._usable(requests), context, send)
+
+        return lending
 
     def _usable(self, requests: Iterator[Any]) -> Iterator[Any]:
         """Yield the messages of a stream; raise OdmaError for what is none."""

@@ -60,7 +60,7 @@ class View(NamedTuple):
 class Entry:
     """A pool and when its owner was last heard of. pool None: it is gone."""
 
-    __slots__ = ("heard_at", "learner", "lock", "pool")
+    __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
 
     def __init__(self, pool: Pool, now: float) -> None:
         self.lock = Lock()
@@ -71,6 +71,7 @@ class Entry:
         self.pool: Pool | None = pool
         self.learner = Learner(pool)
         self.heard_at = now
+        self.stale = False  # as the log has it
 
 
 class Registry:
@@ -149,10 +150,13 @@ class Registry:
             with entry.lock:
                 if entry.pool is None:
                     return self._create(claimed(spec, None), policy)
-                spec = claimed(spec, entry.pool.spec)
-                if not self._is_retry(entry.pool, spec):
-                    self._insist_free(entry.pool, entry, take_over=take_over)
-                    self._begin(entry.pool, entry, spec, policy, keep_policy=keep_policy)
+                pool = self._insist(spec.name, entry)
+                spec = claimed(spec, pool.spec)
+                if self._is_retry(pool, spec):
+                    self._hear(spec.name, entry)
+                else:
+                    self._insist_free(pool, entry, take_over=take_over)
+                    self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
                 return _opened(entry.pool)
 
     def close_epoch(self, name: str, epoch: int) -> None:
@@ -175,7 +179,7 @@ class Registry:
             pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
-            entry.heard_at = self._monotonic()
+            self._hear(name, entry)
             try:
                 yield entry.learner
             except BooksCorruptError as error:
@@ -188,6 +192,24 @@ class Registry:
         entry = self._find(name)
         with entry.lock:
             yield View(self._insist_seen(name, entry), self._idle_seconds(entry))
+
+    def reap(self) -> None:
+        """Tell of owners that fell silent, and close their pools after the retention time.
+
+        A pool in use is left for the next time: its owner is not silent.
+        """
+        for name, entry in list(self._entries.items()):
+            if not entry.lock.acquire(blocking=False):
+                continue
+            try:
+                pool = entry.pool and self._insist(name, entry)
+                if not pool or not pool.epoch or entry.stale:
+                    continue
+                entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
+                if entry.stale:
+                    log.warning("pool stale: its owner is silent", pool=name, epoch=pool.epoch)
+            finally:
+                entry.lock.release()
 
     # --- which pools there are ---
 
@@ -237,6 +259,13 @@ class Registry:
             pool.close_epoch(pool.epoch)
         return pool
 
+    def _hear(self, name: str, entry: Entry) -> None:
+        """Note that the owner of a locked entry lives."""
+        entry.heard_at = self._monotonic()
+        if entry.stale:
+            entry.stale = False
+            log.info("pool revived: its owner is back", pool=name)
+
     def _insist_seen(self, name: str, entry: Entry) -> Pool:
         """Return the pool of a locked entry, as if there were none if the caller may not see it."""
         pool = self._insist(name, entry)
@@ -246,7 +275,7 @@ class Registry:
 
     def _insist_serving(self) -> None:
         if self._closed:
-            raise UnavailableError("the service is draining; try again")
+            raise draining()
 
     def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
         """Set the books of a locked entry aside, so that the pool can be opened again."""
@@ -303,7 +332,7 @@ class Registry:
 
     def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
         """Raise PoolOwnedError if somebody else owns the pool and nobody takes it over."""
-        name, epoch = pool.spec.name, self._insist(pool.spec.name, entry).epoch
+        name, epoch = pool.spec.name, pool.epoch
         if not epoch:
             return
         if not take_over:
@@ -343,6 +372,11 @@ class Registry:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}{SUFFIX}"
+
+
+def draining() -> UnavailableError:
+    """Return what a service that ends tells everybody."""
+    return UnavailableError("the service is draining; try again")
 
 
 def _opened(pool: Pool) -> Opened:

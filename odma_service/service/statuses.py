@@ -62,6 +62,8 @@ _RULES: dict[type[OdmaError], Rule] = {
     errors.RefusedError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "REFUSED"),
     errors.HandleError: Rule(grpc.StatusCode.NOT_FOUND, "HANDLE", ("handle", "rule")),
     errors.PoolLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_LIMIT"),
+    errors.StreamLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT"),
+    errors.StreamReplacedError: Rule(grpc.StatusCode.ABORTED, "STREAM_REPLACED", ("name",)),
     errors.IdentityError: Rule(grpc.StatusCode.UNAUTHENTICATED, "IDENTITY"),
     errors.RoleError: Rule(grpc.StatusCode.PERMISSION_DENIED, "ROLE", ("rpc", "role")),
     errors.PoolForeignError: Rule(grpc.StatusCode.PERMISSION_DENIED, "POOL_FOREIGN", ("name",)),
@@ -83,14 +85,19 @@ def reports_errors(
     def reporting(self: Servicer, request: Request, context: grpc.ServicerContext) -> Answer:
         try:
             return method(self, request, context)
-        except OdmaError as error:
-            status = status_of(error)
-        except Exception:
-            log.exception("a call failed inside", rpc=method.__name__)
-            status = INTERNAL
+        except Exception as error:  # noqa: BLE001  told to the client, and logged
+            status = told(error, method.__name__)
         abort(context, status)
 
     return reporting
+
+
+def told(error: Exception, rpc: str) -> Status:
+    """Return the status that tells an error of any kind; a bug of ours is logged."""
+    if isinstance(error, OdmaError):
+        return status_of(error)
+    log.error("a call failed inside", rpc=rpc, exc_info=error)
+    return INTERNAL
 
 
 def status_of(error: OdmaError) -> Status:
@@ -124,6 +131,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             | errors.PoolOwnedError()
             | errors.PoolForeignError()
             | errors.EpochError()
+            | errors.StreamReplacedError()
         ):
             return [details_pb.ResourceInfo(resource_type="pool", resource_name=error.name)]
         case errors.HandleError():
@@ -134,7 +142,12 @@ def _details(error: OdmaError) -> Sequence[Message]:
             refusal_pb = refusal_to(error.refusal)
             refusal_pb.retry_after_ms = RETRY_AFTER_MS
             return [refusal_pb, _retry_info()]
-        case errors.BooksLockedError() | errors.UnavailableError() | errors.BusyError():
+        case (
+            errors.BooksLockedError()
+            | errors.UnavailableError()
+            | errors.BusyError()
+            | errors.StreamLimitError()
+        ):
             return [_retry_info()]
         case _:
             return []

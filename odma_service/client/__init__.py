@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar, cast
@@ -29,6 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from odma_service import errors
+from odma_service.client.streaming import ApplyStream
 from odma_service.errors import OdmaError, ServiceError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -55,6 +57,9 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A connection whose other end vanished is given up after 15 seconds.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 )
 
 Answer = TypeVar("Answer")
@@ -274,6 +279,7 @@ class PoolClient:
 
     def __init__(self, client: Client, response: pb.OpenPoolResponse) -> None:
         self._client = client
+        self._stream: ApplyStream | None = None
         self.response = response
         self.ref = response.pool
         self.seq = 0
@@ -316,7 +322,7 @@ class PoolClient:
         if request is None:
             raise OdmaError(f"batch {self.seq} was answered; there is nothing to resume")
         try:
-            answer = self._client.call(self._client.memory.Apply, request)
+            answer = self._client.call(self._stream or self._client.memory.Apply, request)
         except UnavailableError:
             raise
         except OdmaError:
@@ -326,6 +332,24 @@ class PoolClient:
         self.seq = request.seq
         self.completed_seq = request.completed_seq
         return answer
+
+    @contextmanager
+    def stream(self) -> Iterator[Self]:
+        """Send batches over one stream while the context lasts, which takes less time.
+
+        A stream that breaks is opened again; all else is as without. apply() may also raise
+        StreamLimitError and StreamReplacedError.
+        """
+        with ApplyStream(self._client.memory) as stream:
+            self._stream = stream
+            try:
+                yield self
+            finally:
+                self._stream = None
+
+    def keep_alive(self) -> pb.KeepAliveResponse:
+        """Tell that this owner lives, when it has nothing else to say for ttl_seconds."""
+        return self._client.call(self._client.memory.KeepAlive, pb.KeepAliveRequest(pool=self.ref))
 
     def allocate(self, request_id: str, prompt_tokens: int, **fields: Any) -> types.Place:
         """Take one region; `fields` as allocate() of this module.
@@ -414,6 +438,8 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
     "HANDLE": lambda m, _: errors.HandleError(int(m["handle"]), m["rule"]),
     "NOTHING_LEARNT": lambda _, text: errors.NothingLearntError(text),
     "POOL_LIMIT": lambda _, text: errors.PoolLimitError(text),
+    "STREAM_LIMIT": lambda _, text: errors.StreamLimitError(text),
+    "STREAM_REPLACED": lambda m, _: errors.StreamReplacedError(m["name"]),
     "IDENTITY": lambda _, text: errors.IdentityError(text),
     "ROLE": lambda m, _: errors.RoleError(m["rpc"], m["role"]),
     "POOL_FOREIGN": lambda m, _: errors.PoolForeignError(m["name"]),
