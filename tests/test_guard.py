@@ -11,6 +11,9 @@ from odma_service.client import Client
 from odma_service.rpc.v1 import emulator_service_pb2 as emulator_pb
 from odma_service.rpc.v1 import types_pb2 as types
 
+SELDOM = ("/Recalibrate", "/Predict", "/Watch")
+"""What a short run need not bring to an end that is OK."""
+
 Code = grpc.StatusCode
 
 
@@ -58,5 +61,5 @@ def test_random_and_mutated_messages_find_nothing():
     assert result["bad"] == []
     assert set(result["outcomes"]) == set(ALL)
     succeeded = {rpc for rpc, codes in result["outcomes"].items() if codes.get("OK")}
-    assert succeeded >= {rpc for rpc in RPCS if not rpc.endswith(("/Predict", "/Watch"))}
+    assert succeeded >= {rpc for rpc in RPCS if not rpc.endswith(SELDOM)}
     assert result["coverage"]["total"] > 70
