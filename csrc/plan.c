@@ -120,8 +120,8 @@ static void note_move(odma_arena *arena, uint32_t slot) {
     struct note *note = note_of(arena, slot);
     if (!note->moved) {
         note->moved = true;
-        note->first_start = arena->runs[slot].start;
-        arena->moved[arena->moved_count++] = slot;
+        arena->moved[arena->moved_count++] =
+            (struct move){.slot = slot, .first_start = arena->runs[slot].start};
     }
     arena->moves++;
 }
