@@ -73,6 +73,10 @@ def replay_command(
         float | None,
         typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
     ] = None,
+    swap_gbytes: Annotated[
+        float,
+        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+    ] = 0.0,
     predictor: Annotated[
         str | None,
         typer.Option(help="live, exact or lognormal:SIGMA, for all policies that predict."),
@@ -89,7 +93,11 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
-    serving = replay.Serving(device, peak_flops_per_second=peak_tflops * 1e12)
+    serving = replay.Serving(
+        device,
+        peak_flops_per_second=peak_tflops * 1e12,
+        swap_bytes_per_second=swap_gbytes * 1e9,
+    )
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
