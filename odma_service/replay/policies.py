@@ -155,8 +155,8 @@ def memory_of(
     if name in (*PAGED_POLICIES, *PREFIX_POLICIES):
         kind, page = name.split("-")[:2]
         share = serving.page_share(int(page)) if kind == "paged" else 1.0
-        memory: type[PagedMemory] = PrefixMemory if name in PREFIX_POLICIES else PagedMemory
-        yield memory(capacity, int(page), headroom, share)
+        pages: type[PagedMemory] = PrefixMemory if name in PREFIX_POLICIES else PagedMemory
+        yield pages(capacity, int(page), headroom, share)
         return
     if name in EXTENT_POLICIES:
         step_tokens = int(parameters.get("step_tokens", BLOCK_TOKENS))
