@@ -12,6 +12,8 @@ from odma_service.errors import UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 
+Metadata = tuple[tuple[str, str], ...]
+
 LOOK_SECONDS = 0.05
 """How often the clock is looked at: gRPC bounds a stream as a whole, not a single answer."""
 
@@ -41,11 +43,13 @@ class ApplyStream:
         self._watch.join()
         self._break()
 
-    def __call__(self, request: pb.ApplyRequest, timeout: float) -> pb.ApplyResponse:
+    def __call__(
+        self, request: pb.ApplyRequest, timeout: float, metadata: Metadata | None = None
+    ) -> pb.ApplyResponse:
         """Send a batch and wait for its answer. Raises grpc.RpcError and UnavailableError."""
         if self._answers is None:
             self._requests = SimpleQueue()
-            self._answers = self._stub.Stream(iter(self._requests.get, None))
+            self._answers = self._stub.Stream(iter(self._requests.get, None), metadata=metadata)
         self._requests.put(pb.StreamRequest(apply=request))
         self._give_up = time.monotonic() + timeout
         answer: pb.ApplyResponse | None = None
