@@ -18,6 +18,7 @@ from odma_service._native import (
     Arena,
     ArenaGeometry,
     ArenaReport,
+    Completion,
     EngineRecord,
     Histogram,
     RegionEntry,
@@ -361,6 +362,10 @@ class Pool:
     def histogram(self) -> Histogram:
         """Return the lengths of all completions."""
         return self._arena.histogram(CLASS_POOL)
+
+    def completions(self) -> list[Completion]:
+        """Return the last completions of all classes, at most 256, oldest first."""
+        return self._arena.completions(CLASS_POOL)
 
     def classes(self) -> list[ClassHistory]:
         """Return what is known about each request class that has a name or completions."""
