@@ -104,7 +104,7 @@ def main(style: str, *pair: str) -> None:
     credentials = _credentials(*map(Path, pair)) if pair else None
     if style == "threads":
         server = grpc.server(ThreadPoolExecutor(THREADS), options=OPTIONS)
-        add_MemoryServiceServicer_to_server(InThreads(), server)
+        add_MemoryServiceServicer_to_server(InThreads(), server)  # type: ignore[abstract]
         print(f"127.0.0.1:{_bind(server, credentials)}", flush=True)  # noqa: T201
         server.start()
         server.wait_for_termination()
@@ -114,7 +114,7 @@ def main(style: str, *pair: str) -> None:
 
 async def _serve_in_loop(style: str, credentials: grpc.ServerCredentials | None) -> None:
     server = grpc.aio.server(options=OPTIONS)
-    servicer = {"asyncio": InLoop, "executor": InExecutor}[style]()
+    servicer = {"asyncio": InLoop, "executor": InExecutor}[style]()  # type: ignore[abstract]
     add_MemoryServiceServicer_to_server(servicer, server)
     port = _bind(server, credentials)
     await server.start()

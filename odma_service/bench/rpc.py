@@ -170,7 +170,7 @@ class Runs:
                     times.setdefault(style, {}).setdefault(way, []).append(took)
         self._watch()
         return {
-            style: {way: _of_times(taken[WARM_UP:]) for way, taken in ways.items()}
+            style: {way: _medians([_of_times(taken[WARM_UP:])]) for way, taken in ways.items()}
             for style, ways in times.items()
         }
 
