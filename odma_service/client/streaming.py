@@ -12,8 +12,6 @@ from odma_service.errors import UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 
-Metadata = tuple[tuple[str, str], ...]
-
 LOOK_SECONDS = 0.05
 """How often the clock is looked at: gRPC bounds a stream as a whole, not a single answer."""
 
@@ -44,7 +42,10 @@ class ApplyStream:
         self._break()
 
     def __call__(
-        self, request: pb.ApplyRequest, timeout: float, metadata: Metadata | None = None
+        self,
+        request: pb.ApplyRequest,
+        timeout: float,
+        metadata: tuple[tuple[str, str | bytes], ...] | None = None,
     ) -> pb.ApplyResponse:
         """Send a batch and wait for its answer. Raises grpc.RpcError and UnavailableError."""
         if self._answers is None:
