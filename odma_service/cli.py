@@ -95,6 +95,9 @@ def serve(
     max_pools: Annotated[int | None, _flag("max_pools")] = None,
     workers: Annotated[int | None, _flag("workers")] = None,
     drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
+    metrics_listen: Annotated[str | None, _flag("metrics_listen")] = None,
+    decision_log: Annotated[Path | None, _flag("decision_log")] = None,
+    decision_log_bytes: Annotated[int | None, _flag("decision_log_bytes")] = None,
     log_format: Annotated[str | None, _flag("log_format")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
 ) -> None:
@@ -112,6 +115,9 @@ def serve(
         "max_pools": max_pools,
         "workers": workers,
         "drain_seconds": drain_seconds,
+        "metrics_listen": metrics_listen,
+        "decision_log": decision_log,
+        "decision_log_bytes": decision_log_bytes,
         "log_format": log_format,
         "log_level": log_level,
     }

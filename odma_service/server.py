@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from odma_service.config import UNIX, Settings
 from odma_service.errors import OdmaError
+from odma_service.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
     memory_service_pb2,
@@ -34,10 +35,12 @@ from odma_service.rpc.v1.predictor_service_pb2_grpc import (
     PredictorServiceServicer,
     add_PredictorServiceServicer_to_server,
 )
+from odma_service.service.decisions import DecisionLog
 from odma_service.service.emulator import EmulatorService
 from odma_service.service.memory import MemoryService
 from odma_service.service.pools import PoolService
 from odma_service.service.registry import Registry
+from odma_service.service.witness import Witness
 
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 OPTIONS = (
@@ -65,24 +68,28 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
+    witness = Witness(decisions=_decision_log(settings))
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
         boot_id=BOOT_ID.read_text().strip(),
         monotonic=time.monotonic,
         wall=time.time,
+        witness=witness,
     )
     registry.attach_all()
     try:
         _serve(settings, registry)
     finally:
         registry.close()
+        witness.close()
     log.info("stopped")
 
 
 def _serve(settings: Settings, registry: Registry) -> None:
     calls = ThreadPoolExecutor(settings.workers, thread_name_prefix="call")
-    server = grpc.server(calls, options=OPTIONS)
+    metrics = metrics_of(registry)
+    server = grpc.server(calls, options=OPTIONS, interceptors=[RpcMetrics(metrics)])
     # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
     memory = MemoryService(registry)  # type: ignore[abstract]
     pools = PoolService(registry)  # type: ignore[abstract]
@@ -94,10 +101,18 @@ def _serve(settings: Settings, registry: Registry) -> None:
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
-    with _listening(server, settings.listen) as addresses:
+    with (
+        _listening(server, settings.listen) as addresses,
+        serving_metrics(_warned(settings.metrics_listen), metrics) as metrics_address,
+    ):
         server.start()
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
-        log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
+        log.info(
+            "serving",
+            addresses=addresses,
+            metrics=metrics_address,
+            pool_dir=str(settings.pool_dir),
+        )
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
@@ -140,7 +155,7 @@ def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[s
         _remove_stale(path)
     old_mask = os.umask(0o177)
     try:
-        bound = [_bind(server, address) for address in addresses]
+        bound = [_bind(server, _warned(address)) for address in addresses]
     finally:
         os.umask(old_mask)
     try:
@@ -150,9 +165,20 @@ def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[s
             path.unlink(missing_ok=True)
 
 
-def _bind(server: grpc.Server, address: str) -> str:
-    if not address.startswith(LOOPBACK):
+def _warned(address: str) -> str:
+    """Return the address; say so if it is not this machine's alone."""
+    if address and not address.startswith(LOOPBACK):
         log.warning("listening beyond loopback, where anybody may call", address=address)
+    return address
+
+
+def _decision_log(settings: Settings) -> DecisionLog | None:
+    if settings.decision_log is None:
+        return None
+    return DecisionLog(settings.decision_log, settings.decision_log_bytes)
+
+
+def _bind(server: grpc.Server, address: str) -> str:
     if not _is_unix(address):
         _try_bind(address)
     try:

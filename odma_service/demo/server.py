@@ -49,7 +49,7 @@ def start(directory: Path, listen: str = "127.0.0.1:0") -> tuple[subprocess.Pope
     """Start a server that keeps pools and log in `directory`; return it and its address."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
-    command += ["--pool-dir", str(directory / "pools")]
+    command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", ""]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
         process = subprocess.Popen(
