@@ -74,6 +74,11 @@ Labelled = Callable[[Reading], Iterable[tuple[tuple[str, ...], float]]]
 
 GAUGES: tuple[tuple[str, str, Value], ...] = (
     ("capacity_tokens", "Capacity.", lambda r: r.spec.capacity_tokens),
+    (
+        "bytes_per_token",
+        "Bytes of a token, all planes of one rank.",
+        lambda r: r.spec.geometry.bytes_per_token,
+    ),
     ("written_tokens", "Written, as the engine last said.", lambda r: r.report.used_tokens),
     ("reserved_tokens", "Reserved by live regions.", lambda r: r.report.reserved_tokens),
     (
@@ -480,7 +485,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 def metrics_of(pools: Registry) -> CollectorRegistry:
     """Return all that a service has to tell, but for what its calls do: see RpcMetrics."""
-    disable_created_metrics()  # a series for each series, of no use to Prometheus 2
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each series, of no use to Prometheus 2
     registry = CollectorRegistry()
     registry.register(PoolCollector(pools))
     ProcessCollector(registry=registry)

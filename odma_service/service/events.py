@@ -94,13 +94,10 @@ class Events:
         *,
         reason: str = "",
         policy_version: int = 0,
-        **facts: str,
+        file: str = "",
     ) -> None:
-        """Write a log line, with more `facts` if there are any, and keep the event.
-
-        Waits for no reader.
-        """
-        known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, **facts}
+        """Write a log line, `file` is only for that, and keep the event. Waits for no reader."""
+        known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
         level, line = _LINES[kind]
         told = {name: value for name, value in known.items() if value}
         getattr(log, level)(line, kind=kind.name, pool=pool, **told)

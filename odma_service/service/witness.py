@@ -110,10 +110,10 @@ class Witness:
         return self._tallies.get(pool) or Tally()
 
     def tell(
-        self, kind: Kind, pool: str, epoch: int = 0, *, reason: str = "", **facts: str
+        self, kind: Kind, pool: str, epoch: int = 0, *, reason: str = "", file: str = ""
     ) -> None:
-        """Take note of an event of a pool. `facts` are for the log line only."""
-        self.events.tell(kind, pool, epoch, reason=reason, **facts)
+        """Take note of an event of a pool. `file` is for the log line only."""
+        self.events.tell(kind, pool, epoch, reason=reason, file=file)
         if kind in {Kind.SET_ASIDE, Kind.FORGOTTEN}:
             self._tallies.pop(pool, None)
         if kind in ENDS_EPOCH and self.decisions is not None:
