@@ -62,7 +62,7 @@ def test_a_request_is_one_record_with_all_that_was_decided_about_it(logging_serv
         pool.apply(ops=[free(long, End.HIT_LIMIT, 2000)])
     first, second = records(log, 2)
     assert first["request_id"] == "other"
-    assert (first["prompt_tokens"], first["output_tokens"], first["end"]) == (2000, 7, "FINISHED")
+    assert (first["prompt_tokens"], first["output_tokens"], first["end"]) == (1900, 7, "FINISHED")
     assert first["asked"] == first["granted"] < first["ended"]
     assert (second["pool"], second["request_class"], second["tenant"]) == (name, "chat", "t")
     assert second["max_total_tokens"] == 4000
