@@ -56,6 +56,8 @@ OTHER_CLASSES = "(other)"
 class PoolSpec:
     """What an owner said when it opened the pool. capacity_tokens becomes whole blocks.
 
+    `owner` is the identity that opened it, "" where nobody was asked who he is.
+
     A field that breaks its rule is an InvalidError that names it.
     """
 
@@ -74,12 +76,15 @@ class PoolSpec:
     max_regions: int = 1024
     max_ops: int = 1024
     max_copies: int = 1024
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise InvalidError("name", NAME_RULE)
         if not 1 <= len(self.open_id.encode(errors="replace")) <= 64:
             raise InvalidError("open_id", "1 to 64 bytes")
+        if self.owner and not NAME.fullmatch(self.owner):
+            raise InvalidError("owner", NAME_RULE)
         if self.block_tokens not in {2**i for i in range(11)}:
             raise InvalidError("block_tokens", "a power of two, 1 to 1,024")
         most_tokens = min(MOST_CAPACITY_TOKENS, MOST_BLOCKS * self.block_tokens)
@@ -365,15 +370,15 @@ class Pool:
         """Return the lengths of all completions."""
         return self._arena.histogram(CLASS_POOL)
 
+    def completions(self) -> list[Completion]:
+        """Return the last completions of all classes, at most 256, oldest first."""
+        return self._arena.completions(CLASS_POOL)
+
     def classes(self) -> list[ClassHistory]:
         """Return what is known about each request class that has a name or completions."""
         named = [self.class_history(index) for index in range(len(self._arena.class_names()))]
         others = self.class_history(CLASS_OTHER)
         return named + [others] * (others.histogram.completions > 0)
-
-    def completions(self) -> list[Completion]:
-        """Return the last completions of all classes, oldest first."""
-        return self._arena.completions()
 
     def quantiles(self, request_class: str, more_than: int = 0) -> Quantiles | None:
         """Return quantiles of a class's output tokens, given that they exceed `more_than`.

@@ -68,7 +68,7 @@ def test_a_request_is_one_record_with_all_that_was_decided_about_it(logging_serv
     assert second["max_total_tokens"] == 4000
     assert second["refusals"] == {"EXTEND_NO_SPACE": 1}
     assert second["extends"] == 1
-    assert second["granted_tokens"] == 2064 < second["last_tokens"]
+    assert 2000 < second["granted_tokens"] < second["last_tokens"]
     assert (second["end"], second["output_tokens"]) == ("HIT_LIMIT", 2000)
     assert set(second) == set(documented())
 

@@ -215,8 +215,8 @@ def test_rpcs_that_nobody_serves_share_one_name(scraped):
                 channel.unary_unary(path)(b"")
             assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     samples = scrape(scraped)
-    unknown = {s.labels["code"]: s.value for s in samples if s.labels.get("rpc") == "(unknown)"}
-    assert unknown["UNIMPLEMENTED"] >= 2
+    labels = {"rpc": "(unknown)", "code": "UNIMPLEMENTED"}
+    assert value(samples, "odma_rpc_calls_total", **labels) >= 2
     assert all("made.up" not in s.labels.get("rpc", "") for s in samples)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from odma_service.errors import RefusedError
 from odma_service.learning.drift import has_news, is_worth_it
+from odma_service.learning.expected import cheapest
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
@@ -122,15 +123,23 @@ class Learner:
         return self._recalibrate(dry_run, expected_version, limits, "asked for")
 
     def _follow_drift(self) -> None:
-        """Recalibrate `odma` if its lengths have drifted and other limits are worth it."""
+        """Change limits and risk of `odma` if its lengths have drifted and it is worth it."""
         policy = self.pool.policy()
         if policy.name != "odma" or not policy.limits_tokens:
             return
         weights = seen_weights(self.pool)
         if weights.sum() < LEARNT_ENOUGH or not has_news(self._calibrated, weights):
             return
-        if is_worth_it(self.recalibrate(dry_run=True)):
-            self._recalibrate(False, policy.version, 0, "lengths have drifted")
+        best = cheapest(self.pool)
+        if best is not None and is_worth_it(best.gain):
+            self._install(
+                best.policy,
+                policy.version,
+                Change.RECALIBRATED,
+                f"lengths have drifted: limits {_listed(policy)} -> {_listed(best.policy)}, risk "
+                f"{policy.overflow_risk:g} -> {best.policy.overflow_risk:g} would have written "
+                f"to {best.gain:.3f} more of what is reserved",
+            )
         self._calibrated = weights
 
     def _recalibrate(
