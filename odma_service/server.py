@@ -109,10 +109,10 @@ def _serve(settings: Settings, registry: Registry) -> None:
         maximum_concurrent_rpcs=2 * settings.max_calls,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
-    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    pools = PoolService(registry)  # type: ignore[abstract]
+    pools = PoolService(registry)
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
+    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
     add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)  # type: ignore[abstract]
     add_EmulatorServiceServicer_to_server(EmulatorService(), server)
     healthy = _add_health(server)
@@ -136,9 +136,11 @@ def _serve(settings: Settings, registry: Registry) -> None:
         healthy.enter_graceful_shutdown()
         registry.close()
         memory.streams.end_all(draining())
+        registry.witness.events.end()
         time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
     memory.streams.close()
+    pools.watchers.close()
     calls.shutdown()
 
 

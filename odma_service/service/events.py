@@ -12,6 +12,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable
 from enum import IntEnum
+from itertools import islice
 from threading import Condition
 from typing import NamedTuple
 
@@ -36,15 +37,17 @@ class Kind(IntEnum):
     POLICY_SET = 9
     RECALIBRATED = 10
     SAFETY_SHARE = 11
+    EXPIRED = 12
 
 
-ENDS_EPOCH = {Kind.TAKEN_OVER, Kind.CLOSED, Kind.SET_ASIDE, Kind.FORGOTTEN}
+ENDS_EPOCH = {Kind.TAKEN_OVER, Kind.CLOSED, Kind.EXPIRED, Kind.SET_ASIDE, Kind.FORGOTTEN}
 
 _LINES = {
     Kind.OPENED: ("info", "pool opened"),
     Kind.RESUMED: ("info", "pool found"),
     Kind.TAKEN_OVER: ("warning", "pool taken over"),
     Kind.CLOSED: ("info", "pool closed"),
+    Kind.EXPIRED: ("warning", "pool closed: its owner is silent"),
     Kind.STALE: ("warning", "pool stale: its owner is silent"),
     Kind.REVIVED: ("info", "pool revived: its owner is back"),
     Kind.SET_ASIDE: ("error", "pool set aside"),
@@ -56,7 +59,10 @@ _LINES = {
 
 
 class Event(NamedTuple):
-    """One event. epoch and policy_version 0: it is not about one. reason: for people."""
+    """One event. epoch and policy_version 0: it is not about one. reason: for people.
+
+    owner: the identity that may see the pool; empty where nobody was asked who he is.
+    """
 
     cursor: int
     kind: Kind
@@ -65,6 +71,7 @@ class Event(NamedTuple):
     unix_seconds: float
     reason: str
     policy_version: int
+    owner: str
 
 
 class Missed(NamedTuple):
@@ -94,6 +101,7 @@ class Events:
         *,
         reason: str = "",
         policy_version: int = 0,
+        owner: str = "",
         file: str = "",
     ) -> None:
         """Write a log line, `file` is only for that, and keep the event. Waits for no reader."""
@@ -105,7 +113,7 @@ class Events:
             self._last += 1
             self._counts[kind] += 1
             self._kept.append(
-                Event(self._last, kind, pool, epoch, self._wall(), reason, policy_version)
+                Event(self._last, kind, pool, epoch, self._wall(), reason, policy_version, owner)
             )
             self._news.notify_all()
 
@@ -135,5 +143,5 @@ class Events:
         with self._news:
             self._news.wait_for(lambda: self._over or self._last > cursor, wait_seconds)
             oldest = self._last - len(self._kept) + 1
-            events = [event for event in self._kept if event.cursor > cursor]
-            return Missed(events, lost=cursor + 1 < oldest)
+            behind = islice(self._kept, max(cursor + 1 - oldest, 0), None)
+            return Missed(list(behind), lost=cursor + 1 < oldest)

@@ -266,7 +266,7 @@ class Registry:
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
             epoch = pool.epoch
             pool.close_epoch(epoch)
-            self.witness.tell(Kind.CLOSED, name, epoch, reason="its owner is silent")
+            self.witness.tell(Kind.EXPIRED, name, epoch)
         return pool
 
     def _hear(self, name: str, entry: Entry) -> None:

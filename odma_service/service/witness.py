@@ -87,6 +87,7 @@ class PoolObserver:
             self._pool.epoch,
             reason=why,
             policy_version=after.version,
+            owner=self._pool.spec.owner,
         )
 
 
@@ -97,10 +98,12 @@ class Witness:
         self.events = events or Events()
         self.decisions = decisions
         self._tallies: dict[str, Tally] = {}
+        self._owners: dict[str, str] = {}
 
     def observer_of(self, pool: Pool) -> PoolObserver:
         """Return the observer of a pool that was made, found or opened."""
         tally = self._tallies.setdefault(pool.spec.name, Tally())
+        self._owners[pool.spec.name] = pool.spec.owner
         if self.decisions is not None:
             self.decisions.adopt(pool)
         return PoolObserver(pool, tally, self.events, self.decisions)
@@ -113,9 +116,11 @@ class Witness:
         self, kind: Kind, pool: str, epoch: int = 0, *, reason: str = "", file: str = ""
     ) -> None:
         """Take note of an event of a pool. `file` is for the log line only."""
-        self.events.tell(kind, pool, epoch, reason=reason, file=file)
+        owner = self._owners.get(pool, "")
+        self.events.tell(kind, pool, epoch, reason=reason, owner=owner, file=file)
         if kind in {Kind.SET_ASIDE, Kind.FORGOTTEN}:
             self._tallies.pop(pool, None)
+            self._owners.pop(pool, None)
         if kind in ENDS_EPOCH and self.decisions is not None:
             self.decisions.epoch_over(pool)
 
