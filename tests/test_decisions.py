@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_dropped_and_counted_and_nobody_waits(log, tmp_path
     monkeypatch.setattr(decisions, "MOST_QUEUED", 3)
     planes = Geometry((PlaneGroup(2, 64, 1),))
     spec = PoolSpec("main", "id", planes, 4096, model_length_tokens=4096, moves=Moves.NONE)
-    policy = named("static", 4096, 4096, one_stream=True)
+    policy = named("static", 4096, 4096)
     writer = DecisionLog(log, 1 << 20)
     with Pool.create(tmp_path / "main.pool", spec, 1, "boot", policy) as pool:
         for _ in range(5):
