@@ -51,7 +51,7 @@ def start(
     """Start a server that keeps pools and log in `directory`; return it and its address."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
-    command += ["--pool-dir", str(directory / "pools"), *flags]
+    command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", "", *flags]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
         process = subprocess.Popen(
