@@ -250,6 +250,31 @@ class Client:
                 return regions
             request.from_token = page.next_token
 
+    def watch(
+        self, name: str = "", cursor: int = 0, incarnation: str = ""
+    ) -> Iterator[pool_pb.WatchResponse]:
+        """Yield what happens to a pool, or to all; from now on, or behind an earlier answer.
+
+        A stream that breaks is opened again where it was, for retry_seconds. `lost` in an
+        answer says that events are missing. Closing the generator ends the stream.
+        """
+        request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
+        give_up: float | None = None
+        while True:
+            stream = self._pools.Watch(request, metadata=self.metadata or None)
+            try:
+                for answer in stream:
+                    request.cursor, request.incarnation = answer.cursor, answer.incarnation
+                    give_up = None
+                    yield answer
+            except grpc.RpcError as error:
+                give_up = give_up or time.monotonic() + self._retry_seconds
+                if error.code() not in NO_ANSWER or time.monotonic() > give_up:
+                    raise _error_from(error) from None
+                time.sleep(LONGEST_PAUSE_SECONDS)
+            finally:
+                cast("grpc.Call", stream).cancel()
+
     def is_serving(self, service: str = "") -> bool:
         """Ask the standard health service once. Raises UnavailableError."""
         request = health_pb2.HealthCheckRequest(service=service)
