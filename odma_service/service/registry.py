@@ -34,6 +34,8 @@ from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.service.access import claimed, may_see
+from odma_service.service.events import Kind
+from odma_service.service.witness import Witness
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -62,14 +64,14 @@ class Entry:
 
     __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
 
-    def __init__(self, pool: Pool, now: float) -> None:
+    def __init__(self, learner: Learner, now: float) -> None:
         self.lock = Lock()
-        self.adopt(pool, now)
+        self.adopt(learner, now)
 
-    def adopt(self, pool: Pool, now: float) -> None:
-        """Make this the entry of `pool`, whose owner was heard of now."""
-        self.pool: Pool | None = pool
-        self.learner = Learner(pool)
+    def adopt(self, learner: Learner, now: float) -> None:
+        """Make this the entry of a pool whose owner was heard of now."""
+        self.pool: Pool | None = learner.pool
+        self.learner = learner
         self.heard_at = now
         self.stale = False  # as the log has it
 
@@ -90,6 +92,7 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
+        witness: Witness | None = None,
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
@@ -97,6 +100,7 @@ class Registry:
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
+        self.witness = witness or Witness()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
@@ -169,7 +173,7 @@ class Registry:
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             pool.close_epoch(epoch)
-            log.info("pool closed", pool=name, epoch=epoch)
+            self.witness.tell(Kind.CLOSED, name, epoch)
 
     @contextmanager
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
@@ -207,7 +211,7 @@ class Registry:
                     continue
                 entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
                 if entry.stale:
-                    log.warning("pool stale: its owner is silent", pool=name, epoch=pool.epoch)
+                    self.witness.tell(Kind.STALE, name, pool.epoch)
             finally:
                 entry.lock.release()
 
@@ -233,13 +237,18 @@ class Registry:
         try:
             pool = self._attach(name, path)
         except UNUSABLE as error:
-            log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
+            self._set_aside(name, error)
             return None
-        self._entries[name] = entry = Entry(pool, self._monotonic())
+        self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
+        self.witness.tell(
+            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        )
         return entry
+
+    def _learner(self, pool: Pool) -> Learner:
+        return Learner(pool, self.witness.observer_of(pool))
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -255,8 +264,9 @@ class Registry:
             self._insist_serving()
             raise PoolNotFoundError(name)
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
-            log.warning("pool closed: its owner is silent", pool=name, epoch=pool.epoch)
-            pool.close_epoch(pool.epoch)
+            epoch = pool.epoch
+            pool.close_epoch(epoch)
+            self.witness.tell(Kind.EXPIRED, name, epoch)
         return pool
 
     def _hear(self, name: str, entry: Entry) -> None:
@@ -264,7 +274,7 @@ class Registry:
         entry.heard_at = self._monotonic()
         if entry.stale:
             entry.stale = False
-            log.info("pool revived: its owner is back", pool=name)
+            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
 
     def _insist_seen(self, name: str, entry: Entry) -> Pool:
         """Return the pool of a locked entry, as if there were none if the caller may not see it."""
@@ -284,9 +294,11 @@ class Registry:
         entry.pool.close()
         entry.pool = None
         self._entries.pop(name, None)
-        log.error(
-            "pool set aside", file=str(set_aside(self._path(name), str(error))), reason=str(error)
-        )
+        self._set_aside(name, error)
+
+    def _set_aside(self, name: str, error: BooksError) -> None:
+        aside = set_aside(self._path(name), str(error))
+        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
     def _make_room(self, owner: str) -> None:
         """Forget the pool that was opened longest ago of those that are closed, if need be.
@@ -318,7 +330,7 @@ class Registry:
                 entry.pool.close()
             entry.pool = None
             self._path(name).unlink()
-        log.info("pool forgotten, to make room", pool=name)
+        self.witness.tell(Kind.FORGOTTEN, name)
 
     # --- opening ---
 
@@ -337,14 +349,14 @@ class Registry:
             return
         if not take_over:
             raise PoolOwnedError(name, self._idle_seconds(entry))
-        log.warning("pool taken over", pool=name, from_epoch=epoch)
+        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
         self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
-        self._entries[spec.name] = Entry(pool, self._monotonic())
-        log.info("pool made", pool=spec.name, epoch=pool.epoch, tokens=spec.capacity_tokens)
+        self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
@@ -360,8 +372,8 @@ class Registry:
             old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
             unfinished.replace(path)
             old.close()
-        entry.adopt(pool, self._monotonic())
-        log.info("pool opened", pool=spec.name, epoch=epoch, tokens=spec.capacity_tokens)
+        entry.adopt(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, epoch)
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had, not even in books that are lost."""
