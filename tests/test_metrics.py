@@ -49,6 +49,9 @@ def service(scraped):
         yield client
 
 
+ELASTIC_64 = types.PolicyChange(name="elastic", safety_share=0, step_tokens=64)
+
+
 def metrics_address(server) -> str:
     """Return where the log says that metrics are."""
     lines = map(json.loads, server.log.read_text().splitlines())
@@ -121,7 +124,7 @@ def test_a_scrape_tells_what_the_books_say(scraped, service, name):
 def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_again(
     scraped, service, name
 ):
-    pool = open_pool(service, name, policy=types.PolicyChange(name="elastic", safety_share=0))
+    pool = open_pool(service, name, policy=ELASTIC_64)
     first, _ = (pool.allocate(f"r{i}", 2048 - 64) for i in range(2))
     pool.apply(ops=[extend(first.handle, first.length_tokens + 16), allocate("r3", 16)])
     pool.seq -= 1

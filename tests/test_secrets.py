@@ -76,7 +76,7 @@ def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
     server.terminate()
     log = server.log.read_text()
     assert {"OK", "INVALID", "IDENTITY", "EPOCH_OVER"} <= codes
-    assert "pool made" in log
+    assert "with new books" in log
     for marker in MARKERS:
         assert marker not in log
     assert own.key.read_text().splitlines()[1] not in log
