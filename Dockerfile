@@ -16,8 +16,8 @@ ENV PATH=/opt/odma/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ODMA_LISTEN=0.0.0.0:50051 \
     ODMA_POOL_DIR=/var/lib/odma
-EXPOSE 50051
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
-    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; stub = rpc.HealthStub(grpc.insecure_channel('127.0.0.1:50051')); raise SystemExit(stub.Check(pb.HealthCheckRequest(), timeout=3).status != pb.HealthCheckResponse.SERVING)"]
+EXPOSE 50051 9464
+HEALTHCHECK --interval=15s --timeout=10s --start-period=10s \
+    CMD ["odma", "health"]
 ENTRYPOINT ["odma"]
 CMD ["serve"]
