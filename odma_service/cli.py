@@ -19,6 +19,7 @@ from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
 from odma_service.replay_cli import replay_command, tune_command
 from odma_service.reproduce_cli import reproduce_command
+from odma_service.top import top_command
 from odma_service.watch_cli import watch_command
 
 UsageError: Any = typer.BadParameter.__base__
@@ -38,6 +39,7 @@ app.command("replay")(replay_command)
 app.command("tune")(tune_command)
 app.command("reproduce")(reproduce_command)
 app.command("watch")(watch_command)
+app.command("top")(top_command)
 
 
 def main() -> None:
