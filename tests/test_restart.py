@@ -210,11 +210,14 @@ def test_watchers_of_its_health_see_it_go(servers, number):
     server = servers("--drain-seconds", "20")
     seen = []
     with grpc.insecure_channel(server.target) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
         seen.append(next(watch).status)
         server.process.send_signal(number)
         seen.append(next(watch).status)
+        alive = health.Check(health_pb2.HealthCheckRequest(service="odma.alive"))
         watch.cancel()
+    assert alive.status == health_pb2.HealthCheckResponse.SERVING
     assert seen == [
         health_pb2.HealthCheckResponse.SERVING,
         health_pb2.HealthCheckResponse.NOT_SERVING,
