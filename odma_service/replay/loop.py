@@ -204,7 +204,7 @@ class Loop:
         history.copies += decision.copies
         history.copied_tokens += decision.copied_tokens
         self._blocked = len(decision.placed) < len(asked) and not (
-            decision.again or decision.copies
+            decision.again or decision.copies or decision.victims
         )
         return decision
 
