@@ -32,7 +32,9 @@ FLOORS = {
         "replay_cli",
         "reproduce_cli",
         "status",
+        "top",
         "trace_cli",
+        "watch_cli",
     },
 }
 
