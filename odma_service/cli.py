@@ -13,7 +13,16 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
-from odma_service import arena_cli, bench, config, lpddr_cli, server, status, trace_cli
+from odma_service import (
+    arena_cli,
+    bench,
+    config,
+    lpddr_cli,
+    predictor_cli,
+    server,
+    status,
+    trace_cli,
+)
 from odma_service.client import Client
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
@@ -32,6 +41,7 @@ app.add_typer(trace_cli.app, name="trace")
 app.add_typer(bench.app, name="bench")
 app.add_typer(arena_cli.app, name="arena")
 app.add_typer(lpddr_cli.app, name="lpddr")
+app.add_typer(predictor_cli.app, name="predictor")
 app.command("demo")(demo_command)
 app.command("replay")(replay_command)
 app.command("tune")(tune_command)

@@ -28,6 +28,7 @@ FLOORS = {
         "cli",
         "demo",
         "lpddr_cli",
+        "predictor_cli",
         "replay_cli",
         "reproduce_cli",
         "status",
