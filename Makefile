@@ -14,7 +14,7 @@ LIB_SONAME := libodma.so.0
 LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
-	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
+	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
 .PHONY: help demo serve test check format proto fuzz coverage bench torture lib clean
 .DELETE_ON_ERROR:
