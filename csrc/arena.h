@@ -67,8 +67,11 @@ struct request {
     uint32_t generated_tokens;
     uint32_t max_total_tokens;
     uint32_t class_index;
+    uint64_t issue;       /* order of its allocate, over all epochs */
     float quantiles[ODMA_QUANTILES];
-    uint32_t pad;
+    float raw[ODMA_QUANTILES];
+    float overflow_risk;  /* accepted for it */
+    uint32_t pad[7];
 };
 
 struct stats {
@@ -240,6 +243,7 @@ void drop_id(odma_arena *arena, uint32_t slot);
 /* --- policy.c --- */
 const char *policy_fault(const odma_policy *policy);
 uint32_t safety_blocks(const odma_arena *arena);
+double accepted_risk(const odma_arena *arena, const odma_op *op);
 uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total);
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want);
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
@@ -273,5 +277,6 @@ odma_status rescale(odma_arena *arena);
 /* --- report.c --- */
 const char *engine_fault(const odma_engine *engine);
 const char *books_fault(const odma_arena *arena);
+uint64_t last_batch(const struct books *books);
 
 #endif

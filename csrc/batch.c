@@ -256,7 +256,6 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
 /* --- allocate --- */
 
 static uint32_t quantiles_rule(const float quantiles[ODMA_QUANTILES]) {
-    if (quantiles[0] < 0) return ODMA_RULE_NONE;
     for (uint32_t i = 0; i < ODMA_QUANTILES; i++)
         if (!isfinite(quantiles[i]) || !(quantiles[i] >= (i == 0 ? 0 : quantiles[i - 1])))
             return ODMA_RULE_QUANTILES;
@@ -270,7 +269,8 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
     if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
-    return quantiles_rule(op->quantiles);
+    uint32_t rule = op->quantiles[0] < 0 ? ODMA_RULE_NONE : quantiles_rule(op->quantiles);
+    return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
 }
 
 static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length) {
@@ -295,7 +295,10 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
     request->generated_tokens = op->generated_tokens;
     request->max_total_tokens = max_total;
     request->class_index = class_for(arena, op->request_class);
+    request->issue = arena->books->counters.allocates + 1;
     memcpy(request->quantiles, op->quantiles, sizeof request->quantiles);
+    memcpy(request->raw, op->raw, sizeof request->raw);
+    request->overflow_risk = (float)accepted_risk(arena, op);
     mark(arena, request, sizeof *request);
 }
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from odma_service.policy import PolicyRecord
-    from odma_service.values import Answer, Batch, Quantiles, Result
+    from odma_service.values import Answer, Batch, Predicted, Quantiles, Result
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
@@ -267,7 +267,7 @@ class Pool:
         self,
         epoch: int,
         batch: Batch,
-        predictions: Sequence[Quantiles | None] | None = None,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do the operations of one decode step, in order: all of it or none of it.
 
@@ -282,7 +282,7 @@ class Pool:
 
     # --- one operation ---
 
-    def allocate(self, epoch: int, op: Allocate, prediction: Quantiles | None = None) -> Place:
+    def allocate(self, epoch: int, op: Allocate, prediction: Predicted | None = None) -> Place:
         """Reserve a region, or return the one that lives under the same request id.
 
         Never copies. Raises RefusedError, InvalidError, EpochError.
