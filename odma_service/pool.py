@@ -373,6 +373,28 @@ class Pool:
         known = self._arena.quantiles(index, more_than)
         return None if known is None else known[0]
 
+    def scope(self, request_class: str, enough: int) -> tuple[str | None, int]:
+        """Return the class if it has `enough` completions, else None, which stands for all.
+
+        And how many completions it, or all, have had.
+        """
+        index = self._arena.class_index(request_class)
+        ever = self._arena.ring(index)[1]
+        if index != CLASS_POOL and ever >= enough:
+            return request_class, ever
+        return None, self._arena.ring(CLASS_POOL)[1]
+
+    def completions(
+        self, request_class: str | None
+    ) -> tuple[NDArray[np.void], NDArray[np.void], int]:
+        """Return the last completions of a class, its running requests, and how many it had.
+
+        Arrays of odma_completion, the completions oldest first. None: of all classes.
+        """
+        index = CLASS_POOL if request_class is None else self._arena.class_index(request_class)
+        ring, ever = self._arena.ring(index)
+        return ring, self._arena.running(index), ever
+
     def _history(self, index: int, name: str) -> ClassHistory:
         known = self._arena.quantiles(index)
         return ClassHistory(name, self._arena.histogram(index), known and known[0])

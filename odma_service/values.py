@@ -175,9 +175,12 @@ Quantiles = tuple[float, float, float, float, float, float, float]
 
 
 class Prediction(NamedTuple):
-    """A prediction that was corrected; `raw` is what it was before, which the books keep too."""
+    """A prediction that was corrected; `raw` is what it was before, which the books keep too.
 
-    quantiles: Quantiles
+    quantiles None: not to be acted on.
+    """
+
+    quantiles: Quantiles | None
     raw: Quantiles
 
 

@@ -152,19 +152,23 @@ def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, ob
     texts = _texts(op)
     if isinstance(texts, _Flaw):
         texts = {"has_text": 1, "text_digest": _digest(repr(op).encode())}
-    return texts | {
-        "kind": _ALLOCATE,
-        "prompt_tokens": op.prompt_tokens,
-        "generated_tokens": op.generated_tokens,
-        "max_total_tokens": given(op.max_total_tokens),
-        "guess_tokens": op.predicted_output_tokens or 0,
-        "overflow_risk": _risk(op.overflow_risk),
-    } | _prediction_fields(prediction)
+    return (
+        texts
+        | {
+            "kind": _ALLOCATE,
+            "prompt_tokens": op.prompt_tokens,
+            "generated_tokens": op.generated_tokens,
+            "max_total_tokens": given(op.max_total_tokens),
+            "guess_tokens": op.predicted_output_tokens or 0,
+            "overflow_risk": _risk(op.overflow_risk),
+        }
+        | _prediction_fields(prediction)
+    )
 
 
 def _prediction_fields(prediction: Predicted | None) -> dict[str, object]:
     if type(prediction) is Prediction:
-        return {"quantiles": prediction.quantiles, "raw": prediction.raw}
+        return _prediction_fields(prediction.quantiles) | {"raw": prediction.raw}
     return {"quantiles": _NO_PREDICTION if prediction is None else prediction}
 
 

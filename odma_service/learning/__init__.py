@@ -1,6 +1,16 @@
 """What changes with experience: predictions, bucket limits, the safety share."""
 
-from odma_service.learning.learner import Learner
+from odma_service.learning.calibration import Source
+from odma_service.learning.foresight import Foreseen
+from odma_service.learning.learner import ClassCoverage, Learner, predictions_of
 from odma_service.learning.recalibration import LimitsReport, RecalibrationReport
 
-__all__ = ["Learner", "LimitsReport", "RecalibrationReport"]
+__all__ = [
+    "ClassCoverage",
+    "Foreseen",
+    "Learner",
+    "LimitsReport",
+    "RecalibrationReport",
+    "Source",
+    "predictions_of",
+]

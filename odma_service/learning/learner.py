@@ -1,11 +1,18 @@
-"""Learner: a pool that predicts how long answers will be, from those it has seen."""
+"""Learner: a pool that predicts how long answers will be, from those it has seen.
+
+Whoever can wait for a model away from the pool's lock asks in two steps: `asks` under the
+lock, `answers` without, then `apply` with them under the lock again. `apply` alone does all
+three.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
+from odma_service.learning.foresight import Foreseen, Foresight, Question
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
     RecalibrationReport,
@@ -13,31 +20,40 @@ from odma_service.learning.recalibration import (
     seen_weights,
 )
 from odma_service.learning.safety import adapted_share
-from odma_service.values import Allocate, Free, Start
+from odma_service.values import Allocate, Free, Prediction, Start
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from odma_service.learning.predictor import Predictor
     from odma_service.pool import Pool
-    from odma_service.values import Answer, Batch, Op, Place, Quantiles
+    from odma_service.values import Answer, Batch, Op, Place, Predicted
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
-MOST_TOKENS = 2**32 - 1
-MEDIAN = 2  # its index among the quantiles
+
+
+class ClassCoverage(NamedTuple):
+    """How predictions for a class fare, and what the next one would rest on."""
+
+    coverage: Coverage
+    source: Source
 
 
 class Learner:
     """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
-    What was learnt is in the pool's books: a Learner can be made anew at any time.
+    What was learnt is in the pool's books: a Learner can be made anew at any time. `model`
+    gives the model of the moment; without one predictions are the live histograms'.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, *, model: Callable[[], Predictor | None] = lambda: None) -> None:
         self.pool = pool
+        self._model = model
+        self._foresight = Foresight(pool)
         self._frees = 0
         self._counted = _ends(pool)
         self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at
@@ -47,7 +63,7 @@ class Learner:
         self,
         epoch: int,
         batch: Batch,
-        predictions: Sequence[Quantiles | None] | None = None,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do a batch as Pool.apply does, with predictions where the policy needs them.
 
@@ -68,10 +84,45 @@ class Learner:
             self._follow_drift()
         return answer
 
-    def allocate(self, epoch: int, op: Allocate) -> Place:
+    def allocate(
+        self, epoch: int, op: Allocate, predictions: Sequence[Predicted | None] | None = None
+    ) -> Place:
         """Allocate as Pool.allocate does, with a prediction."""
-        predictions = self._predictions([op]) or [None]
+        predictions = predictions or self._predictions([op]) or [None]
         return self.pool.allocate(epoch, op, predictions[0])
+
+    def asks(self, ops: Sequence[Op], seq: int | None = None) -> Question | None:
+        """Return what a model has to be asked for these operations, None for nothing.
+
+        `seq`: of their batch, for one that cannot be new is answered without.
+        """
+        model = self._model() if self._uses_predictions() else None
+        new = seq is None or seq == self.pool.last_seq + 1
+        if model is None or not new or not any(isinstance(op, Allocate) for op in ops):
+            return None
+        return self.question(ops, model)
+
+    def question(self, ops: Sequence[Op], model: Predictor | None = None) -> Question:
+        """Return what is known now about those operations that allocate."""
+        return self._foresight.question(
+            model or self._model(), [op if isinstance(op, Allocate) else None for op in ops]
+        )
+
+    def coverage(self, request_class: str) -> ClassCoverage:
+        """Return how the predictions for a class fare: of its last completions."""
+        evidence = self._foresight.evidence(request_class)
+        calibration = self._foresight.basis(request_class).calibration
+        modelled = self._model() is not None and calibration is not None
+        source = calibration.source if modelled and calibration else Source.HISTOGRAM
+        if evidence.ever == 0 or not self._uses_predictions():
+            source = Source.NOTHING
+        return ClassCoverage(coverage(evidence), source)
+
+    @property
+    def model_version(self) -> str:
+        """The model of the moment, "" if there is none."""
+        model = self._model()
+        return "" if model is None else model.version
 
     def recalibrate(
         self, dry_run: bool = False, expected_version: int | None = None, limits: int = 0
@@ -97,28 +148,12 @@ class Learner:
             self.recalibrate(expected_version=policy.version)
         self._calibrated = weights
 
-    def _predictions(self, ops: Sequence[Op]) -> list[Quantiles | None] | None:
+    def _uses_predictions(self) -> bool:
         policy = self.pool.policy()
-        if policy.start != Start.QUANTILE and policy.unsure_ratio == 0:
-            return None
-        known: dict[tuple[str, int], Quantiles | None] = {}
-        return [self._prediction(op, known) if isinstance(op, Allocate) else None for op in ops]
+        return policy.start == Start.QUANTILE or policy.unsure_ratio > 0
 
-    def _prediction(
-        self, op: Allocate, known: dict[tuple[str, int], Quantiles | None]
-    ) -> Quantiles | None:
-        """Return quantiles of the answer's length, None if nothing is known about it.
-
-        They are those of the request's class, beyond what it has generated already. The
-        engine's own guess becomes their median. A malformed operation gets none: the pool
-        refuses it.
-        """
-        if not _is_sound(op):
-            return None
-        key = op.request_class, op.generated_tokens
-        if key not in known:
-            known[key] = self.pool.quantiles(*key)
-        return _guided(known[key], op.predicted_output_tokens)
+    def _predictions(self, ops: Sequence[Op]) -> list[Predicted | None] | None:
+        return predictions_of(self.question(ops)) if self._uses_predictions() else None
 
     def _adapt_safety_share(self) -> None:
         before, self._counted = self._counted, _ends(self.pool)
@@ -141,19 +176,18 @@ def _ends(pool: Pool) -> tuple[int, int]:
     return counters.preempted, counters.finished + counters.hit_limit
 
 
-def _is_sound(op: Allocate) -> bool:
-    guess = 1 if op.predicted_output_tokens is None else op.predicted_output_tokens
-    numbers = ((op.generated_tokens, 0), (guess, 1))
-    return type(op.request_class) is str and all(
-        type(value) is int and least <= value <= MOST_TOKENS for value, least in numbers
-    )
+def predictions_of(question: Question) -> list[Predicted | None]:
+    """Return what a pool acts on for each operation."""
+    return [_prediction(foreseen) for foreseen in question.answers()]
 
 
-def _guided(history: Quantiles | None, guess: int | None) -> Quantiles | None:
-    """Return the history scaled so that its median is the guess; flat without a history."""
-    if guess is None:
-        return history
-    if history is None or history[MEDIAN] <= 0:
-        return (float(guess),) * 7
-    a, b, c, d, e, f, g = (quantile * guess / history[MEDIAN] for quantile in history)
-    return a, b, c, d, e, f, g
+def _prediction(foreseen: Foreseen | None) -> Predicted | None:
+    """Return what is acted on: a model's word alone is kept, but trusted after 32 completions."""
+    if foreseen is None:
+        return None
+    quantiles = foreseen.quantiles
+    if foreseen.raw is None:
+        return quantiles
+    if foreseen.source is Source.MODEL and foreseen.completions < LEARNT_ENOUGH:
+        quantiles = None
+    return Prediction(quantiles, foreseen.raw)

@@ -31,6 +31,7 @@ from odma_service.errors import (
     UnavailableError,
 )
 from odma_service.learning import Learner
+from odma_service.learning.predictor import Predictor
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
 
@@ -52,8 +53,13 @@ class Opened(NamedTuple):
 class View(NamedTuple):
     """A pool to look at. idle_seconds count from its owner's last call."""
 
-    pool: Pool
+    learner: Learner
     idle_seconds: float
+
+    @property
+    def pool(self) -> Pool:
+        """The pool itself."""
+        return self.learner.pool
 
 
 class Entry:
@@ -61,22 +67,22 @@ class Entry:
 
     __slots__ = ("heard_at", "learner", "lock", "pool")
 
-    def __init__(self, pool: Pool, now: float) -> None:
+    def __init__(self, learner: Learner, now: float) -> None:
         self.lock = Lock()
-        self.adopt(pool, now)
+        self.adopt(learner, now)
 
-    def adopt(self, pool: Pool, now: float) -> None:
-        """Make this the entry of `pool`, whose owner was heard of now."""
-        self.pool: Pool | None = pool
-        self.learner = Learner(pool)
+    def adopt(self, learner: Learner, now: float) -> None:
+        """Make this the entry of a pool whose owner was heard of now."""
+        self.pool: Pool | None = learner.pool
+        self.learner = learner
         self.heard_at = now
 
 
 class Registry:
     """All pools of one directory, which nobody else may write to.
 
-    `monotonic` and `wall` tell seconds. `boot_id` names the run of the machine: device memory
-    does not outlive it.
+    `monotonic` and `wall` tell seconds, `model` which model predicts now. `boot_id` names the
+    run of the machine: device memory does not outlive it.
     """
 
     def __init__(
@@ -87,12 +93,14 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
+        model: Callable[[], Predictor | None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
+        self._model = model
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
@@ -182,7 +190,8 @@ class Registry:
         """Hold a pool to look at it. Raises PoolNotFoundError."""
         entry = self._find(name)
         with entry.lock:
-            yield View(self._insist(name, entry), self._idle_seconds(entry))
+            self._insist(name, entry)
+            yield View(entry.learner, self._idle_seconds(entry))
 
     # --- which pools there are ---
 
@@ -208,11 +217,14 @@ class Registry:
         except UNUSABLE as error:
             log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
             return None
-        self._entries[name] = entry = Entry(pool, self._monotonic())
+        self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
         log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
         return entry
+
+    def _learner(self, pool: Pool) -> Learner:
+        return Learner(pool, model=self._model)
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -289,7 +301,7 @@ class Registry:
         self._make_room()
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
-        self._entries[spec.name] = Entry(pool, self._monotonic())
+        self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
         log.info("pool made", pool=spec.name, epoch=pool.epoch, tokens=spec.capacity_tokens)
         return _opened(pool)
 
@@ -306,7 +318,7 @@ class Registry:
             old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
             unfinished.replace(path)
             old.close()
-        entry.adopt(pool, self._monotonic())
+        entry.adopt(self._learner(pool), self._monotonic())
         log.info("pool opened", pool=spec.name, epoch=epoch, tokens=spec.capacity_tokens)
 
     def _next_epoch(self, last: int) -> int:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from odma_service.rpc.v1 import types_pb2 as odma_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aodma/v1/pool_service.proto\x12\x07odma.v1\x1a\x13odma/v1/types.proto\"\xb5\x01\n\x0bPoolSummary\x12\x1e\n\x04pool\x18\x01 \x01(\x0b\x32\x10.odma.v1.PoolRef\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.odma.v1.PoolState\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_tokens\x18\x04 \x01(\r\x12\x0f\n\x07regions\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\"\x12\n\x10ListPoolsRequest\"8\n\x11ListPoolsResponse\x12#\n\x05pools\x18\x01 \x03(\x0b\x32\x14.odma.v1.PoolSummary\"\x1e\n\x0eGetPoolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd2\x02\n\x08\x43ounters\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\x11\n\tallocates\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xtends\x18\x03 \x01(\x04\x12\r\n\x05trims\x18\x04 \x01(\x04\x12\r\n\x05\x66rees\x18\x05 \x01(\x04\x12\x19\n\x11refused_allocates\x18\x06 \x01(\x04\x12\x17\n\x0frefused_extends\x18\x07 \x01(\x04\x12\x11\n\tpreempted\x18\x08 \x01(\x04\x12\x0e\n\x06\x63opies\x18\t \x01(\x04\x12\x15\n\rcopied_tokens\x18\n \x01(\x04\x12\x13\n\x0brelocations\x18\x0b \x01(\x04\x12\x13\n\x0b\x63ompactions\x18\x0c \x01(\x04\x12\x1a\n\x12safety_hits_growth\x18\r \x01(\x04\x12\x1a\n\x12safety_hits_unsure\x18\x0e \x01(\x04\x12\x10\n\x08\x66inished\x18\x0f \x01(\x04\x12\x11\n\thit_limit\x18\x10 \x01(\x04\"2\n\tBucketUse\x12\x14\n\x0climit_tokens\x18\x01 \x01(\r\x12\x0f\n\x07regions\x18\x02 \x01(\r\"j\n\x0b\x43lassReport\x12\x15\n\rrequest_class\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x11\n\thit_limit\x18\x03 \x01(\x01\x12\x1f\n\x17output_quantiles_tokens\x18\x04 \x03(\x01\"@\n\x03\x42in\x12\x14\n\x0cupper_tokens\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x11\n\thit_limit\x18\x03 \x01(\x01\"\xba\x05\n\x0fGetPoolResponse\x12%\n\x07summary\x18\x01 \x01(\x0b\x32\x14.odma.v1.PoolSummary\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x1b\n\x13model_length_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x04 \x01(\r\x12#\n\x06planes\x18\x05 \x03(\x0b\x32\x13.odma.v1.PlaneGroup\x12\x1d\n\x05moves\x18\x06 \x01(\x0e\x32\x0e.odma.v1.Moves\x12\x1d\n\x15single_ordered_stream\x18\x07 \x01(\x08\x12\x1a\n\x12\x63opies_may_overlap\x18\x08 \x01(\x08\x12\x13\n\x0bmax_regions\x18\t \x01(\r\x12\x10\n\x08last_seq\x18\n \x01(\x04\x12\x15\n\rcompleted_seq\x18\x0b \x01(\x04\x12\x1f\n\x06policy\x18\x0c \x01(\x0b\x32\x0f.odma.v1.Policy\x12\x17\n\x0freserved_tokens\x18\r \x01(\r\x12\x13\n\x0bused_tokens\x18\x0e \x01(\r\x12\"\n\x1a\x61waiting_completion_tokens\x18\x0f \x01(\r\x12\x1a\n\x12largest_run_tokens\x18\x10 \x01(\r\x12\x11\n\tfree_runs\x18\x11 \x01(\r\x12\x15\n\rsafety_tokens\x18\x12 \x01(\r\x12#\n\x07\x62uckets\x18\x13 \x03(\x0b\x32\x12.odma.v1.BucketUse\x12#\n\x08\x63ounters\x18\x14 \x01(\x0b\x32\x11.odma.v1.Counters\x12%\n\x07\x63lasses\x18\x15 \x03(\x0b\x32\x14.odma.v1.ClassReport\x12%\n\x0ftotal_histogram\x18\x16 \x03(\x0b\x32\x0c.odma.v1.Bin\x12&\n\x10output_histogram\x18\x17 \x03(\x0b\x32\x0c.odma.v1.Bin\"\xba\x01\n\x06Region\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.odma.v1.RegionState\x12\x1d\n\x05place\x18\x02 \x01(\x0b\x32\x0e.odma.v1.Place\x12\x13\n\x0bused_tokens\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x18\n\x10max_total_tokens\x18\x06 \x01(\r\x12\x12\n\nawaits_seq\x18\x07 \x01(\x04\"I\n\x12ListRegionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\nfrom_token\x18\x03 \x01(\r\"_\n\x13ListRegionsResponse\x12 \n\x07regions\x18\x01 \x03(\x0b\x32\x0f.odma.v1.Region\x12\x17\n\nnext_token\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_token\",\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\"B\n\rWatchResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04lost\x18\x03 \x01(\x08*i\n\tPoolState\x12\x1a\n\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPOOL_STATE_OPEN\x10\x01\x12\x14\n\x10POOL_STATE_STALE\x10\x02\x12\x15\n\x11POOL_STATE_CLOSED\x10\x03*h\n\x0bRegionState\x12\x1c\n\x18REGION_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11REGION_STATE_LIVE\x10\x01\x12$\n REGION_STATE_AWAITING_COMPLETION\x10\x02\x32\x93\x02\n\x0bPoolService\x12\x42\n\tListPools\x12\x19.odma.v1.ListPoolsRequest\x1a\x1a.odma.v1.ListPoolsResponse\x12<\n\x07GetPool\x12\x17.odma.v1.GetPoolRequest\x1a\x18.odma.v1.GetPoolResponse\x12H\n\x0bListRegions\x12\x1b.odma.v1.ListRegionsRequest\x1a\x1c.odma.v1.ListRegionsResponse\x12\x38\n\x05Watch\x12\x15.odma.v1.WatchRequest\x1a\x16.odma.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aodma/v1/pool_service.proto\x12\x07odma.v1\x1a\x13odma/v1/types.proto\"\xb5\x01\n\x0bPoolSummary\x12\x1e\n\x04pool\x18\x01 \x01(\x0b\x32\x10.odma.v1.PoolRef\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.odma.v1.PoolState\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_tokens\x18\x04 \x01(\r\x12\x0f\n\x07regions\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x14\n\x0cidle_seconds\x18\x07 \x01(\x01\"\x12\n\x10ListPoolsRequest\"8\n\x11ListPoolsResponse\x12#\n\x05pools\x18\x01 \x03(\x0b\x32\x14.odma.v1.PoolSummary\"\x1e\n\x0eGetPoolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd2\x02\n\x08\x43ounters\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\x11\n\tallocates\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xtends\x18\x03 \x01(\x04\x12\r\n\x05trims\x18\x04 \x01(\x04\x12\r\n\x05\x66rees\x18\x05 \x01(\x04\x12\x19\n\x11refused_allocates\x18\x06 \x01(\x04\x12\x17\n\x0frefused_extends\x18\x07 \x01(\x04\x12\x11\n\tpreempted\x18\x08 \x01(\x04\x12\x0e\n\x06\x63opies\x18\t \x01(\x04\x12\x15\n\rcopied_tokens\x18\n \x01(\x04\x12\x13\n\x0brelocations\x18\x0b \x01(\x04\x12\x13\n\x0b\x63ompactions\x18\x0c \x01(\x04\x12\x1a\n\x12safety_hits_growth\x18\r \x01(\x04\x12\x1a\n\x12safety_hits_unsure\x18\x0e \x01(\x04\x12\x10\n\x08\x66inished\x18\x0f \x01(\x04\x12\x11\n\thit_limit\x18\x10 \x01(\x04\"2\n\tBucketUse\x12\x14\n\x0climit_tokens\x18\x01 \x01(\r\x12\x0f\n\x07regions\x18\x02 \x01(\r\"\xd0\x01\n\x0b\x43lassReport\x12\x15\n\rrequest_class\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x11\n\thit_limit\x18\x03 \x01(\x01\x12\x1f\n\x17output_quantiles_tokens\x18\x04 \x03(\x01\x12\'\n\x05\x62\x61sis\x18\x05 \x01(\x0e\x32\x18.odma.v1.PredictionBasis\x12\x11\n\tpredicted\x18\x06 \x01(\r\x12\x0f\n\x07\x63overed\x18\x07 \x01(\r\x12\x17\n\x0ftarget_coverage\x18\x08 \x01(\x01\"@\n\x03\x42in\x12\x14\n\x0cupper_tokens\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x11\n\thit_limit\x18\x03 \x01(\x01\"\xd1\x05\n\x0fGetPoolResponse\x12%\n\x07summary\x18\x01 \x01(\x0b\x32\x14.odma.v1.PoolSummary\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x1b\n\x13model_length_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x04 \x01(\r\x12#\n\x06planes\x18\x05 \x03(\x0b\x32\x13.odma.v1.PlaneGroup\x12\x1d\n\x05moves\x18\x06 \x01(\x0e\x32\x0e.odma.v1.Moves\x12\x1d\n\x15single_ordered_stream\x18\x07 \x01(\x08\x12\x1a\n\x12\x63opies_may_overlap\x18\x08 \x01(\x08\x12\x13\n\x0bmax_regions\x18\t \x01(\r\x12\x10\n\x08last_seq\x18\n \x01(\x04\x12\x15\n\rcompleted_seq\x18\x0b \x01(\x04\x12\x1f\n\x06policy\x18\x0c \x01(\x0b\x32\x0f.odma.v1.Policy\x12\x17\n\x0freserved_tokens\x18\r \x01(\r\x12\x13\n\x0bused_tokens\x18\x0e \x01(\r\x12\"\n\x1a\x61waiting_completion_tokens\x18\x0f \x01(\r\x12\x1a\n\x12largest_run_tokens\x18\x10 \x01(\r\x12\x11\n\tfree_runs\x18\x11 \x01(\r\x12\x15\n\rsafety_tokens\x18\x12 \x01(\r\x12#\n\x07\x62uckets\x18\x13 \x03(\x0b\x32\x12.odma.v1.BucketUse\x12#\n\x08\x63ounters\x18\x14 \x01(\x0b\x32\x11.odma.v1.Counters\x12%\n\x07\x63lasses\x18\x15 \x03(\x0b\x32\x14.odma.v1.ClassReport\x12%\n\x0ftotal_histogram\x18\x16 \x03(\x0b\x32\x0c.odma.v1.Bin\x12&\n\x10output_histogram\x18\x17 \x03(\x0b\x32\x0c.odma.v1.Bin\x12\x15\n\rmodel_version\x18\x18 \x01(\t\"\xba\x01\n\x06Region\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.odma.v1.RegionState\x12\x1d\n\x05place\x18\x02 \x01(\x0b\x32\x0e.odma.v1.Place\x12\x13\n\x0bused_tokens\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x18\n\x10max_total_tokens\x18\x06 \x01(\r\x12\x12\n\nawaits_seq\x18\x07 \x01(\x04\"I\n\x12ListRegionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\nfrom_token\x18\x03 \x01(\r\"_\n\x13ListRegionsResponse\x12 \n\x07regions\x18\x01 \x03(\x0b\x32\x0f.odma.v1.Region\x12\x17\n\nnext_token\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_token\",\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\"B\n\rWatchResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04lost\x18\x03 \x01(\x08*i\n\tPoolState\x12\x1a\n\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPOOL_STATE_OPEN\x10\x01\x12\x14\n\x10POOL_STATE_STALE\x10\x02\x12\x15\n\x11POOL_STATE_CLOSED\x10\x03*h\n\x0bRegionState\x12\x1c\n\x18REGION_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11REGION_STATE_LIVE\x10\x01\x12$\n REGION_STATE_AWAITING_COMPLETION\x10\x02\x32\x93\x02\n\x0bPoolService\x12\x42\n\tListPools\x12\x19.odma.v1.ListPoolsRequest\x1a\x1a.odma.v1.ListPoolsResponse\x12<\n\x07GetPool\x12\x17.odma.v1.GetPoolRequest\x1a\x18.odma.v1.GetPoolResponse\x12H\n\x0bListRegions\x12\x1b.odma.v1.ListRegionsRequest\x1a\x1c.odma.v1.ListRegionsResponse\x12\x38\n\x05Watch\x12\x15.odma.v1.WatchRequest\x1a\x16.odma.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'odma_service.rpc.v1.pool_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLSTATE']._serialized_start=2097
-  _globals['_POOLSTATE']._serialized_end=2202
-  _globals['_REGIONSTATE']._serialized_start=2204
-  _globals['_REGIONSTATE']._serialized_end=2308
+  _globals['_POOLSTATE']._serialized_start=2223
+  _globals['_POOLSTATE']._serialized_end=2328
+  _globals['_REGIONSTATE']._serialized_start=2330
+  _globals['_REGIONSTATE']._serialized_end=2434
   _globals['_POOLSUMMARY']._serialized_start=61
   _globals['_POOLSUMMARY']._serialized_end=242
   _globals['_LISTPOOLSREQUEST']._serialized_start=244
@@ -48,22 +48,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COUNTERS']._serialized_end=693
   _globals['_BUCKETUSE']._serialized_start=695
   _globals['_BUCKETUSE']._serialized_end=745
-  _globals['_CLASSREPORT']._serialized_start=747
-  _globals['_CLASSREPORT']._serialized_end=853
-  _globals['_BIN']._serialized_start=855
-  _globals['_BIN']._serialized_end=919
-  _globals['_GETPOOLRESPONSE']._serialized_start=922
-  _globals['_GETPOOLRESPONSE']._serialized_end=1620
-  _globals['_REGION']._serialized_start=1623
-  _globals['_REGION']._serialized_end=1809
-  _globals['_LISTREGIONSREQUEST']._serialized_start=1811
-  _globals['_LISTREGIONSREQUEST']._serialized_end=1884
-  _globals['_LISTREGIONSRESPONSE']._serialized_start=1886
-  _globals['_LISTREGIONSRESPONSE']._serialized_end=1981
-  _globals['_WATCHREQUEST']._serialized_start=1983
-  _globals['_WATCHREQUEST']._serialized_end=2027
-  _globals['_WATCHRESPONSE']._serialized_start=2029
-  _globals['_WATCHRESPONSE']._serialized_end=2095
-  _globals['_POOLSERVICE']._serialized_start=2311
-  _globals['_POOLSERVICE']._serialized_end=2586
+  _globals['_CLASSREPORT']._serialized_start=748
+  _globals['_CLASSREPORT']._serialized_end=956
+  _globals['_BIN']._serialized_start=958
+  _globals['_BIN']._serialized_end=1022
+  _globals['_GETPOOLRESPONSE']._serialized_start=1025
+  _globals['_GETPOOLRESPONSE']._serialized_end=1746
+  _globals['_REGION']._serialized_start=1749
+  _globals['_REGION']._serialized_end=1935
+  _globals['_LISTREGIONSREQUEST']._serialized_start=1937
+  _globals['_LISTREGIONSREQUEST']._serialized_end=2010
+  _globals['_LISTREGIONSRESPONSE']._serialized_start=2012
+  _globals['_LISTREGIONSRESPONSE']._serialized_end=2107
+  _globals['_WATCHREQUEST']._serialized_start=2109
+  _globals['_WATCHREQUEST']._serialized_end=2153
+  _globals['_WATCHRESPONSE']._serialized_start=2155
+  _globals['_WATCHRESPONSE']._serialized_end=2221
+  _globals['_POOLSERVICE']._serialized_start=2437
+  _globals['_POOLSERVICE']._serialized_end=2712
 # @@protoc_insertion_point(module_scope)

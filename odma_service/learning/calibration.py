@@ -1,0 +1,155 @@
+"""Calibration: predictions corrected by how wrong the last ones were, or left for what is better.
+
+What a model says is moved, level by level, so that the actual lengths of the last completions
+fell where the level says (split conformal prediction in a rolling window; Vovk et al.,
+Algorithmic Learning in a Random World, 2005). An integrating correction (ACI, quantile
+tracking, PID) learns faster, but answers come late, and until they do it goes on integrating:
+it winds up, and reserves many times the need. A window cannot.
+
+    window       score of a completion: log(1 + actual) - log(1 + predicted), at each level
+    censoring    a request that stopped at its limit has at least its score (Kaplan-Meier);
+                 one that runs past its grant is a miss from that moment on
+    clipping     a correction leads to no length beyond those known; while part of the lengths
+                 is still unseen (history.py) it may widen a prediction, never narrow it
+    gate         where the lengths of the period, without any model, fit those completions
+                 better than the corrected model does, they are the prediction
+
+All of it is a function of the arena, so it is the same after a crash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from odma_service.learning.history import Evidence, Floats, Lengths, as_quantiles
+from odma_service.values import QUANTILE_LEVELS, Quantiles
+
+LEVELS = np.array(QUANTILE_LEVELS)
+SCORED = 200
+"""Completions scored: those of the ring that are younger than that."""
+LEAST_SCORED = 32
+UNSEEN = 0.05
+GATE_MARGIN = 0.97
+"""The window has to be so much better: a model sees a change of prompts, it does not."""
+
+
+class Source(StrEnum):
+    """What a prediction rests on."""
+
+    NOTHING = "nothing"
+    HISTOGRAM = "histogram"
+    MODEL = "model"
+    WINDOW = "window"
+    GUESS = "guess"
+
+
+class Coverage(NamedTuple):
+    """How many of `known` requests were as short as predicted at their risk, and should be."""
+
+    covered: int
+    known: int
+    target: float
+
+    @property
+    def share(self) -> float:
+        """Return the share covered, 0 if nothing is known."""
+        return self.covered / self.known if self.known else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is done to a prediction. `window` and `longest` are log(1 + output tokens)."""
+
+    source: Source
+    corrections: Floats
+    window: Floats
+    longest: float
+
+    def corrected(self, raw: Quantiles) -> Quantiles:
+        """Return the prediction to act on in the place of the model's."""
+        if self.source is Source.WINDOW:
+            return _ascending(self.window)
+        logs = np.log1p(np.array(raw))
+        moved = np.minimum(logs + self.corrections, np.maximum(logs, self.longest))
+        return _ascending(moved)
+
+
+def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
+    """Return what the last completions, and the requests running, say about predictions."""
+    logs = np.log1p(evidence.ring["output_tokens"].astype(np.float64))
+    longest = float(np.max(logs[-SCORED:], initial=0))
+    narrow = lengths.unseen <= UNSEEN
+    window = lengths.at(_cautious(LEVELS, lengths.completions))
+    ring = evidence.ring[-SCORED:]
+    ring = ring[_is_told(ring["raw"])]
+    if len(ring) < LEAST_SCORED:
+        return Calibration(Source.MODEL, np.zeros(len(LEVELS)), window, longest)
+    actual = np.log1p(ring["output_tokens"].astype(np.float64))[:, None]
+    scores = actual - np.log1p(ring["raw"].astype(np.float64))
+    finished = ring["censored"] == 0
+    corrections = _quantiles(scores, finished)
+    losses = [
+        _loss(scores - corrections, finished),
+        _loss(actual - _quantiles(np.repeat(actual, len(LEVELS), 1), finished), finished),
+    ]
+    source = Source.WINDOW if narrow and losses[1] < GATE_MARGIN * losses[0] else Source.MODEL
+    if not narrow:
+        corrections = np.maximum(corrections, 0)
+    return Calibration(source, corrections, window, longest)
+
+
+def coverage(evidence: Evidence) -> Coverage:
+    """Return how often the last requests stayed within what was predicted for them.
+
+    At the risk that each accepted. One that runs past it counts as soon as it does; one that
+    stopped at its limit below it counts nowhere.
+    """
+    seen = np.concatenate([evidence.ring, evidence.running])
+    seen = seen[_is_told(seen["quantiles"])]
+    if not len(seen):
+        return Coverage(0, 0, 0.0)
+    levels = 1 - seen["overflow_risk"].astype(np.float64)
+    logs = np.log1p(seen["quantiles"].astype(np.float64))
+    granted = np.array(
+        [np.interp(level, LEVELS, row) for level, row in zip(levels, logs, strict=True)]
+    )
+    within = seen["output_tokens"] <= np.ceil(np.expm1(granted) - 1e-3)
+    known = ~within | (seen["censored"] == 0)
+    return Coverage(int((within & known).sum()), int(known.sum()), float(levels[known].mean()))
+
+
+def _is_told(quantiles: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether there is a prediction, in each row; a file may hold anything."""
+    return np.isfinite(quantiles).all(axis=1) & (quantiles[:, 0] >= 0) & (quantiles[:, -1] > 0)
+
+
+def _cautious(levels: Floats, count: int) -> Floats:
+    """Return levels so much higher that a new length, too, is below with their probability."""
+    return np.minimum(levels * (count + 1) / max(count, 1), 1.0)
+
+
+def _quantiles(scores: Floats, finished: NDArray[np.bool_]) -> Floats:
+    """Return the quantile at LEVELS[i] of column i, where unfinished ones are at least theirs."""
+    count = len(scores)
+    order = np.argsort(scores, axis=0, kind="stable")
+    ascending = np.take_along_axis(scores, order, 0)
+    at_risk = np.arange(count, 0, -1)[:, None]
+    below = 1 - np.cumprod(1 - finished[order] / at_risk, axis=0)
+    places = (below < _cautious(LEVELS, count) - 1e-9).sum(axis=0)
+    found = ascending[np.minimum(places, count - 1), np.arange(len(LEVELS))]
+    return np.asarray(found, np.float64)
+
+
+def _loss(errors: Floats, finished: NDArray[np.bool_]) -> float:
+    """Return the mean pinball loss; an unfinished one counts where it is known to be above."""
+    known = finished[:, None] | (errors > 0)
+    return float(np.where(known, np.maximum(LEVELS * errors, (LEVELS - 1) * errors), 0).mean())
+
+
+def _ascending(logs: Floats) -> Quantiles:
+    return as_quantiles(np.expm1(np.maximum.accumulate(np.maximum(logs, 0))))
