@@ -30,7 +30,15 @@ from pydantic_settings import (
 from odma_service.errors import InvalidError
 
 PREFIX = "ODMA_"
-NOT_SETTINGS = {"ODMA_DATA_DIR", "ODMA_REFERENCE_DIR", "ODMA_REQUIRE_CLIENTS"}
+NOT_SETTINGS = {
+    "ODMA_CLIENT_CA",
+    "ODMA_CLIENT_CERT",
+    "ODMA_CLIENT_KEY",
+    "ODMA_DATA_DIR",
+    "ODMA_REFERENCE_DIR",
+    "ODMA_REQUIRE_CLIENTS",
+    "ODMA_TOKEN",
+}
 """Variables with our prefix that other tools of the project read."""
 
 UNIX = "unix:"
@@ -99,7 +107,7 @@ class Settings(BaseSettings):
             ge=1, le=1024, description="Pools kept. The oldest closed one makes room for a new one."
         ),
     ] = 64
-    workers: Annotated[int, Field(ge=1, le=256, description="Threads that answer calls.")] = 8
+    workers: Annotated[int, Field(ge=1, le=256, description="Most threads that answer calls.")] = 64
     predictor_model: Annotated[
         str,
         Field(
@@ -118,6 +126,27 @@ class Settings(BaseSettings):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least severity logged.")
     ] = "info"
+    tls_cert: Annotated[
+        Path | None, Field(description="PEM file with the certificate chain of the TCP listeners.")
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(description="PEM file with its private key, for this user alone.")
+    ] = None
+    tls_client_ca: Annotated[
+        Path | None, Field(description="PEM file: clients need a certificate signed by one of it.")
+    ] = None
+    token_file: Annotated[
+        Path | None, Field(description="TOML file of who may call what; see docs/security.md.")
+    ] = None
+    allow_insecure: Annotated[
+        bool, Field(description="Listen beyond the loopback without TLS or without identities.")
+    ] = False
+    max_owner_pools: Annotated[
+        int, Field(ge=1, le=1024, description="Pools kept for one identity of the token file.")
+    ] = 16
+    max_calls: Annotated[
+        int, Field(ge=1, le=65_536, description="Calls answered or waiting at once.")
+    ] = 1024
 
     @classmethod
     def settings_customise_sources(

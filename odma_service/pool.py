@@ -18,6 +18,7 @@ from odma_service._native import (
     Arena,
     ArenaGeometry,
     ArenaReport,
+    Completion,
     EngineRecord,
     Histogram,
     RegionEntry,
@@ -54,6 +55,8 @@ OTHER_CLASSES = "(other)"
 class PoolSpec:
     """What an owner said when it opened the pool. capacity_tokens becomes whole blocks.
 
+    `owner` is the identity that opened it, "" where nobody was asked who he is.
+
     A field that breaks its rule is an InvalidError that names it.
     """
 
@@ -72,12 +75,15 @@ class PoolSpec:
     max_regions: int = 1024
     max_ops: int = 1024
     max_copies: int = 1024
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise InvalidError("name", NAME_RULE)
         if not 1 <= len(self.open_id.encode(errors="replace")) <= 64:
             raise InvalidError("open_id", "1 to 64 bytes")
+        if self.owner and not NAME.fullmatch(self.owner):
+            raise InvalidError("owner", NAME_RULE)
         if self.block_tokens not in {2**i for i in range(11)}:
             raise InvalidError("block_tokens", "a power of two, 1 to 1,024")
         most_tokens = min(MOST_CAPACITY_TOKENS, MOST_BLOCKS * self.block_tokens)
@@ -357,6 +363,10 @@ class Pool:
         """Return the lengths of all completions."""
         return self._arena.histogram(CLASS_POOL)
 
+    def completions(self) -> list[Completion]:
+        """Return the last completions of all classes, at most 256, oldest first."""
+        return self._arena.completions(CLASS_POOL)
+
     def classes(self) -> list[ClassHistory]:
         """Return what is known about each request class that has a name or completions."""
         named = list(enumerate(self._arena.class_names()))
@@ -384,9 +394,7 @@ class Pool:
             return request_class, ever
         return None, self._arena.ring(CLASS_POOL)[1]
 
-    def completions(
-        self, request_class: str | None
-    ) -> tuple[NDArray[np.void], NDArray[np.void], int]:
+    def shown(self, request_class: str | None) -> tuple[NDArray[np.void], NDArray[np.void], int]:
         """Return the last completions of a class, its running requests, and how many it had.
 
         Arrays of odma_completion, the completions oldest first. None: of all classes.

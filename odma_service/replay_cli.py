@@ -59,6 +59,12 @@ def replay_command(
         int | None,
         typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
+    ] = "mlu370-x4",
+    peak_tflops: Annotated[
+        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+    ] = 96.0,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
     ] = 256,
@@ -82,6 +88,7 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
+    serving = replay.Serving(device, peak_flops_per_second=peak_tflops * 1e12)
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
@@ -89,6 +96,7 @@ def replay_command(
             load = traces.read_trace(path, rows)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
+                serving,
                 batch_cap=batch_cap,
                 closed=rate is None,
                 rate=rate or 1.0,
@@ -192,9 +200,11 @@ def _assumed(assumed: dict[str, Any]) -> str:
         f"{assumed['device']}, {assumed['model']}: "
         f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
         f"{assumed['bandwidth_bytes_per_second'] / 1e9:g} GB/s x "
-        f"{assumed['bandwidth_efficiency']:g}, pages at "
+        f"{assumed['sequential_bandwidth_share']:.3f} (copies x "
+        f"{assumed['copy_bandwidth_share']:.3f}), emulated, pages at "
         + ", ".join(f"{k}: {v:g}" for k, v in assumed["paged_bandwidth_shares"].items())
-        + f" of that; batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
+        + f" of long runs ({assumed['pages_in_flight']} in flight); "
+        f"batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
         f" {assumed['prefix_cache']}"
     )
 

@@ -10,7 +10,6 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,24 +31,33 @@ from odma_service.rpc.v1.emulator_service_pb2_grpc import add_EmulatorServiceSer
 from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
 from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
 from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
+from odma_service.service.access import Access
 from odma_service.service.emulator import EmulatorService
+from odma_service.service.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.memory import MemoryService
 from odma_service.service.models import Models
 from odma_service.service.pools import PoolService
 from odma_service.service.predictor import PredictorService
-from odma_service.service.registry import Registry
+from odma_service.service.reaper import reaping
+from odma_service.service.registry import Registry, draining
+from odma_service.service.tls import credentials_of
 
-LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
+SPARE_STREAMS = 16
+"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
+
 OPTIONS = (
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    *GUARD_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+    # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
 )
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
 """Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
 
 SERVED = (
     (memory_service_pb2, "MemoryService"),
@@ -69,6 +77,7 @@ def run(settings: Settings) -> None:
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
+        max_owner_pools=settings.max_owner_pools,
         boot_id=BOOT_ID.read_text().strip(),
         monotonic=time.monotonic,
         wall=time.time,
@@ -77,7 +86,8 @@ def run(settings: Settings) -> None:
     models.start()
     registry.attach_all()
     try:
-        _serve(settings, registry)
+        with reaping(registry):
+            _serve(settings, registry)
     finally:
         models.stop()
         registry.close()
@@ -85,10 +95,18 @@ def run(settings: Settings) -> None:
 
 
 def _serve(settings: Settings, registry: Registry) -> None:
-    calls = ThreadPoolExecutor(settings.workers, thread_name_prefix="call")
-    server = grpc.server(calls, options=OPTIONS)
+    calls = Calls(settings.workers)
+    identities = Access(settings.token_file) if settings.token_file else None
+    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
+    server = grpc.server(
+        calls,
+        options=(*OPTIONS, most_streams),
+        interceptors=[Guard(identities, calls, settings.max_calls)],
+        maximum_concurrent_rpcs=2 * settings.max_calls,
+    )
+    memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
     # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    memory = MemoryService(registry)  # type: ignore[abstract]
     pools = PoolService(registry)  # type: ignore[abstract]
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
@@ -98,7 +116,7 @@ def _serve(settings: Settings, registry: Registry) -> None:
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
-    with _listening(server, settings.listen) as addresses:
+    with _listening(server, settings.listen, credentials_of(settings, identities)) as addresses:
         server.start()
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
         log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
@@ -106,8 +124,10 @@ def _serve(settings: Settings, registry: Registry) -> None:
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
         registry.close()
+        memory.streams.end_all(draining())
         time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
+    memory.streams.close()
     calls.shutdown()
 
 
@@ -134,14 +154,16 @@ def _wait_for_stop() -> None:
 
 
 @contextmanager
-def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[str]]:
+def _listening(
+    server: grpc.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
+) -> Iterator[list[str]]:
     """Bind the server to addresses; yield them with the ports that were really taken."""
     sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
     for path in sockets:
         _remove_stale(path)
     old_mask = os.umask(0o177)
     try:
-        bound = [_bind(server, address) for address in addresses]
+        bound = [_bind(server, address, credentials) for address in addresses]
     finally:
         os.umask(old_mask)
     try:
@@ -151,13 +173,14 @@ def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[s
             path.unlink(missing_ok=True)
 
 
-def _bind(server: grpc.Server, address: str) -> str:
-    if not address.startswith(LOOPBACK):
-        log.warning("listening beyond loopback, where anybody may call", address=address)
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
     if not _is_unix(address):
         _try_bind(address)
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None or _is_unix(address):
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OdmaError(f"cannot listen on {address}: {error}") from None
     return address if _is_unix(address) else f"{address.rpartition(':')[0]}:{port}"

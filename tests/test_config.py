@@ -86,7 +86,7 @@ def test_an_unknown_variable_is_an_error_that_names_its_neighbours(monkeypatch):
 
 def test_an_unknown_variable_without_neighbours_is_told_what_there_is(monkeypatch):
     monkeypatch.setenv("ODMA_ZZZ", "5")
-    assert "known are ODMA_CONFIG, ODMA_DRAIN_SECONDS" in complaint()
+    assert "known are ODMA_ALLOW_INSECURE, ODMA_CONFIG" in complaint()
 
 
 @pytest.mark.parametrize("variable", ["ODMA_DATA_DIR", "ODMA_REQUIRE_CLIENTS"])

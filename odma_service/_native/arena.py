@@ -535,18 +535,20 @@ def optimal_limits(
     weights: Sequence[float] | NDArray[np.float64],
     upper: Sequence[int] | NDArray[np.uint32],
     limit_count: int,
+    tolls: NDArray[np.float64] | None = None,
 ) -> tuple[tuple[int, ...], float]:
     """Return the at most `limit_count` limits that waste the fewest tokens, and the waste.
 
     Every length in bin i, of weight weights[i], takes the smallest limit that holds
-    upper[i]. Exact; the last limit is upper[-1]. Raises InvalidError unless upper ascends,
-    has 1 to 4,096 bins, and limit_count is 1 to 16.
+    upper[i]; a limit at bin i that is not the last costs tolls[i] more. Exact; the last
+    limit is upper[-1]. Raises InvalidError unless upper ascends, has 1 to 4,096 bins, and
+    limit_count is 1 to 16.
 
     >>> optimal_limits([5.0, 1.0, 1.0], [16, 32, 48], 2)
     ((16, 48), 16.0)
     """
-    if len(weights) != len(upper):
-        raise InvalidError("weights", "one for each bin")
+    if len(weights) != len(upper) or (tolls is not None and len(tolls) != len(upper)):
+        raise InvalidError("weights", "one for each bin, as tolls")
     weight_array = np.ascontiguousarray(weights, np.float64)
     upper_array = np.ascontiguousarray(upper, np.uint32)
     limits = ffi.new("uint32_t[]", lib.ODMA_LIMITS)
@@ -554,6 +556,7 @@ def optimal_limits(
     status = lib.odma_optimal_limits(
         ffi.from_buffer("double[]", weight_array),
         ffi.from_buffer("uint32_t[]", upper_array),
+        ffi.NULL if tolls is None else ffi.from_buffer("double[]", np.ascontiguousarray(tolls)),
         len(upper_array),
         limit_count,
         limits,

@@ -102,7 +102,7 @@ class Foresight:
 
     def evidence(self, request_class: str | None) -> Evidence:
         """Return what a class has shown, None for all together."""
-        return Evidence(*self._pool.completions(request_class))
+        return Evidence(*self._pool.shown(request_class))
 
     def _asked(
         self, predictor: Predictor | None, op: Allocate | None, bases: dict[str, Basis]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
+from odma_service.learning.expected import cheapest
 from odma_service.learning.foresight import Foreseen, Foresight, Question
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
@@ -137,15 +138,16 @@ class Learner:
         )
 
     def _follow_drift(self) -> None:
-        """Recalibrate `odma` if its lengths have drifted and other limits are worth it."""
+        """Change limits and risk of `odma` if its lengths have drifted and it is worth it."""
         policy = self.pool.policy()
         if policy.name != "odma" or not policy.limits_tokens:
             return
         weights = seen_weights(self.pool)
         if weights.sum() < LEARNT_ENOUGH or not has_news(self._calibrated, weights):
             return
-        if is_worth_it(self.recalibrate(dry_run=True)):
-            self.recalibrate(expected_version=policy.version)
+        best = cheapest(self.pool)
+        if best is not None and is_worth_it(best.gain):
+            self.pool.set_policy(best.policy, policy.version)
         self._calibrated = weights
 
     def _uses_predictions(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from odma_service.geometry import Device, Geometry, PlaneGroup
+from odma_service.geometry import Geometry, PlaneGroup
 from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec
@@ -79,11 +79,7 @@ class ArenaMemory:
             capacity_tokens=limits.capacity_tokens,
             model_length_tokens=limits.model_length_tokens,
             moves=kind.moves,
-            device=Device(
-                serving.device,
-                bandwidth_bytes_per_second=serving.sequential_bytes_per_second,
-                descriptor_seconds=serving.descriptor_seconds,
-            ),
+            device=serving.copying,
             single_ordered_stream=kind.single_stream,
             copies_may_overlap=kind.copies_may_overlap,
             block_tokens=BLOCK_TOKENS,

@@ -9,7 +9,7 @@
     oracle            the exact total is reserved; nothing moves
     ideal-N           pages of N tokens, read at full bandwidth
     ideal-best        ideal-16 with the headroom that turns out best on the very load
-    paged-N           pages of N tokens at the bandwidth that scattered reads reach
+    paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
 
 Nothing here reuses prefixes. Their free parameters are in tuned.json, set by one rule on
 training traces (tune.py); a report names the hash of that file.
@@ -35,10 +35,7 @@ from odma_service.replay.prices import Serving
 from odma_service.values import Moves, Overflow
 
 TUNED = Path(__file__).with_name("tuned.json")
-PAGED_BANDWIDTH_SHARES = {16: 0.85, 64: 0.97, 256: 0.99}
-"""Of the sequential bandwidth; assumed until an emulation of LPDDR says so."""
-
-PAGES = tuple(PAGED_BANDWIDTH_SHARES)
+PAGES = (16, 64, 256)
 IDEAL = "ideal-16"
 UNLIMITED = "unlimited"
 IDEAL_BEST = "ideal-best"
@@ -149,7 +146,7 @@ def memory_of(
         return
     if name in PAGED_POLICIES:
         kind, _, page = name.partition("-")
-        share = PAGED_BANDWIDTH_SHARES[int(page)] if kind == "paged" else 1.0
+        share = serving.page_share(int(page)) if kind == "paged" else 1.0
         yield PagedMemory(capacity, int(page), parameters.get("headroom_share", 0.0), share)
         return
     policy = ARENA_POLICIES[name]

@@ -14,6 +14,7 @@ from odma_service.service.opening import changed_policy, first_policy, spec_from
 from odma_service.service.registry import Opened, Registry
 from odma_service.service.reports import planes_to, policy_to
 from odma_service.service.statuses import reports_errors
+from odma_service.service.streams import Streams
 from odma_service.service.translate import (
     allocate_from,
     apply_to,
@@ -26,12 +27,11 @@ from odma_service.service.translate import (
 
 
 class MemoryService(MemoryServiceServicer):
-    """What a pool's owner may call. KeepAlive and Stream are left to the base class, which
-    answers UNIMPLEMENTED.
-    """
+    """What a pool's owner may call."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, most_streams: int) -> None:
         self._registry = registry
+        self.streams = Streams(self._apply, most_streams)
 
     @reports_errors
     def OpenPool(
@@ -54,7 +54,25 @@ class MemoryService(MemoryServiceServicer):
         return pb.ClosePoolResponse()
 
     @reports_errors
+    def KeepAlive(
+        self, request: pb.KeepAliveRequest, context: grpc.ServicerContext
+    ) -> pb.KeepAliveResponse:
+        with self._registry.owned(*ref_from(request.pool)) as learner:
+            spec = learner.pool.spec
+        return pb.KeepAliveResponse(
+            ttl_seconds=spec.ttl_seconds, retention_seconds=spec.retention_seconds
+        )
+
+    @reports_errors
     def Apply(self, request: pb.ApplyRequest, context: grpc.ServicerContext) -> pb.ApplyResponse:
+        return self._apply(request)
+
+    @property
+    def Stream(self) -> Streams:  # type: ignore[override]  # a handler that carries its threads
+        """Handle Stream, which answers what Apply does."""
+        return self.streams
+
+    def _apply(self, request: pb.ApplyRequest) -> pb.ApplyResponse:
         name, epoch = ref_from(request.pool)
         batch = batch_from(request)
         with self._registry.owned(name, epoch) as learner:

@@ -48,7 +48,7 @@ class MemoryServiceStub:
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """
@@ -139,7 +139,7 @@ class MemoryServiceServicer:
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """
@@ -170,8 +170,10 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request, context):
-        """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-        Apply renews them.
+        """KeepAlive tells that the owner lives, and does nothing else. Every other
+        call of the owner tells it too, so it is for an engine that has nothing to
+        do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+        Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,8 +201,23 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-        version.
+        """Stream is Apply over one stream: one request, one answer, and so on. What
+        Apply says holds here too. It saves about a quarter of the time of a call.
+
+        Send a request when the one before is answered. One that is sent earlier
+        waits, unread; what waits is bounded by the flow control of HTTP/2. The
+        requests of a stream are of one pool, and a pool has one stream: the first
+        answer on a new one ends the older one.
+
+        Every status ends the stream; what was answered stays done. When a stream
+        ends, or breaks, the batch without an answer may have been done or not:
+        retry it by seq, over a new stream or by Apply.
+
+        UNAVAILABLE         the service is draining, after the batch under way.
+        Retry with backoff, over a new stream.
+        ABORTED             the pool has a newer stream. A bug, unless you know
+        why.
+        RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -364,7 +381,7 @@ class MemoryService:
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """

@@ -51,7 +51,7 @@ class MemoryServiceStub:
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """
@@ -78,8 +78,10 @@ class MemoryServiceStub:
     uses the pool's memory. Safe to retry: closing a closed pool is OK.
     """
     KeepAlive: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]
-    """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-    Apply renews them.
+    """KeepAlive tells that the owner lives, and does nothing else. Every other
+    call of the owner tells it too, so it is for an engine that has nothing to
+    do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+    Safe to retry.
     """
     Apply: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]
     """Apply does the operations of one decode step, in the order given.
@@ -99,8 +101,23 @@ class MemoryServiceStub:
                            completed_seq that falls or is ahead of seq.
     """
     Stream: _grpc.StreamStreamMultiCallable[_memory_service_pb2.StreamRequest, _memory_service_pb2.StreamResponse]
-    """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-    version.
+    """Stream is Apply over one stream: one request, one answer, and so on. What
+    Apply says holds here too. It saves about a quarter of the time of a call.
+
+    Send a request when the one before is answered. One that is sent earlier
+    waits, unread; what waits is bounded by the flow control of HTTP/2. The
+    requests of a stream are of one pool, and a pool has one stream: the first
+    answer on a new one ends the older one.
+
+    Every status ends the stream; what was answered stays done. When a stream
+    ends, or breaks, the batch without an answer may have been done or not:
+    retry it by seq, over a new stream or by Apply.
+
+      UNAVAILABLE         the service is draining, after the batch under way.
+                          Retry with backoff, over a new stream.
+      ABORTED             the pool has a newer stream. A bug, unless you know
+                          why.
+      RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
     """
     Allocate: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.AllocateRequest, _memory_service_pb2.AllocateResponse]
     """Allocate gives one region, for small clients that do not batch. It never
@@ -172,7 +189,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """
@@ -196,8 +213,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     uses the pool's memory. Safe to retry: closing a closed pool is OK.
     """
     KeepAlive: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-    Apply renews them.
+    """KeepAlive tells that the owner lives, and does nothing else. Every other
+    call of the owner tells it too, so it is for an engine that has nothing to
+    do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+    Safe to retry.
     """
     Apply: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]  # type: ignore[assignment]
     """Apply does the operations of one decode step, in the order given.
@@ -217,8 +236,23 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
                            completed_seq that falls or is ahead of seq.
     """
     Stream: _aio.StreamStreamMultiCallable[_memory_service_pb2.StreamRequest, _memory_service_pb2.StreamResponse]  # type: ignore[assignment]
-    """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-    version.
+    """Stream is Apply over one stream: one request, one answer, and so on. What
+    Apply says holds here too. It saves about a quarter of the time of a call.
+
+    Send a request when the one before is answered. One that is sent earlier
+    waits, unread; what waits is bounded by the flow control of HTTP/2. The
+    requests of a stream are of one pool, and a pool has one stream: the first
+    answer on a new one ends the older one.
+
+    Every status ends the stream; what was answered stays done. When a stream
+    ends, or breaks, the batch without an answer may have been done or not:
+    retry it by seq, over a new stream or by Apply.
+
+      UNAVAILABLE         the service is draining, after the batch under way.
+                          Retry with backoff, over a new stream.
+      ABORTED             the pool has a newer stream. A bug, unless you know
+                          why.
+      RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
     """
     Allocate: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AllocateRequest, _memory_service_pb2.AllocateResponse]  # type: ignore[assignment]
     """Allocate gives one region, for small clients that do not batch. It never
@@ -289,7 +323,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
     SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
+    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
     of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
     call the Refusal and a RetryInfo.
     """
@@ -329,8 +363,10 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.KeepAliveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.KeepAliveResponse, _abc.Awaitable[_memory_service_pb2.KeepAliveResponse]]:
-        """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-        Apply renews them.
+        """KeepAlive tells that the owner lives, and does nothing else. Every other
+        call of the owner tells it too, so it is for an engine that has nothing to
+        do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+        Safe to retry.
         """
 
     @_abc_1.abstractmethod
@@ -362,8 +398,23 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_memory_service_pb2.StreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_memory_service_pb2.StreamResponse], _abc.AsyncIterator[_memory_service_pb2.StreamResponse]]:
-        """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-        version.
+        """Stream is Apply over one stream: one request, one answer, and so on. What
+        Apply says holds here too. It saves about a quarter of the time of a call.
+
+        Send a request when the one before is answered. One that is sent earlier
+        waits, unread; what waits is bounded by the flow control of HTTP/2. The
+        requests of a stream are of one pool, and a pool has one stream: the first
+        answer on a new one ends the older one.
+
+        Every status ends the stream; what was answered stays done. When a stream
+        ends, or breaks, the batch without an answer may have been done or not:
+        retry it by seq, over a new stream or by Apply.
+
+          UNAVAILABLE         the service is draining, after the batch under way.
+                              Retry with backoff, over a new stream.
+          ABORTED             the pool has a newer stream. A bug, unless you know
+                              why.
+          RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
         """
 
     @_abc_1.abstractmethod
