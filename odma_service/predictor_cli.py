@@ -9,8 +9,11 @@ import typer
 
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import default_model
+from odma_service.stream_cli import stream_command
 
 app = typer.Typer(no_args_is_help=True, help="Train, score and look at length predictors.")
+
+app.command("stream")(stream_command)
 
 Model = Annotated[Path | None, typer.Option("--model", help="A model directory, not our own.")]
 

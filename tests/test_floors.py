@@ -33,6 +33,7 @@ FLOORS = {
         "replay_cli",
         "reproduce_cli",
         "status",
+        "stream_cli",
         "trace_cli",
     },
 }

@@ -58,7 +58,7 @@ def channel(server):
         ("", "SERVING"),
         (PREFIX + "MemoryService", "SERVING"),
         (PREFIX + "PoolService", "SERVING"),
-        (PREFIX + "PredictorService", "NOT_SERVING"),
+        (PREFIX + "PredictorService", "SERVING"),
         (PREFIX + "EmulatorService", "SERVING"),
     ],
 )

@@ -155,7 +155,7 @@ class Learner:
         return policy.start == Start.QUANTILE or policy.unsure_ratio > 0
 
     def _predictions(self, ops: Sequence[Op]) -> list[Predicted | None] | None:
-        return predictions_of(self.question(ops)) if self._uses_predictions() else None
+        return predictions_of(self.question(ops).answers()) if self._uses_predictions() else None
 
     def _adapt_safety_share(self) -> None:
         before, self._counted = self._counted, _ends(self.pool)
@@ -178,9 +178,9 @@ def _ends(pool: Pool) -> tuple[int, int]:
     return counters.preempted, counters.finished + counters.hit_limit
 
 
-def predictions_of(question: Question) -> list[Predicted | None]:
+def predictions_of(answers: Sequence[Foreseen | None]) -> list[Predicted | None]:
     """Return what a pool acts on for each operation."""
-    return [_prediction(foreseen) for foreseen in question.answers()]
+    return [_prediction(foreseen) for foreseen in answers]
 
 
 def _prediction(foreseen: Foreseen | None) -> Predicted | None:

@@ -79,7 +79,9 @@ class MemoryService(MemoryServiceServicer):
             question = learner.asks(batch.ops, batch.seq)
             answer = learner.apply(epoch, batch) if question is None else None
         if question is not None:
-            predictions = predictions_of(question)  # a model takes longer than a lock should
+            predictions = predictions_of(
+                question.answers()
+            )  # a model takes longer than a lock should
             with self._registry.owned(name, epoch) as learner:
                 answer = learner.apply(epoch, batch, predictions)
         assert answer is not None
@@ -94,7 +96,7 @@ class MemoryService(MemoryServiceServicer):
         operation = allocate_from(request.allocate)
         with self._registry.owned(name, epoch) as learner:
             question = learner.asks([operation])
-        predictions = None if question is None else predictions_of(question)
+        predictions = None if question is None else predictions_of(question.answers())
         with self._registry.owned(name, epoch) as learner:
             place = learner.allocate(epoch, operation, predictions)
         return pb.AllocateResponse(place=place_to(place))
