@@ -6,11 +6,13 @@ Algorithmic Learning in a Random World, 2005). An integrating correction (ACI, q
 tracking, PID) learns faster, but answers come late, and until they do it goes on integrating:
 it winds up, and reserves many times the need. A window cannot.
 
-    window       score of a completion: log(1 + actual) - log(1 + predicted), at each level
+    window       score of a completion: log(1 + actual) - log(1 + predicted), at each level, of
+                 the newest 50, or of 100 or 200 if the older ones are like the newer
+                 (Kolmogorov and Smirnov's test): scores of a change do not outlive it
     censoring    a request that stopped at its limit has at least its score (Kaplan-Meier);
                  one that runs past its grant is a miss from that moment on
-    clipping     a correction leads to no length beyond those known; while part of the lengths
-                 is still unseen (history.py) it may widen a prediction, never narrow it
+    clipping     a correction leads to no length beyond the lately longest; while part of the
+                 lengths is still unseen (history.py) it may widen a prediction, never narrow it
     gate         where the lengths of the period, without any model, fit those completions
                  better than the corrected model does, they are the prediction
 
@@ -26,12 +28,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from odma_service.learning.drift import CRITICAL
 from odma_service.learning.history import Evidence, Floats, Lengths, as_quantiles
 from odma_service.values import QUANTILE_LEVELS, Quantiles
 
 LEVELS = np.array(QUANTILE_LEVELS)
-SCORED = 200
-"""Completions scored: those of the ring that are younger than that."""
+MEDIAN = QUANTILE_LEVELS.index(0.5)
+SCORED = (50, 100, 200)
+"""Completions scored: as many of the newest as are of one kind."""
 LEAST_SCORED = 32
 UNSEEN = 0.05
 GATE_MARGIN = 0.97
@@ -81,17 +85,16 @@ class Calibration:
 
 def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
     """Return what the last completions, and the requests running, say about predictions."""
-    logs = np.log1p(evidence.ring["output_tokens"].astype(np.float64))
-    longest = float(np.max(logs[-SCORED:], initial=0))
     narrow = lengths.unseen <= UNSEEN
     window = lengths.at(_cautious(LEVELS, lengths.completions))
-    ring = evidence.ring[-SCORED:]
-    ring = ring[_is_told(ring["raw"])]
+    longest = float(window[-1]) if narrow else np.inf
+    ring = evidence.ring[_is_told(evidence.ring["raw"])][-SCORED[-1] :]
     if len(ring) < LEAST_SCORED:
         return Calibration(Source.MODEL, np.zeros(len(LEVELS)), window, longest)
     actual = np.log1p(ring["output_tokens"].astype(np.float64))[:, None]
     scores = actual - np.log1p(ring["raw"].astype(np.float64))
-    finished = ring["censored"] == 0
+    newest = _of_one_kind(scores[:, MEDIAN])
+    actual, scores, finished = actual[-newest:], scores[-newest:], ring["censored"][-newest:] == 0
     corrections = _quantiles(scores, finished)
     losses = [
         _loss(scores - corrections, finished),
@@ -121,6 +124,23 @@ def coverage(evidence: Evidence) -> Coverage:
     within = seen["output_tokens"] <= np.ceil(np.expm1(granted) - 1e-3)
     known = ~within | (seen["censored"] == 0)
     return Coverage(int((within & known).sum()), int(known.sum()), float(levels[known].mean()))
+
+
+def _of_one_kind(scores: Floats) -> int:
+    """Return how many of the newest scores to use."""
+    newest = SCORED[0]
+    for more in SCORED[1:]:
+        older = np.sort(scores[-more:-newest])
+        if not len(older):
+            break
+        newer = np.sort(scores[-newest:])
+        both = np.concatenate([older, newer])
+        apart = np.searchsorted(older, both, "right") / len(older)
+        apart -= np.searchsorted(newer, both, "right") / len(newer)
+        if np.abs(apart).max() > CRITICAL * (1 / len(older) + 1 / len(newer)) ** 0.5:
+            break
+        newest = more
+    return min(newest, len(scores))
 
 
 def _is_told(quantiles: NDArray[np.float32]) -> NDArray[np.bool_]:

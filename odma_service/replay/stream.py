@@ -139,7 +139,9 @@ def phase_of(served: Served, phase: int, name: str, warmup: int = 0) -> Phase:
     chosen = np.flatnonzero(served.phases == phase)
     chosen = chosen[chosen >= warmup]
     covered = served.covered[chosen]
-    ahead: Any = np.convolve(covered, np.ones(AHEAD), "valid") / AHEAD if len(covered) >= AHEAD else []
+    ahead: Any = (
+        np.convolve(covered, np.ones(AHEAD), "valid") / AHEAD if len(covered) >= AHEAD else []
+    )
     recovered = np.flatnonzero(np.asarray(ahead) >= RECOVERED - 1e-9)
     return Phase(
         name,
