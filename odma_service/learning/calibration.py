@@ -29,7 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from odma_service.learning.drift import CRITICAL
-from odma_service.learning.history import Evidence, Floats, Lengths, as_quantiles
+from odma_service.learning.history import (
+    Evidence,
+    Floats,
+    Lengths,
+    as_logs,
+    as_quantiles,
+    life_table,
+    period_of,
+)
 from odma_service.values import QUANTILE_LEVELS, Quantiles
 
 LEVELS = np.array(QUANTILE_LEVELS)
@@ -94,10 +102,10 @@ def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
     actual = np.log1p(ring["output_tokens"].astype(np.float64))[:, None]
     scores = actual - np.log1p(ring["raw"].astype(np.float64))
     newest = _of_one_kind(scores[:, MEDIAN])
+    corrections = _corrections(evidence, newest)
     actual, scores, finished = actual[-newest:], scores[-newest:], ring["censored"][-newest:] == 0
-    corrections = _quantiles(scores, finished)
     losses = [
-        _loss(scores - corrections, finished),
+        _loss(scores - _quantiles(scores, finished), finished),
         _loss(actual - _quantiles(np.repeat(actual, len(LEVELS), 1), finished), finished),
     ]
     source = Source.WINDOW if narrow and losses[1] < GATE_MARGIN * losses[0] else Source.MODEL
@@ -124,6 +132,21 @@ def coverage(evidence: Evidence) -> Coverage:
     within = seen["output_tokens"] <= np.ceil(np.expm1(granted) - 1e-3)
     known = ~within | (seen["censored"] == 0)
     return Coverage(int((within & known).sum()), int(known.sum()), float(levels[known].mean()))
+
+
+def _corrections(evidence: Evidence, requests: int) -> Floats:
+    """Return the quantile of the scores at each level, in the period of the last requests."""
+    period = period_of(evidence, requests)
+    told = _is_told(period.seen["raw"])
+    logs = np.log1p(period.seen["raw"][told].astype(np.float64))
+    entered, reached = as_logs(period.entered[told]), as_logs(period.reached[told])
+    ended = period.ended[told]
+    found = np.empty(len(LEVELS))
+    for column, level in enumerate(_cautious(LEVELS, int(ended.sum()))):
+        predicted = logs[:, column]
+        table = life_table(entered - predicted, reached - predicted, ended)
+        found[column] = table.at(np.array([level]))[0]
+    return found
 
 
 def _of_one_kind(scores: Floats) -> int:

@@ -15,6 +15,7 @@ and the regions that live, so it is the same after a crash.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from odma_service.values import QUANTILE_LEVELS, Quantiles
 
 Floats = NDArray[np.float64]
 
-LEAST_COMPLETIONS = WINDOW // 2
 BEYOND = (0.1, 0.35, 0.9)
 """Where the rest lies that outlives the table, in log above its end: the thirds' medians of an
 exponential of mean 0.5, about the spread of answers to prompts of one kind."""
@@ -64,20 +64,44 @@ class Lengths(NamedTuple):
         return np.asarray(np.interp(places, below, self.logs), np.float64)
 
 
+class Period(NamedTuple):
+    """The requests seen in a period: completions, then running ones.
+
+    entered and reached are tokens, when the period or the request began and when it ended or
+    now; entered is -1 for who began within it. ended: finished, not stopped or running.
+    """
+
+    seen: NDArray[np.void]
+    entered: Floats
+    reached: Floats
+    ended: NDArray[np.bool_]
+    completions: int
+
+
+def period_of(evidence: Evidence, requests: int) -> Period:
+    """Return the period of the last `requests` that began, or of half as many completions."""
+    ring, running = evidence.ring, evidence.running
+    issues = np.sort(np.concatenate([ring["issue"], running["issue"]]).astype(np.float64))
+    began = issues[-min(requests, len(issues))]
+    until = ring["until"].astype(np.float64)
+    count = max(int((until >= began).sum()), min(requests // 2, len(ring)))
+    began = min(began, until[-count])
+    seen = np.concatenate([ring[-count:], running])
+    reached = seen["output_tokens"].astype(np.float64)
+    return Period(seen, _entered(seen, reached, began), reached, seen["censored"] == 0, count)
+
+
 def lately(evidence: Evidence) -> Lengths | None:
     """Return the lengths of the period of the last WINDOW requests, None without completions."""
-    ring, running = evidence.ring, evidence.running
-    if not len(ring):
+    if not len(evidence.ring):
         return None
-    issues = np.sort(np.concatenate([ring["issue"], running["issue"]]).astype(np.float64))
-    began = issues[-min(WINDOW, len(issues))]
-    until = ring["until"].astype(np.float64)
-    count = max(int((until >= began).sum()), min(LEAST_COMPLETIONS, len(ring)))
-    began = min(began, until[-count])
-    ring = ring[-count:]
-    seen = np.concatenate([ring, running])
-    reached = seen["output_tokens"].astype(np.float64)
-    return _life_table(_entered(seen, reached, began), reached, seen["censored"] == 0, count)
+    period = period_of(evidence, WINDOW)
+    return life_table(as_logs(period.entered), as_logs(period.reached), period.ended, BEYOND)
+
+
+def as_logs(tokens: Floats) -> Floats:
+    """Return log(1 + tokens); -inf for -1."""
+    return np.log(np.maximum(1 + tokens, 0), out=np.full(len(tokens), -np.inf), where=tokens > -1)
 
 
 def history_of(lengths: Lengths | None) -> History:
@@ -107,7 +131,13 @@ def _entered(seen: NDArray[np.void], reached: Floats, began: float) -> Floats:
     return np.asarray(np.minimum(reached * before, reached) - (before == 0), np.float64)
 
 
-def _life_table(entered: Floats, reached: Floats, ended: NDArray[np.bool_], count: int) -> Lengths:
+def life_table(
+    entered: Floats, reached: Floats, ended: NDArray[np.bool_], beyond: Sequence[float] = (0.0,)
+) -> Lengths:
+    """Return the distribution of where requests end, on any scale of logarithms of length.
+
+    What outlives the longest lies `beyond` it, in equal parts.
+    """
     order = np.lexsort((~ended, reached))
     reached, ended = reached[order], ended[order]
     at_risk = np.searchsorted(np.sort(entered), reached) - np.arange(len(reached))
@@ -115,11 +145,12 @@ def _life_table(entered: Floats, reached: Floats, ended: NDArray[np.bool_], coun
     ending = np.where(ended, 1 / np.maximum(at_risk, np.where(last, 1, 2)), 0)
     surviving = np.cumprod(1 - ending)
     weights = -np.diff(surviving, prepend=1.0)
-    logs, unseen = np.log1p(reached), float(surviving[-1])
-    thirds = np.full(len(BEYOND), unseen / len(BEYOND))
+    unseen, count = float(surviving[-1]), int(ended.sum())
+    if unseen == 0:
+        return Lengths(reached[ended], weights[ended], count, 0.0)
     return Lengths(
-        np.append(logs[ended], logs[-1] + np.array(BEYOND))[: None if unseen > 0 else -len(BEYOND)],
-        np.append(weights[ended], thirds)[: None if unseen > 0 else -len(BEYOND)],
+        np.append(reached[ended], reached[-1] + np.array(beyond)),
+        np.append(weights[ended], np.full(len(beyond), unseen / len(beyond))),
         count,
         unseen,
     )
