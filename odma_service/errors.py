@@ -21,6 +21,7 @@ OdmaError
 ├── BusyError            too many calls at once
 ├── MessageSizeError     the message is too large
 ├── UnimplementedError   no such rpc here
+├── ModelError           a model directory that cannot be served; `file` names what is wrong
 ├── ServiceError         a client's call failed, for none of these reasons
 │   └── UnavailableError     there was no answer; it may have been done
 └── BooksError           a pool's file cannot be used
@@ -35,6 +36,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from odma_service.values import Refusal
 
 
@@ -183,6 +186,15 @@ class MessageSizeError(OdmaError):
 
 class UnimplementedError(OdmaError):
     """The service has no such rpc, or it is switched off."""
+
+
+class ModelError(OdmaError):
+    """A model directory that cannot be served: `file` is wrong in it."""
+
+    def __init__(self, file: Path, rule: str) -> None:
+        super().__init__(f"model {file}: {rule}")
+        self.file = file
+        self.rule = rule
 
 
 class ServiceError(OdmaError):

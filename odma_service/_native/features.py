@@ -16,6 +16,8 @@ VERSION: int = lib.ODMA_FEATURES_VERSION
 BUCKETS: int = lib.ODMA_FEATURES_BUCKETS
 GROUPS: int = lib.ODMA_FEATURES_GROUPS
 STATS: int = lib.ODMA_FEATURES_STATS
+HEAD: int = lib.ODMA_FEATURES_HEAD
+TAIL: int = lib.ODMA_FEATURES_TAIL
 NO_ROW: int = lib.ODMA_FEATURES_NO_ROW
 MOST_TOKENS = 2**32 - 1
 
@@ -64,20 +66,23 @@ class Embeddings:
         ]
         self._embeddings = ffi.new("odma_embeddings *", (*self._buffers, n, dims))
 
-    def embed(
-        self, text: bytes, prompt_tokens: int, stats: NDArray[np.float32], into: NDArray[np.float32]
-    ) -> None:
-        """Write a prompt's statistics, and its pooled embeddings with what share is known.
+    @property
+    def width(self) -> int:
+        """How many numbers `embed` writes: GROUPS x dims, GROUPS and STATS."""
+        return GROUPS * (self.dims + 1) + STATS
 
-        `stats` takes STATS float32, `into` GROUPS x dims and GROUPS more.
+    def embed(self, text: bytes, prompt_tokens: int, into: NDArray[np.float32]) -> None:
+        """Write a prompt's mean embeddings, the shares of ids that are known, its statistics.
+
+        `into` is `width` float32 in one piece.
         """
+        if into.shape != (self.width,):
+            raise InvalidError("into", f"{self.width} numbers")
         features = _seen(text, prompt_tokens)
-        wanted = GROUPS * (self.dims + 1)
-        if stats.shape != (STATS,) or into.shape != (wanted,):
-            raise InvalidError("into", f"{STATS} statistics, {wanted} numbers")
-        pooled = ffi.from_buffer("float[]", into, require_writable=True)
-        lib.odma_features_pool(features, self._embeddings, pooled, pooled + GROUPS * self.dims)
-        ffi.memmove(ffi.from_buffer(stats, require_writable=True), features.stats, 4 * STATS)
+        at = ffi.from_buffer("float[]", into, require_writable=True)
+        known = at + GROUPS * self.dims
+        lib.odma_features_pool(features, self._embeddings, at, known)
+        ffi.memmove(known + GROUPS, features.stats, 4 * STATS)
 
 
 def _seen(text: bytes, prompt_tokens: int) -> Any:
