@@ -20,11 +20,11 @@ LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
 	nlohmann-json3-dev
 
-.PHONY: help deps demo serve test check format proto fuzz coverage bench torture lib clean
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire coverage bench torture lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 deps:  ## Install the Debian packages of the C++ client, as root; the tests skip it without them
 	dpkg --status $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get --quiet update && \
@@ -59,6 +59,9 @@ proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/api.md from pro
 
 fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/fuzz
 	sh tools/fuzz.sh $(or $(SECONDS),60)
+
+fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
+	$(BIN)/python tests/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh

@@ -75,12 +75,13 @@ static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, 
 
 static odma_completion completion_of(const odma_arena *arena, const struct request *request,
                                      uint32_t output_tokens, bool censored) {
+    uint64_t allocates = arena->books->counters.allocates;
     odma_completion entry = {.overflow_risk = request->overflow_risk,
                              .prompt_tokens = request->prompt_tokens,
                              .output_tokens = output_tokens,
                              .censored = censored,
-                             .issue = request->issue,
-                             .until = arena->books->counters.allocates};
+                             .issue = allocates - (uint32_t)((uint32_t)allocates - request->issue),
+                             .until = allocates};
     memcpy(entry.quantiles, request->quantiles, sizeof entry.quantiles);
     memcpy(entry.raw, request->raw, sizeof entry.raw);
     return entry;

@@ -45,6 +45,7 @@ def replay_command(
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
     ] = 1,
@@ -93,7 +94,7 @@ def replay_command(
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = traces.read_trace(path, rows)
+            load = replay.marked(traces.read_trace(path, rows), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
                 serving,
@@ -108,7 +109,7 @@ def replay_command(
                 comparison = replay.compare(load, names, setting, tuning, directory, watch)
             compared.append(comparison)
             if not as_json:
-                show(comparison, load.notes)
+                show(comparison)
     if report is not None:
         replay.write_report(compared, report)
         typer.echo(f"wrote {report}", err=as_json)
@@ -165,7 +166,7 @@ def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
     return objects[0] if len(objects) == 1 else {"traces": objects}
 
 
-def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
+def show(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = Console()
@@ -177,7 +178,7 @@ def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
         _sizes(facts),
         _assumed(facts["assumptions"]),
         f"parameters {facts['parameter_hash']}, {_windows(facts['windows'])}",
-        *(f"note: {note}" for note in notes),
+        *(f"note: {note}" for note in comparison.notes),
     ]
     if not comparison.load_class.memory_bound:
         lines.append("memory is not what this load is short of: its ratios prove little")

@@ -10,6 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +54,9 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
 )
+MOST_HEALTH_WATCHERS = 64
+"""Clients that watch the health at once, each with a thread of its own; others wait."""
+
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
 """Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
@@ -137,7 +141,12 @@ def _names() -> list[str]:
 
 def _add_health(server: grpc.Server) -> health.HealthServicer:
     """Add the standard health service, which tells of each service and of all together."""
-    healthy = health.HealthServicer()
+    # Its other kind of Watch freezes the whole server: it sends to one client under the lock that
+    # the end of another one's call waits for, in the thread that would do the sending.
+    watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
+    healthy = health.HealthServicer(
+        experimental_non_blocking=False, experimental_thread_pool=watchers
+    )
     status = health_pb2.HealthCheckResponse
     for name in _names():
         healthy.set(name, status.SERVING)
@@ -255,7 +264,12 @@ def _configure_log(settings: Settings) -> None:
     form: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if settings.log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # The usual traceback shows local variables: prompts.
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
     )
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(

@@ -47,6 +47,11 @@ def test_the_cpp_engine_runs(server):
     assert "copies 0" not in told
 
 
+def test_the_python_engine_outlives_a_killed_service(servers):
+    engine = [sys.executable, ROOT / "examples" / "python" / "engine.py"]
+    outlive(servers(), engine, "example-python")
+
+
 def test_the_javascript_engine_outlives_a_killed_service(servers):
     outlive(servers(), [need_node(), JAVASCRIPT / "engine.js"], "example-javascript")
 

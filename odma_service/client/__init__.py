@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
@@ -456,14 +457,20 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
     "MESSAGE_SIZE": lambda _, text: errors.MessageSizeError(text),
     "UNIMPLEMENTED": lambda _, text: errors.UnimplementedError(text),
     "BOOKS": lambda _, text: errors.BooksError(text),
+    "BOOKS_LOCKED": lambda _, text: UnavailableError(text),
+    "DRAINING": lambda _, text: UnavailableError(text),
 }
 """How to build an error again from the reason, metadata and message of its ErrorInfo."""
 
 
 def _error_from(error: grpc.RpcError) -> OdmaError:
     """Return the error that a failed call stands for."""
-    code, text = error.code(), error.details() or ""
     status = rpc_status.from_call(cast("grpc.Call", error))
+    return error_of(error.code(), error.details() or "", status)
+
+
+def error_of(code: grpc.StatusCode, text: str, status: Status | None) -> OdmaError:
+    """Return the error that a status, its message and its details stand for."""
     info = error_details_pb2.ErrorInfo()
     if status is not None and any(detail.Unpack(info) for detail in status.details):
         if info.reason == "REFUSED":

@@ -41,11 +41,16 @@ class ApplyStream:
         self._watch.join()
         self._break()
 
-    def __call__(self, request: pb.ApplyRequest, timeout: float) -> pb.ApplyResponse:
+    def __call__(
+        self,
+        request: pb.ApplyRequest,
+        timeout: float,
+        metadata: tuple[tuple[str, str | bytes], ...] | None = None,
+    ) -> pb.ApplyResponse:
         """Send a batch and wait for its answer. Raises grpc.RpcError and UnavailableError."""
         if self._answers is None:
             self._requests = SimpleQueue()
-            self._answers = self._stub.Stream(iter(self._requests.get, None))
+            self._answers = self._stub.Stream(iter(self._requests.get, None), metadata=metadata)
         self._requests.put(pb.StreamRequest(apply=request))
         self._give_up = time.monotonic() + timeout
         answer: pb.ApplyResponse | None = None

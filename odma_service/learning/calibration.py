@@ -9,8 +9,10 @@ it winds up, and reserves many times the need. A window cannot.
     window       score of a completion: log(1 + actual) - log(1 + predicted), at each level, of
                  the newest 50, or of 100 or 200 if the older ones are like the newer
                  (Kolmogorov and Smirnov's test): scores of a change do not outlive it
-    censoring    a request that stopped at its limit has at least its score (Kaplan-Meier);
-                 one that runs past its grant is a miss from that moment on
+    censoring    a request that stopped at its limit, or runs, has at least its score: one that
+                 runs past its grant is a miss from that moment on
+    delay        the scores are those of a life table (history.py), and what is outstanding
+                 makes a correction more cautious
     clipping     a correction leads to no length beyond the lately longest; while part of the
                  lengths is still unseen (history.py) it may widen a prediction, never narrow it
     gate         where the lengths of the period, without any model, fit those completions
@@ -45,6 +47,9 @@ MEDIAN = QUANTILE_LEVELS.index(0.5)
 SCORED = (50, 100, 200)
 """Completions scored: as many of the newest as are of one kind."""
 LEAST_SCORED = 32
+OUTSTANDING = 0.3
+"""For each request that runs beside a completion scored, the risk shrinks by this share: what
+is outstanding may be of another kind than what has come in."""
 UNSEEN = 0.05
 GATE_MARGIN = 0.97
 """The window has to be so much better: a model sees a change of prompts, it does not."""
@@ -142,7 +147,10 @@ def _corrections(evidence: Evidence, requests: int) -> Floats:
     entered, reached = as_logs(period.entered[told]), as_logs(period.reached[told])
     ended = period.ended[told]
     found = np.empty(len(LEVELS))
-    for column, level in enumerate(_cautious(LEVELS, int(ended.sum()))):
+    outstanding = len(evidence.running) / max(period.completions, 1)
+    risks = 1 - _cautious(LEVELS, int(ended.sum()))
+    levels = 1 - risks / (1 + OUTSTANDING * outstanding)
+    for column, level in enumerate(levels):
         predicted = logs[:, column]
         table = life_table(entered - predicted, reached - predicted, ended)
         found[column] = table.at(np.array([level]))[0]

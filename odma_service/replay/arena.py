@@ -31,6 +31,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Result,
+    Start,
     Used,
 )
 
@@ -89,6 +90,7 @@ class ArenaMemory:
         self._learner = Learner(self._pool)
         self._single = kind.single_stream
         self._asker_is_victim = policy.overflow is Overflow.PREEMPT
+        self._predicts = policy.start is Start.QUANTILE
         self._predictor = predictor
         self._exact = exact_lengths
         self._limits = policy.limits_tokens
@@ -139,6 +141,8 @@ class ArenaMemory:
         frees, fulls = len(step.ended), len(step.full)
         self._grow(step, answer.results[frees : frees + fulls], decision)
         self._admit(answer.results[frees + fulls :], decision)
+        # What has ended teaches from the next batch on, and shorter regions may fit then.
+        decision.again |= self._predicts and bool(step.ended)
         if self._pool.policy().version != version:
             decision.again = True
             self._note_policy(step)

@@ -100,6 +100,7 @@ class Comparison:
     load_class: LoadClass
     windows: tuple[Window, ...]
     outcomes: dict[str, list[Outcome]]
+    notes: tuple[str, ...] = ()
 
     def rates(self, policy: str) -> list[float]:
         """Return tokens per second, by seed."""
@@ -147,6 +148,7 @@ def compare(
         LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
         tuple(windows),
         outcomes,
+        trace.notes,
     )
 
 
@@ -217,6 +219,7 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "parameter_hash": comparison.tuning.digest,
         "requests": comparison.requests,
         "dropped": comparison.dropped,
+        "notes": list(comparison.notes),
         "capacity_tokens": limits.capacity_tokens,
         "max_output_tokens": limits.max_output_tokens,
         "model_length_tokens": limits.model_length_tokens,

@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import PolicyRecord, longest_tokens, named
+from odma_service.policy import PolicyRecord, equal_limits, longest_tokens, named, rising_limits
 from odma_service.replay.arena import ArenaMemory, EngineKind
 from odma_service.replay.load import Limits, Load
 from odma_service.replay.memory import Memory
@@ -111,13 +111,14 @@ def record_of(name: str, limits: Limits, parameters: Parameters) -> PolicyRecord
     share as they are.
     """
     base = named(ARENA_POLICIES[name].record, limits.model_length_tokens, limits.capacity_tokens)
+    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
     changes: dict[str, object] = dict(parameters)
     if "step_tokens" in changes:
         changes["step_tokens"] = int(parameters["step_tokens"])
     buckets = int(parameters.get("buckets", len(base.limits_tokens)))
-    equal_width = bool(parameters.get("equal_width", name == "s3"))
+    spaced = equal_limits if parameters.get("equal_width", name == "s3") else rising_limits
     if base.limits_tokens:
-        changes["limits_tokens"] = _limits(limits, buckets, equal_width=equal_width)
+        changes["limits_tokens"] = spaced(longest, buckets)
     if name == "grow-copy":
         changes |= {"name": name, "overflow": Overflow.RELOCATE}
     if parameters.get("learns") == 0:
@@ -162,10 +163,3 @@ def memory_of(
         batch_cap=batch_cap,
     ) as memory:
         yield memory
-
-
-def _limits(limits: Limits, buckets: int, *, equal_width: bool) -> tuple[int, ...]:
-    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
-    if equal_width:
-        return tuple(sorted({-(-longest * i // buckets) for i in range(1, buckets + 1)}))
-    return tuple(sorted({-(-longest // 2**i) for i in range(buckets)}))

@@ -2,13 +2,14 @@
 
 It refuses with the same details as every other error, also where gRPC's own answer has none:
 for an rpc that is not served and for a message that cannot be parsed. What it refuses before the
-message is read takes none of the threads that answer calls.
+message is read takes none of the threads that answer calls, nor does the health service.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,6 +38,7 @@ GUARD_OPTIONS = (
 CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Answer = Callable[..., Any]
 Parse = Callable[[bytes], Any]
 
 log = structlog.get_logger()
@@ -81,6 +83,7 @@ class Guard(grpc.ServerInterceptor):
         self._calls = calls
         self._most_calls = most_calls
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
+        self._open = ThreadPoolExecutor(2, thread_name_prefix="open")
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(
@@ -151,54 +154,61 @@ class Guard(grpc.ServerInterceptor):
 
     def _guard(self, rpc: str, handler: Handler) -> Handler:
         """Return `handler` with the checks that need the message or the connection."""
-        answer: Any = (
-            handler.unary_unary
-            or handler.unary_stream
-            or handler.stream_unary
-            or handler.stream_stream
-        )
-        non_blocking = getattr(answer, "experimental_non_blocking", False)  # it is given `send`
-        if non_blocking and access.is_open(rpc):
-            return handler
-
-        def answer_one(request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                self._insist_known(rpc, context)
-                _insist_usable(request)
-            except OdmaError as error:
-                abort(context, status_of(error))
-            return answer(request, context)
-
-        def answer_stream(requests: Any, context: grpc.ServicerContext, *send: Any) -> Any:
-            try:
-                self._insist_known(rpc, context)
-            except OdmaError as error:
-                abort(context, status_of(error))
-            return answer(self._usable(requests), context, *send)
-
-        def watched(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            for response in answer_one(request, context):
-                try:
-                    self._insist_still_known()
-                except OdmaError as error:
-                    abort(context, status_of(error))
-                yield response
-
+        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        form: Any
         guarded: Any
-        form, guarded = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, answer_one),
-            (False, True): (grpc.unary_stream_rpc_method_handler, watched),
-            (True, False): (grpc.stream_unary_rpc_method_handler, answer_stream),
-            (True, True): (grpc.stream_stream_rpc_method_handler, answer_stream),
-        }[handler.request_streaming, handler.response_streaming]
-        guarded.experimental_non_blocking = non_blocking
-        pool = getattr(answer, "experimental_thread_pool", None)
-        if pool is not None:
-            guarded.experimental_thread_pool = pool
+        at_once = getattr(answer, "experimental_non_blocking", False)  # it sends by itself
+        if at_once and handler.request_streaming:
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._lending(rpc, answer)
+        elif handler.request_streaming:
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._exchanging(rpc, answer)
+        elif handler.response_streaming:
+            form, guarded = grpc.unary_stream_rpc_method_handler, self._telling(rpc, answer)
+        else:
+            form, guarded = grpc.unary_unary_rpc_method_handler, self._answering(rpc, answer)
+        own_pool = getattr(answer, "experimental_thread_pool", None)
+        guarded.experimental_non_blocking = at_once
+        guarded.experimental_thread_pool = own_pool or (self._open if access.is_open(rpc) else None)
         made: Handler = form(
             guarded, _parser(handler.request_deserializer), handler.response_serializer
         )
         return made
+
+    def _answering(self, rpc: str, answer: Answer) -> Answer:
+        def answering(request: Any, context: grpc.ServicerContext) -> Any:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                _insist_usable(request)
+                return answer(request, context)
+
+        return answering
+
+    def _telling(self, rpc: str, answer: Answer) -> Answer:
+        def telling(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                _insist_usable(request)
+                for response in answer(request, context):
+                    self._insist_still_known()
+                    yield response
+
+        return telling
+
+    def _exchanging(self, rpc: str, answer: Answer) -> Answer:
+        def exchanging(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                yield from answer(self._usable(requests), context)
+
+        return exchanging
+
+    def _lending(self, rpc: str, answer: Answer) -> Answer:
+        def lending(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                answer(self._usable(requests), context, send)
+
+        return lending
 
     def _usable(self, requests: Iterator[Any]) -> Iterator[Any]:
         """Yield the messages of a stream; raise OdmaError for what is none."""
@@ -206,6 +216,17 @@ class Guard(grpc.ServerInterceptor):
             self._insist_still_known()
             _insist_usable(request)
             yield request
+
+
+@contextmanager
+def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of an error, also of one that a servicer leaves to gRPC."""
+    try:
+        yield
+    except OdmaError as error:
+        abort(context, status_of(error))
+    except NotImplementedError:  # by the base class of a servicer
+        abort(context, status_of(UnimplementedError("this rpc is not built yet")))
 
 
 def _insist_usable(request: object) -> None:

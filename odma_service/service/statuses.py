@@ -27,6 +27,8 @@ from odma_service.values import Reason, Refusal
 
 DOMAIN = "odma"
 RETRY_AFTER_MS = 50
+LONGEST_TEXT = 200
+"""Five copies of four bytes a character stay below the 8 KiB that gRPC takes of all headers."""
 
 Servicer = TypeVar("Servicer")
 Request = TypeVar("Request")
@@ -101,8 +103,8 @@ def told(error: Exception, rpc: str) -> Status:
 def status_of(error: OdmaError) -> Status:
     """Return the status that tells `error`, with its details."""
     rule = next(_RULES[kind] for kind in type(error).__mro__ if kind in _RULES)
-    metadata = {name: str(getattr(error, name)) for name in rule.metadata}
-    return _status(rule, str(error), metadata, _details(error))
+    metadata = {name: _short(str(getattr(error, name))) for name in rule.metadata}
+    return _status(rule, _short(str(error)), metadata, _details(error))
 
 
 def _status(
@@ -120,9 +122,9 @@ def _details(error: OdmaError) -> Sequence[Message]:
     match error:
         case errors.InvalidError():
             violation = details_pb.BadRequest.FieldViolation(
-                field=error.field, description=error.rule
+                field=_short(error.field), description=_short(error.rule)
             )
-            refusal = Refusal(Reason.INVALID, field=f"{error.field}: {error.rule}")
+            refusal = Refusal(Reason.INVALID, field=_short(str(error)))
             return [details_pb.BadRequest(field_violations=[violation]), refusal_to(refusal)]
         case (
             errors.PoolNotFoundError()
@@ -149,6 +151,11 @@ def _details(error: OdmaError) -> Sequence[Message]:
             return [_retry_info()]
         case _:
             return []
+
+
+def _short(text: str) -> str:
+    """Return a text as a header may hold it several times: some of it is what a caller sent."""
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
 
 
 def _retry_info() -> details_pb.RetryInfo:

@@ -3,10 +3,11 @@
 A file's first bytes say what it is; its name does not matter for reading.
 
     parquet          t_seconds (optional), input_tokens, output_tokens; request_class (optional);
-                     output_recorded (optional): rows where it is false are dropped
+                     output_recorded (optional): rows where it is false are dropped;
+                     hash_ids (optional): see Trace.prefix_ids
     Azure CSV        TIMESTAMP, ContextTokens, GeneratedTokens, as published in 2023 and 2024;
                      times then count from the earliest request
-    Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids are not kept
+    Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids (optional)
 
 Values that cannot be true (negative, fractional, missing, not a number) are an error that
 names the file, the row and the column. Rows count from 1, without header and empty lines.
@@ -37,6 +38,7 @@ from odma_service.traces.trace import Trace, TraceError, check_seconds, check_to
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE_COLUMNS = ("timestamp", "input_length", "output_length")
 PARQUET_COLUMNS = ("t_seconds", "input_tokens", "output_tokens")
+PREFIX_COLUMN = "hash_ids"
 LABEL_KEY = b"odma.label"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -72,6 +74,8 @@ def write_trace(trace: Trace, path: str | Path) -> None:
     columns: dict[str, Any] = {name: getattr(trace, name) for name in PARQUET_COLUMNS}
     if trace.request_class is not None:
         columns["request_class"] = arrow.array(trace.request_class, type=arrow.string())
+    if trace.prefix_ids is not None:
+        columns[PREFIX_COLUMN] = arrow.array(trace.prefix_ids, type=arrow.list_(arrow.int64()))
     label = trace.label.encode("utf-8", errors="replace")
     try:
         parquet.write_table(arrow.table(columns, metadata={LABEL_KEY: label}), path)
@@ -97,6 +101,7 @@ class _Table:
     output_tokens: NDArray[Any]
     request_class: NDArray[np.object_] | None = None
     recorded: NDArray[np.bool_] | None = None
+    prefix_ids: list[tuple[int, ...]] | None = None
 
 
 def _trace_of(path: Path, table: _Table) -> Trace:
@@ -123,6 +128,7 @@ def _trace_of(path: Path, table: _Table) -> Trace:
         "".join(filter(str.isprintable, table.label)),
         None if table.request_class is None else tuple(table.request_class[in_time].tolist()),
         tuple(notes),
+        None if table.prefix_ids is None else tuple(table.prefix_ids[row] for row in in_time),
     )
 
 
@@ -194,12 +200,22 @@ def _microseconds(text: str) -> float:
 
 
 def _read_mooncake(path: Path, rows: int | None) -> _Table:
-    milliseconds, inputs, outputs = _columns(_mooncake_rows(path, rows))
+    prefixes: list[tuple[int, ...]] = []
+    milliseconds, inputs, outputs = _columns(_mooncake_rows(path, rows, prefixes))
     check_seconds(str(path), MOONCAKE_COLUMNS[0], milliseconds)
-    return _Table(path.stem, MOONCAKE_COLUMNS, milliseconds / 1e3, inputs, outputs)
+    return _Table(
+        path.stem,
+        MOONCAKE_COLUMNS,
+        milliseconds / 1e3,
+        inputs,
+        outputs,
+        prefix_ids=prefixes if any(prefixes) else None,
+    )
 
 
-def _mooncake_rows(path: Path, rows: int | None) -> Iterator[tuple[float, float, float]]:
+def _mooncake_rows(
+    path: Path, rows: int | None, prefixes: list[tuple[int, ...]]
+) -> Iterator[tuple[float, float, float]]:
     with path.open(encoding="utf-8-sig") as file:
         for row, line in enumerate(islice(filter(str.strip, file), rows), 1):
             try:
@@ -211,7 +227,18 @@ def _mooncake_rows(path: Path, rows: int | None) -> Iterator[tuple[float, float,
             at, into, out = (
                 _value(path, row, name, _number, record.get(name)) for name in MOONCAKE_COLUMNS
             )
+            prefixes.append(_ids(path, row, record.get(PREFIX_COLUMN, ())))
             yield at, into, out
+
+
+def _ids(path: Path, row: int, value: Any) -> tuple[int, ...]:
+    """Return a list of ids; none where a row has none."""
+    ids = () if value is None else value
+    if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+        raise TraceError(
+            f"{path}: row {row}, column '{PREFIX_COLUMN}': not a list of whole numbers"
+        )
+    return tuple(ids)
 
 
 def _number(value: object) -> float:
@@ -249,12 +276,14 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            optional = {"t_seconds", "request_class", "output_recorded"} & set(schema.names)
+            optional = {"t_seconds", "request_class", "output_recorded", PREFIX_COLUMN}
+            optional &= set(schema.names)
             wanted = sorted({"input_tokens", "output_tokens"} | optional)
             for name in wanted:
                 _place(path, schema.names, name)
             table = file.read(columns=wanted).slice(0, rows)
-        arrays = {name: table.column(name).to_numpy() for name in wanted}
+        prefixes = table.column(PREFIX_COLUMN).to_pylist() if PREFIX_COLUMN in wanted else None
+        arrays = {name: table.column(name).to_numpy() for name in wanted if name != PREFIX_COLUMN}
     except arrow.ArrowException as error:
         raise TraceError(f"{path}: damaged parquet: {error}") from error
 
@@ -277,6 +306,7 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
         column("output_tokens", "iuf", "numbers"),
         column("request_class", "O", "text in every row"),
         column("output_recorded", "b", "true or false in every row"),
+        prefixes and [_ids(path, row, ids) for row, ids in enumerate(prefixes, 1)],
     )
 
 

@@ -37,7 +37,10 @@ class MemoryServiceStub:
 
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
-    RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+    RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+    many calls at once: retry with backoff.
+    UNAUTHENTICATED       the service asks for a token or a certificate.
+    PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
     FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -46,11 +49,9 @@ class MemoryServiceStub:
     open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     def __init__(self, channel):
@@ -128,7 +129,10 @@ class MemoryServiceServicer:
 
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
-    RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+    RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+    many calls at once: retry with backoff.
+    UNAUTHENTICATED       the service asks for a token or a certificate.
+    PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
     FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -137,11 +141,9 @@ class MemoryServiceServicer:
     open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     def OpenPool(self, request, context):
@@ -155,6 +157,8 @@ class MemoryServiceServicer:
         ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
         the owner to close it, or set take_over: that ends
         the old epoch.
+        PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+        closed one. Choose another.
         RESOURCE_EXHAUSTED  no more pools, or no room for the books.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -370,7 +374,10 @@ class MemoryService:
 
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
-    RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+    RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+    many calls at once: retry with backoff.
+    UNAUTHENTICATED       the service asks for a token or a certificate.
+    PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
     FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -379,11 +386,9 @@ class MemoryService:
     open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     @staticmethod

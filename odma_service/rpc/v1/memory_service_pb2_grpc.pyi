@@ -40,7 +40,10 @@ class MemoryServiceStub:
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -49,11 +52,9 @@ class MemoryServiceStub:
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     @_typing.overload
@@ -71,6 +72,8 @@ class MemoryServiceStub:
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
+      PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                          closed one. Choose another.
       RESOURCE_EXHAUSTED  no more pools, or no room for the books.
     """
     ClosePool: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]
@@ -178,7 +181,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -187,11 +193,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -206,6 +210,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
+      PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                          closed one. Choose another.
       RESOURCE_EXHAUSTED  no more pools, or no room for the books.
     """
     ClosePool: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]  # type: ignore[assignment]
@@ -312,7 +318,10 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -321,11 +330,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, STREAM_LIMIT, STREAM_REPLACED, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     @_abc_1.abstractmethod
@@ -344,6 +351,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
           ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                               the owner to close it, or set take_over: that ends
                               the old epoch.
+          PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                              closed one. Choose another.
           RESOURCE_EXHAUSTED  no more pools, or no room for the books.
         """
 

@@ -28,7 +28,8 @@ if _version_not_supported:
 class PoolServiceStub:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def __init__(self, channel):
@@ -62,7 +63,8 @@ class PoolServiceStub:
 class PoolServiceServicer:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def ListPools(self, request, context):
@@ -130,7 +132,8 @@ def add_PoolServiceServicer_to_server(servicer, server):
 class PoolService:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @staticmethod

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class PoolServiceStub:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @_typing.overload
@@ -54,7 +55,8 @@ class PoolServiceStub:
 class PoolServiceAsyncStub(PoolServiceStub):
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,7 +77,8 @@ class PoolServiceAsyncStub(PoolServiceStub):
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    Every rpc but ListPools may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @_abc_1.abstractmethod
