@@ -13,13 +13,13 @@ model is asked, and corrected by what was noted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from odma_service.learning.calibration import LEVELS, Calibration, Source, calibrate
 from odma_service.learning.history import Evidence, as_quantiles, history_of, lately
-from odma_service.learning.predictor import History, Predictor, PromptInput
+from odma_service.learning.predictor import History, PromptInput
 from odma_service.learning.recalibration import LEARNT_ENOUGH
 from odma_service.values import Allocate, Quantiles
 
@@ -30,6 +30,17 @@ MOST_TOKENS = 2**32 - 1
 MOST_TEXT_BYTES = 16 * 1024
 MEDIAN = 2  # its index among the quantiles
 SURVIVAL = -np.log(1 - LEVELS)
+
+
+class Model(Protocol):
+    """What a Predictor offers here. Any thread may ask it."""
+
+    @property
+    def version(self) -> str:
+        """Its name and version."""
+
+    def predict(self, prompts: Sequence[PromptInput]) -> list[Quantiles]:
+        """Return ascending quantiles of output tokens for each prompt."""
 
 
 class Basis(NamedTuple):
@@ -62,7 +73,7 @@ class Asked(NamedTuple):
 class Question(NamedTuple):
     """What was noted under the lock. `answers` needs no lock. None: no sound request."""
 
-    predictor: Predictor | None
+    predictor: Model | None
     asked: Sequence[Asked | None]
 
     def answers(self) -> list[Foreseen | None]:
@@ -85,7 +96,7 @@ class Foresight:
         self._pool = pool
         self._bases: dict[str, tuple[tuple[int, int], Basis]] = {}
 
-    def question(self, predictor: Predictor | None, ops: Sequence[Allocate | None]) -> Question:
+    def question(self, predictor: Model | None, ops: Sequence[Allocate | None]) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
         bases: dict[str, Basis] = {}
         return Question(predictor, [self._asked(predictor, op, bases) for op in ops])
@@ -105,7 +116,7 @@ class Foresight:
         return Evidence(*self._pool.shown(request_class))
 
     def _asked(
-        self, predictor: Predictor | None, op: Allocate | None, bases: dict[str, Basis]
+        self, predictor: Model | None, op: Allocate | None, bases: dict[str, Basis]
     ) -> Asked | None:
         if op is None or not _is_sound(op):
             return None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from odma_service.learning.predictor import Predictor
+    from odma_service.learning.foresight import Model
     from odma_service.pool import Pool
     from odma_service.values import Answer, Batch, Op, Place, Predicted
 
@@ -51,7 +51,7 @@ class Learner:
     gives the model of the moment; without one predictions are the live histograms'.
     """
 
-    def __init__(self, pool: Pool, *, model: Callable[[], Predictor | None] = lambda: None) -> None:
+    def __init__(self, pool: Pool, *, model: Callable[[], Model | None] = lambda: None) -> None:
         self.pool = pool
         self._model = model
         self._foresight = Foresight(pool)
@@ -103,7 +103,7 @@ class Learner:
             return None
         return self.question(ops, model)
 
-    def question(self, ops: Sequence[Op], model: Predictor | None = None) -> Question:
+    def question(self, ops: Sequence[Op], model: Model | None = None) -> Question:
         """Return what is known now about those operations that allocate."""
         return self._foresight.question(
             model or self._model(), [op if isinstance(op, Allocate) else None for op in ops]

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from odma_service.errors import PoolLimitError
 from odma_service.geometry import Geometry, PlaneGroup
-from odma_service.learning import Learner, Source, predictions_of
-from odma_service.learning.predictor import Predictor
+from odma_service.learning import Learner, Model, Source, predictions_of
 from odma_service.policy import named
 from odma_service.pool import Pool, PoolSpec
 from odma_service.values import (
@@ -85,7 +84,7 @@ class Phase(NamedTuple):
 def serve_stream(
     kinds: Sequence[Kind],
     delay: float,
-    model: Predictor | None,
+    model: Model | None,
     directory: Path,
     *,
     target: float = 0.95,

@@ -30,8 +30,7 @@ from odma_service.errors import (
     PoolOwnedError,
     UnavailableError,
 )
-from odma_service.learning import Learner
-from odma_service.learning.predictor import Predictor
+from odma_service.learning import Learner, Model
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.service.access import claimed, may_see
@@ -96,7 +95,7 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
-        model: Callable[[], Predictor | None] = lambda: None,
+        model: Callable[[], Model | None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
