@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,9 +111,11 @@ def train(
     """Train a model on the rows marked for training, and prove that it is served as trained."""
     try:
         from predictor_onnx.making import make
+        from predictor_onnx.train import Recipe
     except ImportError as error:
-        raise OdmaError(
-            f"training needs more packages ({error.name}): pip install 'odma-service[train]'"
-        ) from None
-    served = make(files, out, name, seed, steps, licence, lambda told: typer.echo(told, err=True))
+        raise OdmaError(f"training needs {error.name}: pip install 'odma-service[train]'") from None
+    recipe = Recipe()
+    if steps is not None:
+        recipe = replace(recipe, steps=steps, fold_steps=max(1, steps // 3))
+    served = make(files, out, name, seed, recipe, licence, lambda told: typer.echo(told, err=True))
     typer.echo(f"wrote {served.version} to {out}")

@@ -59,7 +59,8 @@ def predictions(predictor: Predictor, rows: Rows, table: Floats) -> Doubles:
         )
     ]
     parts = [predictor.predict(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-    return np.log1p(np.array([row for part in parts for row in part]))
+    logs: Doubles = np.log1p(np.array([row for part in parts for row in part]))
+    return logs
 
 
 def score(logs: Doubles, window: Doubles, actual: Doubles) -> dict[str, float]:
@@ -119,7 +120,7 @@ def evaluate(
             **{name: round(float(np.mean([one[name] for one in scores])), 5) for name in AVERAGED},
             "pinball_log_by_seed": [round(one["pinball_log"], 5) for one in scores],
         }
-        if set(rows.models[model] for model in np.unique(rows.model)) != {"human"}:
+        if {rows.models[model] for model in np.unique(rows.model)} != {"human"}:
             generated.append(rows.name)
     return {
         "model_version": predictor.version,

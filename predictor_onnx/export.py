@@ -102,7 +102,9 @@ def export(
         (directory / "config.json").unlink()
         raise OdmaError(f"the exported model differs from the one that was trained: {proof}")
     config["proof"] = proof._asdict()
-    config["float32_bytes"] = 4 * sum(map(np.size, (*stored.weights.values(), stored.table)))
+    config["float32_bytes"] = 4 * sum(
+        np.asarray(part).size for part in (*stored.weights.values(), stored.table)
+    )
     write_json(directory / "config.json", config)
     return served, proof
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def make(
     out: Path,
     name: str,
     seed: int,
-    steps: int | None,
+    recipe: Recipe,
     licence: str,
     say: Say,
 ) -> Predictor:
@@ -35,7 +35,6 @@ def make(
     Raises InvalidError for files that cannot be used, OdmaError if the export differs.
     """
     sets = [_training_rows(file) for file in files]
-    recipe = Recipe() if steps is None else replace(Recipe(), steps=steps, fold_steps=steps // 3)
     trained = train(sets, seed, recipe, say)
     served, proof = export(trained, out, name, _examples(sets))
     kept_aside = [file for file in files if len(read_rows(file, without="train"))]
@@ -75,8 +74,8 @@ def _card(
     lines = [
         f"# {version}",
         "",
-        f"Made on {datetime.date.today().isoformat()}. Predicts how many tokens an answer will",
-        "have, from the prompt and the last lengths of the same model: seven quantiles.",
+        f"Made on {dt.datetime.now(dt.UTC).date().isoformat()}. Predicts how many tokens an",
+        "answer will have, from the prompt and the last lengths of the same model, as quantiles.",
         "",
         f"**Licences of the data.** {licence}",
         "",
@@ -130,5 +129,6 @@ def _figures(report: dict[str, Any]) -> Iterator[str]:
         rows = f"{row['rows']:,}" if "rows" in row else ""
         yield (
             f"| {name} | {rows} | {row['pinball_log']:.4f} | {row['baseline_pinball_log']:.4f}"
-            f" | {row['r2_log']:.2f} | {row['coverage_95']:.3f} | {row['over_reservation_95']:.2f} |"
+            f" | {row['r2_log']:.2f} | {row['coverage_95']:.3f}"
+            f" | {row['over_reservation_95']:.2f} |"
         )

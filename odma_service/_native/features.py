@@ -54,7 +54,7 @@ class Embeddings:
         known = row_of[row_of != NO_ROW]
         if row_of.shape != (BUCKETS,) or (known.size and int(known.max()) >= n):
             raise InvalidError("row_of", f"one of the rows or {NO_ROW} for {BUCKETS:,} buckets")
-        self.dims = dims
+        self.dims: int = dims
         self._arrays = (
             np.ascontiguousarray(row_of, np.uint16),
             np.ascontiguousarray(rows, np.int8),
