@@ -20,7 +20,7 @@ LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
 	nlohmann-json3-dev
 
-.PHONY: help deps demo serve test check format proto fuzz fuzz-wire coverage bench torture lib clean
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -68,10 +68,14 @@ coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corp
 
 bench: .venv/.compiled  ## Run every benchmark; each prints JSON
 	$(BIN)/odma bench arena --json
+	$(BIN)/odma bench rpc --json
 	set -e; for file in $(wildcard bench/*.py); do $(BIN)/python $$file; done
 
 torture: .venv/.compiled  ## Kill 1,000 processes at work and miss nothing (ARGS="--kills 9999")
 	$(BIN)/odma bench torture $(ARGS)
+
+soak: .venv/.compiled  ## Let engines and the server fail for a while, and miss nothing (ARGS="--minutes 60")
+	$(BIN)/odma bench soak --faults $(ARGS)
 
 lib: $(LIBRARY)  ## Build libodma, shared and static, into build/lib (PREFIX=/usr/local)
 

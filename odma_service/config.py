@@ -75,6 +75,13 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_metrics_address(address: str) -> str:
+    """Return `address` if it reads host:port or [host]:port, or is empty."""
+    if not address or (not address.startswith(UNIX) and _check_address(address)):
+        return address
+    raise ValueError(f"{address!r} is not host:port or [host]:port")
+
+
 class Settings(BaseSettings):
     """What a server is told. Times are seconds."""
 
@@ -120,6 +127,19 @@ class Settings(BaseSettings):
         float,
         Field(ge=0, le=600, allow_inf_nan=False, description="Wait so long for calls at shutdown."),
     ] = 5.0
+    metrics_listen: Annotated[
+        str,
+        AfterValidator(_check_metrics_address),
+        Field(description="host:port where Prometheus scrapes metrics over HTTP; empty: nowhere."),
+    ] = "127.0.0.1:9464"
+    decision_log: Annotated[
+        Path | None,
+        Field(description="File for one JSON line about each request that ends; see the docs."),
+    ] = None
+    decision_log_bytes: Annotated[
+        int,
+        Field(ge=4096, le=2**40, description="Size at which the decision log's file is rotated."),
+    ] = 64 * 1024 * 1024
     log_format: Annotated[
         Literal["console", "json"], Field(description="Log lines for people or for machines.")
     ] = "console"

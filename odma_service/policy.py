@@ -16,7 +16,7 @@ NAMES = ("static", "s3", "odma", "elastic")
 
 STEP_TOKENS = 16  # where no limit is large enough
 S3_BUCKETS = 10
-ODMA_BUCKETS = 16  # limits at first; recalibration finds better ones
+ODMA_BUCKETS = 12  # limits at first; recalibration finds better ones
 LEAST_LIMIT_TOKENS = 128
 
 
@@ -59,10 +59,10 @@ def named(
             Overflow.RELOCATE,
             STEP_TOKENS,
             limits_tokens=rising_limits(longest, ODMA_BUCKETS),
-            overflow_risk=0.1,
-            safety_share=0.05,
-            unsure_ratio=4.0,
-            growth=1.25,
+            overflow_risk=0.7,
+            safety_share=0.2,
+            unsure_ratio=8.0,
+            growth=1.1,
             max_copy_tokens=capacity_tokens,
         )
     if name == "elastic":
@@ -70,7 +70,7 @@ def named(
             name,
             Start.STEP,
             Overflow.COMPACT,
-            80 if slides else 64,
+            80 if slides else 48,
             safety_share=0.05 if slides else 0.15,
             growth=1.0 if slides else 1.05,
             max_copy_tokens=capacity_tokens,

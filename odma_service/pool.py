@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import astuple, dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from odma_service._native import (
@@ -351,6 +352,12 @@ class Pool:
         """List what starts at or after `from_token` in address order, at most `room`."""
         return self._arena.regions(from_token, room)
 
+    def bucket_regions(self) -> list[int]:
+        """Count the live regions under each limit of the policy, rounded up to blocks."""
+        block_tokens, lengths = self._spec.block_tokens, self._arena.lengths()
+        limits = [-(-limit // block_tokens) * block_tokens for limit in self._policy.limits_tokens]
+        return [int(((lengths > a) & (lengths <= b)).sum()) for a, b in pairwise((0, *limits))]
+
     def check(self) -> None:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
         self._arena.check()
@@ -369,10 +376,9 @@ class Pool:
 
     def classes(self) -> list[ClassHistory]:
         """Return what is known about each request class that has a name or completions."""
-        named = list(enumerate(self._arena.class_names()))
-        histories = [self._history(index, name) for index, name in named]
-        others = self._history(CLASS_OTHER, OTHER_CLASSES)
-        return histories + [others] * (others.histogram.completions > 0)
+        named = [self.class_history(index) for index in range(len(self._arena.class_names()))]
+        others = self.class_history(CLASS_OTHER)
+        return named + [others] * (others.histogram.completions > 0)
 
     def quantiles(self, request_class: str, more_than: int = 0) -> Quantiles | None:
         """Return quantiles of a class's output tokens, given that they exceed `more_than`.
@@ -403,7 +409,9 @@ class Pool:
         ring, ever = self._arena.ring(index)
         return ring, self._arena.running(index), ever
 
-    def _history(self, index: int, name: str) -> ClassHistory:
+    def class_history(self, index: int) -> ClassHistory:
+        """Return what is known about the class of an index below report().classes."""
+        name = OTHER_CLASSES if index == CLASS_OTHER else self._arena.class_names()[index]
         known = self._arena.quantiles(index)
         return ClassHistory(name, self._arena.histogram(index), known and known[0])
 

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from odma_service.config import UNIX, Settings
 from odma_service.errors import OdmaError
 from odma_service.learning.predictor import default_model
+from odma_service.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
     memory_service_pb2,
@@ -33,6 +34,7 @@ from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceService
 from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
 from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
 from odma_service.service.access import Access
+from odma_service.service.decisions import DecisionLog
 from odma_service.service.emulator import EmulatorService
 from odma_service.service.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.memory import MemoryService
@@ -42,6 +44,7 @@ from odma_service.service.predictor import PredictorService
 from odma_service.service.reaper import reaping
 from odma_service.service.registry import Registry, draining
 from odma_service.service.tls import credentials_of
+from odma_service.service.witness import Witness
 
 SPARE_STREAMS = 16
 """More streams than pools: those that have not sent a batch yet, or whose client is dead."""
@@ -78,6 +81,7 @@ def run(settings: Settings) -> None:
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     models = Models(_model_directory(settings.predictor_model))
+    witness = Witness(decisions=_decision_log(settings))
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -86,6 +90,7 @@ def run(settings: Settings) -> None:
         monotonic=time.monotonic,
         wall=time.time,
         model=models.now,
+        witness=witness,
     )
     models.start()
     registry.attach_all()
@@ -95,23 +100,24 @@ def run(settings: Settings) -> None:
     finally:
         models.stop()
         registry.close()
+        witness.close()
     log.info("stopped")
 
 
 def _serve(settings: Settings, registry: Registry) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
+    metrics = metrics_of(registry)
     # A client that opens calls and sends no message holds a thread for each: not all of them.
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     server = grpc.server(
         calls,
         options=(*OPTIONS, most_streams),
-        interceptors=[Guard(identities, calls, settings.max_calls)],
+        interceptors=[RpcMetrics(metrics), Guard(identities, calls, settings.max_calls)],
         maximum_concurrent_rpcs=2 * settings.max_calls,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
-    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    pools = PoolService(registry)  # type: ignore[abstract]
+    pools = PoolService(registry)
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
     add_PredictorServiceServicer_to_server(PredictorService(registry), server)
@@ -120,18 +126,28 @@ def _serve(settings: Settings, registry: Registry) -> None:
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
-    with _listening(server, settings.listen, credentials_of(settings, identities)) as addresses:
+    with (
+        _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
+        serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+    ):
         server.start()
+        log.info(
+            "serving",
+            addresses=addresses,
+            metrics=metrics_address,
+            pool_dir=str(settings.pool_dir),
+        )
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
-        log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
         healthy.enter_graceful_shutdown()
         registry.close()
         memory.streams.end_all(draining())
+        registry.witness.events.end()
         time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
     memory.streams.close()
+    pools.watchers.close()
     calls.shutdown()
 
 
@@ -180,6 +196,12 @@ def _listening(
     finally:
         for path in sockets:
             path.unlink(missing_ok=True)
+
+
+def _decision_log(settings: Settings) -> DecisionLog | None:
+    if settings.decision_log is None:
+        return None
+    return DecisionLog(settings.decision_log, settings.decision_log_bytes)
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:

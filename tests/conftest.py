@@ -43,7 +43,7 @@ class Server:
         """Start the process, on the address it had before if it had one, and wait for it."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("ODMA_")}
         command = [sys.executable, "-m", "odma_service", "serve", "--listen", self.listen]
-        command += ["--pool-dir", str(self.pool_dir), *self.flags]
+        command += ["--pool-dir", str(self.pool_dir), "--metrics-listen", "", *self.flags]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command,

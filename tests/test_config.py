@@ -142,6 +142,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("listen", ["[::1:50051"]),
         ("listen", ["unix:relative"]),
         ("listen", ["unix:/" + "x" * 107]),
+        ("metrics_listen", "9464"),
+        ("metrics_listen", "unix:/run/odma.metrics"),
+        ("decision_log_bytes", 1),
     ],
 )
 def test_a_bad_value_names_its_flag(field, value):

@@ -17,7 +17,7 @@ from odma_service.rpc.v1 import predictor_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 
 TEXT = "Write a poem about the sea that nobody else may read."
-ODMA = types.PolicyChange(name="odma", overflow_risk=0.1)
+ODMA = types.PolicyChange(name="odma", overflow_risk=0.05)
 
 
 def prompt(text=TEXT, tokens=20, **fields):
@@ -79,11 +79,11 @@ def test_an_answer_says_that_nothing_is_corrected_yet(service, name):
 
 def test_an_allocate_is_given_what_predict_answers(service, name):
     pool = open_pool(
-        service, name, policy=types.PolicyChange(name="odma", overflow_risk=0.1, clear_limits=True)
+        service, name, policy=types.PolicyChange(name="odma", overflow_risk=0.05, clear_limits=True)
     )
     complete(pool, 32, text=TEXT)
     (prediction,) = service.predict(name, [prompt()]).predictions
-    wanted = 20 + prediction.output_quantiles_tokens[4]  # at a risk of 0.1
+    wanted = 20 + prediction.output_quantiles_tokens[5]  # at a risk of 0.05
     place = pool.allocate("asked", 20, text=TEXT)
     assert wanted <= place.length_tokens < wanted + 32
 
@@ -131,7 +131,7 @@ def test_a_class_says_how_its_predictions_fare(service, name):
     (report,) = service.get_pool(name).classes
     assert report.predicted == 64  # the first 32 were not predicted for
     assert 0 <= report.covered <= report.predicted
-    assert report.target_coverage == pytest.approx(0.9)
+    assert report.target_coverage == pytest.approx(0.95)
     assert report.basis in (types.PREDICTION_BASIS_MODEL, types.PREDICTION_BASIS_WINDOW)
 
 

@@ -13,6 +13,7 @@ from plain_replay import serve_plainly
 
 from odma_service import geometry, replay, traces
 from odma_service.errors import InvalidError
+from odma_service.policy import named
 from odma_service.replay.compare import compare
 from odma_service.replay.load import Limits, limits_for, load_of, shuffled
 from odma_service.replay.loop import History, Sums, serve
@@ -201,6 +202,16 @@ def test_tuned_parameters_make_a_record(name):
     record = record_of(name, Limits(4_096, 16_384, 110_992), TUNING.of(name))
     for field, value in TUNING.of(name).items():
         assert field == "buckets" or getattr(record, field) == value
+
+
+@pytest.mark.parametrize(
+    ("tuned", "name", "slides"),
+    [("odma", "odma", True), ("elastic", "elastic", True), ("elastic-streams", "elastic", False)],
+)
+def test_the_service_starts_with_what_was_tuned(tuned, name, slides):
+    limits = Limits(4_096, 16_384, 110_992)
+    served = named(name, limits.model_length_tokens, limits.capacity_tokens, slides=slides)
+    assert record_of(tuned, limits, TUNING.of(tuned)) == served
 
 
 def test_predictors_say_what_they_know():

@@ -70,14 +70,11 @@ def test_the_standard_health_service_tells_what_works(channel, name, status):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda channel: next(
-            pool_service_pb2_grpc.PoolServiceStub(channel).Watch(pool_pb.WatchRequest())
-        ),
         lambda channel: predictor_service_pb2_grpc.PredictorServiceStub(channel).Predict(
             predictor_service_pb2.PredictRequest()
         ),
     ],
-    ids=["Watch", "Predict"],
+    ids=["Predict"],
 )
 def test_what_is_not_built_says_so(channel, call):
     with pytest.raises(grpc.RpcError) as caught:

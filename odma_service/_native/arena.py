@@ -64,6 +64,15 @@ if TYPE_CHECKING:
 CLASS_POOL: int = lib.ODMA_CLASS_POOL
 """Index of all request classes together."""
 
+_STATE_AND_LENGTH = np.dtype(
+    {
+        "names": ["state", "length"],
+        "formats": [np.uint32, np.uint32],
+        "offsets": [ffi.offsetof("odma_region", name) for name in ("state", "length")],
+        "itemsize": ffi.sizeof("odma_region"),
+    }
+)
+
 CLASS_OTHER: int = lib.ODMA_CLASS_OTHER
 """Index of the request classes beyond the 64th."""
 
@@ -369,6 +378,16 @@ class Arena:
         status = lib.odma_arena_regions(self._arena, first_block, entries, room, count)
         self._insist(status)
         return [self._region(entry) for entry in entries[0 : count[0]]]
+
+    def lengths(self) -> NDArray[np.uint32]:
+        """Return the lengths of the live regions in tokens, in address order."""
+        room = 2 * self.geometry.max_regions  # as many may wait as may live
+        entries = ffi.new("odma_region[]", room)
+        count = ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_regions(self._arena, 0, entries, room, count))
+        found = np.frombuffer(ffi.buffer(entries), _STATE_AND_LENGTH)[: count[0]]
+        blocks: NDArray[np.uint32] = found["length"][found["state"] == lib.ODMA_REGION_LIVE]
+        return blocks * np.uint32(self._block_tokens)
 
     def check(self) -> None:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""

@@ -8,12 +8,14 @@ three.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from odma_service.errors import RefusedError
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.expected import cheapest
 from odma_service.learning.foresight import Foreseen, Foresight, Question
+from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
     RecalibrationReport,
@@ -30,8 +32,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from odma_service.learning.foresight import Model
+    from odma_service.learning.observer import Observer
+    from odma_service.policy import PolicyRecord
     from odma_service.pool import Pool
-    from odma_service.values import Answer, Batch, Op, Place, Predicted
+    from odma_service.values import (
+        Answer,
+        Batch,
+        Copy,
+        Extend,
+        Freed,
+        Op,
+        Place,
+        Predicted,
+        Quantiles,
+        Result,
+    )
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
@@ -44,6 +59,9 @@ class ClassCoverage(NamedTuple):
     source: Source
 
 
+Done = TypeVar("Done", bound="Place | Freed")
+
+
 class Learner:
     """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
@@ -51,8 +69,15 @@ class Learner:
     gives the model of the moment; without one predictions are the live histograms'.
     """
 
-    def __init__(self, pool: Pool, *, model: Callable[[], Model | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        observer: Observer | None = None,
+        *,
+        model: Callable[[], Model | None] = lambda: None,
+    ) -> None:
         self.pool = pool
+        self._observer = observer
         self._model = model
         self._foresight = Foresight(pool)
         self._frees = 0
@@ -78,6 +103,8 @@ class Learner:
         if predictions is None:
             predictions = self._predictions(batch.ops)
         answer = self.pool.apply(epoch, batch, predictions)
+        if not answer.replayed:
+            self._tell(batch.ops, predictions, answer.results, answer.copies)
         self._frees += sum(isinstance(op, Free) for op in batch.ops)
         if self._frees >= FREES_PER_ADAPTATION:
             self._frees = 0
@@ -89,8 +116,27 @@ class Learner:
         self, epoch: int, op: Allocate, predictions: Sequence[Predicted | None] | None = None
     ) -> Place:
         """Allocate as Pool.allocate does, with a prediction."""
-        predictions = predictions or self._predictions([op]) or [None]
-        return self.pool.allocate(epoch, op, predictions[0])
+        known = predictions or self._predictions([op]) or [None]
+        return self._told(op, known, lambda: self.pool.allocate(epoch, op, known[0]))
+
+    def extend(self, epoch: int, op: Extend) -> Place:
+        """Extend as Pool.extend does."""
+        return self._told(op, None, lambda: self.pool.extend(epoch, op))
+
+    def free(self, epoch: int, op: Free) -> Freed:
+        """Free as Pool.free does."""
+        return self._told(op, None, lambda: self.pool.free(epoch, op))
+
+    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+        """Free what is not listed as Pool.reconcile does."""
+        places, freed = self.pool.reconcile(epoch, handles)
+        if self._observer is not None:
+            self._observer.reconciled(freed)
+        return places, freed
+
+    def set_policy(self, policy: PolicyRecord, expected_version: int | None = None) -> int:
+        """Install a policy as Pool.set_policy does."""
+        return self._install(policy, expected_version, Change.SET, "asked for")
 
     def asks(self, ops: Sequence[Op], seq: int | None = None) -> Question | None:
         """Return what a model has to be asked for these operations, None for nothing.
@@ -133,9 +179,7 @@ class Learner:
         `limits` 0: as many as the policy has. Raises NothingLearntError without buckets or
         with fewer than 32 completions, VersionError, InvalidError.
         """
-        return recalibrate(
-            self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
-        )
+        return self._recalibrate(dry_run, expected_version, limits, "asked for")
 
     def _follow_drift(self) -> None:
         """Change limits and risk of `odma` if its lengths have drifted and it is worth it."""
@@ -147,8 +191,66 @@ class Learner:
             return
         best = cheapest(self.pool)
         if best is not None and is_worth_it(best.gain):
-            self.pool.set_policy(best.policy, policy.version)
+            self._install(
+                best.policy,
+                policy.version,
+                Change.RECALIBRATED,
+                f"lengths have drifted: limits {_listed(policy)} -> {_listed(best.policy)}, risk "
+                f"{policy.overflow_risk:g} -> {best.policy.overflow_risk:g} would have written "
+                f"to {best.gain:.3f} more of what is reserved",
+            )
         self._calibrated = weights
+
+    def _recalibrate(
+        self, dry_run: bool, expected_version: int | None, limits: int, why: str
+    ) -> RecalibrationReport:
+        before = self.pool.policy()
+        report = recalibrate(
+            self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
+        )
+        after = self.pool.policy()
+        if self._observer is not None and after.version != before.version:
+            gain = f"{report.before.utilisation:.3f} -> {report.after.utilisation:.3f}"
+            self._observer.policy_changed(
+                Change.RECALIBRATED,
+                before,
+                after,
+                f"{why}: of {report.completions:.0f} requests, weighed by their stay, limits "
+                f"{_listed(before)} -> {_listed(after)} use {gain} of what they reserve",
+            )
+        return report
+
+    def _install(
+        self, policy: PolicyRecord, expected_version: int | None, change: Change, why: str
+    ) -> int:
+        before = self.pool.policy()
+        version = self.pool.set_policy(policy, expected_version)
+        if self._observer is not None:
+            self._observer.policy_changed(change, before, self.pool.policy(), why)
+        return version
+
+    def _told(
+        self, op: Op, predictions: Sequence[Predicted | None] | None, do: Callable[[], Done]
+    ) -> Done:
+        """Do one operation and tell the observer of its outcome."""
+        try:
+            result = do()
+        except RefusedError as error:
+            self._tell([op], predictions, [error.refusal])
+            raise
+        self._tell([op], predictions, [result])
+        return result
+
+    def _tell(
+        self,
+        ops: Sequence[Op],
+        predictions: Sequence[Predicted | None] | None,
+        results: Sequence[Result],
+        copies: Sequence[Copy] = (),
+    ) -> None:
+        if self._observer is not None:
+            known = None if predictions is None else [_acted_on(one) for one in predictions]
+            self._observer.decided(ops, known, results, copies)
 
     def _uses_predictions(self) -> bool:
         policy = self.pool.policy()
@@ -168,7 +270,13 @@ class Learner:
         share = adapted_share(self._adapting.safety_share, preempted, completed)
         self._adapting = replace(self._adapting, safety_share=share)
         if abs(share - policy.safety_share) >= LEAST_SHARE_CHANGE:
-            self.pool.set_policy(policy.with_changes(safety_share=share))
+            self._install(
+                policy.with_changes(safety_share=share),
+                None,
+                Change.SAFETY_SHARE,
+                f"{preempted} preempted, {completed} completed: "
+                f"{policy.safety_share:.3f} -> {share:.3f}",
+            )
             self._adapting = self.pool.policy()
 
 
@@ -176,6 +284,14 @@ def _ends(pool: Pool) -> tuple[int, int]:
     """Return how many requests were preempted and how many completed, ever."""
     counters = pool.report().counters
     return counters.preempted, counters.finished + counters.hit_limit
+
+
+def _listed(policy: PolicyRecord) -> str:
+    return " ".join(map(str, policy.limits_tokens))
+
+
+def _acted_on(prediction: Predicted | None) -> Quantiles | None:
+    return prediction.quantiles if isinstance(prediction, Prediction) else prediction
 
 
 def predictions_of(answers: Sequence[Foreseen | None]) -> list[Predicted | None]:

@@ -140,8 +140,13 @@ def insist_role(rpc: str, identity: Identity) -> None:
 
 def may_see(spec: PoolSpec) -> bool:
     """Return whether the caller may know of the pool: its owner, an operator, or unasked."""
+    return may_see_of(spec.owner)
+
+
+def may_see_of(owner: str) -> bool:
+    """Return whether the caller may know of what belongs to `owner`."""
     caller = CALLER.get()
-    return caller is None or caller.role is Role.OPERATOR or caller.name == spec.owner
+    return caller is None or caller.role is Role.OPERATOR or caller.name == owner
 
 
 def claimed(spec: PoolSpec, before: PoolSpec | None) -> PoolSpec:

@@ -107,7 +107,7 @@ class MemoryService(MemoryServiceServicer):
         _require("extend", request.HasField("extend"))
         operation = extend_from(request.extend)
         with self._registry.owned(name, epoch) as learner:
-            place = learner.pool.extend(epoch, operation)
+            place = learner.extend(epoch, operation)
         return pb.ExtendResponse(place=place_to(place))
 
     @reports_errors
@@ -116,7 +116,7 @@ class MemoryService(MemoryServiceServicer):
         _require("free", request.HasField("free"))
         operation = free_from(request.free)
         with self._registry.owned(name, epoch) as learner:
-            freed = learner.pool.free(epoch, operation)
+            freed = learner.free(epoch, operation)
         return pb.FreeResponse(already_free=freed.already_free)
 
     @reports_errors
@@ -128,7 +128,7 @@ class MemoryService(MemoryServiceServicer):
             most = learner.pool.spec.max_regions
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
-            places, freed = learner.pool.reconcile(epoch, request.handles)
+            places, freed = learner.reconcile(epoch, request.handles)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],
@@ -162,7 +162,7 @@ class MemoryService(MemoryServiceServicer):
         expected = request.expected_version if request.HasField("expected_version") else None
         with self._registry.owned(name, epoch) as learner:
             pool = learner.pool
-            pool.set_policy(changed_policy(request.policy, pool.policy(), pool.spec), expected)
+            learner.set_policy(changed_policy(request.policy, pool.policy(), pool.spec), expected)
             policy = pool.policy()
         return pb.SetPolicyResponse(policy=policy_to(policy))
 

@@ -34,6 +34,8 @@ from odma_service.learning import Learner, Model
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.service.access import claimed, may_see
+from odma_service.service.events import Kind
+from odma_service.service.witness import Witness
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -95,6 +97,7 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
+        witness: Witness | None = None,
         model: Callable[[], Model | None] = lambda: None,
     ) -> None:
         self._directory = directory
@@ -104,6 +107,7 @@ class Registry:
         self._monotonic = monotonic
         self._wall = wall
         self._model = model
+        self.witness = witness or Witness()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
@@ -176,7 +180,7 @@ class Registry:
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             pool.close_epoch(epoch)
-            log.info("pool closed", pool=name, epoch=epoch)
+            self.witness.tell(Kind.CLOSED, name, epoch)
 
     @contextmanager
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
@@ -215,7 +219,7 @@ class Registry:
                     continue
                 entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
                 if entry.stale:
-                    log.warning("pool stale: its owner is silent", pool=name, epoch=pool.epoch)
+                    self.witness.tell(Kind.STALE, name, pool.epoch)
             finally:
                 entry.lock.release()
 
@@ -241,16 +245,18 @@ class Registry:
         try:
             pool = self._attach(name, path)
         except UNUSABLE as error:
-            log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
+            self._set_aside(name, error)
             return None
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
+        self.witness.tell(
+            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        )
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
-        return Learner(pool, model=self._model)
+        return Learner(pool, self.witness.observer_of(pool), model=self._model)
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -266,8 +272,9 @@ class Registry:
             self._insist_serving()
             raise PoolNotFoundError(name)
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
-            log.warning("pool closed: its owner is silent", pool=name, epoch=pool.epoch)
-            pool.close_epoch(pool.epoch)
+            epoch = pool.epoch
+            pool.close_epoch(epoch)
+            self.witness.tell(Kind.EXPIRED, name, epoch)
         return pool
 
     def _hear(self, name: str, entry: Entry) -> None:
@@ -275,7 +282,7 @@ class Registry:
         entry.heard_at = self._monotonic()
         if entry.stale:
             entry.stale = False
-            log.info("pool revived: its owner is back", pool=name)
+            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
 
     def _insist_seen(self, name: str, entry: Entry) -> Pool:
         """Return the pool of a locked entry, as if there were none if the caller may not see it."""
@@ -295,9 +302,11 @@ class Registry:
         entry.pool.close()
         entry.pool = None
         self._entries.pop(name, None)
-        log.error(
-            "pool set aside", file=str(set_aside(self._path(name), str(error))), reason=str(error)
-        )
+        self._set_aside(name, error)
+
+    def _set_aside(self, name: str, error: BooksError) -> None:
+        aside = set_aside(self._path(name), str(error))
+        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
     def _make_room(self, owner: str) -> None:
         """Forget the pool that was opened longest ago of those that are closed, if need be.
@@ -329,7 +338,7 @@ class Registry:
                 entry.pool.close()
             entry.pool = None
             self._path(name).unlink()
-        log.info("pool forgotten, to make room", pool=name)
+        self.witness.tell(Kind.FORGOTTEN, name)
 
     # --- opening ---
 
@@ -348,14 +357,14 @@ class Registry:
             return
         if not take_over:
             raise PoolOwnedError(name, self._idle_seconds(entry))
-        log.warning("pool taken over", pool=name, from_epoch=epoch)
+        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
         self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
-        log.info("pool made", pool=spec.name, epoch=pool.epoch, tokens=spec.capacity_tokens)
+        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
@@ -372,7 +381,7 @@ class Registry:
             unfinished.replace(path)
             old.close()
         entry.adopt(self._learner(pool), self._monotonic())
-        log.info("pool opened", pool=spec.name, epoch=epoch, tokens=spec.capacity_tokens)
+        self.witness.tell(Kind.OPENED, spec.name, epoch)
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had, not even in books that are lost."""

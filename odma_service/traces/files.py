@@ -1,4 +1,4 @@
-"""Trace files: three formats in, one out.
+"""Trace files: four formats in, one out.
 
 A file's first bytes say what it is; its name does not matter for reading.
 
@@ -9,6 +9,8 @@ A file's first bytes say what it is; its name does not matter for reading.
     Azure CSV        TIMESTAMP, ContextTokens, GeneratedTokens, as published in 2023 and 2024;
                      times then count from the earliest request
     Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids (optional)
+    decision log     as `odma serve --decision-log` writes it: asked, prompt_tokens, output_tokens,
+                     request_class; times then count from the earliest request
 
 Values that cannot be true (negative, fractional, missing, not a number) are an error that
 names the file, the row and the column. Rows count from 1, without header and empty lines.
@@ -38,6 +40,9 @@ from odma_service.traces.trace import Trace, TraceError, check_seconds, check_to
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE_COLUMNS = ("timestamp", "input_length", "output_length")
+DECISION_COLUMNS = ("asked", "prompt_tokens", "output_tokens")
+DECISION_START = '{"odma":'
+ENDED_BY_ITSELF = {"FINISHED", "HIT_LIMIT"}
 PARQUET_COLUMNS = ("t_seconds", "input_tokens", "output_tokens")
 PREFIX_COLUMN = "hash_ids"
 PROMPT_COLUMNS = ("prompt", "prompt_tokens", "output_tokens")
@@ -107,6 +112,7 @@ class _Table:
     request_class: NDArray[np.object_] | None = None
     recorded: NDArray[np.bool_] | None = None
     prefix_ids: list[tuple[int, ...]] | None = None
+    notes: tuple[str, ...] = ()
     texts: list[str] | None = None
 
 
@@ -141,7 +147,7 @@ def _trace_of(path: Path, table: _Table) -> Trace:
 
 def _replayable(table: _Table) -> tuple[NDArray[np.intp], list[str]]:
     """Return the rows that can be replayed, and a note for each kind that cannot."""
-    notes = []
+    notes = list(table.notes)
     keep = np.ones(len(table.input_tokens), dtype=np.bool_)
     for good, flaw in (
         (table.recorded if table.recorded is not None else keep, "without a recorded output"),
@@ -163,14 +169,17 @@ def _reader_of(path: Path) -> Callable[[Path, int | None], _Table]:
         raise TraceError(f"{path}: the file is empty")
     if text.startswith("PAR1"):
         return _read_parquet
+    if text.startswith(DECISION_START):
+        return _read_decisions
     if text.startswith("{"):
         return _read_mooncake
     if any(name in text.splitlines()[0] for name in AZURE_COLUMNS):
         return _read_azure
     raise TraceError(
         f"{path}: not a trace; known are parquet ({', '.join(PARQUET_COLUMNS)}),"
-        f" Azure CSV ({', '.join(AZURE_COLUMNS)})"
-        f" and Mooncake JSONL ({', '.join(MOONCAKE_COLUMNS)})"
+        f" Azure CSV ({', '.join(AZURE_COLUMNS)}),"
+        f" Mooncake JSONL ({', '.join(MOONCAKE_COLUMNS)})"
+        f" and decision logs ({DECISION_START}...)"
     )
 
 
@@ -223,6 +232,16 @@ def _read_mooncake(path: Path, rows: int | None) -> _Table:
 def _mooncake_rows(
     path: Path, rows: int | None, prefixes: list[tuple[int, ...]]
 ) -> Iterator[tuple[float, float, float]]:
+    for row, record in _records(path, rows):
+        at, into, out = (
+            _value(path, row, name, _number, record.get(name)) for name in MOONCAKE_COLUMNS
+        )
+        prefixes.append(_ids(path, row, record.get(PREFIX_COLUMN, ())))
+        yield at, into, out
+
+
+def _records(path: Path, rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a file with one on each line, and their rows."""
     with path.open(encoding="utf-8-sig") as file:
         for row, line in enumerate(islice(filter(str.strip, file), rows), 1):
             try:
@@ -231,11 +250,52 @@ def _mooncake_rows(
                 record = None
             if not isinstance(record, dict):
                 raise TraceError(f"{path}: row {row}: not a JSON object")
-            at, into, out = (
-                _value(path, row, name, _number, record.get(name)) for name in MOONCAKE_COLUMNS
-            )
-            prefixes.append(_ids(path, row, record.get(PREFIX_COLUMN, ())))
-            yield at, into, out
+            yield row, record
+
+
+def _read_decisions(path: Path, rows: int | None) -> _Table:
+    """Return the requests that ended by themselves, in the order in which they ended."""
+    classes: list[str] = []
+    unended = unasked = 0
+
+    def ended() -> Iterator[tuple[float, float, float]]:
+        nonlocal unended, unasked
+        for row, record in _records(path, rows):
+            if record.get("odma") != "request":
+                raise TraceError(f"{path}: row {row}: not a record of a decision log")
+            if record.get("version") != 1:
+                raise TraceError(f"{path}: row {row}: version {record.get('version')!r}, not 1")
+            if record.get("end") not in ENDED_BY_ITSELF:
+                unended += 1
+            elif record.get("asked") is None:
+                unasked += 1
+            else:
+                at, into, out = (
+                    _value(path, row, name, _number, record.get(name)) for name in DECISION_COLUMNS
+                )
+                classes.append(str(record.get("request_class", "")))
+                yield at, into, out
+
+    seconds, inputs, outputs = _columns(ended())
+    notes = [
+        f"dropped {count} {'row' if count == 1 else 'rows'} {flaw}"
+        for count, flaw in (
+            (unended, "that did not end by themselves"),
+            (unasked, "asked for before the service was restarted"),
+        )
+        if count
+    ]
+    if not classes:
+        raise TraceError(f"{path}: no row can be replayed: {', '.join(notes) or 'there is none'}")
+    return _Table(
+        path.stem,
+        DECISION_COLUMNS,
+        seconds - seconds.min(),
+        inputs,
+        outputs,
+        np.array(classes, object),
+        notes=tuple(notes),
+    )
 
 
 def _ids(path: Path, row: int, value: Any) -> tuple[int, ...]:
