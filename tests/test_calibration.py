@@ -333,7 +333,8 @@ def test_coverage_says_what_a_class_rests_on(open_learner):
     fares = learner.coverage("chat")
     assert fares.coverage.known == 80 - 32
     assert fares.coverage.covered == fares.coverage.known
-    assert fares.coverage.target == pytest.approx(0.9)
+    risk = learner.pool.policy().overflow_risk
+    assert fares.coverage.target == pytest.approx(1 - risk)
     assert fares.source in (Source.MODEL, Source.WINDOW)
 
 
