@@ -33,8 +33,6 @@ class Models:
         self._stopped = Event()
         self._loaded = self._seen = _look(directory) if directory else None
         self._model = Predictor.load(directory) if directory else None
-        if self._model:
-            log.info("model loaded", directory=str(directory), version=self._model.version)
 
     def now(self) -> Predictor | None:
         """Return the model of the moment."""
@@ -42,7 +40,8 @@ class Models:
 
     def start(self) -> None:
         """Look for new models from now on, until stop."""
-        if self._directory is not None:
+        if self._model is not None:
+            log.info("model", directory=str(self._directory), version=self._model.version)
             Thread(target=self._keep_looking, name="models", daemon=True).start()
 
     def stop(self) -> None:
