@@ -34,7 +34,9 @@ FLOORS = {
         "reproduce_cli",
         "status",
         "stream_cli",
+        "top",
         "trace_cli",
+        "watch_cli",
     },
 }
 
