@@ -32,9 +32,11 @@
 
 enum {
     GRANULE_BYTES = 32,
+    LINE_BYTES = 64,     /* of a cache */
     RECORDS = 3,         /* two batches take turns, the third is for the rest */
     RECORD_OTHER = 2,
     SLOT_BITS = 20,      /* of a handle; the rest is the generation */
+    HANDLE_SLOT = (1 << SLOT_BITS) - 1,
     SLOT_FREE = 0,       /* else an odma_region_state */
     STATS = ODMA_CLASSES + 2,
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
@@ -60,13 +62,13 @@ struct slot {
 };
 
 struct request {
-    char id[ODMA_ID_BYTES];
     uint64_t birth;
     uint64_t tenant;      /* hash of its name */
     uint32_t prompt_tokens;
     uint32_t generated_tokens;
     uint32_t max_total_tokens;
     uint32_t class_index;
+    char id[ODMA_ID_BYTES];
     float quantiles[ODMA_QUANTILES];
     uint32_t pad;
 };
@@ -88,7 +90,7 @@ struct books {
     char boot_id[ODMA_BOOT_BYTES];
     uint32_t class_count;
     uint32_t description_bytes;
-    uint64_t pad;
+    uint64_t pad[5];
     odma_engine engine;
     odma_counters counters;
     odma_policy policy;
@@ -101,24 +103,34 @@ struct books {
 _Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
 _Static_assert(sizeof(struct request) % GRANULE_BYTES == 0, "requests are whole granules");
 _Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
-_Static_assert(sizeof(struct books) % GRANULE_BYTES == 0, "books are whole granules");
+_Static_assert(sizeof(struct books) % LINE_BYTES == 0, "slots and requests begin a cache line");
 
 /* --- indexes in process memory --- */
+
+/* What one batch has noted about a slot, valid if tick is the arena's. */
+struct note {
+    uint32_t tick;
+    bool moved, pinned, listed, placed;
+};
 
 /* A run of blocks in address order: run i < table_size is slot i, the others
  * are free runs. */
 struct run {
     uint32_t start;
     uint32_t length;
-    uint32_t prev, next;         /* in address order */
-    uint32_t bin_prev, bin_next; /* free runs of one bin; free ids */
+    uint32_t prev, next;   /* in address order */
+    union {
+        uint32_t bin_prev; /* free runs of one bin */
+        uint32_t id_hash;  /* of a live slot's request id */
+    };
+    uint32_t bin_next;     /* free runs of one bin; free ids */
+    struct note note;
 };
 
-/* What one batch has noted about a slot, valid if tick is the arena's. */
-struct note {
-    uint64_t tick;
-    uint32_t first_start;        /* before the batch moved it */
-    bool moved, pinned, listed, placed;
+/* A slot that the batch in hand has moved, and where it was before. */
+struct move {
+    uint32_t slot;
+    uint32_t first_start;
 };
 
 struct layout {
@@ -166,17 +178,18 @@ struct odma_arena {
     uint32_t waits_first;
     uint32_t *ids;               /* request id -> slot, open addressing */
     uint32_t ids_mask;
-    uint32_t *id_hashes;         /* of the live slots' request ids */
     uint32_t bin_upper[ODMA_BINS];
 
     /* the batch in hand */
-    uint64_t tick;
+    uint32_t tick;
+    uint32_t safety_blocks;      /* that admission must leave free */
     uint64_t batch_seq;          /* used_tokens said in it hold; UINT64_MAX: none */
-    struct note *notes;
-    uint32_t *moved;             /* slots that moved: at most max_copies */
+    uint32_t *hashes;            /* of its allocates' request ids */
+    struct move *moved;          /* at most max_copies */
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */
     uint32_t pins;
+    bool places_changed;         /* since they were put into results */
     uint32_t copy_tokens_left;
     odma_result *results;
     odma_copy *copies;
@@ -202,7 +215,18 @@ static inline uint64_t stir(uint64_t hash, uint64_t word) {
 }
 
 /* --- file.c --- */
+/* A granule is about to be committed. */
+static inline void mark_granule(odma_arena *arena, uint32_t granule) {
+    uint64_t bit = (uint64_t)1 << (granule % 64);
+    if (arena->dirty_bits[granule / 64] & bit) return;
+    arena->dirty_bits[granule / 64] |= bit;
+    arena->dirty[arena->dirty_count++] = granule;
+}
 void mark(odma_arena *arena, const void *object, size_t bytes);
+void put(odma_arena *arena, void *object, const void *from, size_t bytes);
+static inline void mark_slot(odma_arena *arena, uint32_t slot) {
+    mark_granule(arena, (uint32_t)(sizeof(struct books) / GRANULE_BYTES) + slot);
+}
 odma_status commit(odma_arena *arena);
 odma_status commit_batch(odma_arena *arena, uint64_t seq, const uint64_t fingerprint[2],
                          uint32_t results);
@@ -254,11 +278,16 @@ uint32_t used_of(const odma_arena *arena, uint32_t slot);
 void fix_used(odma_arena *arena, uint32_t slot);
 bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
+void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 size_t side_bytes(void);
 
 /* --- batch.c --- */
-struct note *note_of(odma_arena *arena, uint32_t slot);
+static inline struct note *note_of(odma_arena *arena, uint32_t slot) {
+    struct note *note = &arena->runs[slot].note;
+    if (note->tick != arena->tick) *note = (struct note){.tick = arena->tick};
+    return note;
+}
 void set_place(odma_arena *arena, uint32_t slot);
 void set_waiting(odma_arena *arena, uint32_t slot);
 void forget_books(odma_arena *arena);

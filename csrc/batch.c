@@ -11,23 +11,19 @@
 
 enum { MOST_OUTPUT_TOKENS = 1 << 24, MOST_WANT_TOKENS = 1 << 28 };
 
-/* --- small things --- */
+enum { AHEAD = 6 };
 
-struct note *note_of(odma_arena *arena, uint32_t slot) {
-    struct note *note = &arena->notes[slot];
-    if (note->tick != arena->tick) *note = (struct note){.tick = arena->tick};
-    return note;
-}
+/* --- small things --- */
 
 void set_place(odma_arena *arena, uint32_t slot) {
     arena->slots[slot].start = arena->runs[slot].start;
     arena->slots[slot].length = arena->runs[slot].length;
-    mark(arena, &arena->slots[slot], sizeof(struct slot));
+    mark_slot(arena, slot);
 }
 
 static void clear_slot(odma_arena *arena, uint32_t slot) {
     arena->slots[slot] = (struct slot){.generation = arena->slots[slot].generation};
-    mark(arena, &arena->slots[slot], sizeof(struct slot));
+    mark_slot(arena, slot);
     give_slot(arena, slot);
 }
 
@@ -71,7 +67,7 @@ static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
 static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
-    uint64_t slot = handle & ((1U << SLOT_BITS) - 1), generation = handle >> SLOT_BITS;
+    uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
         generation > arena->slots[slot].generation)
@@ -91,7 +87,7 @@ void forget_books(odma_arena *arena) {
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
         if (arena->slots[i].generation == 0 && arena->slots[i].state == SLOT_FREE) continue;
         arena->slots[i] = (struct slot){0};
-        mark(arena, &arena->slots[i], sizeof(struct slot));
+        mark_slot(arena, i);
     }
     books->epoch = books->seq = books->completed_seq = books->births = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
@@ -110,11 +106,19 @@ void forget_books(odma_arena *arena) {
 
 /* --- results --- */
 
-static void placed(const odma_arena *arena, uint32_t slot, odma_result *result) {
+/* A result that says where a region lies. It is looked at again once the batch
+ * is done if an earlier result of the batch said it too. */
+static void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
+    note_of(arena, slot)->placed = true;
     *result = (odma_result){.outcome = ODMA_PLACED,
                             .handle = handle_of(arena, slot),
                             .start = arena->runs[slot].start,
                             .length = arena->runs[slot].length};
+}
+
+/* What earlier results of the batch say of a region is about to be wrong. */
+static void will_change(odma_arena *arena, uint32_t slot) {
+    arena->places_changed |= note_of(arena, slot)->placed;
 }
 
 static void refused(const odma_arena *arena, uint32_t reason, uint32_t rule, odma_result *result) {
@@ -160,6 +164,7 @@ static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
         invalid(arena, rule, result);
         return;
     }
+    will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
     const struct request *request = &arena->requests[slot];
     if (op->end == ODMA_END_FINISHED || op->end == ODMA_END_HIT_LIMIT)
@@ -187,6 +192,7 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
             return;
         }
     }
+    will_change(arena, slot);
     bool at_once = frees_at_once(arena);
     if (blocks < length && at_once) {
         cut(arena, slot, blocks);
@@ -228,6 +234,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
         invalid(arena, rule, result);
         return;
     }
+    will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
     uint32_t least = blocks_of(arena, op->least_tokens);
     if (least > arena->runs[slot].length) {
@@ -246,7 +253,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             counters->refused_extends++;
             return;
         }
-        if (arena->live > 1 && arena->free_blocks < safety_blocks(arena))
+        if (arena->live > 1 && arena->free_blocks < arena->safety_blocks)
             counters->safety_hits_growth++;
     }
     counters->extends++;
@@ -286,17 +293,18 @@ static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length
 
 static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, uint32_t max_total,
                           uint64_t tenant) {
-    struct request *request = &arena->requests[slot];
-    memset(request, 0, sizeof *request);
-    memcpy(request->id, op->request_id, sizeof request->id);
-    request->birth = ++arena->books->births;
-    request->tenant = tenant;
-    request->prompt_tokens = op->prompt_tokens;
-    request->generated_tokens = op->generated_tokens;
-    request->max_total_tokens = max_total;
-    request->class_index = class_for(arena, op->request_class);
-    memcpy(request->quantiles, op->quantiles, sizeof request->quantiles);
-    mark(arena, request, sizeof *request);
+    struct request *request = &arena->requests[slot], next;
+    next.birth = ++arena->books->births;
+    next.tenant = tenant;
+    next.prompt_tokens = op->prompt_tokens;
+    next.generated_tokens = op->generated_tokens;
+    next.max_total_tokens = max_total;
+    next.class_index = class_for(arena, op->request_class);
+    memcpy(next.quantiles, op->quantiles, sizeof next.quantiles);
+    next.pad = 0;
+    put(arena, &request->birth, &next.birth, offsetof(struct request, id));
+    put(arena, request->id, op->request_id, sizeof request->id);
+    put(arena, request->quantiles, next.quantiles, GRANULE_BYTES);
 }
 
 static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
@@ -306,7 +314,7 @@ static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
                             .generation = region->generation + 1,
                             .seq = batch ? arena->batch_seq : 0};
     set_place(arena, slot);
-    arena->notes[slot] = (struct note){.tick = arena->tick};
+    arena->runs[slot].note = (struct note){.tick = arena->tick};
     add_id(arena, slot, hash);
     arena->live++;
 }
@@ -318,12 +326,13 @@ static uint32_t admission(const odma_arena *arena, uint32_t length, uint64_t ten
         return ODMA_REASON_TABLE_FULL;
     if (over_quota(arena, tenant, length)) return ODMA_REASON_QUOTA;
     if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
-        arena->free_blocks - length < safety_blocks(arena))
+        arena->free_blocks - length < arena->safety_blocks)
         return ODMA_REASON_SAFETY_SHARE;
     return ODMA_REASON_NONE;
 }
 
-static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_result *result) {
+static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
+                        odma_result *result) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     uint32_t max_total = op->max_total_tokens;
     if (max_total == ODMA_UNSET)
@@ -331,7 +340,6 @@ static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_re
                                    ? arena->geometry.model_length_tokens
                                    : capacity);
     uint32_t rule = allocate_rule(arena, op, max_total);
-    uint32_t hash = id_hash(op->request_id);
     uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
     if (alive != NONE) {
         const struct request *request = &arena->requests[alive];
@@ -358,25 +366,28 @@ static void do_allocate(odma_arena *arena, const odma_op *op, bool skip, odma_re
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !place_new(arena, slot, length, &refusal)) {
         if (slot != NONE) give_slot(arena, slot);
+        make_hole(arena, NONE, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
         arena->books->counters.refused_allocates++;
         return;
     }
     write_request(arena, slot, op, max_total, tenant);
-    if (arena->live > 0 && arena->free_blocks < safety_blocks(arena))
+    if (arena->live > 0 && arena->free_blocks < arena->safety_blocks)
         arena->books->counters.safety_hits_unsure++;
     begin_region(arena, slot, hash);
     arena->books->counters.allocates++;
     placed(arena, slot, result);
 }
 
-static void do_op(odma_arena *arena, const odma_op *op, bool skip, odma_result *result) {
+/* `hash` is that of an allocate's request id. */
+static void do_op(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
+                  odma_result *result) {
     switch (op->kind) {
         case ODMA_OP_FREE: do_free(arena, op, result); break;
         case ODMA_OP_TRIM: do_trim(arena, op, result); break;
         case ODMA_OP_EXTEND: do_extend(arena, op, result); break;
-        default: do_allocate(arena, op, skip, result); break;
+        default: do_allocate(arena, op, hash, skip, result); break;
     }
 }
 
@@ -392,8 +403,8 @@ static void feed(struct digest *digest, uint64_t value) {
     digest->high ^= digest->high >> 32;
 }
 
-/* Words up to the first that is all padding, then their number. */
-static void feed_name(struct digest *digest, const char *name, size_t bytes) {
+/* Words up to the first that is all padding. Answers how many bytes those are. */
+static size_t feed_name(struct digest *digest, const char *name, size_t bytes) {
     size_t i = 0;
     for (; i < bytes; i += 8) {
         uint64_t word;
@@ -401,17 +412,27 @@ static void feed_name(struct digest *digest, const char *name, size_t bytes) {
         if (word == 0) break;
         feed(digest, word);
     }
-    feed(digest, i);
+    return i;
 }
 
-static void feed_op(struct digest *digest, const odma_op *op) {
-    feed(digest, (uint64_t)op->kind << 32 | op->end);
-    if (op->kind != ODMA_OP_ALLOCATE) {
-        feed(digest, op->handle);
-        feed(digest, (uint64_t)op->output_tokens << 32 | op->least_tokens);
-        feed(digest, op->want_tokens);
-        return;
-    }
+/* Ask for what is known of a slot, in memory and in the file. Always inlined: to
+ * the compiler a function that only prefetches does nothing. */
+static inline __attribute__((always_inline)) void fetch_region(const odma_arena *arena,
+                                                               uint64_t slot) {
+    if (slot >= arena->layout.table_size) return;
+    const uint8_t *books = (const uint8_t *)arena->books;
+    const uint8_t *file = arena->map + arena->layout.books_offset;
+    size_t region = (size_t)((const uint8_t *)&arena->slots[slot] - books);
+    size_t request = (size_t)((const uint8_t *)&arena->requests[slot] - books);
+    __builtin_prefetch(&arena->runs[slot], 1);
+    __builtin_prefetch(books + region, 1);
+    __builtin_prefetch(file + region, 1);
+    __builtin_prefetch(books + request, 1);
+    __builtin_prefetch(file + request, 1);
+    __builtin_prefetch(books + request + LINE_BYTES, 1);
+}
+
+static void feed_allocate(struct digest *digest, const odma_op *op) {
     uint32_t risk;
     memcpy(&risk, &op->overflow_risk, sizeof risk);
     feed(digest, (uint64_t)op->prompt_tokens << 32 | op->generated_tokens);
@@ -419,13 +440,35 @@ static void feed_op(struct digest *digest, const odma_op *op) {
     feed(digest, (uint64_t)risk << 32 | op->has_text);
     feed(digest, op->text_digest[0]);
     feed(digest, op->text_digest[1]);
-    feed_name(digest, op->request_id, sizeof op->request_id);
-    feed_name(digest, op->request_class, sizeof op->request_class);
-    feed_name(digest, op->tenant, sizeof op->tenant);
+    uint64_t words = feed_name(digest, op->request_id, sizeof op->request_id);
+    words = words << 16 | feed_name(digest, op->request_class, sizeof op->request_class);
+    words = words << 16 | feed_name(digest, op->tenant, sizeof op->tenant);
+    feed(digest, words);
+}
+
+/* Feed an operation's own digest, so that those of several operations are worked
+ * out at once. While it is in hand, ask for the memory that it will need, and
+ * hash the id; `spare` is the next slot to be taken. */
+static void feed_op(odma_arena *arena, struct digest *digest, const odma_op *op, uint32_t i,
+                    uint32_t *spare) {
+    struct digest own = {.low = (uint64_t)op->kind << 32 | op->end, .high = op->kind};
+    if (op->kind == ODMA_OP_ALLOCATE) {
+        arena->hashes[i] = id_hash(op->request_id);
+        __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
+        if (*spare > 0) fetch_region(arena, arena->spare_slots[--*spare]);
+        feed_allocate(&own, op);
+    } else {
+        fetch_region(arena, op->handle & HANDLE_SLOT);
+        feed(&own, op->handle);
+        feed(&own, (uint64_t)op->output_tokens << 32 | op->least_tokens);
+        feed(&own, op->want_tokens);
+    }
+    feed(digest, own.low);
+    feed(digest, own.high);
 }
 
 /* 128 bits of all that the client sent, predictions left out. */
-static void fingerprint_of(const odma_batch *batch, uint64_t fingerprint[2]) {
+static void fingerprint_of(odma_arena *arena, const odma_batch *batch, uint64_t fingerprint[2]) {
     struct digest digest = {.low = 1, .high = 2};
     feed(&digest, batch->seq);
     feed(&digest, batch->completed_seq);
@@ -435,7 +478,9 @@ static void fingerprint_of(const odma_batch *batch, uint64_t fingerprint[2]) {
         feed(&digest, batch->used[i].handle);
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
     }
-    for (uint32_t i = 0; i < batch->op_count; i++) feed_op(&digest, &batch->ops[i]);
+    uint32_t spare = arena->spare_slot_count;
+    for (uint32_t i = 0; i < batch->op_count; i++)
+        feed_op(arena, &digest, &batch->ops[i], i, &spare);
     fingerprint[0] = mix(digest.low);
     fingerprint[1] = mix(digest.high);
 }
@@ -486,11 +531,21 @@ static bool batch_is_readable(const odma_arena *arena, const odma_batch *batch,
            (batch->ops != NULL || batch->op_count == 0);
 }
 
+/* Forget all notes. */
+static void next_tick(odma_arena *arena) {
+    if (++arena->tick != 0) return;
+    for (uint32_t i = 0; i < arena->layout.table_size; i++)
+        arena->runs[i].note = (struct note){0};
+    arena->tick = 1;
+}
+
 static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
-    arena->tick++;
+    next_tick(arena);
+    arena->safety_blocks = safety_blocks(arena);
     arena->batch_seq = seq;
     arena->copy_tokens_left = copy_tokens;
     arena->copy_count = arena->place_count = arena->moved_count = arena->moves = arena->pins = 0;
+    arena->places_changed = false;
 }
 
 static void take_used(odma_arena *arena, const odma_batch *batch) {
@@ -498,10 +553,21 @@ static void take_used(odma_arena *arena, const odma_batch *batch) {
         uint32_t rule, slot = slot_of(arena, batch->used[i].handle, &rule);
         arena->slots[slot].used_tokens = batch->used[i].used_tokens;
         arena->slots[slot].seq = batch->seq;
-        mark(arena, &arena->slots[slot], sizeof(struct slot));
+        mark_slot(arena, slot);
         note_of(arena, slot)->pinned = batch->used[i].pinned != 0;
         arena->pins += batch->used[i].pinned != 0;
     }
+}
+
+/* Ask for what surrounds the region that an operation names. */
+static inline __attribute__((always_inline)) void fetch_around(const odma_arena *arena,
+                                                               const odma_op *op) {
+    uint64_t slot = op->handle & HANDLE_SLOT;
+    if (slot >= arena->layout.table_size) return;
+    const struct run *run = &arena->runs[slot];
+    __builtin_prefetch(&arena->runs[run->prev == NONE ? 0 : run->prev], 1);
+    __builtin_prefetch(&arena->runs[run->next == NONE ? 0 : run->next], 1);
+    __builtin_prefetch(&arena->ids[run->id_hash & arena->ids_mask], 1);
 }
 
 static bool stops_allocates(const odma_result *result) {
@@ -511,19 +577,19 @@ static bool stops_allocates(const odma_result *result) {
 
 /* Make every place final, and list what moved and has no place among them. */
 static void finish_places(odma_arena *arena, uint32_t results) {
+    if (arena->moved_count == 0 && !arena->places_changed) return;
     for (uint32_t i = 0; i < results; i++) {
         odma_result *result = &arena->results[i];
         if (result->outcome != ODMA_PLACED) continue;
         uint32_t rule, slot = slot_of(arena, result->handle, &rule);
         result->start = slot == NONE ? 0 : arena->runs[slot].start;
         result->length = slot == NONE ? 0 : arena->runs[slot].length;
-        if (slot != NONE) note_of(arena, slot)->placed = true;
     }
     for (uint32_t i = 0; i < arena->moved_count; i++) {
-        uint32_t slot = arena->moved[i];
+        uint32_t slot = arena->moved[i].slot;
         struct note *note = note_of(arena, slot);
         if (arena->slots[slot].state != ODMA_REGION_LIVE || !note->moved || note->placed ||
-            note->first_start == arena->runs[slot].start)
+            arena->moved[i].first_start == arena->runs[slot].start)
             continue;
         note->placed = true;
         arena->places[arena->place_count++] = (odma_place){.handle = handle_of(arena, slot),
@@ -540,8 +606,11 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     take_used(arena, batch);
     bool stopped = false;
     for (uint32_t i = 0; i < batch->op_count; i++) {
-        do_op(arena, &batch->ops[i], stopped && batch->pass_refused == 0, &arena->results[i]);
-        if (batch->ops[i].kind >= ODMA_OP_EXTEND) stopped |= stops_allocates(&arena->results[i]);
+        const odma_op *op = &batch->ops[i];
+        if (i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
+        bool skip = stopped && batch->pass_refused == 0;
+        do_op(arena, op, arena->hashes[i], skip, &arena->results[i]);
+        stopped |= stops_allocates(&arena->results[i]) && op->kind >= ODMA_OP_EXTEND;
     }
     finish_places(arena, batch->op_count);
     books->counters.batches++;
@@ -568,7 +637,7 @@ odma_status odma_arena_replay(odma_arena *arena, const odma_batch *batch, odma_a
         return leave(arena, ODMA_INVALID);
     }
     uint64_t fingerprint[2];
-    fingerprint_of(batch, fingerprint);
+    fingerprint_of(arena, batch, fingerprint);
     return leave(arena, seek(arena, batch, fingerprint, answer));
 }
 
@@ -580,7 +649,7 @@ odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_an
         return leave(arena, ODMA_INVALID);
     }
     uint64_t fingerprint[2];
-    fingerprint_of(batch, fingerprint);
+    fingerprint_of(arena, batch, fingerprint);
     status = seek(arena, batch, fingerprint, answer);
     if (status != ODMA_NOT_FOUND) return leave(arena, status);
     if (arena->rescale && (status = rescale(arena)) != ODMA_OK) return leave(arena, status);
@@ -608,7 +677,8 @@ odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *o
     if (arena->rescale && (status = rescale(arena)) != ODMA_OK) return leave(arena, status);
     begin_batch(arena, UINT64_MAX, 0);
     odma_result outcome;
-    do_op(arena, op, false, &outcome);
+    uint32_t hash = op->kind == ODMA_OP_ALLOCATE ? id_hash(op->request_id) : 0;
+    do_op(arena, op, hash, false, &outcome);
     mark(arena, arena->books, offsetof(struct books, class_names));
     status = commit(arena);
     if (status == ODMA_OK) *result = outcome;

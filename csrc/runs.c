@@ -252,16 +252,22 @@ void give_slot(odma_arena *arena, uint32_t slot) {
 
 /* --- request ids --- */
 
+/* Of the words up to the first that is all padding. */
 uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
-    const char *end = memchr(id, 0, ODMA_ID_BYTES);
-    return (uint32_t)hash_bytes(id, end == NULL ? ODMA_ID_BYTES : (size_t)(end - id));
+    uint64_t hash = 0, word;
+    for (size_t i = 0; i < ODMA_ID_BYTES; i += sizeof word) {
+        memcpy(&word, id + i, sizeof word);
+        if (word == 0) break;
+        hash = stir(hash, word);
+    }
+    return (uint32_t)mix(hash);
 }
 
 /* The live region of a request id, or NONE. */
 uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t hash) {
     for (uint32_t i = hash & arena->ids_mask;; i = (i + 1) & arena->ids_mask) {
         uint32_t slot = arena->ids[i];
-        if (slot == NONE || (arena->id_hashes[slot] == hash &&
+        if (slot == NONE || (arena->runs[slot].id_hash == hash &&
                              memcmp(arena->requests[slot].id, id, ODMA_ID_BYTES) == 0))
             return slot;
     }
@@ -271,15 +277,15 @@ void add_id(odma_arena *arena, uint32_t slot, uint32_t hash) {
     uint32_t i = hash & arena->ids_mask;
     while (arena->ids[i] != NONE) i = (i + 1) & arena->ids_mask;
     arena->ids[i] = slot;
-    arena->id_hashes[slot] = hash;
+    arena->runs[slot].id_hash = hash;
 }
 
 void drop_id(odma_arena *arena, uint32_t slot) {
-    uint32_t hole = arena->id_hashes[slot] & arena->ids_mask;
+    uint32_t hole = arena->runs[slot].id_hash & arena->ids_mask;
     while (arena->ids[hole] != slot) hole = (hole + 1) & arena->ids_mask;
     for (uint32_t i = (hole + 1) & arena->ids_mask; arena->ids[i] != NONE;
          i = (i + 1) & arena->ids_mask) {
-        uint32_t home = arena->id_hashes[arena->ids[i]];
+        uint32_t home = arena->runs[arena->ids[i]].id_hash;
         if (((i - home) & arena->ids_mask) < ((i - hole) & arena->ids_mask)) continue;
         arena->ids[hole] = arena->ids[i];
         hole = i;

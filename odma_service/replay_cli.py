@@ -45,6 +45,7 @@ def replay_command(
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
     ] = 1,
@@ -59,6 +60,12 @@ def replay_command(
         int | None,
         typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
+    ] = "mlu370-x4",
+    peak_tflops: Annotated[
+        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+    ] = 96.0,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
     ] = 256,
@@ -82,13 +89,15 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
+    serving = replay.Serving(device, peak_flops_per_second=peak_tflops * 1e12)
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = traces.read_trace(path, rows)
+            load = replay.marked(traces.read_trace(path, rows), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
+                serving,
                 batch_cap=batch_cap,
                 closed=rate is None,
                 rate=rate or 1.0,
@@ -100,7 +109,7 @@ def replay_command(
                 comparison = replay.compare(load, names, setting, tuning, directory, watch)
             compared.append(comparison)
             if not as_json:
-                show(comparison, load.notes)
+                show(comparison)
     if report is not None:
         replay.write_report(compared, report)
         typer.echo(f"wrote {report}", err=as_json)
@@ -157,7 +166,7 @@ def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
     return objects[0] if len(objects) == 1 else {"traces": objects}
 
 
-def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
+def show(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = Console()
@@ -169,7 +178,7 @@ def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
         _sizes(facts),
         _assumed(facts["assumptions"]),
         f"parameters {facts['parameter_hash']}, {_windows(facts['windows'])}",
-        *(f"note: {note}" for note in notes),
+        *(f"note: {note}" for note in comparison.notes),
     ]
     if not comparison.load_class.memory_bound:
         lines.append("memory is not what this load is short of: its ratios prove little")
@@ -192,9 +201,11 @@ def _assumed(assumed: dict[str, Any]) -> str:
         f"{assumed['device']}, {assumed['model']}: "
         f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
         f"{assumed['bandwidth_bytes_per_second'] / 1e9:g} GB/s x "
-        f"{assumed['bandwidth_efficiency']:g}, pages at "
+        f"{assumed['sequential_bandwidth_share']:.3f} (copies x "
+        f"{assumed['copy_bandwidth_share']:.3f}), emulated, pages at "
         + ", ".join(f"{k}: {v:g}" for k, v in assumed["paged_bandwidth_shares"].items())
-        + f" of that; batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
+        + f" of long runs ({assumed['pages_in_flight']} in flight); "
+        f"batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
         f" {assumed['prefix_cache']}"
     )
 

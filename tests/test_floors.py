@@ -26,6 +26,7 @@ FLOORS = {
         "arena_cli",
         "bench",
         "cli",
+        "connect",
         "demo",
         "lpddr_cli",
         "predictor_cli",

@@ -180,7 +180,7 @@ def test_limits_move_to_where_the_lengths_are(open_learner):
     assert report.after.limits_tokens == (320, 720, 4096) == learner.pool.policy().limits_tokens
     assert report.before.limits_tokens == named("odma", 4096, 32_768).limits_tokens
     assert report.after.waste_tokens < 16 < report.before.waste_tokens
-    assert report.before.utilisation < 0.75 < 0.95 < report.after.utilisation <= 1
+    assert report.before.utilisation < 0.9 < 0.95 < report.after.utilisation <= 1
     assert (report.installed, report.policy_version) == (True, version + 1)
     assert report.completions == pytest.approx(62, rel=0.1)
 
@@ -296,8 +296,9 @@ def test_elastic_keeps_more_back_after_preemptions(open_learner):
 
 def test_no_other_policy_adapts_its_share(open_learner):
     learner = open_learner("odma")
+    share = learner.pool.policy().safety_share
     complete(learner, [10] * 64, End.PREEMPTED)
-    assert learner.pool.policy().safety_share == 0.05
+    assert learner.pool.policy().safety_share == share
 
 
 def test_a_share_that_somebody_set_is_where_it_goes_on_from(open_learner):

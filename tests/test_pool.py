@@ -18,7 +18,7 @@ from odma_service.errors import (
     SeqGapError,
     VersionError,
 )
-from odma_service.geometry import Geometry, PlaneGroup, device
+from odma_service.geometry import PRESETS, Geometry, PlaneGroup, device
 from odma_service.policy import named
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.values import Allocate, Batch, End, Extend, Free, Freed, Moves, Reason, Used
@@ -113,7 +113,7 @@ def test_prices_follow_from_the_device_and_the_planes():
     engine = SPEC.engine()
     assert engine.planes == 56
     assert engine.descriptor_seconds == 100e-9
-    assert engine.token_seconds == pytest.approx(2 * 57_344 / 307.2e9)
+    assert engine.token_seconds == PRESETS["mlu370-x4"].token_seconds(57_344)
 
 
 # --- epochs ---

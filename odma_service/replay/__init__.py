@@ -22,7 +22,7 @@ from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_
 from odma_service.replay.prices import Serving
 from odma_service.replay.report import remarks, write_report
 from odma_service.replay.reproduce import reproduce
-from odma_service.replay.tune import Tuner, training_traces
+from odma_service.replay.tune import Tuner, marked, training_traces
 
 __all__ = [
     "NAMES",
@@ -39,6 +39,7 @@ __all__ = [
     "compare",
     "limits_for",
     "load_of",
+    "marked",
     "read_tuning",
     "remarks",
     "reproduce",

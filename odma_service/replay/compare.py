@@ -29,7 +29,7 @@ from odma_service.replay.policies import (
     HINDSIGHT_SHARES,
     IDEAL,
     IDEAL_BEST,
-    PAGED_BANDWIDTH_SHARES,
+    PAGES,
     UNLIMITED,
     Tuning,
     memory_of,
@@ -100,6 +100,7 @@ class Comparison:
     load_class: LoadClass
     windows: tuple[Window, ...]
     outcomes: dict[str, list[Outcome]]
+    notes: tuple[str, ...] = ()
 
     def rates(self, policy: str) -> list[float]:
         """Return tokens per second, by seed."""
@@ -147,6 +148,7 @@ def compare(
         LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
         tuple(windows),
         outcomes,
+        trace.notes,
     )
 
 
@@ -212,11 +214,12 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "trace": comparison.label,
         "load_class": comparison.load_class.name,
         "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
-        "device": setting.serving.device,
+        "device": str(setting.serving.device),
         "assumptions": assumptions(setting),
         "parameter_hash": comparison.tuning.digest,
         "requests": comparison.requests,
         "dropped": comparison.dropped,
+        "notes": list(comparison.notes),
         "capacity_tokens": limits.capacity_tokens,
         "max_output_tokens": limits.max_output_tokens,
         "model_length_tokens": limits.model_length_tokens,
@@ -228,9 +231,17 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
 
 def assumptions(setting: Setting) -> dict[str, Any]:
     """Return what the figures rest on besides the trace."""
+    serving = setting.serving
     return {
-        **asdict(setting.serving),
-        "paged_bandwidth_shares": {str(k): v for k, v in PAGED_BANDWIDTH_SHARES.items()},
+        **asdict(serving),
+        "device": str(serving.device),
+        "bandwidth_bytes_per_second": serving.lpddr.peak_bytes_per_second,
+        "sequential_bandwidth_share": round(
+            serving.sequential_bytes_per_second / serving.lpddr.peak_bytes_per_second, 4
+        ),
+        "copy_bandwidth_share": round(serving.copying.copy_efficiency, 4),
+        "descriptor_seconds": serving.copying.descriptor_seconds,
+        "paged_bandwidth_shares": {str(page): round(serving.page_share(page), 4) for page in PAGES},
         "batch_cap": setting.batch_cap,
         "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
         "prefill": "whole prompts",

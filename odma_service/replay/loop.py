@@ -143,9 +143,8 @@ class Loop:
             prefill_ps = sum(self._prices.prefill_ps(run.lead + self._tick) for run in fresh)
         self._note_empty()
         waits = bool(self._stalled or fresh or (self._queue and not self._blocked and self._room()))
-        self._take_steps(
-            1 if waits or not self._running else self._quiet_steps(), prefill_ps, copy_ps
-        )
+        steps = 1 if waits or not self._running else self._quiet_steps(copy_ps)
+        self._take_steps(steps, prefill_ps, copy_ps)
         for run in fresh:
             if self.history.first_ps[run.number] < 0:
                 self.history.first_ps[run.number] = self._sums.now_ps
@@ -248,14 +247,14 @@ class Loop:
         if self.history.emptied is None and not self._queue and self._next == len(self._load):
             self.history.emptied = len(self.history.finished)
 
-    def _quiet_steps(self) -> int:
-        """Return how many steps can be taken before anything has to be decided."""
+    def _quiet_steps(self, copy_ps: int) -> int:
+        """Return how many steps, copies before the first, there are before a decision."""
         heap = self._heap
         while heap[0][0] != heap[0][2].due:
             heappop(heap)
         steps = heap[0][0] - self._tick
         if not self._queue and self._next < len(self._load) and self._room():
-            wait_ps = self._arrivals[self._next] - self._sums.now_ps
+            wait_ps = self._arrivals[self._next] - self._sums.now_ps - copy_ps
             steps = self._prices.steps_until(len(self._running), self._written, steps, wait_ps)
         return steps
 

@@ -9,7 +9,7 @@
     oracle            the exact total is reserved; nothing moves
     ideal-N           pages of N tokens, read at full bandwidth
     ideal-best        ideal-16 with the headroom that turns out best on the very load
-    paged-N           pages of N tokens at the bandwidth that scattered reads reach
+    paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
 
 Nothing here reuses prefixes. Their free parameters are in tuned.json, set by one rule on
 training traces (tune.py); a report names the hash of that file.
@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import PolicyRecord, longest_tokens, named
+from odma_service.policy import PolicyRecord, equal_limits, longest_tokens, named, rising_limits
 from odma_service.replay.arena import ArenaMemory, EngineKind
 from odma_service.replay.load import Limits, Load
 from odma_service.replay.memory import Memory
@@ -35,10 +35,7 @@ from odma_service.replay.prices import Serving
 from odma_service.values import Moves, Overflow
 
 TUNED = Path(__file__).with_name("tuned.json")
-PAGED_BANDWIDTH_SHARES = {16: 0.85, 64: 0.97, 256: 0.99}
-"""Of the sequential bandwidth; assumed until an emulation of LPDDR says so."""
-
-PAGES = tuple(PAGED_BANDWIDTH_SHARES)
+PAGES = (16, 64, 256)
 IDEAL = "ideal-16"
 UNLIMITED = "unlimited"
 IDEAL_BEST = "ideal-best"
@@ -114,13 +111,14 @@ def record_of(name: str, limits: Limits, parameters: Parameters) -> PolicyRecord
     share as they are.
     """
     base = named(ARENA_POLICIES[name].record, limits.model_length_tokens, limits.capacity_tokens)
+    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
     changes: dict[str, object] = dict(parameters)
     if "step_tokens" in changes:
         changes["step_tokens"] = int(parameters["step_tokens"])
     buckets = int(parameters.get("buckets", len(base.limits_tokens)))
-    equal_width = bool(parameters.get("equal_width", name == "s3"))
+    spaced = equal_limits if parameters.get("equal_width", name == "s3") else rising_limits
     if base.limits_tokens:
-        changes["limits_tokens"] = _limits(limits, buckets, equal_width=equal_width)
+        changes["limits_tokens"] = spaced(longest, buckets)
     if name == "grow-copy":
         changes |= {"name": name, "overflow": Overflow.RELOCATE}
     if parameters.get("learns") == 0:
@@ -149,7 +147,7 @@ def memory_of(
         return
     if name in PAGED_POLICIES:
         kind, _, page = name.partition("-")
-        share = PAGED_BANDWIDTH_SHARES[int(page)] if kind == "paged" else 1.0
+        share = serving.page_share(int(page)) if kind == "paged" else 1.0
         yield PagedMemory(capacity, int(page), parameters.get("headroom_share", 0.0), share)
         return
     policy = ARENA_POLICIES[name]
@@ -165,10 +163,3 @@ def memory_of(
         batch_cap=batch_cap,
     ) as memory:
         yield memory
-
-
-def _limits(limits: Limits, buckets: int, *, equal_width: bool) -> tuple[int, ...]:
-    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
-    if equal_width:
-        return tuple(sorted({-(-longest * i // buckets) for i in range(1, buckets + 1)}))
-    return tuple(sorted({-(-longest // 2**i) for i in range(buckets)}))

@@ -27,7 +27,7 @@ def remarks(comparison: Comparison) -> list[str]:
             if name.startswith("paged-") and rates[name] > rates[ours]
         ]
         if ahead:
-            said.append(f"ahead of {ours} at the bandwidth assumed for pages: {', '.join(ahead)}")
+            said.append(f"ahead of {ours} at the bandwidth emulated for pages: {', '.join(ahead)}")
     if "odma" in rates and "oracle" in rates:
         ratio = comparison.ratio("odma", "oracle").mean
         said.append(f"odma gives {ratio:.3f} of exact lengths reserved (oracle, no moves)")
