@@ -20,22 +20,7 @@ from odma_service import replay, traces
 from odma_service.errors import InvalidError
 
 SHARED_MEMORY = Path("/dev/shm")
-HEADINGS = (
-    "policy",
-    "tokens/s",
-    "of ideal",
-    "running",
-    "written/cap",
-    "written/res",
-    "preempted",
-    "recomputed",
-    "copies",
-    "copy time",
-    "TTFT p50/p99 s",
-    "TPOT p50/p99 ms",
-    "safety hits",
-    "recal.",
-)
+TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -73,6 +58,10 @@ def replay_command(
         float | None,
         typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
     ] = None,
+    swap_gbytes: Annotated[
+        float,
+        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+    ] = 0.0,
     predictor: Annotated[
         str | None,
         typer.Option(help="live, exact or lognormal:SIGMA, for all policies that predict."),
@@ -81,7 +70,7 @@ def replay_command(
         Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Directory for JSON, CSV and plots (with matplotlib).")
+        Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, as the last line.")
@@ -89,7 +78,11 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
-    serving = replay.Serving(device, peak_flops_per_second=peak_tflops * 1e12)
+    serving = replay.Serving(
+        device,
+        peak_flops_per_second=peak_tflops * 1e12,
+        swap_bytes_per_second=swap_gbytes * 1e9,
+    )
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
@@ -111,8 +104,8 @@ def replay_command(
             if not as_json:
                 show(comparison)
     if report is not None:
-        replay.write_report(compared, report)
-        typer.echo(f"wrote {report}", err=as_json)
+        for line in (*replay.write_report(compared, report), f"wrote {report}"):
+            typer.echo(line, err=as_json)
     if as_json:
         typer.echo(json.dumps(_object(compared)))
 
@@ -170,6 +163,7 @@ def show(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = Console()
+    console = Console(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [
@@ -218,31 +212,11 @@ def _windows(windows: Sequence[dict[str, Any]]) -> str:
 
 def _table(facts: dict[str, Any]) -> Table:
     table = Table()
-    for heading in HEADINGS:
+    for heading, _ in replay.COLUMNS:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name, row in facts["policies"].items():
-        table.add_row(
-            name,
-            _with_interval(row["tokens_per_s"], row["tokens_per_s_ci95"], 1),
-            _with_interval(row["over_ideal_paging"], row["over_ideal_paging_ci95"], 3),
-            f"{row['mean_running']:.1f}",
-            f"{row['utilisation_written_over_capacity']:.1%}",
-            f"{row['utilisation_written_over_reserved']:.1%}",
-            f"{row['preemptions']:,.0f}",
-            f"{row['recomputed_tokens']:,.0f}",
-            f"{row['copies']:,.0f}",
-            f"{row['copy_share_of_time']:.2%}",
-            f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}",
-            f"{row['tpot_p50_s'] * 1e3:.0f} / {row['tpot_p99_s'] * 1e3:.0f}",
-            f"{row['safety_hits']:,.0f}",
-            f"{row['recalibrations']:,.0f}",
-        )
+        table.add_row(*(cell(name, row) for _, cell in replay.COLUMNS))
     return table
-
-
-def _with_interval(value: float, half: float | None, digits: int) -> str:
-    shown = f"{value:,.{digits}f}"
-    return shown if half is None else f"{shown} ± {half:.{digits}f}"
 
 
 def tune_command(

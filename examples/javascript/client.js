@@ -99,17 +99,25 @@ export class Client {
   #target;
   #timeoutMs;
   #retryMs;
+  #credentials;
+  #metadata = new grpc.Metadata();
   #stubs = [];
 
   /**
    * @param {string} target as "127.0.0.1:50051" or "unix:/run/odma.sock"
-   * @param {{timeoutSeconds?: number, retrySeconds?: number}} [options] how long
-   *   one attempt may take, and how long to try again when the service is away
+   * @param {{timeoutSeconds?: number, retrySeconds?: number,
+   *   tls?: {ca?: Buffer, cert?: Buffer, key?: Buffer}, token?: string}} [options] how long
+   *   one attempt may take, and how long to try again when the service is away; contents of
+   *   PEM files, without them the connection is plain; the token that says who calls
    */
-  constructor(target, { timeoutSeconds = 5, retrySeconds = 30 } = {}) {
+  constructor(target, { timeoutSeconds = 5, retrySeconds = 30, tls, token } = {}) {
     this.#target = target;
     this.#timeoutMs = timeoutSeconds * 1000;
     this.#retryMs = retrySeconds * 1000;
+    this.#credentials = tls
+      ? grpc.credentials.createSsl(tls.ca, tls.key, tls.cert)
+      : grpc.credentials.createInsecure();
+    if (token) this.#metadata.set('authorization', `Bearer ${token}`);
     this.#connect();
   }
 
@@ -146,7 +154,7 @@ export class Client {
 
   /** @returns {ApplyStream} which is opened when it is first used */
   stream() {
-    return new ApplyStream(() => this.#stub('Stream').Stream(), this.#timeoutMs);
+    return new ApplyStream(() => this.#stub('Stream').Stream(this.#metadata), this.#timeoutMs);
   }
 
   close() {
@@ -159,7 +167,7 @@ export class Client {
     this.close();
     this.#stubs = SERVICES.map((name) => {
       const Stub = odma.v1[`${name[0].toUpperCase()}${name.slice(1)}Service`];
-      return new Stub(this.#target, grpc.credentials.createInsecure(), {
+      return new Stub(this.#target, this.#credentials, {
         'grpc.use_local_subchannel_pool': 1,
         'grpc.enable_http_proxy': 0,
       });
@@ -176,7 +184,8 @@ export class Client {
     const stub = this.#stub(rpc);
     const deadline = Date.now() + this.#timeoutMs;
     return new Promise((resolve, reject) => {
-      stub[rpc](message, { deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
+      stub[rpc](message, this.#metadata, { deadline }, (error, answer) =>
+        (error ? reject(error) : resolve(answer)));
     });
   }
 }

@@ -30,6 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from odma_service import errors
+from odma_service.client.owner import Owner
 from odma_service.client.streaming import ApplyStream
 from odma_service.errors import OdmaError, ServiceError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -116,6 +117,51 @@ def allocate(
     )
 
 
+def open_request(
+    name: str,
+    *,
+    moves: int,
+    geometry: types.Geometry | None = None,
+    model: types.ModelConfig | None = None,
+    capacity_tokens: int | None = None,
+    capacity_bytes: int | None = None,
+    device: types.Device | None = None,
+    model_length_tokens: int = 0,
+    block_tokens: int = 0,
+    ttl_seconds: int = 0,
+    retention_seconds: int = 0,
+    single_ordered_stream: bool = False,
+    copies_may_overlap: bool = False,
+    policy: types.PolicyChange | None = None,
+    take_over: bool = False,
+    max_regions: int = 0,
+    open_id: str | None = None,
+) -> pb.OpenPoolRequest:
+    """Return what opens a pool. Zeros and None mean the defaults of OpenPoolRequest."""
+    request = pb.OpenPoolRequest(
+        open_id=uuid.uuid4().hex if open_id is None else open_id,
+        name=name,
+        device=device,
+        geometry=geometry,
+        model=model,
+        model_length_tokens=model_length_tokens,
+        block_tokens=block_tokens,
+        ttl_seconds=ttl_seconds,
+        retention_seconds=retention_seconds,
+        moves=cast("types.Moves.ValueType", moves),
+        single_ordered_stream=single_ordered_stream,
+        copies_may_overlap=copies_may_overlap,
+        policy=policy,
+        take_over=take_over,
+        max_regions=max_regions,
+    )
+    if capacity_tokens is not None:
+        request.capacity_tokens = capacity_tokens
+    if capacity_bytes is not None:
+        request.capacity_bytes = capacity_bytes
+    return request
+
+
 class Tls(NamedTuple):
     """PEM files of a connection with TLS. No ca: the authorities that gRPC knows.
 
@@ -179,53 +225,13 @@ class Client:
         """Close the connection. Pools stay as they are."""
         self._channel.close()
 
-    def open_pool(
-        self,
-        name: str,
-        *,
-        moves: int,
-        geometry: types.Geometry | None = None,
-        model: types.ModelConfig | None = None,
-        capacity_tokens: int | None = None,
-        capacity_bytes: int | None = None,
-        device: types.Device | None = None,
-        model_length_tokens: int = 0,
-        block_tokens: int = 0,
-        ttl_seconds: int = 0,
-        retention_seconds: int = 0,
-        single_ordered_stream: bool = False,
-        copies_may_overlap: bool = False,
-        policy: types.PolicyChange | None = None,
-        take_over: bool = False,
-        max_regions: int = 0,
-        open_id: str | None = None,
-    ) -> PoolClient:
-        """Open a pool and own it. Zeros and None mean the defaults of OpenPoolRequest.
+    def open_pool(self, name: str, **fields: Any) -> PoolClient:
+        """Open a pool and own it; `fields` as open_request() has them.
 
         With the open_id of an earlier call, the same epoch goes on: reconcile() before anything
         else, which also finds the seq. Raises PoolOwnedError, PoolLimitError, InvalidError.
         """
-        request = pb.OpenPoolRequest(
-            open_id=uuid.uuid4().hex if open_id is None else open_id,
-            name=name,
-            device=device,
-            geometry=geometry,
-            model=model,
-            model_length_tokens=model_length_tokens,
-            block_tokens=block_tokens,
-            ttl_seconds=ttl_seconds,
-            retention_seconds=retention_seconds,
-            moves=cast("types.Moves.ValueType", moves),
-            single_ordered_stream=single_ordered_stream,
-            copies_may_overlap=copies_may_overlap,
-            policy=policy,
-            take_over=take_over,
-            max_regions=max_regions,
-        )
-        if capacity_tokens is not None:
-            request.capacity_tokens = capacity_tokens
-        if capacity_bytes is not None:
-            request.capacity_bytes = capacity_bytes
+        request = open_request(name, **fields)
         return PoolClient(self, self.call(self.memory.OpenPool, request))
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
@@ -294,25 +300,18 @@ class Client:
                 )
             except grpc.RpcError as error:
                 if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > give_up:
-                    raise _error_from(error) from None
+                    raise error_from(error) from None
             time.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
 
-class PoolClient:
+class PoolClient(Owner):
     """The owner's side of one epoch of a pool."""
 
     def __init__(self, client: Client, response: pb.OpenPoolResponse) -> None:
+        super().__init__(response)
         self._client = client
         self._stream: ApplyStream | None = None
-        self.response = response
-        self.ref = response.pool
-        self.seq = 0
-        """Last answered batch."""
-        self.completed_seq = 0
-        """As the last batch promised."""
-        self.pending: pb.ApplyRequest | None = None
-        """A batch without an answer: the service may or may not have done it."""
 
     def apply(
         self,
@@ -328,35 +327,13 @@ class PoolClient:
         Raises EpochError if the epoch is over and InvalidError for a bad batch, which is then
         not done. After an UnavailableError call resume(), not apply().
         """
-        if self.pending is not None:
-            raise OdmaError(f"batch {self.pending.seq} has no answer yet; resume it first")
-        self.pending = pb.ApplyRequest(
-            pool=self.ref,
-            seq=self.seq + 1,
-            completed_seq=self.completed_seq if completed_seq is None else completed_seq,
-            max_copy_tokens=max_copy_tokens,
-            pass_refused=pass_refused,
-            used=used,
-            ops=ops,
-        )
+        self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return self.resume()
 
     def resume(self) -> pb.ApplyResponse:
         """Send the batch without an answer again, and return its answer."""
-        request = self.pending
-        if request is None:
-            raise OdmaError(f"batch {self.seq} was answered; there is nothing to resume")
-        try:
-            answer = self._client.call(self._stream or self._client.memory.Apply, request)
-        except UnavailableError:
-            raise
-        except OdmaError:
-            self.pending = None
-            raise
-        self.pending = None
-        self.seq = request.seq
-        self.completed_seq = request.completed_seq
-        return answer
+        with self.waiting() as request:
+            return self._client.call(self._stream or self._client.memory.Apply, request)
 
     @contextmanager
     def stream(self) -> Iterator[Self]:
@@ -401,8 +378,7 @@ class PoolClient:
         """Free every region that is not listed, and go on after the last answered seq."""
         request = pb.ReconcileRequest(pool=self.ref, handles=handles)
         answer = self._client.call(self._client.memory.Reconcile, request)
-        self.pending = None
-        self.seq = self.completed_seq = answer.last_seq
+        self.reconciled(answer)
         return answer
 
     def recalibrate(
@@ -478,7 +454,7 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
 """How to build an error again from the reason, metadata and message of its ErrorInfo."""
 
 
-def _error_from(error: grpc.RpcError) -> OdmaError:
+def error_from(error: grpc.RpcError) -> OdmaError:
     """Return the error that a failed call stands for."""
     status = rpc_status.from_call(cast("grpc.Call", error))
     return error_of(error.code(), error.details() or "", status)

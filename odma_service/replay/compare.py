@@ -30,6 +30,7 @@ from odma_service.replay.policies import (
     IDEAL,
     IDEAL_BEST,
     PAGES,
+    PREFIX_POLICIES,
     UNLIMITED,
     Tuning,
     memory_of,
@@ -38,6 +39,7 @@ from odma_service.replay.prices import Serving
 from odma_service.traces import Trace
 
 NO_PREFIX_REUSE = "no prefix reuse"
+PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
 Watch = Callable[[str, int, int], None]
 """Told a policy, a seed, and how many requests have finished."""
 
@@ -245,7 +247,7 @@ def assumptions(setting: Setting) -> dict[str, Any]:
         "batch_cap": setting.batch_cap,
         "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
         "prefill": "whole prompts",
-        "preemption": "by recompute",
+        "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
@@ -272,6 +274,8 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         ("mean_running", 2),
         ("preemptions", 1),
         ("recomputed_tokens", 1),
+        ("swapped_tokens", 1),
+        ("cached_tokens", 1),
         ("copies", 1),
         ("copied_tokens", 1),
         ("copy_share_of_time", 5),
@@ -286,6 +290,7 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     shown["safety_hits_growth"] = _whole(sum(s.growth for s in hits) / len(hits))
     shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
     shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
+    shown["prefix_cache"] = PREFIX_REUSE if name in PREFIX_POLICIES else NO_PREFIX_REUSE
     shown["parameters"] = dict(comparison.tuning.of(name))
     return shown
 

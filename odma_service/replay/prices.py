@@ -42,6 +42,7 @@ class Serving:
     kv_bytes_per_token: int = 57_344
     planes: int = 56
     pages_in_flight: int = 16
+    swap_bytes_per_second: float = 0.0  # to the host's memory and back; 0: recompute instead
 
     @property
     def flops_per_second(self) -> float:
@@ -81,7 +82,7 @@ class Serving:
         """Return the prices where KV is read at a share of the sequential bandwidth."""
         sequential, flops = self.sequential_bytes_per_second, self.flops_per_second
         kv_seconds = self.kv_bytes_per_token / sequential
-        copying = self.copying
+        copying, swap = self.copying, self.swap_bytes_per_second
         return Prices(
             weights_ps=_ps(self.weight_bytes / sequential),
             kv_token_ps=_ps(kv_seconds / kv_bandwidth_share),
@@ -89,6 +90,7 @@ class Serving:
             pair_ps=_ps(self.attention_flops_per_pair / flops),
             copy_ps=_ps(self.planes * copying.descriptor_seconds),
             copied_token_ps=_ps(copying.token_seconds(self.kv_bytes_per_token)),
+            swapped_token_ps=_ps(self.kv_bytes_per_token / swap) if swap else 0,
         )
 
 
@@ -100,7 +102,7 @@ class Segment(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What things cost, in picoseconds."""
+    """What things cost, in picoseconds. swapped_token_ps 0: preempted ones compute again."""
 
     weights_ps: int
     kv_token_ps: int
@@ -108,6 +110,7 @@ class Prices(NamedTuple):
     pair_ps: int
     copy_ps: int
     copied_token_ps: int
+    swapped_token_ps: int = 0
 
     def prefill_ps(self, tokens: int) -> int:
         """Return the time to prefill one prompt."""

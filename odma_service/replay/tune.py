@@ -18,7 +18,14 @@ import numpy as np
 from odma_service.replay.compare import Outcome, Setting, run_policy
 from odma_service.replay.load import Load, limits_for, load_of
 from odma_service.replay.measure import measure, window_of
-from odma_service.replay.policies import IDEAL, IDEAL_BEST, PAGED_POLICIES, Tuning
+from odma_service.replay.policies import (
+    EXTENT_POLICIES,
+    IDEAL,
+    IDEAL_BEST,
+    PAGED_POLICIES,
+    PREFIX_POLICIES,
+    Tuning,
+)
 from odma_service.traces import Trace, TraceError, generate, read_trace, sample_servegen
 
 ROUNDS = 2
@@ -50,7 +57,14 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
         "step_tokens": (64, 128, 256),
         "growth": (1.0, 1.05, 1.1, 1.25),
     },
-    **{name: {"headroom_share": (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)} for name in PAGED_POLICIES},
+    **{
+        name: {"headroom_share": (0.0, 0.05, 0.1, 0.15), "step_tokens": (16, 32, 64, 128)}
+        for name in EXTENT_POLICIES
+    },
+    **{
+        name: {"headroom_share": (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)}
+        for name in (*PAGED_POLICIES, *PREFIX_POLICIES)
+    },
 }
 
 Say = Callable[[str], None]
