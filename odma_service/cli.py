@@ -28,6 +28,8 @@ from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
 from odma_service.replay_cli import replay_command, tune_command
 from odma_service.reproduce_cli import reproduce_command
+from odma_service.top import top_command
+from odma_service.watch_cli import watch_command
 
 UsageError: Any = typer.BadParameter.__base__
 """What a wrong command line raises; typer does not export it."""
@@ -46,6 +48,8 @@ app.command("demo")(demo_command)
 app.command("replay")(replay_command)
 app.command("tune")(tune_command)
 app.command("reproduce")(reproduce_command)
+app.command("watch")(watch_command)
+app.command("top")(top_command)
 
 
 def main() -> None:
@@ -188,12 +192,17 @@ def _dict(message: Message) -> dict[str, Any]:
 @app.command()
 def health(
     target: Target = DEFAULT_TARGET,
-    service: Annotated[str, typer.Option(help="A service; empty: all together.")] = "",
+    service: Annotated[
+        str, typer.Option(help="A service, or odma.alive; empty: all together.")
+    ] = "",
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
 ) -> None:
-    """Exit with 0 if the service is serving, else with 1."""
+    """Exit with 0 if the service is serving, else with 1: it drains, or does not answer.
+
+    odma.alive is serving while the service drains, too.
+    """
     try:
         with connect(target, ca, cert, key) as client:
             serving = client.is_serving(service)

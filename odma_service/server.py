@@ -60,6 +60,9 @@ OPTIONS = (
 MOST_HEALTH_WATCHERS = 64
 """Clients that watch the health at once, each with a thread of its own; others wait."""
 
+ALIVE = "odma.alive"
+"""The health of this name is SERVING as long as the process answers, while it drains too."""
+
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
 """Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
@@ -137,7 +140,8 @@ def _serve(settings: Settings, registry: Registry) -> None:
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
-        healthy.enter_graceful_shutdown()
+        for name in ("", *_names()):  # but not ALIVE
+            healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         registry.close()
         memory.streams.end_all(draining())
         registry.witness.events.end()
@@ -164,6 +168,7 @@ def _add_health(server: grpc.Server) -> health.HealthServicer:
         experimental_non_blocking=False, experimental_thread_pool=watchers
     )
     status = health_pb2.HealthCheckResponse
+    healthy.set(ALIVE, status.SERVING)
     for i, name in enumerate(_names()):
         healthy.set(name, status.SERVING if i < len(SERVED) else status.NOT_SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

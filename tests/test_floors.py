@@ -33,7 +33,9 @@ FLOORS = {
         "replay_cli",
         "reproduce_cli",
         "status",
+        "top",
         "trace_cli",
+        "watch_cli",
     },
 }
 

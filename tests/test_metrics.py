@@ -121,7 +121,8 @@ def test_a_scrape_tells_what_the_books_say(scraped, service, name):
 def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_again(
     scraped, service, name
 ):
-    pool = open_pool(service, name, policy=types.PolicyChange(name="elastic", safety_share=0))
+    change = types.PolicyChange(name="elastic", safety_share=0, step_tokens=64)
+    pool = open_pool(service, name, policy=change)
     first, _ = (pool.allocate(f"r{i}", 2048 - 64) for i in range(2))
     pool.apply(ops=[extend(first.handle, first.length_tokens + 16), allocate("r3", 16)])
     pool.seq -= 1
@@ -334,7 +335,7 @@ def test_a_real_prometheus_scrapes_it_by_the_shipped_configuration(
         process.wait()
 
 
-def test_promtool_finds_no_fault_with_names_rules_and_configuration(scraped):
+def test_promtool_finds_no_fault_with_names_queries_and_configuration(scraped, tmp_path):
     promtool = needed("promtool")
     with urllib.request.urlopen(f"http://{metrics_address(scraped)}/metrics", timeout=10) as page:
         checked = subprocess.run(
@@ -343,3 +344,36 @@ def test_promtool_finds_no_fault_with_names_rules_and_configuration(scraped):
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
     configuration = ROOT / "deploy" / "prometheus.yml"
     subprocess.run([promtool, "check", "config", str(configuration)], check=True)
+    rules = {"rules": [{"record": f"r{i}", "expr": query} for i, query in enumerate(queries()[2:])]}
+    asked = json.dumps({"groups": [{"name": "queries", **rules}]})  # JSON is YAML
+    plain = asked.replace("$__rate_interval", "5m").replace("$pool", ".*")
+    (tmp_path / "queries.yml").write_text(plain)
+    subprocess.run([promtool, "check", "rules", str(tmp_path / "queries.yml")], check=True)
+
+
+def queries() -> list[str]:
+    """Return every query of the dashboard and of the alerts."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "odma.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += re.findall(r"expr: (.*)", (ROOT / "deploy" / "alerts.yml").read_text())
+    return [variable["query"] for variable in dashboard["templating"]["list"]] + asked
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_and_labels_that_there_are(
+    scraped, service, name
+):
+    change = types.PolicyChange(name="odma", limits_tokens=[4096])
+    pool = open_pool(service, name, policy=change)
+    place = pool.allocate("r", 16, predicted_output_tokens=10)
+    pool.free(place.handle, End.FINISHED, 5)
+    samples = scrape(scraped)
+    told = {sample.name for sample in samples}
+    labels = {"le", "instance", "job", *(label for s in samples for label in s.labels)}
+    found = queries()
+    assert len(found) > 20
+    for query in found:
+        assert set(re.findall(r"\b(?:odma|process)_\w+", query)) <= told, query
+        used = set(re.findall(r"(\w+)(?:=~|!=|=)\"", query))
+        for group in re.findall(r"by \(([^)]*)\)", query):
+            used |= set(group.split(", "))
+        assert used <= labels, query

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -11,7 +13,7 @@ import grpc
 import pytest
 from conftest import open_pool, wait_for
 
-from odma_service.client import Client, allocate, free
+from odma_service.client import Client, PoolClient, allocate, free
 from odma_service.errors import InvalidError, StreamLimitError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -252,3 +254,21 @@ def test_what_is_logged_is_what_is_watched_and_holds_no_text(servers, name):
     assert secret not in text
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["kind"] for line in lines if "kind" in line] == ["OPENED", "CLOSED"]
+
+
+def test_the_command_prints_an_event_a_line(server, service, name):
+    command = [sys.executable, "-m", "odma_service", "watch", name, "--target", server.target]
+    command += ["--json", "--count", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        opened: list[PoolClient] = []
+
+        def ended() -> bool:
+            # Until it watches, what happens is not for it.
+            opened.append(open_pool(service, name, take_over=True))
+            return process.poll() is not None
+
+        wait_for(ended, "two events")
+        lines = [json.loads(line) for line in process.stdout]
+    assert process.returncode == 0
+    assert [line["pool"] for line in lines] == [name, name]
+    assert {line["kind"] for line in lines} == {"taken_over", "opened"}

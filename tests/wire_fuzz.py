@@ -398,7 +398,8 @@ class Covered:
         command += ["--include=*/odma_service/service/*", "-m", "odma_service", "serve"]
         command += ["--listen", "127.0.0.1:0", "--pool-dir", str(self._pools), "--reflection"]
         command += ["--max-pools", "5", "--log-level", "debug"]
-        command += ["--token-file", str(_token_file(directory))]
+        command += ["--token-file", str(_token_file(directory)), "--metrics-listen", "127.0.0.1:0"]
+        command += ["--decision-log", str(directory / "decisions.jsonl")]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command,

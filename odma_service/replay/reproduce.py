@@ -87,9 +87,12 @@ SENSITIVITY: tuple[tuple[str, Parameters], ...] = (
     ("safety share 0", {"safety_share": 0.0}),
     ("safety share 0.05", {"safety_share": 0.05}),
     ("safety share 0.2", {"safety_share": 0.2}),
-    ("overflow risk 0.1", {"overflow_risk": 0.1}),
-    ("overflow risk 0.3", {"overflow_risk": 0.3}),
-    ("overflow risk 0.7", {"overflow_risk": 0.7}),
+    # A risk that is none of learning.expected.RISKS stays.
+    ("overflow risk held at 0.11", {"overflow_risk": 0.11}),
+    ("overflow risk held at 0.31", {"overflow_risk": 0.31}),
+    ("overflow risk held at 0.71", {"overflow_risk": 0.71}),
+    ("unsure from q95/q50 of 2", {"unsure_ratio": 2.0}),
+    ("nobody unsure", {"unsure_ratio": 0.0}),
 )
 
 
