@@ -13,6 +13,7 @@ OdmaError
 ├── RefusedError         a unary call was refused; `refusal` says why
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
+├── ModelError           a model directory that cannot be served; `file` names what is wrong
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        nothing says who calls, or nobody is known by it
@@ -21,7 +22,6 @@ OdmaError
 ├── BusyError            too many calls at once
 ├── MessageSizeError     the message is too large
 ├── UnimplementedError   no such rpc here
-├── ModelError           a model directory that cannot be served; `file` names what is wrong
 ├── ServiceError         a client's call failed, for none of these reasons
 │   └── UnavailableError     there was no answer; it may have been done
 └── BooksError           a pool's file cannot be used
@@ -143,6 +143,15 @@ class PoolLimitError(OdmaError):
     """No more pools, or no room for the books of one more."""
 
 
+class ModelError(OdmaError):
+    """A model directory that cannot be served: `file` is wrong in it."""
+
+    def __init__(self, file: Path, rule: str) -> None:
+        super().__init__(f"model {file}: {rule}")
+        self.file = file
+        self.rule = rule
+
+
 class StreamLimitError(OdmaError):
     """Too many streams are open."""
 
@@ -186,15 +195,6 @@ class MessageSizeError(OdmaError):
 
 class UnimplementedError(OdmaError):
     """The service has no such rpc, or it is switched off."""
-
-
-class ModelError(OdmaError):
-    """A model directory that cannot be served: `file` is wrong in it."""
-
-    def __init__(self, file: Path, rule: str) -> None:
-        super().__init__(f"model {file}: {rule}")
-        self.file = file
-        self.rule = rule
 
 
 class ServiceError(OdmaError):

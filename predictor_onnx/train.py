@@ -346,12 +346,12 @@ def _train_trust(
     examples: Sequence[tuple[float, Trained, Data]], recipe: Recipe, seed: int, say: Say
 ) -> Weights:
     """Train what weighs a network against the window, on what that network had not seen."""
-    random = np.random.default_rng((seed, 2))
+    random, says = np.random.default_rng((seed, 2)), jax.jit(own)
     said, actual, shares = [], [], []
     for share, found, data in examples:
         for _ in range(recipe.trust_batches):
             drawn = data.batch(random, whole=True)
-            said.append(own(found.weights, found.scale, drawn.inputs(found.table)))
+            said.append(says(found.weights, found.scale, drawn.inputs(found.table)))
             actual.append(drawn.actual)
             shares.append(np.full(len(drawn.actual), share))
     every = Own(*(np.concatenate(parts) for parts in zip(*said, strict=True)))
