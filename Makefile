@@ -14,7 +14,7 @@ LIB_SONAME := libodma.so.0
 LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
-	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
+	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
 # What Debian has for the C++ client of examples/cpp.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
@@ -87,7 +87,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,predictor,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,dev]'
 	touch $@ .venv/.compiled
 
 # Nothing but odma_* leaves the library: the shared one through the map, the static one by

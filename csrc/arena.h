@@ -70,7 +70,9 @@ struct request {
     uint32_t class_index;
     char id[ODMA_ID_BYTES];
     float quantiles[ODMA_QUANTILES];
-    uint32_t pad;
+    uint32_t issue;       /* order of its allocate over all epochs, its low half */
+    float raw[ODMA_QUANTILES];
+    float overflow_risk;  /* accepted for it */
 };
 
 struct stats {
@@ -264,6 +266,7 @@ void drop_id(odma_arena *arena, uint32_t slot);
 /* --- policy.c --- */
 const char *policy_fault(const odma_policy *policy);
 uint32_t safety_blocks(const odma_arena *arena);
+double accepted_risk(const odma_arena *arena, const odma_op *op);
 uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total);
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want);
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
@@ -302,5 +305,6 @@ odma_status rescale(odma_arena *arena);
 /* --- report.c --- */
 const char *engine_fault(const odma_engine *engine);
 const char *books_fault(const odma_arena *arena);
+uint64_t last_batch(const struct books *books);
 
 #endif

@@ -263,7 +263,6 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
 /* --- allocate --- */
 
 static uint32_t quantiles_rule(const float quantiles[ODMA_QUANTILES]) {
-    if (quantiles[0] < 0) return ODMA_RULE_NONE;
     for (uint32_t i = 0; i < ODMA_QUANTILES; i++)
         if (!isfinite(quantiles[i]) || !(quantiles[i] >= (i == 0 ? 0 : quantiles[i - 1])))
             return ODMA_RULE_QUANTILES;
@@ -277,7 +276,8 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
     if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
-    return quantiles_rule(op->quantiles);
+    uint32_t rule = op->quantiles[0] < 0 ? ODMA_RULE_NONE : quantiles_rule(op->quantiles);
+    return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
 }
 
 static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length) {
@@ -301,10 +301,12 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
     next.max_total_tokens = max_total;
     next.class_index = class_for(arena, op->request_class);
     memcpy(next.quantiles, op->quantiles, sizeof next.quantiles);
-    next.pad = 0;
+    next.issue = (uint32_t)(arena->books->counters.allocates + 1);
+    memcpy(next.raw, op->raw, sizeof next.raw);
+    next.overflow_risk = (float)accepted_risk(arena, op);
     put(arena, &request->birth, &next.birth, offsetof(struct request, id));
     put(arena, request->id, op->request_id, sizeof request->id);
-    put(arena, request->quantiles, next.quantiles, GRANULE_BYTES);
+    put(arena, request->quantiles, next.quantiles, 2 * GRANULE_BYTES);
 }
 
 static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {

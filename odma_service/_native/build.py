@@ -11,7 +11,7 @@ from cffi import FFI
 
 CSRC = Path("csrc")  # setuptools takes no absolute paths: builds start in the project's root
 
-HEADERS = ("odma.h", "odma_lpddr.h")
+HEADERS = ("odma.h", "odma_lpddr.h", "odma_features.h")
 
 
 def declarations(header: str) -> str:

@@ -347,8 +347,8 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_histogram(arena, 0, NULL));
     GIVES(ODMA_INVALID, odma_arena_bins(NULL, NULL));
     GIVES(ODMA_INVALID, odma_arena_bins(arena, NULL));
-    GIVES(ODMA_INVALID, odma_arena_completions(NULL, 0, NULL, NULL));
-    GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_completions(NULL, 0, NULL, NULL, NULL));
+    GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count, NULL));
     GIVES(ODMA_INVALID, odma_arena_quantiles(NULL, 0, 0, NULL, NULL));
     GIVES(ODMA_INVALID, odma_arena_quantiles(arena, 0, 0, NULL, &weight));
     GIVES(ODMA_INVALID, odma_optimal_limits(NULL, &count, NULL, 1, 1, limits, &count, &waste));
@@ -605,8 +605,10 @@ static void an_epoch_ends_with_its_books_and_keeps_what_was_learnt(void) {
     CHECK(bytes == 11 && memcmp(words, "other words", 11) == 0);
     static odma_completion completions[ODMA_RING];
     uint32_t count = 0;
-    OK(odma_arena_completions(arena, ODMA_CLASS_POOL, completions, &count));
+    uint64_t ever = 0;
+    OK(odma_arena_completions(arena, ODMA_CLASS_POOL, completions, &count, &ever));
     CHECK(count == 1 && completions[0].output_tokens == 40 && !completions[0].censored);
+    CHECK(ever == 1 && completions[0].issue >= 1 && completions[0].until >= completions[0].issue);
     allocate_one(arena, "a", 100);
     odma_arena_close(arena);
 
