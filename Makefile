@@ -16,7 +16,7 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
 
-.PHONY: help demo serve test check format proto fuzz coverage bench torture lib clean
+.PHONY: help demo serve test check format proto fuzz tsan coverage bench torture lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -49,6 +49,9 @@ proto: .venv/.installed  ## Regenerate odma_service/rpc from proto
 
 fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/fuzz
 	sh tools/fuzz.sh $(or $(SECONDS),60)
+
+tsan: .venv/.compiled  ## Look for races of threads on one arena
+	$(BIN)/python -m pytest -q tests/test_c.py -k race
 
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh

@@ -1259,13 +1259,44 @@ static void *allocates_and_frees(void *arena) {
     return NULL;
 }
 
+static void *applies_batches(void *arena) {
+    for (uint32_t i = 0; i < 300; i++) {
+        uint64_t handle = allocate_one(arena, "batched", 20);
+        begin_step(arena);
+        add_op(free_op(handle, 5));
+        OK(run_step(arena));
+    }
+    return NULL;
+}
+
+static void *reads(void *arena) {
+    static odma_region listed[ROOM];
+    static odma_histogram histogram;
+    static const char name[ODMA_NAME_BYTES] = "chat";
+    for (uint32_t i = 0; i < 300; i++) {
+        uint32_t count, classes;
+        odma_policy policy;
+        odma_report report = report_of(arena);
+        CHECK(report.live <= REGIONS);
+        OK(odma_arena_regions(arena, 0, listed, ROOM, &count));
+        OK(odma_arena_histogram(arena, ODMA_CLASS_POOL, &histogram));
+        OK(odma_arena_class_index(arena, name, &classes));
+        OK(odma_arena_policy(arena, &policy));
+        OK(odma_arena_set_policy(arena, &policy, 0));
+    }
+    return NULL;
+}
+
+/* Compiled with the thread sanitizer too. */
 static void threads_take_turns(void) {
     odma_arena *arena = fresh();
-    pthread_t threads[4];
-    for (int i = 0; i < 4; i++)
-        CHECK(pthread_create(&threads[i], NULL, allocates_and_frees, arena) == 0);
+    void *(*const work[6])(void *) = {applies_batches,     reads,
+                                      allocates_and_frees, allocates_and_frees,
+                                      allocates_and_frees, allocates_and_frees};
+    pthread_t threads[6];
+    for (int i = 0; i < 6; i++) CHECK(pthread_create(&threads[i], NULL, work[i], arena) == 0);
     for (int i = 0; i < 100; i++) checked(arena);
-    for (int i = 0; i < 4; i++) CHECK(pthread_join(threads[i], NULL) == 0);
+    for (int i = 0; i < 6; i++) CHECK(pthread_join(threads[i], NULL) == 0);
     odma_report report = report_of(arena);
     CHECK(report.live == 0 && report.free_blocks == GEOMETRY.blocks);
     CHECK(report.counters.allocates == report.counters.frees && report.counters.frees > 2000);
