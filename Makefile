@@ -16,11 +16,19 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
 
-.PHONY: help demo serve test check format proto fuzz tsan coverage bench torture lib clean
+# What Debian has for the C++ client of examples/cpp.
+DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
+	nlohmann-json3-dev
+
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+deps:  ## Install the Debian packages of the C++ client, as root; the tests skip it without them
+	dpkg --status $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get --quiet update && \
+		apt-get --quiet --yes --no-install-recommends install $(DEBIAN_PACKAGES); }
 
 demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy elastic")
 	$(BIN)/odma demo $(ARGS)
@@ -29,7 +37,7 @@ serve: .venv/.compiled  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="-k floors")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .
@@ -37,6 +45,7 @@ check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C 
 	$(BIN)/mypy
 	set -e; for file in $(C_CHECKED); do $(CC) $(C_STRICT) -c -o /dev/null $$file; done
 	$(BIN)/python tools/genproto.py --check
+	$(BIN)/python tools/genreference.py --check
 	$(BIN)/python -m pytest -q tests/test_floors.py
 	tools/node_modules/.bin/buf lint proto
 
@@ -44,11 +53,15 @@ format: .venv/.installed  ## Format Python and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: .venv/.installed  ## Regenerate odma_service/rpc from proto
+proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/api.md from proto
 	$(BIN)/python tools/genproto.py
+	$(BIN)/python tools/genreference.py
 
 fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/fuzz
 	sh tools/fuzz.sh $(or $(SECONDS),60)
+
+fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
+	$(BIN)/python tests/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
 tsan: .venv/.compiled  ## Look for races of threads on one arena
 	$(BIN)/python -m pytest -q tests/test_c.py -k race
@@ -58,10 +71,14 @@ coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corp
 
 bench: .venv/.compiled  ## Run every benchmark; each prints JSON
 	$(BIN)/odma bench arena --json
+	$(BIN)/odma bench rpc --json
 	set -e; for file in $(wildcard bench/*.py); do $(BIN)/python $$file; done
 
 torture: .venv/.compiled  ## Kill 1,000 processes at work and miss nothing (ARGS="--kills 9999")
 	$(BIN)/odma bench torture $(ARGS)
+
+soak: .venv/.compiled  ## Let engines and the server fail for a while, and miss nothing (ARGS="--minutes 60")
+	$(BIN)/odma bench soak --faults $(ARGS)
 
 lib: $(LIBRARY)  ## Build libodma, shared and static, into build/lib (PREFIX=/usr/local)
 

@@ -284,6 +284,7 @@ uint32_t used_of(const odma_arena *arena, uint32_t slot);
 void fix_used(odma_arena *arena, uint32_t slot);
 bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
+void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal);
 size_t side_bytes(void);
 

@@ -368,6 +368,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !place_new(arena, slot, length, &refusal)) {
         if (slot != NONE) give_slot(arena, slot);
+        make_hole(arena, NONE, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
         arena->books->counters.refused_allocates++;

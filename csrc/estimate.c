@@ -27,6 +27,7 @@ enum {
     FILLED_BYTES = 8192,          /* in flight in a channel, to call it filled */
     LEAST_REQUESTS = 8000,
     ROUNDS = 6,
+    DRY_ROUNDS = 32,              /* of what fills the queues, until their load has settled */
     REFRESH_REQUESTS = 20000,     /* of one channel: a dozen refreshes of all banks */
     SEED = 12345
 };
@@ -81,7 +82,7 @@ static odma_status calibrate(odma_estimator *estimator, const odma_lpddr_device 
     still.controller.refresh = ODMA_LPDDR_REFRESH_NONE;
     odma_lpddr_traffic traffic = {
         .write_fraction = write_fraction,
-        .requests = most(LEAST_REQUESTS + 2 * filled, (uint64_t)ROUNDS << length)};
+        .requests = most(LEAST_REQUESTS + DRY_ROUNDS * filled, (uint64_t)ROUNDS << length)};
     struct cell factor, dry;
     odma_status status = refresh_factor(device, write_fraction, length, &factor, reason);
     if (status == ODMA_OK) status = fill_cell(&still, traffic, length, &dry, reason);

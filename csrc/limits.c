@@ -6,8 +6,8 @@
  *     upper[j] (W[j] - W[i]) - (S[j] - S[i])
  *
  * so the least waste of k buckets up to j is upper[j] W[j] - S[j] plus the
- * minimum over i of the lines (waste of k - 1 buckets up to i) + S[i] - W[i] x
- * at x = upper[j]. Slopes fall with i and x rises with j, so the lower envelope
+ * minimum over i of the lines (waste of k - 1 buckets up to i) + toll[i] + S[i]
+ * - W[i] x at x = upper[j]. Slopes fall with i and x rises with j, so the lower envelope
  * is kept in a queue and each layer takes O(bins).
  */
 #include "arena.h"
@@ -36,14 +36,17 @@ static void add_line(struct line *queue, uint32_t first, uint32_t *count, struct
     queue[(*count)++] = line;
 }
 
-odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, uint32_t bins,
-                                uint32_t limit_count, uint32_t *limits, uint32_t *found,
-                                double *waste) {
+static bool is_price(double value) { return value >= 0 && value <= 1e300; }
+
+odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, const double *tolls,
+                                uint32_t bins, uint32_t limit_count, uint32_t *limits,
+                                uint32_t *found, double *waste) {
     if (weights == NULL || upper == NULL || limits == NULL || found == NULL || waste == NULL ||
         bins < 1 || bins > MOST_BINS || limit_count < 1 || limit_count > ODMA_LIMITS)
         return ODMA_INVALID;
     for (uint32_t i = 0; i < bins; i++)
-        if (!(weights[i] >= 0 && weights[i] <= 1e300) || (i > 0 && upper[i] <= upper[i - 1]))
+        if (!is_price(weights[i]) || (tolls != NULL && !is_price(tolls[i])) ||
+            (i > 0 && upper[i] <= upper[i - 1]))
             return ODMA_INVALID;
 
     double weight[MOST_BINS + 1], sum[MOST_BINS + 1], least[MOST_BINS + 1];
@@ -67,7 +70,8 @@ odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, ui
             while (first + 1 < count && at(&queue[first + 1], x) < at(&queue[first], x)) first++;
             next[j] = x * weight[j] - sum[j] + at(&queue[first], x);
             from[k][j] = (uint16_t)queue[first].from;
-            add_line(queue, first, &count, (struct line){-weight[j], least[j] + sum[j], j});
+            double toll = tolls == NULL ? 0 : tolls[j - 1];
+            add_line(queue, first, &count, (struct line){-weight[j], least[j] + toll + sum[j], j});
         }
         for (uint32_t j = 0; j <= bins; j++) least[j] = next[j];
     }

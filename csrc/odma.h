@@ -484,17 +484,18 @@ odma_status odma_arena_quantiles(odma_arena *arena, uint32_t class_index, uint32
 
 /* The at most `limit_count` limits, each the upper end of a bin, that waste the
  * fewest tokens if every length in bin i, of weight weights[i] >= 0, takes the
- * smallest limit that holds it. Exact.
+ * smallest limit that holds it, and a limit at bin i that is not the last costs
+ * tolls[i] >= 0 more: what outgrows it has to be copied. NULL: no tolls. Exact.
  *
  * Promise   limits[0 .. *found) ascend and the last is upper[bins - 1]; *waste
- *           is the sum of weight x (limit - upper).
+ *           is the sum of weight x (limit - upper), and of the tolls.
  * Fails     ODMA_INVALID unless upper ascends, 1 <= bins <= 4,096 and
  *           1 <= limit_count <= ODMA_LIMITS.
  * Cost      O(limit_count x bins): about 50 us for 512 bins and 16 limits.
  */
-odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, uint32_t bins,
-                                uint32_t limit_count, uint32_t *limits, uint32_t *found,
-                                double *waste);
+odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, const double *tolls,
+                                uint32_t bins, uint32_t limit_count, uint32_t *limits,
+                                uint32_t *found, double *waste);
 
 /* A word for a status, never NULL. */
 const char *odma_status_name(odma_status status);

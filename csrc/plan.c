@@ -394,35 +394,50 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
     return refused(refusal, room_lack(arena, slot, more, length));
 }
 
+/* --- making way where copies run in any order ---
+ *
+ * Nothing can be won from a neighbour in the batch that moves it. But regions
+ * can be sent to holes elsewhere now, so that what they leave is one run once
+ * that is completed. The refusal then says so. */
+
 enum { MOST_EVACUATED = 4 };
 
-/* Make way for a region that make_room() refused. Where copies run in any
- * order, nothing can be won from a neighbour in the batch that moves it; but
- * the neighbours behind the region can be sent to holes elsewhere now, so that
- * it grows in place once that is completed. Says so in the refusal if copies
- * were written for it. */
-void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
-    uint32_t more = length - arena->runs[slot].length;
-    uint32_t sent[MOST_EVACUATED], count = 0, gap = 0, gone = 0;
-    if (arena->books->engine.single_ordered_stream || arena->batch_seq == UINT64_MAX ||
-        allowed(arena) != ODMA_OVERFLOW_COMPACT)
-        return;
-    for (uint32_t id = arena->runs[slot].next; id != NONE && gap < more; id = arena->runs[id].next) {
-        gap += arena->runs[id].length;
-        if (is_free_run(arena, id) || arena->slots[id].state == ODMA_REGION_WAITING) continue;
-        if (count == MOST_EVACUATED || !may_move(arena, id, false) || note_of(arena, id)->moved ||
-            best_fit(arena, arena->runs[id].length) == NONE)
-            return;
-        sent[count++] = id;
+/* Runs in address order that fill [low, high), and the regions among them. */
+struct stretch {
+    uint32_t low, high;
+    uint32_t regions[MOST_EVACUATED], count;
+    double price;
+};
+
+/* Add the next run, unless it is a region that cannot go anywhere. */
+static bool take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
+    uint32_t length = arena->runs[id].length;
+    if (!is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE) {
+        if (stretch->count == MOST_EVACUATED || !may_move(arena, id, false) ||
+            note_of(arena, id)->moved || best_fit(arena, length) == NONE)
+            return false;
+        stretch->regions[stretch->count++] = id;
+        stretch->price += price_of(arena, id);
     }
-    if (gap < more) return;
-    uint32_t low = arena->runs[slot].start, high = low + arena->runs[slot].length + gap;
+    stretch->high += length;
+    return true;
+}
+
+/* The hole outside of the stretch for its i-th region, or NONE. */
+static uint32_t elsewhere(const odma_arena *arena, const struct stretch *stretch, uint32_t i) {
+    uint32_t hole = best_fit(arena, arena->runs[stretch->regions[i]].length);
+    if (hole == NONE) return NONE;
+    uint32_t start = arena->runs[hole].start;
+    return start < stretch->low || start >= stretch->high ? hole : NONE;
+}
+
+static void send_away(odma_arena *arena, const struct stretch *stretch,
+                      struct plan_refusal *refusal) {
     struct plan_refusal tried = {0};
-    for (; gone < count; gone++) {
-        uint32_t blocks = arena->runs[sent[gone]].length, hole = best_fit(arena, blocks);
-        bool outside = hole != NONE &&
-                       (arena->runs[hole].start < low || arena->runs[hole].start >= high);
-        if (!outside || !relocate(arena, sent[gone], blocks, hole, &tried)) break;
+    uint32_t gone = 0;
+    for (; gone < stretch->count; gone++) {
+        uint32_t region = stretch->regions[gone], hole = elsewhere(arena, stretch, gone);
+        if (hole == NONE || !relocate(arena, region, arena->runs[region].length, hole, &tried)) break;
     }
     if (gone > 0) {
         arena->books->counters.compactions++;
@@ -430,4 +445,41 @@ void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_ref
     } else if (tried.reason == ODMA_REASON_COPY_BUDGET) {
         *refusal = tried;
     }
+}
+
+static bool may_send_away(const odma_arena *arena) {
+    return !arena->books->engine.single_ordered_stream && arena->batch_seq != UINT64_MAX &&
+           allowed(arena) == ODMA_OVERFLOW_COMPACT;
+}
+
+/* Make way for `length` blocks in one run, anywhere but where `slot` lies (NONE:
+ * anywhere): the cheapest stretch whose regions all find a hole is cleared. */
+void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    struct stretch best = {.price = INFINITY};
+    if (!may_send_away(arena) || refusal->reason != ODMA_REASON_FRAGMENTED) return;
+    for (uint32_t first = arena->first_run; first != NONE; first = arena->runs[first].next) {
+        if (!is_free_run(arena, first) && arena->slots[first].state == ODMA_REGION_LIVE) continue;
+        uint32_t start = arena->runs[first].start, id = first;
+        struct stretch stretch = {.low = start, .high = start};
+        while (id != NONE && id != slot && stretch.high - start < length &&
+               stretch.price < best.price && take_in(arena, &stretch, id))
+            id = arena->runs[id].next;
+        bool cleared = stretch.high - start >= length && stretch.price < best.price;
+        for (uint32_t i = 0; cleared && i < stretch.count; i++)
+            cleared = elsewhere(arena, &stretch, i) != NONE;
+        if (cleared) best = stretch;
+    }
+    if (best.price < INFINITY) send_away(arena, &best, refusal);
+}
+
+/* Make way for a region that make_room() refused: behind it, or elsewhere. */
+void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+    if (!may_send_away(arena)) return;
+    uint32_t low = arena->runs[slot].start, end = low + arena->runs[slot].length;
+    struct stretch behind = {.low = low, .high = end};
+    uint32_t id = arena->runs[slot].next;
+    while (id != NONE && behind.high - low < length && take_in(arena, &behind, id))
+        id = arena->runs[id].next;
+    if (behind.high - low >= length) send_away(arena, &behind, refusal);
+    make_hole(arena, slot, length, refusal);
 }

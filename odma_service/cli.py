@@ -14,11 +14,13 @@ from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
 from odma_service import arena_cli, bench, config, lpddr_cli, server, status, trace_cli
-from odma_service.client import Client
+from odma_service.connect import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
 from odma_service.replay_cli import replay_command, tune_command
 from odma_service.reproduce_cli import reproduce_command
+from odma_service.top import top_command
+from odma_service.watch_cli import watch_command
 
 UsageError: Any = typer.BadParameter.__base__
 """What a wrong command line raises; typer does not export it."""
@@ -36,9 +38,8 @@ app.command("demo")(demo_command)
 app.command("replay")(replay_command)
 app.command("tune")(tune_command)
 app.command("reproduce")(reproduce_command)
-
-Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]
-DEFAULT_TARGET = "127.0.0.1:50051"
+app.command("watch")(watch_command)
+app.command("top")(top_command)
 
 
 def main() -> None:
@@ -95,8 +96,18 @@ def serve(
     max_pools: Annotated[int | None, _flag("max_pools")] = None,
     workers: Annotated[int | None, _flag("workers")] = None,
     drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
+    metrics_listen: Annotated[str | None, _flag("metrics_listen")] = None,
+    decision_log: Annotated[Path | None, _flag("decision_log")] = None,
+    decision_log_bytes: Annotated[int | None, _flag("decision_log_bytes")] = None,
     log_format: Annotated[str | None, _flag("log_format")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
+    tls_cert: Annotated[Path | None, _flag("tls_cert")] = None,
+    tls_key: Annotated[Path | None, _flag("tls_key")] = None,
+    tls_client_ca: Annotated[Path | None, _flag("tls_client_ca")] = None,
+    token_file: Annotated[Path | None, _flag("token_file")] = None,
+    allow_insecure: Annotated[bool | None, _flag("allow_insecure")] = None,
+    max_owner_pools: Annotated[int | None, _flag("max_owner_pools")] = None,
+    max_calls: Annotated[int | None, _flag("max_calls")] = None,
 ) -> None:
     """Run the service until SIGTERM or SIGINT.
 
@@ -112,8 +123,18 @@ def serve(
         "max_pools": max_pools,
         "workers": workers,
         "drain_seconds": drain_seconds,
+        "metrics_listen": metrics_listen,
+        "decision_log": decision_log,
+        "decision_log_bytes": decision_log_bytes,
         "log_format": log_format,
         "log_level": log_level,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "allow_insecure": allow_insecure,
+        "max_owner_pools": max_owner_pools,
+        "max_calls": max_calls,
     }
     server.run(config.load({name: value for name, value in flags.items() if value is not None}))
 
@@ -124,9 +145,12 @@ def show_status(
     target: Target = DEFAULT_TARGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     regions: Annotated[bool, typer.Option("--regions", help="List the regions too.")] = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
     """Show what pools there are, or one pool as a picture."""
-    with Client(target, retry_seconds=0) as service:
+    with connect(target, ca, cert, key) as service:
         if pool is None:
             pools = service.list_pools()
             _show(_dict(pools) if as_json else status.list_of(pools.pools))
@@ -158,11 +182,19 @@ def _dict(message: Message) -> dict[str, Any]:
 @app.command()
 def health(
     target: Target = DEFAULT_TARGET,
-    service: Annotated[str, typer.Option(help="A service; empty: all together.")] = "",
+    service: Annotated[
+        str, typer.Option(help="A service, or odma.alive; empty: all together.")
+    ] = "",
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
-    """Exit with 0 if the service is serving, else with 1."""
+    """Exit with 0 if the service is serving, else with 1: it drains, or does not answer.
+
+    odma.alive is serving while the service drains, too.
+    """
     try:
-        with Client(target, retry_seconds=0) as client:
+        with connect(target, ca, cert, key) as client:
             serving = client.is_serving(service)
     except ServiceError as error:
         typer.echo(f"odma health: {error}", err=True)

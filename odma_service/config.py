@@ -30,7 +30,15 @@ from pydantic_settings import (
 from odma_service.errors import InvalidError
 
 PREFIX = "ODMA_"
-NOT_SETTINGS = {"ODMA_DATA_DIR", "ODMA_REFERENCE_DIR", "ODMA_REQUIRE_CLIENTS"}
+NOT_SETTINGS = {
+    "ODMA_CLIENT_CA",
+    "ODMA_CLIENT_CERT",
+    "ODMA_CLIENT_KEY",
+    "ODMA_DATA_DIR",
+    "ODMA_REFERENCE_DIR",
+    "ODMA_REQUIRE_CLIENTS",
+    "ODMA_TOKEN",
+}
 """Variables with our prefix that other tools of the project read."""
 
 UNIX = "unix:"
@@ -67,6 +75,13 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_metrics_address(address: str) -> str:
+    """Return `address` if it reads host:port or [host]:port, or is empty."""
+    if not address or (not address.startswith(UNIX) and _check_address(address)):
+        return address
+    raise ValueError(f"{address!r} is not host:port or [host]:port")
+
+
 class Settings(BaseSettings):
     """What a server is told. Times are seconds."""
 
@@ -99,17 +114,51 @@ class Settings(BaseSettings):
             ge=1, le=1024, description="Pools kept. The oldest closed one makes room for a new one."
         ),
     ] = 64
-    workers: Annotated[int, Field(ge=1, le=256, description="Threads that answer calls.")] = 8
+    workers: Annotated[int, Field(ge=1, le=256, description="Most threads that answer calls.")] = 64
     drain_seconds: Annotated[
         float,
         Field(ge=0, le=600, allow_inf_nan=False, description="Wait so long for calls at shutdown."),
     ] = 5.0
+    metrics_listen: Annotated[
+        str,
+        AfterValidator(_check_metrics_address),
+        Field(description="host:port where Prometheus scrapes metrics over HTTP; empty: nowhere."),
+    ] = "127.0.0.1:9464"
+    decision_log: Annotated[
+        Path | None,
+        Field(description="File for one JSON line about each request that ends; see the docs."),
+    ] = None
+    decision_log_bytes: Annotated[
+        int,
+        Field(ge=4096, le=2**40, description="Size at which the decision log's file is rotated."),
+    ] = 64 * 1024 * 1024
     log_format: Annotated[
         Literal["console", "json"], Field(description="Log lines for people or for machines.")
     ] = "console"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least severity logged.")
     ] = "info"
+    tls_cert: Annotated[
+        Path | None, Field(description="PEM file with the certificate chain of the TCP listeners.")
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(description="PEM file with its private key, for this user alone.")
+    ] = None
+    tls_client_ca: Annotated[
+        Path | None, Field(description="PEM file: clients need a certificate signed by one of it.")
+    ] = None
+    token_file: Annotated[
+        Path | None, Field(description="TOML file of who may call what; see docs/security.md.")
+    ] = None
+    allow_insecure: Annotated[
+        bool, Field(description="Listen beyond the loopback without TLS or without identities.")
+    ] = False
+    max_owner_pools: Annotated[
+        int, Field(ge=1, le=1024, description="Pools kept for one identity of the token file.")
+    ] = 16
+    max_calls: Annotated[
+        int, Field(ge=1, le=65_536, description="Calls answered or waiting at once.")
+    ] = 1024
 
     @classmethod
     def settings_customise_sources(

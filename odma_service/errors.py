@@ -13,6 +13,14 @@ OdmaError
 ├── RefusedError         a unary call was refused; `refusal` says why
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
+├── StreamLimitError     too many streams are open
+├── StreamReplacedError  the pool has a newer stream
+├── IdentityError        nothing says who calls, or nobody is known by it
+├── RoleError            the caller's role may not call this
+├── PoolForeignError     the name is that of somebody else's pool
+├── BusyError            too many calls at once
+├── MessageSizeError     the message is too large
+├── UnimplementedError   no such rpc here
 ├── ServiceError         a client's call failed, for none of these reasons
 │   └── UnavailableError     there was no answer; it may have been done
 └── BooksError           a pool's file cannot be used
@@ -130,6 +138,51 @@ class HandleError(OdmaError):
 
 class PoolLimitError(OdmaError):
     """No more pools, or no room for the books of one more."""
+
+
+class StreamLimitError(OdmaError):
+    """Too many streams are open."""
+
+
+class StreamReplacedError(OdmaError):
+    """The pool has a newer stream."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"pool {name!r} has a newer stream, which ended this one")
+        self.name = name
+
+
+class IdentityError(OdmaError):
+    """The caller gave no token or certificate, or one that nobody here is known by."""
+
+
+class RoleError(OdmaError):
+    """The caller is known, but its role may not make this call."""
+
+    def __init__(self, rpc: str, role: str) -> None:
+        super().__init__(f"the role {role} may not call {rpc}")
+        self.rpc = rpc
+        self.role = role
+
+
+class PoolForeignError(OdmaError):
+    """The name is that of somebody else's pool."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the pool name {name!r} is taken by somebody else; choose another")
+        self.name = name
+
+
+class BusyError(OdmaError):
+    """Too many calls at once: this one was not begun."""
+
+
+class MessageSizeError(OdmaError):
+    """The message is larger than the service takes."""
+
+
+class UnimplementedError(OdmaError):
+    """The service has no such rpc, or it is switched off."""
 
 
 class ServiceError(OdmaError):

@@ -109,27 +109,32 @@ class Device:
 
     `descriptor_seconds` is what one copy descriptor costs on top of its bytes. It is not
     published for the presets: 100 ns is an assumption, to be replaced by a measurement.
+    `copy_efficiency` is what copies of long runs reach of the bandwidth: for the presets, what
+    the LPDDR emulation gives (tests/test_lpddr.py holds it to that).
     """
 
     preset: str = "mlu370-x4"
     memory_bytes: int = 24 * 2**30
     bandwidth_bytes_per_second: float = 307.2e9
     descriptor_seconds: float = 100e-9
+    copy_efficiency: float = 0.89
 
     def __post_init__(self) -> None:
         if not 1e6 <= self.bandwidth_bytes_per_second <= 1e15:
             raise InvalidError("bandwidth_bytes_per_second", "1e6 to 1e15")
         if not 0 <= self.descriptor_seconds <= 1:
             raise InvalidError("descriptor_seconds", "0 to 1")
+        if not 0 < self.copy_efficiency <= 1:
+            raise InvalidError("copy_efficiency", "above 0, at most 1")
 
     def token_seconds(self, bytes_per_token: int) -> float:
         """Return what copying one token costs: every byte is read and written."""
-        return 2 * bytes_per_token / self.bandwidth_bytes_per_second
+        return 2 * bytes_per_token / (self.bandwidth_bytes_per_second * self.copy_efficiency)
 
 
 PRESETS = {
     "mlu370-x4": Device(),
-    "mlu370-x8": Device("mlu370-x8", 48 * 2**30, 614.4e9),
+    "mlu370-x8": Device("mlu370-x8", 48 * 2**30, 614.4e9, copy_efficiency=0.87),
 }
 
 

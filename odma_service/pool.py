@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import astuple, dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from odma_service._native import (
@@ -18,6 +19,7 @@ from odma_service._native import (
     Arena,
     ArenaGeometry,
     ArenaReport,
+    Completion,
     EngineRecord,
     Histogram,
     RegionEntry,
@@ -54,6 +56,8 @@ OTHER_CLASSES = "(other)"
 class PoolSpec:
     """What an owner said when it opened the pool. capacity_tokens becomes whole blocks.
 
+    `owner` is the identity that opened it, "" where nobody was asked who he is.
+
     A field that breaks its rule is an InvalidError that names it.
     """
 
@@ -72,12 +76,15 @@ class PoolSpec:
     max_regions: int = 1024
     max_ops: int = 1024
     max_copies: int = 1024
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise InvalidError("name", NAME_RULE)
         if not 1 <= len(self.open_id.encode(errors="replace")) <= 64:
             raise InvalidError("open_id", "1 to 64 bytes")
+        if self.owner and not NAME.fullmatch(self.owner):
+            raise InvalidError("owner", NAME_RULE)
         if self.block_tokens not in {2**i for i in range(11)}:
             raise InvalidError("block_tokens", "a power of two, 1 to 1,024")
         most_tokens = min(MOST_CAPACITY_TOKENS, MOST_BLOCKS * self.block_tokens)
@@ -345,6 +352,12 @@ class Pool:
         """List what starts at or after `from_token` in address order, at most `room`."""
         return self._arena.regions(from_token, room)
 
+    def bucket_regions(self) -> list[int]:
+        """Count the live regions under each limit of the policy, rounded up to blocks."""
+        block_tokens, lengths = self._spec.block_tokens, self._arena.lengths()
+        limits = [-(-limit // block_tokens) * block_tokens for limit in self._policy.limits_tokens]
+        return [int(((lengths > a) & (lengths <= b)).sum()) for a, b in pairwise((0, *limits))]
+
     def check(self) -> None:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
         self._arena.check()
@@ -357,12 +370,15 @@ class Pool:
         """Return the lengths of all completions."""
         return self._arena.histogram(CLASS_POOL)
 
+    def completions(self) -> list[Completion]:
+        """Return the last completions of all classes, at most 256, oldest first."""
+        return self._arena.completions(CLASS_POOL)
+
     def classes(self) -> list[ClassHistory]:
         """Return what is known about each request class that has a name or completions."""
-        named = list(enumerate(self._arena.class_names()))
-        histories = [self._history(index, name) for index, name in named]
-        others = self._history(CLASS_OTHER, OTHER_CLASSES)
-        return histories + [others] * (others.histogram.completions > 0)
+        named = [self.class_history(index) for index in range(len(self._arena.class_names()))]
+        others = self.class_history(CLASS_OTHER)
+        return named + [others] * (others.histogram.completions > 0)
 
     def quantiles(self, request_class: str, more_than: int = 0) -> Quantiles | None:
         """Return quantiles of a class's output tokens, given that they exceed `more_than`.
@@ -373,7 +389,9 @@ class Pool:
         known = self._arena.quantiles(index, more_than)
         return None if known is None else known[0]
 
-    def _history(self, index: int, name: str) -> ClassHistory:
+    def class_history(self, index: int) -> ClassHistory:
+        """Return what is known about the class of an index below report().classes."""
+        name = OTHER_CLASSES if index == CLASS_OTHER else self._arena.class_names()[index]
         known = self._arena.quantiles(index)
         return ClassHistory(name, self._arena.histogram(index), known and known[0])
 

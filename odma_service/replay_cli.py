@@ -20,22 +20,7 @@ from odma_service import replay, traces
 from odma_service.errors import InvalidError
 
 SHARED_MEMORY = Path("/dev/shm")
-HEADINGS = (
-    "policy",
-    "tokens/s",
-    "of ideal",
-    "running",
-    "written/cap",
-    "written/res",
-    "preempted",
-    "recomputed",
-    "copies",
-    "copy time",
-    "TTFT p50/p99 s",
-    "TPOT p50/p99 ms",
-    "safety hits",
-    "recal.",
-)
+TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -45,6 +30,7 @@ def replay_command(
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
     ] = 1,
@@ -59,6 +45,12 @@ def replay_command(
         int | None,
         typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
+    ] = "mlu370-x4",
+    peak_tflops: Annotated[
+        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+    ] = 96.0,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
     ] = 256,
@@ -66,6 +58,10 @@ def replay_command(
         float | None,
         typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
     ] = None,
+    swap_gbytes: Annotated[
+        float,
+        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+    ] = 0.0,
     predictor: Annotated[
         str | None,
         typer.Option(help="live, exact or lognormal:SIGMA, for all policies that predict."),
@@ -74,7 +70,7 @@ def replay_command(
         Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Directory for JSON, CSV and plots (with matplotlib).")
+        Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, as the last line.")
@@ -82,13 +78,19 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
+    serving = replay.Serving(
+        device,
+        peak_flops_per_second=peak_tflops * 1e12,
+        swap_bytes_per_second=swap_gbytes * 1e9,
+    )
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = traces.read_trace(path, rows)
+            load = replay.marked(traces.read_trace(path, rows), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
+                serving,
                 batch_cap=batch_cap,
                 closed=rate is None,
                 rate=rate or 1.0,
@@ -100,10 +102,10 @@ def replay_command(
                 comparison = replay.compare(load, names, setting, tuning, directory, watch)
             compared.append(comparison)
             if not as_json:
-                show(comparison, load.notes)
+                show(comparison)
     if report is not None:
-        replay.write_report(compared, report)
-        typer.echo(f"wrote {report}", err=as_json)
+        for line in (*replay.write_report(compared, report), f"wrote {report}"):
+            typer.echo(line, err=as_json)
     if as_json:
         typer.echo(json.dumps(_object(compared)))
 
@@ -157,10 +159,11 @@ def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
     return objects[0] if len(objects) == 1 else {"traces": objects}
 
 
-def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
+def show(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = Console()
+    console = Console(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [
@@ -169,7 +172,7 @@ def show(comparison: replay.Comparison, notes: Sequence[str] = ()) -> None:
         _sizes(facts),
         _assumed(facts["assumptions"]),
         f"parameters {facts['parameter_hash']}, {_windows(facts['windows'])}",
-        *(f"note: {note}" for note in notes),
+        *(f"note: {note}" for note in comparison.notes),
     ]
     if not comparison.load_class.memory_bound:
         lines.append("memory is not what this load is short of: its ratios prove little")
@@ -192,9 +195,11 @@ def _assumed(assumed: dict[str, Any]) -> str:
         f"{assumed['device']}, {assumed['model']}: "
         f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
         f"{assumed['bandwidth_bytes_per_second'] / 1e9:g} GB/s x "
-        f"{assumed['bandwidth_efficiency']:g}, pages at "
+        f"{assumed['sequential_bandwidth_share']:.3f} (copies x "
+        f"{assumed['copy_bandwidth_share']:.3f}), emulated, pages at "
         + ", ".join(f"{k}: {v:g}" for k, v in assumed["paged_bandwidth_shares"].items())
-        + f" of that; batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
+        + f" of long runs ({assumed['pages_in_flight']} in flight); "
+        f"batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
         f" {assumed['prefix_cache']}"
     )
 
@@ -207,31 +212,11 @@ def _windows(windows: Sequence[dict[str, Any]]) -> str:
 
 def _table(facts: dict[str, Any]) -> Table:
     table = Table()
-    for heading in HEADINGS:
+    for heading, _ in replay.COLUMNS:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name, row in facts["policies"].items():
-        table.add_row(
-            name,
-            _with_interval(row["tokens_per_s"], row["tokens_per_s_ci95"], 1),
-            _with_interval(row["over_ideal_paging"], row["over_ideal_paging_ci95"], 3),
-            f"{row['mean_running']:.1f}",
-            f"{row['utilisation_written_over_capacity']:.1%}",
-            f"{row['utilisation_written_over_reserved']:.1%}",
-            f"{row['preemptions']:,.0f}",
-            f"{row['recomputed_tokens']:,.0f}",
-            f"{row['copies']:,.0f}",
-            f"{row['copy_share_of_time']:.2%}",
-            f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}",
-            f"{row['tpot_p50_s'] * 1e3:.0f} / {row['tpot_p99_s'] * 1e3:.0f}",
-            f"{row['safety_hits']:,.0f}",
-            f"{row['recalibrations']:,.0f}",
-        )
+        table.add_row(*(cell(name, row) for _, cell in replay.COLUMNS))
     return table
-
-
-def _with_interval(value: float, half: float | None, digits: int) -> str:
-    shown = f"{value:,.{digits}f}"
-    return shown if half is None else f"{shown} ± {half:.{digits}f}"
 
 
 def tune_command(

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from odma_service.config import UNIX, Settings
 from odma_service.errors import OdmaError
+from odma_service.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
     memory_service_pb2,
@@ -34,22 +35,39 @@ from odma_service.rpc.v1.predictor_service_pb2_grpc import (
     PredictorServiceServicer,
     add_PredictorServiceServicer_to_server,
 )
+from odma_service.service.access import Access
+from odma_service.service.decisions import DecisionLog
 from odma_service.service.emulator import EmulatorService
+from odma_service.service.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.memory import MemoryService
 from odma_service.service.pools import PoolService
-from odma_service.service.registry import Registry
+from odma_service.service.reaper import reaping
+from odma_service.service.registry import Registry, draining
+from odma_service.service.tls import credentials_of
+from odma_service.service.witness import Witness
 
-LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
+SPARE_STREAMS = 16
+"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
+
 OPTIONS = (
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    *GUARD_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+    # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
 )
+MOST_HEALTH_WATCHERS = 64
+"""Clients that watch the health at once, each with a thread of its own; others wait."""
+
+ALIVE = "odma.alive"
+"""The health of this name is SERVING as long as the process answers, while it drains too."""
+
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
 """Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-LOOPBACK = ("127.", "localhost:", "[::1]:", UNIX)
 
 SERVED = (
     (memory_service_pb2, "MemoryService"),
@@ -65,45 +83,72 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
+    witness = Witness(decisions=_decision_log(settings))
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
+        max_owner_pools=settings.max_owner_pools,
         boot_id=BOOT_ID.read_text().strip(),
         monotonic=time.monotonic,
         wall=time.time,
+        witness=witness,
     )
     registry.attach_all()
     try:
-        _serve(settings, registry)
+        with reaping(registry):
+            _serve(settings, registry)
     finally:
         registry.close()
+        witness.close()
     log.info("stopped")
 
 
 def _serve(settings: Settings, registry: Registry) -> None:
-    calls = ThreadPoolExecutor(settings.workers, thread_name_prefix="call")
-    server = grpc.server(calls, options=OPTIONS)
-    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    memory = MemoryService(registry)  # type: ignore[abstract]
-    pools = PoolService(registry)  # type: ignore[abstract]
+    calls = Calls(settings.workers)
+    identities = Access(settings.token_file) if settings.token_file else None
+    metrics = metrics_of(registry)
+    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
+    server = grpc.server(
+        calls,
+        options=(*OPTIONS, most_streams),
+        interceptors=[RpcMetrics(metrics), Guard(identities, calls, settings.max_calls)],
+        maximum_concurrent_rpcs=2 * settings.max_calls,
+    )
+    memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
+    pools = PoolService(registry)
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
+    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
     add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)  # type: ignore[abstract]
     add_EmulatorServiceServicer_to_server(EmulatorService(), server)
     healthy = _add_health(server)
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
-    with _listening(server, settings.listen) as addresses:
+    with (
+        _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
+        serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+    ):
         server.start()
+        log.info(
+            "serving",
+            addresses=addresses,
+            metrics=metrics_address,
+            pool_dir=str(settings.pool_dir),
+        )
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
-        log.info("serving", addresses=addresses, pool_dir=str(settings.pool_dir))
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
-        healthy.enter_graceful_shutdown()
+        for name in ("", *_names()):  # but not ALIVE
+            healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         registry.close()
+        memory.streams.end_all(draining())
+        registry.witness.events.end()
         time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
         server.stop(settings.drain_seconds).wait()
+    memory.streams.close()
+    pools.watchers.close()
     calls.shutdown()
 
 
@@ -116,8 +161,14 @@ def _names() -> list[str]:
 
 def _add_health(server: grpc.Server) -> health.HealthServicer:
     """Add the standard health service, which tells of each service and of all together."""
-    healthy = health.HealthServicer()
+    # Its other kind of Watch freezes the whole server: it sends to one client under the lock that
+    # the end of another one's call waits for, in the thread that would do the sending.
+    watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
+    healthy = health.HealthServicer(
+        experimental_non_blocking=False, experimental_thread_pool=watchers
+    )
     status = health_pb2.HealthCheckResponse
+    healthy.set(ALIVE, status.SERVING)
     for i, name in enumerate(_names()):
         healthy.set(name, status.SERVING if i < len(SERVED) else status.NOT_SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -133,14 +184,16 @@ def _wait_for_stop() -> None:
 
 
 @contextmanager
-def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[str]]:
+def _listening(
+    server: grpc.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
+) -> Iterator[list[str]]:
     """Bind the server to addresses; yield them with the ports that were really taken."""
     sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
     for path in sockets:
         _remove_stale(path)
     old_mask = os.umask(0o177)
     try:
-        bound = [_bind(server, address) for address in addresses]
+        bound = [_bind(server, address, credentials) for address in addresses]
     finally:
         os.umask(old_mask)
     try:
@@ -150,13 +203,20 @@ def _listening(server: grpc.Server, addresses: Sequence[str]) -> Iterator[list[s
             path.unlink(missing_ok=True)
 
 
-def _bind(server: grpc.Server, address: str) -> str:
-    if not address.startswith(LOOPBACK):
-        log.warning("listening beyond loopback, where anybody may call", address=address)
+def _decision_log(settings: Settings) -> DecisionLog | None:
+    if settings.decision_log is None:
+        return None
+    return DecisionLog(settings.decision_log, settings.decision_log_bytes)
+
+
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
     if not _is_unix(address):
         _try_bind(address)
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None or _is_unix(address):
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OdmaError(f"cannot listen on {address}: {error}") from None
     return address if _is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
@@ -225,7 +285,12 @@ def _configure_log(settings: Settings) -> None:
     form: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if settings.log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # The usual traceback shows local variables: prompts.
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
     )
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(

@@ -31,7 +31,7 @@ def list_of(pools: Iterable[pool_pb.PoolSummary]) -> RenderableType:
     for pool in pools:
         table.add_row(
             pool.pool.name,
-            _state(pool),
+            state(pool),
             pool.policy,
             f"{pool.capacity_tokens:,}",
             f"{pool.free_tokens:,}",
@@ -53,7 +53,7 @@ def picture(
     return Group(
         _headline(pool),
         Text(),
-        _bar(pool, regions, max(width - MARGIN, 10)),
+        bar(pool, regions, max(width - MARGIN, 10)),
         Text(),
         Columns(tables, padding=(1, 3)),
     )
@@ -79,7 +79,8 @@ def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
     return table
 
 
-def _state(pool: pool_pb.PoolSummary) -> str:
+def state(pool: pool_pb.PoolSummary) -> str:
+    """Return how far the pool's owner is, in lower case."""
     return pool_pb.PoolState.Name(pool.state).removeprefix("POOL_STATE_").lower()
 
 
@@ -89,7 +90,7 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
     size = summary.capacity_tokens * pool.bytes_per_token / 1e9
     return Text.assemble(
         (summary.pool.name, "bold"),
-        f"  {_state(summary)}, epoch {summary.pool.epoch}, batch {pool.last_seq}, "
+        f"  {state(summary)}, epoch {summary.pool.epoch}, batch {pool.last_seq}, "
         f"idle {summary.idle_seconds:,.1f} s\n"
         f"{summary.capacity_tokens:,} tokens in blocks of {pool.block_tokens}, "
         f"{pool.bytes_per_token:,} bytes a token: {size:,.1f} GB a rank\n"
@@ -99,7 +100,8 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
     )
 
 
-def _bar(pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int) -> Text:
+def bar(pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int) -> Text:
+    """Return the pool's addresses as rows of cells, `width` each, and what they mean below."""
     capacity = pool.summary.capacity_tokens
     kinds = cells(capacity, regions, BAR_ROWS * width)
     bar = Text()

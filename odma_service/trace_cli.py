@@ -25,7 +25,9 @@ app = typer.Typer(no_args_is_help=True, help="Describe, generate and import requ
 
 @app.command()
 def describe(
-    file: Annotated[Path, typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    file: Annotated[
+        Path, typer.Argument(help="Parquet, Azure CSV, Mooncake JSONL or a decision log.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a trace's size, rate, lengths and cap."""
@@ -71,10 +73,12 @@ def servegen(
 
 @app.command("import")
 def import_(
-    src: Annotated[Path, typer.Argument(help="Azure CSV, Mooncake JSONL or parquet.")],
+    src: Annotated[
+        Path, typer.Argument(help="Azure CSV, Mooncake JSONL, a decision log or parquet.")
+    ],
     out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
 ) -> None:
-    """Turn a published trace into parquet."""
+    """Turn a published trace, or a decision log, into parquet."""
     with _failing_in_one_line():
         trace = traces.import_trace(src, out)
     _report(trace, out)

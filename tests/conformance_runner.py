@@ -22,6 +22,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from odma_service.client import Client, PoolClient
+from odma_service.client.streaming import ApplyStream
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
     emulator_service_pb2_grpc,
@@ -337,6 +338,7 @@ class Player:
         self.names: Names = {"$name": f"conformance-{mark}"}
         self.names |= {f"${name}": f"{mark}{name}" for name in ("id", "id2", "id3")}
         self.engines: dict[str, Engine] = {}
+        self.streams: dict[str, ApplyStream] = {}
         self.rpcs: dict[str, tuple[Callable[..., Message], type[Message]]] = {}
         for service, (messages, stubs) in SERVICES.items():
             stub = getattr(stubs, f"{service}Stub")(channel)
@@ -365,16 +367,19 @@ class Player:
         elif "play" in step:
             self.play(self.parts[step["play"]])
         elif "error" in step:
-            self.fail(step["rpc"], step.get("send", {}), step["error"])
+            self.fail(step, step["error"])
         elif "invalid" in step:
-            self.fail(step["rpc"], step.get("send", {}), invalid(step["invalid"]))
+            self.fail(step, invalid(step["invalid"]))
         else:
-            self.succeed(step["rpc"], step.get("send", {}), step.get("expect", {}))
+            self.succeed(step)
 
-    def fail(self, rpc: str, send: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def fail(self, step: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Call past the client, to see the status as it is on the wire."""
         before = self.books()
+        rpc, send = step["rpc"], step.get("send", {})
         method, request = self.rpcs[rpc]
+        if "stream" in step:
+            method = self.stream(step["stream"])
         try:
             answer = method(ParseDict(self.message(rpc, send), request()), timeout=TIMEOUT_SECONDS)
         except grpc.RpcError as error:
@@ -383,10 +388,15 @@ class Player:
             raise Failure(f"no error, but {answer}")
         insist(self.books() == before, "the books changed")
 
-    def succeed(self, rpc: str, send: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+    def succeed(self, step: Mapping[str, Any]) -> None:
+        rpc, send, expect = step["rpc"], step.get("send", {}), step.get("expect", {})
         message = self.message(rpc, send)
         before = self.books()
-        response = self.call(rpc, message, own_seq="seq" in send)
+        if "stream" in step:
+            filled = ParseDict(message, memory_service_pb2.ApplyRequest())
+            response: Message = self.client.call(self.stream(step["stream"]), filled)
+        else:
+            response = self.call(rpc, message, own_seq="seq" in send)
         answer = plain(response)
         self.note(rpc, message, answer, response)
         if rpc == "Apply":
@@ -408,6 +418,12 @@ class Player:
             max_copy_tokens=message.get("max_copy_tokens"),
             pass_refused=filled.pass_refused,
         )
+
+    def stream(self, name: str) -> ApplyStream:
+        """Return the stream of a name, opened when the name is first met."""
+        if name not in self.streams:
+            self.streams[name] = ApplyStream(self.client.memory).__enter__()
+        return self.streams[name]
 
     def message(self, rpc: str, send: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is sent: the step's message with the fields that it leaves out."""
@@ -491,6 +507,8 @@ class Player:
             insist(free + held + waiting == engine.capacity, "the books do not balance")
 
     def close(self) -> None:
+        for stream in self.streams.values():
+            stream.__exit__(None, None, None)
         for engine in self.engines.values():
             engine.client.close_pool()
 

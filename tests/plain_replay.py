@@ -41,18 +41,24 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True):
                 ended.append(Ended(run, End.PREEMPTED, generated[run.number]))
                 queue.insert(0, run.number)
                 history.preemptions += 1
-                history.recomputed_tokens += written(run)
+                if prices.swapped_token_ps:
+                    step_copies += written(run) * prices.swapped_token_ps
+                else:
+                    history.recomputed_tokens += written(run)
                 stalled = [r for r in stalled if r is not run]
             for placed, entry in zip(decision.placed, asked, strict=False):
                 births += 1
                 run = Run(entry.number, entry.request, births)
-                run.handle, run.room = placed
+                run.handle, run.room, cached = placed
                 run.lead = entry.request.prompt_tokens + entry.generated_tokens
                 running.append(run)
                 queue.remove(entry.number)
                 fresh.append(run)
-                step_prefill += prices.prefill_ps(run.lead)
-            step_copies = prices.copies_ps(decision.copies, decision.copied_tokens)
+                if prices.swapped_token_ps and entry.number in generated:
+                    step_copies += run.lead * prices.swapped_token_ps
+                else:
+                    step_prefill += prices.prefill_ps(run.lead) - prices.prefill_ps(cached)
+            step_copies += prices.copies_ps(decision.copies, decision.copied_tokens)
             history.copies += decision.copies
             history.copied_tokens += decision.copied_tokens
         if history.emptied is None and not queue and not to_come:

@@ -637,18 +637,23 @@ def test_a_page_beyond_the_end_is_empty(pools, engine):
 
 
 @pytest.mark.parametrize(
-    ("message", "code"),
+    ("message", "code", "reason"),
     [
-        (b"\xff" * 100, Code.INTERNAL),  # not protobuf: gRPC's own answer
-        (b"\x0a\x03\x0a\x01\xff", Code.INTERNAL),  # a name that is not UTF-8
-        (b"\x32\x00" * (2 * 2**20 + 1), Code.RESOURCE_EXHAUSTED),  # 4 MiB + 2
+        (b"\xff" * 100, Code.INVALID_ARGUMENT, "INVALID"),
+        (b"\x0a\x03\x0a\x01\xff", Code.INVALID_ARGUMENT, "INVALID"),
+        (b"\x32\x00" * (2 * 2**20 + 1), Code.RESOURCE_EXHAUSTED, "MESSAGE_SIZE"),  # 4 MiB + 2
+        (b"\x32\x00" * (4 * 2**20 + 1), Code.RESOURCE_EXHAUSTED, None),  # gRPC's own answer
     ],
-    ids=["garbage", "not UTF-8", "too large"],
+    ids=["garbage", "not UTF-8", "too large", "far too large"],
 )
-def test_a_message_that_is_none(service, server, engine, message, code):
-    before = books(service, engine.ref.name)
+def test_a_message_that_is_none(service, server, engine, message, code, reason):
     with grpc.insecure_channel(server.target) as channel:
+        call = channel.unary_unary("/odma.v1.MemoryService/Apply")
+        if reason:
+            fails(service, engine.ref.name, call, message, code, None, reason)
+            return
+        before = books(service, engine.ref.name)
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary("/odma.v1.MemoryService/Apply")(message)
+            call(message)
         assert caught.value.code() == code
-    assert books(service, engine.ref.name) == before
+        assert books(service, engine.ref.name) == before

@@ -53,6 +53,21 @@ def test_a_figure_table_is_for_people():
     assert "ratio to malloc" in run.stdout
 
 
+def test_a_decode_step_is_measured_beside_an_echo():
+    run = odma("bench", "rpc", "--steps", "10", "--repeats", "1", "--json")
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    measured = [*told["apply"].values(), *told["predicted"].values()]
+    assert len(measured) == 5
+    assert isinstance(told["tls"], dict) == bool(shutil.which("openssl"))
+    measured += told["tls"].values() if shutil.which("openssl") else []
+    for ways in [*measured, {"unary": told["allocate"]}]:
+        for way in ways.values():
+            assert min(way.values()) > 0
+    assert set(told["styles"]) == {"threads", "asyncio", "executor"}
+    assert told["goals"] == {"p50_ratio_16": 1.3, "p50_ratio_64": 2.0}
+
+
 def test_without_a_source_tree_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "ROOT", tmp_path)
     with pytest.raises(BenchError, match="source tree"):

@@ -599,38 +599,47 @@ def test_what_no_class_can_be_is_refused(arena):
 # --- bucket limits ---
 
 BINS = st.lists(
-    st.tuples(st.integers(1, 50), st.integers(0, 20) | st.floats(0, 20)), min_size=1, max_size=9
+    st.tuples(
+        st.integers(1, 50),
+        st.integers(0, 20) | st.floats(0, 20),
+        st.just(0.0) | st.floats(0, 1_000),
+    ),
+    min_size=1,
+    max_size=9,
 )
 
 
-def least_waste(weights, upper, limit_count):
+def least_waste(weights, upper, tolls, limit_count):
     """Try every choice of limits that ends with the last bin."""
     choices = (
         (*others, upper[-1])
         for count in range(min(limit_count, len(upper)))
         for others in combinations(upper[:-1], count)
     )
-    return min(waste_of(weights, upper, limits) for limits in choices)
+    return min(waste_of(weights, upper, tolls, limits) for limits in choices)
 
 
-def waste_of(weights, upper, limits):
-    return sum(
+def waste_of(weights, upper, tolls, limits):
+    reserved = sum(
         weight * (min(limit for limit in limits if limit >= length) - length)
         for weight, length in zip(weights, upper, strict=True)
     )
+    return reserved + sum(tolls[upper.index(limit)] for limit in limits[:-1])
 
 
 @given(BINS, st.integers(1, 5))
 def test_no_limits_waste_less_than_the_optimal_ones(bins, limit_count):
-    gaps, weights = zip(*bins, strict=True)
+    gaps, weights, tolls = zip(*bins, strict=True)
     upper = np.cumsum(gaps).tolist()
-    limits, waste = optimal_limits(weights, upper, limit_count)
+    limits, waste = optimal_limits(weights, upper, limit_count, np.array(tolls))
     assert list(limits) == sorted(set(limits))
     assert limits[-1] == upper[-1]
     assert len(limits) <= limit_count
     assert set(limits) <= set(upper)
-    assert waste == pytest.approx(waste_of(weights, upper, limits), abs=1e-6)
-    assert waste == pytest.approx(least_waste(weights, upper, limit_count), abs=1e-6)
+    assert waste == pytest.approx(waste_of(weights, upper, tolls, limits), abs=1e-6)
+    assert waste == pytest.approx(least_waste(weights, upper, tolls, limit_count), abs=1e-6)
+    if not any(tolls):
+        assert optimal_limits(weights, upper, limit_count) == (limits, waste)
 
 
 def test_limits_that_cannot_be_found_are_refused():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -13,7 +12,7 @@ from conftest import books, open_pool, wait_for
 
 from odma_service import errors
 from odma_service.client import Client, PoolClient, allocate, extend, free, trim, used
-from odma_service.errors import OdmaError, ServiceError, UnavailableError
+from odma_service.errors import OdmaError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import (
@@ -22,81 +21,6 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import (
 )
 from odma_service.service.statuses import reports_errors
 from odma_service.values import End, Reason, Refusal
-
-
-class Wire:
-    """A network between a client and a server that can hold answers back and lose them."""
-
-    def __init__(self, target):
-        host, _, port = target.rpartition(":")
-        self._server = (host, int(port))
-        self._answers_pass = threading.Event()
-        self._answers_pass.set()
-        self._open = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def hold_answers(self):
-        self._answers_pass.clear()
-
-    def lose_answers(self):
-        """Cut all connections; what is asked from now on is answered."""
-        for connection in self._open:
-            connection.close()
-        self._answers_pass.set()
-
-    def close(self):
-        self._listener.close()
-        self.lose_answers()
-
-    def _accept(self):
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                connection = Connection(client, socket.create_connection(self._server))
-                self._open.append(connection)
-                for pump in (connection.ask, connection.answer):
-                    threading.Thread(target=pump, args=(self._answers_pass,), daemon=True).start()
-
-
-class Connection:
-    """Both halves of a connection, and a thread for each direction."""
-
-    def __init__(self, client, server):
-        self._client, self._server = client, server
-        self._cut = False
-
-    def ask(self, _):
-        self._pump(self._client, self._server, None)
-
-    def answer(self, may_pass):
-        self._pump(self._server, self._client, may_pass)
-
-    def close(self):
-        self._cut = True
-        for half in (self._client, self._server):
-            with suppress(OSError):
-                half.shutdown(socket.SHUT_RDWR)
-
-    def _pump(self, source, sink, may_pass):
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if may_pass:
-                    may_pass.wait()
-                if self._cut:
-                    break
-                sink.sendall(data)
-        self.close()
-        source.close()
-
-
-@pytest.fixture
-def wire(server):
-    wire = Wire(server.target)
-    yield wire
-    wire.close()
-
 
 # --- answers ---
 
@@ -306,9 +230,8 @@ def test_after_these_errors_the_call_may_have_been_done(error, kind):
 
 def test_a_message_that_is_too_large_is_the_callers_mistake(pool):
     operations = [allocate(f"r{i}", 10, text="x" * 16_384) for i in range(300)]
-    with pytest.raises(ServiceError, match="RESOURCE_EXHAUSTED") as caught:
+    with pytest.raises(errors.MessageSizeError):
         pool.apply(ops=operations)
-    assert not isinstance(caught.value, UnavailableError)
     assert pool.apply().seq == 1
 
 

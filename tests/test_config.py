@@ -86,7 +86,7 @@ def test_an_unknown_variable_is_an_error_that_names_its_neighbours(monkeypatch):
 
 def test_an_unknown_variable_without_neighbours_is_told_what_there_is(monkeypatch):
     monkeypatch.setenv("ODMA_ZZZ", "5")
-    assert "known are ODMA_CONFIG, ODMA_DRAIN_SECONDS" in complaint()
+    assert "known are ODMA_ALLOW_INSECURE, ODMA_CONFIG" in complaint()
 
 
 @pytest.mark.parametrize("variable", ["ODMA_DATA_DIR", "ODMA_REQUIRE_CLIENTS"])
@@ -142,6 +142,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("listen", ["[::1:50051"]),
         ("listen", ["unix:relative"]),
         ("listen", ["unix:/" + "x" * 107]),
+        ("metrics_listen", "9464"),
+        ("metrics_listen", "unix:/run/odma.metrics"),
+        ("decision_log_bytes", 1),
     ],
 )
 def test_a_bad_value_names_its_flag(field, value):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from conftest import wait_for
-from test_conformance import JAVASCRIPT, ROOT, need_node, run
+import pytest
+from conftest import Server, wait_for
+from test_conformance import BUILD_SECONDS, JAVASCRIPT, ROOT, need_cpp, need_node, run
 
 from odma_service.client import Client
 from odma_service.errors import PoolNotFoundError
@@ -38,16 +40,36 @@ def test_the_javascript_engine_runs(server):
     assert "copies 0" not in told
 
 
+@pytest.mark.timeout(BUILD_SECONDS + 100)
+def test_the_cpp_engine_runs(server):
+    told = run(need_cpp() / "engine", server.target)
+    assert "finished 100" in told
+    assert "copies 0" not in told
+
+
+def test_the_python_engine_outlives_a_killed_service(servers):
+    engine = [sys.executable, ROOT / "examples" / "python" / "engine.py"]
+    outlive(servers(), engine, "example-python")
+
+
 def test_the_javascript_engine_outlives_a_killed_service(servers):
-    server = servers()
-    command = [need_node(), JAVASCRIPT / "engine.js", server.target]
+    outlive(servers(), [need_node(), JAVASCRIPT / "engine.js"], "example-javascript")
+
+
+@pytest.mark.timeout(BUILD_SECONDS + 100)
+def test_the_cpp_engine_outlives_a_killed_service(servers):
+    outlive(servers(), [need_cpp() / "engine"], "example-cpp")
+
+
+def outlive(server: Server, command: list[str | Path], pool: str) -> None:
+    """Run an engine, kill the service under it and start that again; the engine must finish."""
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine,
+        subprocess.Popen([*command, server.target], stdout=subprocess.PIPE, text=True) as engine,
         Client(server.target) as service,
     ):
-        wait_for(lambda: last_seq(service, "example-javascript") > 100, "batch 100")
+        wait_for(lambda: last_seq(service, pool) > 100, "batch 100")
         server.restart()
-        assert last_seq(service, "example-javascript") > 100
+        assert last_seq(service, pool) > 100
         told, _ = engine.communicate(timeout=100)
     assert engine.returncode == 0
     assert "finished 100" in told

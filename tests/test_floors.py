@@ -26,12 +26,15 @@ FLOORS = {
         "arena_cli",
         "bench",
         "cli",
+        "connect",
         "demo",
         "lpddr_cli",
         "replay_cli",
         "reproduce_cli",
         "status",
+        "top",
         "trace_cli",
+        "watch_cli",
     },
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import CAPACITY_TOKENS, GEOMETRY, books, open_pool
+from conftest import CAPACITY_TOKENS, books, open_in, open_pool, registry_of, state
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -38,8 +38,6 @@ from odma_service.rpc.v1 import (
 )
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
-from odma_service.service.opening import first_policy, spec_from
-from odma_service.service.registry import Registry
 from odma_service.values import Allocate, Batch, End, Reason
 
 PREFIX = "odma.v1."
@@ -72,16 +70,11 @@ def test_the_standard_health_service_tells_what_works(channel, name, status):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda channel: MemoryServiceStub(channel).KeepAlive(pb.KeepAliveRequest()),
-        lambda channel: next(MemoryServiceStub(channel).Stream(iter([pb.StreamRequest()]))),
-        lambda channel: next(
-            pool_service_pb2_grpc.PoolServiceStub(channel).Watch(pool_pb.WatchRequest())
-        ),
         lambda channel: predictor_service_pb2_grpc.PredictorServiceStub(channel).Predict(
             predictor_service_pb2.PredictRequest()
         ),
     ],
-    ids=["KeepAlive", "Stream", "Watch", "Predict"],
+    ids=["Predict"],
 )
 def test_what_is_not_built_says_so(channel, call):
     with pytest.raises(grpc.RpcError) as caught:
@@ -497,56 +490,17 @@ def test_an_unknown_pool_is_named_as_a_resource(channel, name):
 # --- the registry, with clocks of its own ---
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def registry(tmp_path, clock):
-    registry = registry_of(tmp_path, clock)
-    yield registry
-    registry.close()
-
-
-def registry_of(directory, clock, max_pools=3, boot_id="boot"):
-    return Registry(directory, max_pools=max_pools, boot_id=boot_id, monotonic=clock, wall=clock)
-
-
-def open_in(registry, name, **fields):
-    usual = {"open_id": name, "capacity_tokens": 1024, "moves": types.MOVES_ANY}
-    spec = spec_from(pb.OpenPoolRequest(name=name, geometry=GEOMETRY, **usual | fields))
-    policy = first_policy(types.PolicyChange(), spec)
-    return registry.open(spec, policy, keep_policy=True, take_over=False)
-
-
-def state(registry, name):
-    with registry.viewed(name) as view:
-        return view.pool.epoch, view.idle_seconds
-
-
 def test_a_silent_owner_loses_its_pool_only_after_the_retention_time(registry, clock):
     epoch = open_in(registry, "p", ttl_seconds=5, retention_seconds=10).epoch
     clock.now += 10
     assert state(registry, "p") == (epoch, 10)
     with registry.owned("p", epoch):
-        assert state_of(registry, "p") == 0
+        pass
+    assert state(registry, "p") == (epoch, 0)
     clock.now += 10.1
     assert state(registry, "p")[0] == 0
     with pytest.raises(EpochError), registry.owned("p", epoch):
         pass
-
-
-def state_of(registry, name):
-    return registry._idle_seconds(registry._entries[name])
 
 
 def test_epochs_rise_even_when_the_clock_does_not(registry, clock):

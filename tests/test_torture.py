@@ -1,4 +1,6 @@
-"""What a kill leaves behind is what was acknowledged: a few kills here, `make torture` for many."""
+"""What a kill leaves behind is what was acknowledged: a few kills here, `make torture` for many,
+and `make soak` for long.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,19 @@ def test_nothing_is_forgotten_when_processes_are_killed():
     assert [told[kind] for kind in KINDS] == [0, 0, 0, 0]
     assert told["in_batch"] > 0
     assert told["acknowledged"] > 60
+
+
+def test_nothing_is_forgotten_while_engines_and_the_server_fail():
+    command = [sys.executable, "-m", "odma_service", "bench", "soak"]
+    command += ["--minutes", "0.1", "--faults", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    assert [told[kind] for kind in KINDS] == [0, 0, 0, 0]
+    assert told["batches"] > 100
+    assert {"INTERNAL", "UNKNOWN"}.isdisjoint(told["errors"])
+    assert {fault.split()[0] for fault in told["faults"]} & {"crash", "hang", "break", "garbage"}
+    assert any(fault.startswith("server") for fault in told["faults"])
 
 
 # --- that it would be noticed ---

@@ -241,7 +241,7 @@ class Walk:
             i
             for i, result in enumerate(self.results)
             if self.evacuates
-            and isinstance(self.ops[i], Extend)
+            and isinstance(self.ops[i], Extend | Allocate)
             and isinstance(result, Refusal)
             and result.reason == Reason.WAITS_FOR_COMPLETION
         ]
@@ -293,7 +293,7 @@ class Walk:
 
     @property
     def evacuates(self):
-        """Whether others may be sent away, so that it can grow once that is completed."""
+        """Whether others may be sent away, so that it has room once that is completed."""
         return self.moves_others and self.waits
 
     @property
@@ -688,7 +688,8 @@ class Walk:
             assert self.pinned, "nothing is pinned"
             assert self.slides or (self.relocates and region is not None), "nothing would move"
         elif reason == Reason.COPY_BUDGET:
-            assert self.slides or (self.relocates and region is not None), "nothing would move"
+            grows = self.relocates and region is not None
+            assert self.slides or self.evacuates or grows, "nothing would move"
             assert self.limited, "copies are unlimited"
             if self.many_copies and not self.growths and not self.evacuations:
                 assert result.copy_tokens_needed > self.budget, "that many are allowed"
@@ -724,8 +725,7 @@ class Walk:
         if region is not None:
             would_do |= self.free_behind(region, waiting_too=True) >= more
         if reason == Reason.WAITS_FOR_COMPLETION:
-            sent_away = self.restless and region is not None
-            assert sent_away or (self.waiting and would_do), "what waits would not do"
+            assert self.restless or (self.waiting and would_do), "what waits would not do"
         elif reason in (Reason.NO_SPACE, Reason.FRAGMENTED) and self.waiting:
             assert not would_do, "what waits would do"
 

@@ -247,6 +247,7 @@ class Player {
     this.names = new Map([['$name', `conformance-${mark}`]]);
     for (const id of ['$id', '$id2', '$id3']) this.names.set(id, `${mark}${id.slice(1)}`);
     this.engines = new Map(); // pool name -> the engine of its latest epoch
+    this.streams = new Map();
   }
 
   async play(steps) {
@@ -284,11 +285,11 @@ class Player {
     }
   }
 
-  async fail({ rpc, send, error: wanted }) {
+  async fail({ rpc, send, stream, error: wanted }) {
     const before = await this.books();
     let error;
     try {
-      await this.client.call(rpc, this.message(rpc, send));
+      await this.client.call(rpc, this.message(rpc, send), this.stream(stream));
     } catch (thrown) {
       if (!(thrown instanceof OdmaError)) throw thrown;
       error = thrown;
@@ -300,15 +301,21 @@ class Player {
     insist(isDeepStrictEqual(await this.books(), before), 'the books changed');
   }
 
-  async succeed({ rpc, send, expect = {} }) {
+  async succeed({ rpc, send, stream, expect = {} }) {
     const message = this.message(rpc, send);
     const before = await this.books();
-    const answer = await this.client.call(rpc, message);
+    const answer = await this.client.call(rpc, message, this.stream(stream));
     this.note(rpc, message, answer);
     const always = { Apply: { replayed: false, copies: [], moved: [] } }[rpc] ?? {};
     match({ ...always, ...expect }, answer, this.names, 'answer');
     if (answer.replayed) insist(isDeepStrictEqual(await this.books(), before), 'the books changed');
     await this.agree();
+  }
+
+  /** The stream of a name, opened when the name is first met; undefined without a name. */
+  stream(name) {
+    if (name && !this.streams.has(name)) this.streams.set(name, this.client.stream());
+    return this.streams.get(name);
   }
 
   /** What is sent: the step's message with the fields that it leaves out. */
@@ -388,6 +395,7 @@ class Player {
   }
 
   async close() {
+    for (const stream of this.streams.values()) stream.close();
     for (const { opened } of this.engines.values()) {
       await this.client.call('ClosePool', { pool: opened.pool });
     }

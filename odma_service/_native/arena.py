@@ -63,6 +63,15 @@ if TYPE_CHECKING:
 CLASS_POOL: int = lib.ODMA_CLASS_POOL
 """Index of all request classes together."""
 
+_STATE_AND_LENGTH = np.dtype(
+    {
+        "names": ["state", "length"],
+        "formats": [np.uint32, np.uint32],
+        "offsets": [ffi.offsetof("odma_region", name) for name in ("state", "length")],
+        "itemsize": ffi.sizeof("odma_region"),
+    }
+)
+
 CLASS_OTHER: int = lib.ODMA_CLASS_OTHER
 """Index of the request classes beyond the 64th."""
 
@@ -369,6 +378,16 @@ class Arena:
         self._insist(status)
         return [self._region(entry) for entry in entries[0 : count[0]]]
 
+    def lengths(self) -> NDArray[np.uint32]:
+        """Return the lengths of the live regions in tokens, in address order."""
+        room = 2 * self.geometry.max_regions  # as many may wait as may live
+        entries = ffi.new("odma_region[]", room)
+        count = ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_regions(self._arena, 0, entries, room, count))
+        found = np.frombuffer(ffi.buffer(entries), _STATE_AND_LENGTH)[: count[0]]
+        blocks: NDArray[np.uint32] = found["length"][found["state"] == lib.ODMA_REGION_LIVE]
+        return blocks * np.uint32(self._block_tokens)
+
     def check(self) -> None:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
         reason = _reason()
@@ -516,18 +535,20 @@ def optimal_limits(
     weights: Sequence[float] | NDArray[np.float64],
     upper: Sequence[int] | NDArray[np.uint32],
     limit_count: int,
+    tolls: NDArray[np.float64] | None = None,
 ) -> tuple[tuple[int, ...], float]:
     """Return the at most `limit_count` limits that waste the fewest tokens, and the waste.
 
     Every length in bin i, of weight weights[i], takes the smallest limit that holds
-    upper[i]. Exact; the last limit is upper[-1]. Raises InvalidError unless upper ascends,
-    has 1 to 4,096 bins, and limit_count is 1 to 16.
+    upper[i]; a limit at bin i that is not the last costs tolls[i] more. Exact; the last
+    limit is upper[-1]. Raises InvalidError unless upper ascends, has 1 to 4,096 bins, and
+    limit_count is 1 to 16.
 
     >>> optimal_limits([5.0, 1.0, 1.0], [16, 32, 48], 2)
     ((16, 48), 16.0)
     """
-    if len(weights) != len(upper):
-        raise InvalidError("weights", "one for each bin")
+    if len(weights) != len(upper) or (tolls is not None and len(tolls) != len(upper)):
+        raise InvalidError("weights", "one for each bin, as tolls")
     weight_array = np.ascontiguousarray(weights, np.float64)
     upper_array = np.ascontiguousarray(upper, np.uint32)
     limits = ffi.new("uint32_t[]", lib.ODMA_LIMITS)
@@ -535,6 +556,7 @@ def optimal_limits(
     status = lib.odma_optimal_limits(
         ffi.from_buffer("double[]", weight_array),
         ffi.from_buffer("uint32_t[]", upper_array),
+        ffi.NULL if tolls is None else ffi.from_buffer("double[]", np.ascontiguousarray(tolls)),
         len(upper_array),
         limit_count,
         limits,

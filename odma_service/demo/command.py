@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 from odma_service.client import Client
+from odma_service.connect import Ca, Cert, Key, connect
 from odma_service.demo.engine import EngineKind, Tally
 from odma_service.demo.play import play
 from odma_service.demo.report import Outcome, as_object, table_of
@@ -98,6 +99,9 @@ def demo_command(
         int,
         typer.Option(min=0, max=256, help="Requests that may pass one that waits. 0: none."),
     ] = USUAL.overtake,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, as the last line.")
@@ -118,7 +122,9 @@ def demo_command(
     policies = _policies(policy)
     with _failing_in_one_line():
         load = _load(trace, rows, seed, kind)
-        outcomes = _play(load, policies, kind, target, quiet=as_json)
+        server = own_server() if target is None else nullcontext(target)
+        with server as address, connect(address, ca, cert, key, retry_seconds=30) as service:
+            outcomes = _play(load, policies, kind, service, quiet=as_json)
     _show(load, kind, outcomes, as_json=as_json)
     strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
     flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
@@ -150,10 +156,9 @@ def _load(path: Path | None, rows: int | None, seed: int, kind: EngineKind) -> T
 
 
 def _play(
-    load: Trace, policies: list[str], kind: EngineKind, target: str | None, *, quiet: bool
+    load: Trace, policies: list[str], kind: EngineKind, service: Client, *, quiet: bool
 ) -> list[Outcome]:
-    server = own_server() if target is None else nullcontext(target)
-    with server as address, Client(address) as service, _progress(quiet) as progress:
+    with _progress(quiet) as progress:
         outcomes = []
         for policy in policies:
             task = progress.add_task(policy, total=len(load))

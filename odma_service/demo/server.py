@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,11 +45,13 @@ def _exit(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def start(directory: Path, listen: str = "127.0.0.1:0") -> tuple[subprocess.Popen[str], str]:
+def start(
+    directory: Path, listen: str = "127.0.0.1:0", flags: Sequence[str] = ()
+) -> tuple[subprocess.Popen[str], str]:
     """Start a server that keeps pools and log in `directory`; return it and its address."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
-    command += ["--pool-dir", str(directory / "pools")]
+    command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", "", *flags]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
         process = subprocess.Popen(

@@ -17,8 +17,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from odma_service.learning.recalibration import RecalibrationReport
-
 LEAST_GAIN = 0.03  # in utilisation over time, on the lengths seen
 CRITICAL = 1.628  # of the test at 1 %: times sqrt(1/n + 1/m)
 
@@ -55,6 +53,6 @@ def has_news(before: NDArray[np.float64] | None, now: NDArray[np.float64]) -> bo
     return drift_between(before, now).found
 
 
-def is_worth_it(report: RecalibrationReport) -> bool:
-    """Whether other limits would use so much more of what they reserve (hysteresis)."""
-    return report.gain >= LEAST_GAIN
+def is_worth_it(gain: float) -> bool:
+    """Whether a gain in utilisation is worth other limits (hysteresis)."""
+    return gain >= LEAST_GAIN

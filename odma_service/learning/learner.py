@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from odma_service.errors import RefusedError
 from odma_service.learning.drift import has_news, is_worth_it
+from odma_service.learning.expected import cheapest
+from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
     RecalibrationReport,
@@ -16,18 +19,32 @@ from odma_service.learning.safety import adapted_share
 from odma_service.values import Allocate, Free, Start
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from odma_service.learning.observer import Observer
+    from odma_service.policy import PolicyRecord
     from odma_service.pool import Pool
-    from odma_service.values import Answer, Batch, Op, Place, Quantiles
+    from odma_service.values import (
+        Answer,
+        Batch,
+        Copy,
+        Extend,
+        Freed,
+        Op,
+        Place,
+        Quantiles,
+        Result,
+    )
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
 MOST_TOKENS = 2**32 - 1
 MEDIAN = 2  # its index among the quantiles
+
+Done = TypeVar("Done", bound="Place | Freed")
 
 
 class Learner:
@@ -36,8 +53,9 @@ class Learner:
     What was learnt is in the pool's books: a Learner can be made anew at any time.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, observer: Observer | None = None) -> None:
         self.pool = pool
+        self._observer = observer
         self._frees = 0
         self._counted = _ends(pool)
         self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at
@@ -61,6 +79,8 @@ class Learner:
         if predictions is None:
             predictions = self._predictions(batch.ops)
         answer = self.pool.apply(epoch, batch, predictions)
+        if not answer.replayed:
+            self._tell(batch.ops, predictions, answer.results, answer.copies)
         self._frees += sum(isinstance(op, Free) for op in batch.ops)
         if self._frees >= FREES_PER_ADAPTATION:
             self._frees = 0
@@ -71,7 +91,26 @@ class Learner:
     def allocate(self, epoch: int, op: Allocate) -> Place:
         """Allocate as Pool.allocate does, with a prediction."""
         predictions = self._predictions([op]) or [None]
-        return self.pool.allocate(epoch, op, predictions[0])
+        return self._told(op, predictions, lambda: self.pool.allocate(epoch, op, predictions[0]))
+
+    def extend(self, epoch: int, op: Extend) -> Place:
+        """Extend as Pool.extend does."""
+        return self._told(op, None, lambda: self.pool.extend(epoch, op))
+
+    def free(self, epoch: int, op: Free) -> Freed:
+        """Free as Pool.free does."""
+        return self._told(op, None, lambda: self.pool.free(epoch, op))
+
+    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+        """Free what is not listed as Pool.reconcile does."""
+        places, freed = self.pool.reconcile(epoch, handles)
+        if self._observer is not None:
+            self._observer.reconciled(freed)
+        return places, freed
+
+    def set_policy(self, policy: PolicyRecord, expected_version: int | None = None) -> int:
+        """Install a policy as Pool.set_policy does."""
+        return self._install(policy, expected_version, Change.SET, "asked for")
 
     def recalibrate(
         self, dry_run: bool = False, expected_version: int | None = None, limits: int = 0
@@ -81,21 +120,77 @@ class Learner:
         `limits` 0: as many as the policy has. Raises NothingLearntError without buckets or
         with fewer than 32 completions, VersionError, InvalidError.
         """
-        return recalibrate(
-            self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
-        )
+        return self._recalibrate(dry_run, expected_version, limits, "asked for")
 
     def _follow_drift(self) -> None:
-        """Recalibrate `odma` if its lengths have drifted and other limits are worth it."""
+        """Change limits and risk of `odma` if its lengths have drifted and it is worth it."""
         policy = self.pool.policy()
         if policy.name != "odma" or not policy.limits_tokens:
             return
         weights = seen_weights(self.pool)
         if weights.sum() < LEARNT_ENOUGH or not has_news(self._calibrated, weights):
             return
-        if is_worth_it(self.recalibrate(dry_run=True)):
-            self.recalibrate(expected_version=policy.version)
+        best = cheapest(self.pool)
+        if best is not None and is_worth_it(best.gain):
+            self._install(
+                best.policy,
+                policy.version,
+                Change.RECALIBRATED,
+                f"lengths have drifted: limits {_listed(policy)} -> {_listed(best.policy)}, risk "
+                f"{policy.overflow_risk:g} -> {best.policy.overflow_risk:g} would have written "
+                f"to {best.gain:.3f} more of what is reserved",
+            )
         self._calibrated = weights
+
+    def _recalibrate(
+        self, dry_run: bool, expected_version: int | None, limits: int, why: str
+    ) -> RecalibrationReport:
+        before = self.pool.policy()
+        report = recalibrate(
+            self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
+        )
+        after = self.pool.policy()
+        if self._observer is not None and after.version != before.version:
+            gain = f"{report.before.utilisation:.3f} -> {report.after.utilisation:.3f}"
+            self._observer.policy_changed(
+                Change.RECALIBRATED,
+                before,
+                after,
+                f"{why}: of {report.completions:.0f} requests, weighed by their stay, limits "
+                f"{_listed(before)} -> {_listed(after)} use {gain} of what they reserve",
+            )
+        return report
+
+    def _install(
+        self, policy: PolicyRecord, expected_version: int | None, change: Change, why: str
+    ) -> int:
+        before = self.pool.policy()
+        version = self.pool.set_policy(policy, expected_version)
+        if self._observer is not None:
+            self._observer.policy_changed(change, before, self.pool.policy(), why)
+        return version
+
+    def _told(
+        self, op: Op, predictions: list[Quantiles | None] | None, do: Callable[[], Done]
+    ) -> Done:
+        """Do one operation and tell the observer of its outcome."""
+        try:
+            result = do()
+        except RefusedError as error:
+            self._tell([op], predictions, [error.refusal])
+            raise
+        self._tell([op], predictions, [result])
+        return result
+
+    def _tell(
+        self,
+        ops: Sequence[Op],
+        predictions: Sequence[Quantiles | None] | None,
+        results: Sequence[Result],
+        copies: Sequence[Copy] = (),
+    ) -> None:
+        if self._observer is not None:
+            self._observer.decided(ops, predictions, results, copies)
 
     def _predictions(self, ops: Sequence[Op]) -> list[Quantiles | None] | None:
         policy = self.pool.policy()
@@ -131,7 +226,13 @@ class Learner:
         share = adapted_share(self._adapting.safety_share, preempted, completed)
         self._adapting = replace(self._adapting, safety_share=share)
         if abs(share - policy.safety_share) >= LEAST_SHARE_CHANGE:
-            self.pool.set_policy(policy.with_changes(safety_share=share))
+            self._install(
+                policy.with_changes(safety_share=share),
+                None,
+                Change.SAFETY_SHARE,
+                f"{preempted} preempted, {completed} completed: "
+                f"{policy.safety_share:.3f} -> {share:.3f}",
+            )
             self._adapting = self.pool.policy()
 
 
@@ -139,6 +240,10 @@ def _ends(pool: Pool) -> tuple[int, int]:
     """Return how many requests were preempted and how many completed, ever."""
     counters = pool.report().counters
     return counters.preempted, counters.finished + counters.hit_limit
+
+
+def _listed(policy: PolicyRecord) -> str:
+    return " ".join(map(str, policy.limits_tokens))
 
 
 def _is_sound(op: Allocate) -> bool:

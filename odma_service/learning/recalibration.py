@@ -44,17 +44,13 @@ class LimitsReport(NamedTuple):
 
 
 class RecalibrationReport(NamedTuple):
-    """Limits before and after. installed: `after` is in force. completions: their weight.
-
-    gain is the utilisation won, with every length counted by the time it stays.
-    """
+    """Limits before and after. installed: `after` is in force. completions: their weight."""
 
     before: LimitsReport
     after: LimitsReport
     installed: bool
     policy_version: int
     completions: float
-    gain: float = 0.0
 
 
 class Lengths(NamedTuple):
@@ -90,15 +86,12 @@ def recalibrate(
     version = policy.version
     if not dry_run and found != policy.limits_tokens:
         version = pool.set_policy(policy.with_changes(limits_tokens=found), version)
-    before = limits_report(policy, staying)
-    after = limits_report(policy.with_changes(limits_tokens=found), staying)
     return RecalibrationReport(
-        before=before,
-        after=after,
+        before=limits_report(policy, staying),
+        after=limits_report(policy.with_changes(limits_tokens=found), staying),
         installed=not dry_run,
         policy_version=version,
         completions=float(lengths.weights.sum()),
-        gain=after.utilisation - before.utilisation,
     )
 
 

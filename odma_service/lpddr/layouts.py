@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from odma_service._native.lpddr import Estimator
 from odma_service.errors import InvalidError
+from odma_service.lpddr.bandwidth import bandwidth, estimator
 from odma_service.lpddr.device import LpddrDevice
 
 PAGES_TOKENS = (256, 64, 16)
@@ -44,7 +44,6 @@ def compare(
         raise InvalidError("planes", f"1 to 4,096, not {planes}")
     if planes * tokens > MOST_RUNS:
         raise InvalidError("tokens", f"at most {MOST_RUNS:,} over all planes")
-    estimator = device.estimator()
     layouts: list[Layout] = []
     least_energy = 0.0
     pages = [("contiguous", tokens)]
@@ -52,7 +51,7 @@ def compare(
     pages += [("slots of a token", 1)] if tokens > 1 else []
     for name, page in pages:
         runs = _runs(tokens, page, bytes_per_token, planes)
-        price = estimator.price(runs, window, device.descriptor_seconds)
+        price = estimator(device).price(runs, window, device.descriptor_seconds)
         moved = tokens * bytes_per_token * planes
         energy = device.energy_nj(price.activations, price.requests, price.seconds)
         least_energy = least_energy or energy
@@ -83,14 +82,10 @@ def _runs(tokens: int, page: int, bytes_per_token: int, planes: int) -> np.ndarr
 
 def bandwidth_curves(device: LpddrDevice) -> dict[int, list[float]]:
     """Return bytes a second over PLOTTED_BYTES of run length, by runs in flight."""
-    estimator = device.estimator()
+    serial = device.descriptor_seconds
     return {
-        window: [_bandwidth(estimator, device, length, window) for length in PLOTTED_BYTES]
+        window: [
+            bandwidth(device, length, window, descriptor_seconds=serial) for length in PLOTTED_BYTES
+        ]
         for window in PLOTTED_WINDOWS
     }
-
-
-def _bandwidth(estimator: Estimator, device: LpddrDevice, length: int, window: int) -> float:
-    runs = np.zeros((4096, 2), np.uint64)
-    runs[:, 1] = length
-    return 4096 * length / estimator.price(runs, window, device.descriptor_seconds).seconds

@@ -20,11 +20,12 @@ from odma_service.replay.compare import (
 from odma_service.replay.load import Limits, limits_for, load_of
 from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
 from odma_service.replay.prices import Serving
-from odma_service.replay.report import remarks, write_report
+from odma_service.replay.report import COLUMNS, remarks, write_report
 from odma_service.replay.reproduce import reproduce
-from odma_service.replay.tune import Tuner, training_traces
+from odma_service.replay.tune import Tuner, marked, training_traces
 
 __all__ = [
+    "COLUMNS",
     "NAMES",
     "TUNED",
     "Comparison",
@@ -39,6 +40,7 @@ __all__ = [
     "compare",
     "limits_for",
     "load_of",
+    "marked",
     "read_tuning",
     "remarks",
     "reproduce",

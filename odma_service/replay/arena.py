@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from odma_service.geometry import Device, Geometry, PlaneGroup
+from odma_service.geometry import Geometry, PlaneGroup
 from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec
@@ -31,6 +31,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Result,
+    Start,
     Used,
 )
 
@@ -79,11 +80,7 @@ class ArenaMemory:
             capacity_tokens=limits.capacity_tokens,
             model_length_tokens=limits.model_length_tokens,
             moves=kind.moves,
-            device=Device(
-                serving.device,
-                bandwidth_bytes_per_second=serving.sequential_bytes_per_second,
-                descriptor_seconds=serving.descriptor_seconds,
-            ),
+            device=serving.copying,
             single_ordered_stream=kind.single_stream,
             copies_may_overlap=kind.copies_may_overlap,
             block_tokens=BLOCK_TOKENS,
@@ -93,6 +90,7 @@ class ArenaMemory:
         self._learner = Learner(self._pool)
         self._single = kind.single_stream
         self._asker_is_victim = policy.overflow is Overflow.PREEMPT
+        self._predicts = policy.start is Start.QUANTILE
         self._predictor = predictor
         self._exact = exact_lengths
         self._limits = policy.limits_tokens
@@ -143,6 +141,8 @@ class ArenaMemory:
         frees, fulls = len(step.ended), len(step.full)
         self._grow(step, answer.results[frees : frees + fulls], decision)
         self._admit(answer.results[frees + fulls :], decision)
+        # What has ended teaches from the next batch on, and shorter regions may fit then.
+        decision.again |= self._predicts and bool(step.ended)
         if self._pool.policy().version != version:
             decision.again = True
             self._note_policy(step)

@@ -29,7 +29,8 @@ from odma_service.replay.policies import (
     HINDSIGHT_SHARES,
     IDEAL,
     IDEAL_BEST,
-    PAGED_BANDWIDTH_SHARES,
+    PAGES,
+    PREFIX_POLICIES,
     UNLIMITED,
     Tuning,
     memory_of,
@@ -38,6 +39,7 @@ from odma_service.replay.prices import Serving
 from odma_service.traces import Trace
 
 NO_PREFIX_REUSE = "no prefix reuse"
+PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
 Watch = Callable[[str, int, int], None]
 """Told a policy, a seed, and how many requests have finished."""
 
@@ -100,6 +102,7 @@ class Comparison:
     load_class: LoadClass
     windows: tuple[Window, ...]
     outcomes: dict[str, list[Outcome]]
+    notes: tuple[str, ...] = ()
 
     def rates(self, policy: str) -> list[float]:
         """Return tokens per second, by seed."""
@@ -147,6 +150,7 @@ def compare(
         LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
         tuple(windows),
         outcomes,
+        trace.notes,
     )
 
 
@@ -212,11 +216,12 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "trace": comparison.label,
         "load_class": comparison.load_class.name,
         "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
-        "device": setting.serving.device,
+        "device": str(setting.serving.device),
         "assumptions": assumptions(setting),
         "parameter_hash": comparison.tuning.digest,
         "requests": comparison.requests,
         "dropped": comparison.dropped,
+        "notes": list(comparison.notes),
         "capacity_tokens": limits.capacity_tokens,
         "max_output_tokens": limits.max_output_tokens,
         "model_length_tokens": limits.model_length_tokens,
@@ -228,13 +233,21 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
 
 def assumptions(setting: Setting) -> dict[str, Any]:
     """Return what the figures rest on besides the trace."""
+    serving = setting.serving
     return {
-        **asdict(setting.serving),
-        "paged_bandwidth_shares": {str(k): v for k, v in PAGED_BANDWIDTH_SHARES.items()},
+        **asdict(serving),
+        "device": str(serving.device),
+        "bandwidth_bytes_per_second": serving.lpddr.peak_bytes_per_second,
+        "sequential_bandwidth_share": round(
+            serving.sequential_bytes_per_second / serving.lpddr.peak_bytes_per_second, 4
+        ),
+        "copy_bandwidth_share": round(serving.copying.copy_efficiency, 4),
+        "descriptor_seconds": serving.copying.descriptor_seconds,
+        "paged_bandwidth_shares": {str(page): round(serving.page_share(page), 4) for page in PAGES},
         "batch_cap": setting.batch_cap,
         "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
         "prefill": "whole prompts",
-        "preemption": "by recompute",
+        "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
@@ -261,6 +274,8 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         ("mean_running", 2),
         ("preemptions", 1),
         ("recomputed_tokens", 1),
+        ("swapped_tokens", 1),
+        ("cached_tokens", 1),
         ("copies", 1),
         ("copied_tokens", 1),
         ("copy_share_of_time", 5),
@@ -275,6 +290,7 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     shown["safety_hits_growth"] = _whole(sum(s.growth for s in hits) / len(hits))
     shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
     shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
+    shown["prefix_cache"] = PREFIX_REUSE if name in PREFIX_POLICIES else NO_PREFIX_REUSE
     shown["parameters"] = dict(comparison.tuning.of(name))
     return shown
 

@@ -38,6 +38,7 @@ class Request(NamedTuple):
     maximum_tokens: int
     limited: bool
     request_class: str
+    prefix_ids: tuple[int, ...] = ()
 
     @property
     def output_tokens(self) -> int:
@@ -93,8 +94,9 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
     limited = wanted >= prompts + limits.max_output_tokens
     limited |= wanted > maxima
     classes = trace.request_class or ("",) * len(trace)
+    prefixes = trace.prefix_ids or ((),) * len(trace)
     requests = tuple(
-        Request(prompt, total, maximum, at_limit, classes[row])
+        Request(prompt, total, maximum, at_limit, classes[row], prefixes[row])
         for row, prompt, total, maximum, at_limit in zip(
             kept.tolist(),
             prompts[kept].tolist(),
@@ -118,15 +120,7 @@ def shuffled(trace: Trace, seed: int) -> Trace:
         return trace
     order = _block_order(len(trace), np.random.default_rng(seed))
     gaps = np.diff(trace.t_seconds, prepend=trace.t_seconds[0])
-    classes = trace.request_class
-    return Trace(
-        np.cumsum(gaps[order]),
-        trace.input_tokens[order],
-        trace.output_tokens[order],
-        trace.label,
-        None if classes is None else tuple(classes[row] for row in order.tolist()),
-        trace.notes,
-    )
+    return trace.part(order, np.cumsum(gaps[order]))
 
 
 def _block_order(rows: int, random: np.random.Generator) -> NDArray[np.int64]:

@@ -6,7 +6,8 @@
 Nothing has to be decided in most steps: the next event is the earliest of a region full, a
 request finished and, in the open loop, an arrival that could be admitted. The steps before it
 are taken at once. A preempted request goes back to the front of the queue with what it had
-generated, and its next prefill computes that again.
+generated, and its next prefill computes that again; or, where preempted ones are swapped, all
+that it had written is copied to the host and back.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class History:
     decisions: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    swapped_tokens: int = 0  # out and in
+    cached_tokens: int = 0  # of prompts that were not prefilled
     copies: int = 0
     copied_tokens: int = 0
 
@@ -137,15 +140,16 @@ class Loop:
         full = self._full()
         asked = self._asked()
         if self._ended or full or asked:
+            swapped = self.history.swapped_tokens
             decision = self._decide(full, asked)
             copy_ps = self._prices.copies_ps(decision.copies, decision.copied_tokens)
-            fresh = self._admit(decision, asked)
-            prefill_ps = sum(self._prices.prefill_ps(run.lead + self._tick) for run in fresh)
+            fresh, prefill_ps = self._admit(decision, asked)
+            moved = self.history.swapped_tokens - swapped
+            copy_ps += moved * self._prices.swapped_token_ps
         self._note_empty()
         waits = bool(self._stalled or fresh or (self._queue and not self._blocked and self._room()))
-        self._take_steps(
-            1 if waits or not self._running else self._quiet_steps(), prefill_ps, copy_ps
-        )
+        steps = 1 if waits or not self._running else self._quiet_steps(copy_ps)
+        self._take_steps(steps, prefill_ps, copy_ps)
         for run in fresh:
             if self.history.first_ps[run.number] < 0:
                 self.history.first_ps[run.number] = self._sums.now_ps
@@ -214,28 +218,38 @@ class Loop:
             self._generated[run.number] = generated
             self._queue.appendleft(run.number)
             self.history.preemptions += 1
-            self.history.recomputed_tokens += written
+            if self._prices.swapped_token_ps:
+                self.history.swapped_tokens += written
+            else:
+                self.history.recomputed_tokens += written
         self._stalled = [run for run in self._stalled if run.birth in self._running]
 
-    def _admit(self, decision: Decision, asked: list[Asked]) -> list[Run]:
-        fresh = []
-        arrived = self.history.arrived_ps
-        for (handle, room), (number, request, generated) in zip(
+    def _admit(self, decision: Decision, asked: list[Asked]) -> tuple[list[Run], int]:
+        """Return who was let in, and how long their prefill takes."""
+        fresh, prefill_ps = [], 0
+        arrived, prices = self.history.arrived_ps, self._prices
+        for (handle, room, cached), (number, request, generated) in zip(
             decision.placed, asked, strict=False
         ):
+            held = request.prompt_tokens + generated
+            if prices.swapped_token_ps and number in self._generated:
+                self.history.swapped_tokens += held
+            else:
+                prefill_ps += prices.prefill_ps(held) - prices.prefill_ps(cached)
+                self.history.cached_tokens += cached
             self._births += 1
             run = Run(number, request, self._births)
             run.handle, run.room = handle, room
-            run.lead = request.prompt_tokens + generated - self._tick
+            run.lead = held - self._tick
             self._running[run.birth] = run
-            self._written += request.prompt_tokens + generated
+            self._written += held
             self._reserved += room
             self._schedule(run)
             fresh.append(run)
             self._queue.popleft()
             if self._closed and self._queue and arrived[self._queue[0]] < 0:
                 arrived[self._queue[0]] = self._sums.now_ps
-        return fresh
+        return fresh, prefill_ps
 
     def _schedule(self, run: Run) -> None:
         total, room = run.request.total_tokens, run.room
@@ -248,14 +262,14 @@ class Loop:
         if self.history.emptied is None and not self._queue and self._next == len(self._load):
             self.history.emptied = len(self.history.finished)
 
-    def _quiet_steps(self) -> int:
-        """Return how many steps can be taken before anything has to be decided."""
+    def _quiet_steps(self, copy_ps: int) -> int:
+        """Return how many steps, copies before the first, there are before a decision."""
         heap = self._heap
         while heap[0][0] != heap[0][2].due:
             heappop(heap)
         steps = heap[0][0] - self._tick
         if not self._queue and self._next < len(self._load) and self._room():
-            wait_ps = self._arrivals[self._next] - self._sums.now_ps
+            wait_ps = self._arrivals[self._next] - self._sums.now_ps - copy_ps
             steps = self._prices.steps_until(len(self._running), self._written, steps, wait_ps)
         return steps
 

@@ -75,6 +75,8 @@ class Measures:
     tpot_s: Spread
     preemptions: int
     recomputed_tokens: int
+    swapped_tokens: int
+    cached_tokens: int
     copies: int
     copied_tokens: int
     steps: int
@@ -111,6 +113,8 @@ def measure(
         tpot_s=_spread(tpot),
         preemptions=history.preemptions,
         recomputed_tokens=history.recomputed_tokens,
+        swapped_tokens=history.swapped_tokens,
+        cached_tokens=history.cached_tokens,
         copies=history.copies,
         copied_tokens=history.copied_tokens,
         steps=history.steps,

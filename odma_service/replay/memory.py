@@ -57,10 +57,11 @@ class Step(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An admitted request's region."""
+    """An admitted request's region. `cached_tokens` of its prompt need no prefill."""
 
     handle: int
     room: int
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)

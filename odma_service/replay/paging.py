@@ -39,14 +39,23 @@ class PagedMemory:
     def decide(self, step: Step) -> Decision:
         """Give back, grow and admit, in this order."""
         decision = Decision()
-        self._free += (
-            sum(run.room for run, end, _ in step.ended if end is not End.PREEMPTED)
-            // self._page_tokens
-        )
+        for run, end, _ in step.ended:
+            if end is not End.PREEMPTED:
+                self._release(run)
         self._grow(step, decision)
         if not decision.victims:
             self._admit(step, decision)
         return decision
+
+    def _take(self, pages: int) -> bool:
+        """Take free pages, if there are so many."""
+        if self._free < pages:
+            return False
+        self._free -= pages
+        return True
+
+    def _release(self, run: Run) -> None:
+        self._free += run.room // self._page_tokens
 
     def _grow(self, step: Step, decision: Decision) -> None:
         youngest_last = list(step.running.values())
@@ -54,15 +63,12 @@ class PagedMemory:
         for run in step.full:
             if run in preempted:
                 continue
-            while self._free == 0:
+            while run not in preempted and not self._take(1):
                 victim = youngest_last.pop()
                 preempted.add(victim)
-                self._free += victim.room // self._page_tokens
-                if victim is run:
-                    break
+                self._release(victim)
             if run not in preempted:
                 run.room += self._page_tokens
-                self._free -= 1
         decision.victims.extend(preempted)
 
     def _admit(self, step: Step, decision: Decision) -> None:
@@ -73,6 +79,6 @@ class PagedMemory:
             if self._free - pages < (0 if alone else self._headroom):
                 return
             alone = False
-            self._free -= pages
+            self._take(pages)
             self._handles += 1
             decision.placed.append(Placed(self._handles, pages * self._page_tokens))

@@ -7,11 +7,13 @@
     elastic-streams   the same on several streams: disjoint copies, completion a step late
     grow-copy         grow in place or by copying to a hole; nobody else moves
     oracle            the exact total is reserved; nothing moves
+    extents-K         at most K runs for each request, and no block table
     ideal-N           pages of N tokens, read at full bandwidth
     ideal-best        ideal-16 with the headroom that turns out best on the very load
-    paged-N           pages of N tokens at the bandwidth that scattered reads reach
+    paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
+    paged-16-prefix   paged-16 with a cache of prompt blocks, where a trace has their ids
 
-Nothing here reuses prefixes. Their free parameters are in tuned.json, set by one rule on
+No other policy reuses prefixes. Their free parameters are in tuned.json, set by one rule on
 training traces (tune.py); a report names the hash of that file.
 """
 
@@ -25,20 +27,19 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import PolicyRecord, longest_tokens, named
+from odma_service.policy import PolicyRecord, equal_limits, longest_tokens, named, rising_limits
 from odma_service.replay.arena import ArenaMemory, EngineKind
-from odma_service.replay.load import Limits, Load
+from odma_service.replay.extents import ExtentMemory
+from odma_service.replay.load import BLOCK_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
 from odma_service.replay.paging import UNLIMITED_TOKENS, PagedMemory
 from odma_service.replay.predict import predictor
+from odma_service.replay.prefix import PrefixMemory
 from odma_service.replay.prices import Serving
 from odma_service.values import Moves, Overflow
 
 TUNED = Path(__file__).with_name("tuned.json")
-PAGED_BANDWIDTH_SHARES = {16: 0.85, 64: 0.97, 256: 0.99}
-"""Of the sequential bandwidth; assumed until an emulation of LPDDR says so."""
-
-PAGES = tuple(PAGED_BANDWIDTH_SHARES)
+PAGES = (16, 64, 256)
 IDEAL = "ideal-16"
 UNLIMITED = "unlimited"
 IDEAL_BEST = "ideal-best"
@@ -70,7 +71,9 @@ ARENA_POLICIES = {
     "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
 }
 PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
-NAMES = (*ARENA_POLICIES, *PAGED_POLICIES, IDEAL_BEST)
+EXTENT_POLICIES = {"extents-2": 2, "extents-4": 4}
+PREFIX_POLICIES = ("paged-16-prefix",)
+NAMES = (*ARENA_POLICIES, *EXTENT_POLICIES, *PAGED_POLICIES, *PREFIX_POLICIES, IDEAL_BEST)
 PREDICTING = ("s3", "odma")
 
 
@@ -114,13 +117,14 @@ def record_of(name: str, limits: Limits, parameters: Parameters) -> PolicyRecord
     share as they are.
     """
     base = named(ARENA_POLICIES[name].record, limits.model_length_tokens, limits.capacity_tokens)
+    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
     changes: dict[str, object] = dict(parameters)
     if "step_tokens" in changes:
         changes["step_tokens"] = int(parameters["step_tokens"])
     buckets = int(parameters.get("buckets", len(base.limits_tokens)))
-    equal_width = bool(parameters.get("equal_width", name == "s3"))
+    spaced = equal_limits if parameters.get("equal_width", name == "s3") else rising_limits
     if base.limits_tokens:
-        changes["limits_tokens"] = _limits(limits, buckets, equal_width=equal_width)
+        changes["limits_tokens"] = spaced(longest, buckets)
     if name == "grow-copy":
         changes |= {"name": name, "overflow": Overflow.RELOCATE}
     if parameters.get("learns") == 0:
@@ -147,10 +151,16 @@ def memory_of(
     if name == UNLIMITED:
         yield PagedMemory(UNLIMITED_TOKENS, PAGES[0], 0.0)
         return
-    if name in PAGED_POLICIES:
-        kind, _, page = name.partition("-")
-        share = PAGED_BANDWIDTH_SHARES[int(page)] if kind == "paged" else 1.0
-        yield PagedMemory(capacity, int(page), parameters.get("headroom_share", 0.0), share)
+    headroom = parameters.get("headroom_share", 0.0)
+    if name in (*PAGED_POLICIES, *PREFIX_POLICIES):
+        kind, page = name.split("-")[:2]
+        share = serving.page_share(int(page)) if kind == "paged" else 1.0
+        pages: type[PagedMemory] = PrefixMemory if name in PREFIX_POLICIES else PagedMemory
+        yield pages(capacity, int(page), headroom, share)
+        return
+    if name in EXTENT_POLICIES:
+        step_tokens = int(parameters.get("step_tokens", BLOCK_TOKENS))
+        yield ExtentMemory(capacity, EXTENT_POLICIES[name], step_tokens, headroom)
         return
     policy = ARENA_POLICIES[name]
     chosen = predictor_name if predictor_name and name in PREDICTING else policy.predictor
@@ -165,10 +175,3 @@ def memory_of(
         batch_cap=batch_cap,
     ) as memory:
         yield memory
-
-
-def _limits(limits: Limits, buckets: int, *, equal_width: bool) -> tuple[int, ...]:
-    longest = longest_tokens(limits.model_length_tokens, limits.capacity_tokens)
-    if equal_width:
-        return tuple(sorted({-(-longest * i // buckets) for i in range(1, buckets + 1)}))
-    return tuple(sorted({-(-longest // 2**i) for i in range(buckets)}))

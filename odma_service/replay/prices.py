@@ -2,7 +2,9 @@
 
 A step reads the weights and the KV of every request that decodes, computes a token of each,
 and prefills the prompts that were admitted in it; copies come on top. Decoding takes as long
-as the slower of memory and arithmetic, prefill as long as its arithmetic.
+as the slower of memory and arithmetic, prefill as long as its arithmetic. Bandwidths are those
+of the LPDDR emulation: long runs for weights and contiguous KV, a run for each page of paged
+KV, half reads and half writes for copies.
 
 Time is counted in whole picoseconds. So k steps at once take exactly as long as k steps one
 by one, and a loop that skips steps can be compared with one that does not, digit by digit.
@@ -11,7 +13,11 @@ by one, and a loop that skips steps can be compared with one that does not, digi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+from odma_service.geometry import Device
+from odma_service.lpddr import COPY, LpddrDevice, bandwidth, read_device
 
 PICOSECONDS = 10**12
 
@@ -20,22 +26,23 @@ PICOSECONDS = 10**12
 class Serving:
     """A device and a model, as far as time is concerned.
 
-    The defaults are a Cambricon MLU370-X4 and DeepSeek-R1-Distill-Qwen-7B in bf16. The two
-    efficiencies and the descriptor time are assumptions, printed with every report.
+    The defaults are a Cambricon MLU370-X4 and DeepSeek-R1-Distill-Qwen-7B in bf16. The compute
+    efficiency and the pages in flight are assumptions, printed with every report. `device` is
+    an LPDDR device by name or file, whose descriptor time is paid for copies only: kernels that
+    follow a block table are taken to read pages without one, 16 at a time.
     """
 
-    device: str = "mlu370-x4"
+    device: str | Path = "mlu370-x4"
     model: str = "DeepSeek-R1-Distill-Qwen-7B"
     peak_flops_per_second: float = 96e12
     compute_efficiency: float = 0.5
-    bandwidth_bytes_per_second: float = 307.2e9
-    bandwidth_efficiency: float = 0.85
     weight_bytes: float = 15.2e9
     flops_per_token: float = 15.2e9
     attention_flops_per_pair: float = 4 * 28 * 3584  # a token with one earlier token
     kv_bytes_per_token: int = 57_344
     planes: int = 56
-    descriptor_seconds: float = 100e-9
+    pages_in_flight: int = 16
+    swap_bytes_per_second: float = 0.0  # to the host's memory and back; 0: recompute instead
 
     @property
     def flops_per_second(self) -> float:
@@ -43,21 +50,47 @@ class Serving:
         return self.peak_flops_per_second * self.compute_efficiency
 
     @property
+    def lpddr(self) -> LpddrDevice:
+        """The emulated memory."""
+        return read_device(self.device)
+
+    @property
     def sequential_bytes_per_second(self) -> float:
-        """What the device reaches of its bandwidth in long runs."""
-        return self.bandwidth_bytes_per_second * self.bandwidth_efficiency
+        """What reads of long runs reach."""
+        return bandwidth(self.lpddr)
+
+    def page_share(self, page_tokens: int) -> float:
+        """Return what reads of pages reach of the sequential bandwidth."""
+        run_bytes = page_tokens * self.kv_bytes_per_token // self.planes
+        read = bandwidth(self.lpddr, run_bytes, self.pages_in_flight)
+        return min(1.0, read / self.sequential_bytes_per_second)
+
+    @property
+    def copying(self) -> Device:
+        """What copies are priced from, by the planner and in simulated time."""
+        memory = self.lpddr
+        peak = memory.peak_bytes_per_second
+        return Device(
+            str(self.device),
+            memory.memory_bytes,
+            peak,
+            memory.descriptor_seconds,
+            bandwidth(memory, write_fraction=COPY) / peak,
+        )
 
     def prices(self, kv_bandwidth_share: float = 1.0) -> Prices:
         """Return the prices where KV is read at a share of the sequential bandwidth."""
-        bandwidth, flops = self.sequential_bytes_per_second, self.flops_per_second
-        kv_seconds = self.kv_bytes_per_token / bandwidth
+        sequential, flops = self.sequential_bytes_per_second, self.flops_per_second
+        kv_seconds = self.kv_bytes_per_token / sequential
+        copying, swap = self.copying, self.swap_bytes_per_second
         return Prices(
-            weights_ps=_ps(self.weight_bytes / bandwidth),
+            weights_ps=_ps(self.weight_bytes / sequential),
             kv_token_ps=_ps(kv_seconds / kv_bandwidth_share),
             token_ps=_ps(self.flops_per_token / flops),
             pair_ps=_ps(self.attention_flops_per_pair / flops),
-            copy_ps=_ps(self.planes * self.descriptor_seconds),
-            copied_token_ps=_ps(2 * kv_seconds),
+            copy_ps=_ps(self.planes * copying.descriptor_seconds),
+            copied_token_ps=_ps(copying.token_seconds(self.kv_bytes_per_token)),
+            swapped_token_ps=_ps(self.kv_bytes_per_token / swap) if swap else 0,
         )
 
 
@@ -69,7 +102,7 @@ class Segment(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What things cost, in picoseconds."""
+    """What things cost, in picoseconds. swapped_token_ps 0: preempted ones compute again."""
 
     weights_ps: int
     kv_token_ps: int
@@ -77,6 +110,7 @@ class Prices(NamedTuple):
     pair_ps: int
     copy_ps: int
     copied_token_ps: int
+    swapped_token_ps: int = 0
 
     def prefill_ps(self, tokens: int) -> int:
         """Return the time to prefill one prompt."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,20 @@ import numpy as np
 from odma_service.replay.compare import Outcome, Setting, run_policy
 from odma_service.replay.load import Load, limits_for, load_of
 from odma_service.replay.measure import measure, window_of
-from odma_service.replay.policies import IDEAL, IDEAL_BEST, PAGED_POLICIES, Tuning
+from odma_service.replay.policies import (
+    EXTENT_POLICIES,
+    IDEAL,
+    IDEAL_BEST,
+    PAGED_POLICIES,
+    PREFIX_POLICIES,
+    Tuning,
+)
 from odma_service.traces import Trace, TraceError, generate, read_trace, sample_servegen
 
 ROUNDS = 2
+TRAINED_ON = {"mooncake_conversation_first2thirds": 700}
+"""How many of its first rows are training data, by the label of a trace."""
+
 SHARES = (0.03, 0.05, 0.08, 0.12, 0.2)
 
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
@@ -32,20 +43,28 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
         "buckets": (8, 12, 16),
         "overflow_risk": (0.3, 0.5, 0.7, 0.9),
         "safety_share": SHARES,
+        "unsure_ratio": (4.0, 8.0, 16.0),
         "growth": (1.0, 1.1, 1.25, 1.5),
     },
     "elastic": {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)},
     "elastic-streams": {
-        "safety_share": (0.05, 0.1, 0.2, 0.3),
-        "step_tokens": (64, 128, 256, 512, 1024),
-        "growth": (1.0, 1.25, 1.5),
+        "safety_share": (0.08, 0.12, 0.15, 0.2),
+        "step_tokens": (48, 64, 80, 128),
+        "growth": (1.0, 1.02, 1.05, 1.1),
     },
     "grow-copy": {
-        "safety_share": (0.05, 0.1, 0.2, 0.3),
-        "step_tokens": (64, 128, 256, 512, 1024),
-        "growth": (1.0, 1.25, 1.5),
+        "safety_share": (0.1, 0.15, 0.2, 0.3),
+        "step_tokens": (64, 128, 256),
+        "growth": (1.0, 1.05, 1.1, 1.25),
     },
-    **{name: {"headroom_share": (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)} for name in PAGED_POLICIES},
+    **{
+        name: {"headroom_share": (0.05, 0.15, 0.25, 0.35), "step_tokens": (64, 128, 256, 512)}
+        for name in EXTENT_POLICIES
+    },
+    **{
+        name: {"headroom_share": (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)}
+        for name in (*PAGED_POLICIES, *PREFIX_POLICIES)
+    },
 }
 
 Say = Callable[[str], None]
@@ -54,10 +73,11 @@ Say = Callable[[str], None]
 def training_traces(data: Path) -> list[Trace]:
     """Return what is tuned on, from a folder with the public traces; what is absent is left out."""
     servegen = data / "servegen"
+    mooncake, rows = next(iter(TRAINED_ON.items()))
     makers: list[Callable[[], Trace]] = [
         lambda: reasoning_like(700, 101),
         lambda: generate(700, 102),
-        lambda: read_trace(data / "traces" / "mooncake_conversation_first2thirds.parquet", 700),
+        lambda: read_trace(data / "traces" / f"{mooncake}.parquet", rows),
         lambda: sample_servegen(
             servegen / "deepseek_r1_rates_first18h.parquet",
             servegen / "deepseek_r1_hist_first18h.parquet",
@@ -81,6 +101,16 @@ def training_traces(data: Path) -> list[Trace]:
         except TraceError:
             continue
     return found
+
+
+def marked(trace: Trace, skip: int) -> Trace:
+    """Return the trace after `skip` requests, with a note if what is left was trained on."""
+    notes: tuple[str, ...] = (f"the first {skip} requests are left out",) if skip else ()
+    trained = TRAINED_ON.get(trace.label, 0)
+    if skip < trained:
+        notes += (f"not a test: parameters were tuned on its first {trained} rows (--skip them)",)
+    rest = trace.without_first(skip) if skip else trace
+    return replace(rest, notes=rest.notes + notes)
 
 
 def reasoning_like(rows: int, seed: int) -> Trace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from threading import Lock
 
 import grpc
@@ -10,7 +9,7 @@ import numpy as np
 
 from odma_service.errors import InvalidError
 from odma_service.geometry import PRESETS
-from odma_service.lpddr import Estimator, LpddrDevice, read_device
+from odma_service.lpddr import COPY, READ, WRITE, LpddrDevice, estimator, read_device
 from odma_service.rpc.v1 import emulator_service_pb2 as pb
 from odma_service.rpc.v1.emulator_service_pb2_grpc import EmulatorServiceServicer
 from odma_service.service.statuses import reports_errors
@@ -21,12 +20,11 @@ MOST_LENGTH_BYTES = 1 << 40
 DEFAULT_PRESET = "mlu370-x4"
 
 WRITTEN = {
-    pb.ACCESS_UNSPECIFIED: 0.0,
-    pb.ACCESS_READ: 0.0,
-    pb.ACCESS_WRITE: 1.0,
-    pb.ACCESS_COPY: 0.5,
+    pb.ACCESS_UNSPECIFIED: READ,
+    pb.ACCESS_READ: READ,
+    pb.ACCESS_WRITE: WRITE,
+    pb.ACCESS_COPY: COPY,
 }
-"""Share of the requests that write."""
 
 
 class EmulatorService(EmulatorServiceServicer):
@@ -48,8 +46,8 @@ class EmulatorService(EmulatorServiceServicer):
             runs, moved = np.repeat(runs, 2, axis=0), 2 * moved
             descriptor_seconds /= 2  # one descriptor reads and writes
         with self._calibrating:
-            estimator = _estimator(device, WRITTEN[request.access])
-        price = estimator.price(runs, request.window, descriptor_seconds / slowdown)
+            calibrated = estimator(device, WRITTEN[request.access])
+        price = calibrated.price(runs, request.window, descriptor_seconds / slowdown)
         seconds = price.seconds * slowdown
         return pb.EstimateAccessResponse(
             seconds=seconds,
@@ -87,8 +85,3 @@ def _runs_from(request: pb.EstimateAccessRequest) -> np.ndarray:
             raise InvalidError(f"runs[{i}].length_bytes", "1 to 2^40")
     pairs = [(run.offset_bytes, run.length_bytes) for run in request.runs]
     return np.array(pairs, np.uint64).reshape(-1, 2)
-
-
-@lru_cache(maxsize=16)
-def _estimator(device: LpddrDevice, write_fraction: float) -> Estimator:
-    return device.estimator(write_fraction)

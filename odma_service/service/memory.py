@@ -14,6 +14,7 @@ from odma_service.service.opening import changed_policy, first_policy, spec_from
 from odma_service.service.registry import Opened, Registry
 from odma_service.service.reports import planes_to, policy_to
 from odma_service.service.statuses import reports_errors
+from odma_service.service.streams import Streams
 from odma_service.service.translate import (
     allocate_from,
     apply_to,
@@ -26,12 +27,11 @@ from odma_service.service.translate import (
 
 
 class MemoryService(MemoryServiceServicer):
-    """What a pool's owner may call. KeepAlive and Stream are left to the base class, which
-    answers UNIMPLEMENTED.
-    """
+    """What a pool's owner may call."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, most_streams: int) -> None:
         self._registry = registry
+        self.streams = Streams(self._apply, most_streams)
 
     @reports_errors
     def OpenPool(
@@ -54,7 +54,25 @@ class MemoryService(MemoryServiceServicer):
         return pb.ClosePoolResponse()
 
     @reports_errors
+    def KeepAlive(
+        self, request: pb.KeepAliveRequest, context: grpc.ServicerContext
+    ) -> pb.KeepAliveResponse:
+        with self._registry.owned(*ref_from(request.pool)) as learner:
+            spec = learner.pool.spec
+        return pb.KeepAliveResponse(
+            ttl_seconds=spec.ttl_seconds, retention_seconds=spec.retention_seconds
+        )
+
+    @reports_errors
     def Apply(self, request: pb.ApplyRequest, context: grpc.ServicerContext) -> pb.ApplyResponse:
+        return self._apply(request)
+
+    @property
+    def Stream(self) -> Streams:  # type: ignore[override]  # a handler that carries its threads
+        """Handle Stream, which answers what Apply does."""
+        return self.streams
+
+    def _apply(self, request: pb.ApplyRequest) -> pb.ApplyResponse:
         name, epoch = ref_from(request.pool)
         batch = batch_from(request)
         with self._registry.owned(name, epoch) as learner:
@@ -78,7 +96,7 @@ class MemoryService(MemoryServiceServicer):
         _require("extend", request.HasField("extend"))
         operation = extend_from(request.extend)
         with self._registry.owned(name, epoch) as learner:
-            place = learner.pool.extend(epoch, operation)
+            place = learner.extend(epoch, operation)
         return pb.ExtendResponse(place=place_to(place))
 
     @reports_errors
@@ -87,7 +105,7 @@ class MemoryService(MemoryServiceServicer):
         _require("free", request.HasField("free"))
         operation = free_from(request.free)
         with self._registry.owned(name, epoch) as learner:
-            freed = learner.pool.free(epoch, operation)
+            freed = learner.free(epoch, operation)
         return pb.FreeResponse(already_free=freed.already_free)
 
     @reports_errors
@@ -99,7 +117,7 @@ class MemoryService(MemoryServiceServicer):
             most = learner.pool.spec.max_regions
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
-            places, freed = learner.pool.reconcile(epoch, request.handles)
+            places, freed = learner.reconcile(epoch, request.handles)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],
@@ -133,7 +151,7 @@ class MemoryService(MemoryServiceServicer):
         expected = request.expected_version if request.HasField("expected_version") else None
         with self._registry.owned(name, epoch) as learner:
             pool = learner.pool
-            pool.set_policy(changed_policy(request.policy, pool.policy(), pool.spec), expected)
+            learner.set_policy(changed_policy(request.policy, pool.policy(), pool.spec), expected)
             policy = pool.policy()
         return pb.SetPolicyResponse(policy=policy_to(policy))
 

@@ -64,7 +64,7 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
         name,
         spec.model_length_tokens,
         spec.capacity_tokens,
-        one_stream=spec.single_ordered_stream,
+        slides=spec.single_ordered_stream and spec.moves == Moves.ANY,
     )
 
 

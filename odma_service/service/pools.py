@@ -11,16 +11,23 @@ from odma_service.service.registry import Registry
 from odma_service.service.reports import pool_to, region_to, summary_to
 from odma_service.service.statuses import reports_errors
 from odma_service.service.translate import name_from
+from odma_service.service.watchers import Watchers
 
 DEFAULT_PAGE_REGIONS = 1_000
 LARGEST_PAGE_REGIONS = 10_000
 
 
 class PoolService(PoolServiceServicer):
-    """What anybody may read. Watch is left to the base class, which answers UNIMPLEMENTED."""
+    """What anybody may read."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self.watchers = Watchers(registry.witness.events)
+
+    @property
+    def Watch(self) -> Watchers:  # a handler that carries its threads
+        """Handle Watch."""
+        return self.watchers
 
     @reports_errors
     def ListPools(

@@ -9,7 +9,7 @@ original waits for it there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -33,6 +33,9 @@ from odma_service.errors import (
 from odma_service.learning import Learner
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
+from odma_service.service.access import claimed, may_see
+from odma_service.service.events import Kind
+from odma_service.service.witness import Witness
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -59,17 +62,18 @@ class View(NamedTuple):
 class Entry:
     """A pool and when its owner was last heard of. pool None: it is gone."""
 
-    __slots__ = ("heard_at", "learner", "lock", "pool")
+    __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
 
-    def __init__(self, pool: Pool, now: float) -> None:
+    def __init__(self, learner: Learner, now: float) -> None:
         self.lock = Lock()
-        self.adopt(pool, now)
+        self.adopt(learner, now)
 
-    def adopt(self, pool: Pool, now: float) -> None:
-        """Make this the entry of `pool`, whose owner was heard of now."""
-        self.pool: Pool | None = pool
-        self.learner = Learner(pool)
+    def adopt(self, learner: Learner, now: float) -> None:
+        """Make this the entry of a pool whose owner was heard of now."""
+        self.pool: Pool | None = learner.pool
+        self.learner = learner
         self.heard_at = now
+        self.stale = False  # as the log has it
 
 
 class Registry:
@@ -84,15 +88,19 @@ class Registry:
         directory: Path,
         *,
         max_pools: int,
+        max_owner_pools: int,
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
+        witness: Witness | None = None,
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
+        self._max_owner_pools = max_owner_pools
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
+        self.witness = witness or Witness()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
@@ -124,9 +132,10 @@ class Registry:
             self._entries.clear()
 
     def names(self) -> list[str]:
-        """Return the names of all pools."""
+        """Return the names of all pools that the caller may see."""
         self._insist_serving()
-        return sorted(self._entries)
+        pools = [(name, entry.pool) for name, entry in sorted(self._entries.items())]
+        return [name for name, pool in pools if pool and may_see(pool.spec)]
 
     def open(
         self, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool, take_over: bool
@@ -135,42 +144,46 @@ class Registry:
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed
         unless the pool has one and `keep_policy` is set. Raises PoolOwnedError,
-        PoolLimitError, InvalidError, BooksLockedError.
+        PoolForeignError, PoolLimitError, InvalidError, BooksLockedError.
         """
         with self._lock:
             self._insist_serving()
             entry = self._entry(spec.name)
             if entry is None:
-                return self._create(spec, policy)
+                return self._create(claimed(spec, None), policy)
             with entry.lock:
                 if entry.pool is None:
-                    return self._create(spec, policy)
-                if not self._is_retry(entry.pool, spec):
-                    self._insist_free(entry.pool, entry, take_over=take_over)
-                    self._begin(entry.pool, entry, spec, policy, keep_policy=keep_policy)
+                    return self._create(claimed(spec, None), policy)
+                pool = self._insist(spec.name, entry)
+                spec = claimed(spec, pool.spec)
+                if self._is_retry(pool, spec):
+                    self._hear(spec.name, entry)
+                else:
+                    self._insist_free(pool, entry, take_over=take_over)
+                    self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
                 return _opened(entry.pool)
 
     def close_epoch(self, name: str, epoch: int) -> None:
         """End an epoch; once more is the same as once. Raises EpochError for an older one."""
         entry = self._find(name)
         with entry.lock:
-            pool = self._insist(name, entry)
+            pool = self._insist_seen(name, entry)
             if pool.epoch == 0 and pool.report().last_epoch == epoch:
                 return
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             pool.close_epoch(epoch)
-            log.info("pool closed", pool=name, epoch=epoch)
+            self.witness.tell(Kind.CLOSED, name, epoch)
 
     @contextmanager
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
         with entry.lock:
-            pool = self._insist(name, entry)
+            pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
-            entry.heard_at = self._monotonic()
+            self._hear(name, entry)
             try:
                 yield entry.learner
             except BooksCorruptError as error:
@@ -182,7 +195,25 @@ class Registry:
         """Hold a pool to look at it. Raises PoolNotFoundError."""
         entry = self._find(name)
         with entry.lock:
-            yield View(self._insist(name, entry), self._idle_seconds(entry))
+            yield View(self._insist_seen(name, entry), self._idle_seconds(entry))
+
+    def reap(self) -> None:
+        """Tell of owners that fell silent, and close their pools after the retention time.
+
+        A pool in use is left for the next time: its owner is not silent.
+        """
+        for name, entry in list(self._entries.items()):
+            if not entry.lock.acquire(blocking=False):
+                continue
+            try:
+                pool = entry.pool and self._insist(name, entry)
+                if not pool or not pool.epoch or entry.stale:
+                    continue
+                entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
+                if entry.stale:
+                    self.witness.tell(Kind.STALE, name, pool.epoch)
+            finally:
+                entry.lock.release()
 
     # --- which pools there are ---
 
@@ -206,13 +237,18 @@ class Registry:
         try:
             pool = self._attach(name, path)
         except UNUSABLE as error:
-            log.error("pool set aside", file=str(set_aside(path, str(error))), reason=str(error))
+            self._set_aside(name, error)
             return None
-        self._entries[name] = entry = Entry(pool, self._monotonic())
+        self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        log.info("pool found", pool=name, epoch=pool.epoch, seq=pool.last_seq)
+        self.witness.tell(
+            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        )
         return entry
+
+    def _learner(self, pool: Pool) -> Learner:
+        return Learner(pool, self.witness.observer_of(pool))
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -228,13 +264,28 @@ class Registry:
             self._insist_serving()
             raise PoolNotFoundError(name)
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
-            log.warning("pool closed: its owner is silent", pool=name, epoch=pool.epoch)
-            pool.close_epoch(pool.epoch)
+            epoch = pool.epoch
+            pool.close_epoch(epoch)
+            self.witness.tell(Kind.EXPIRED, name, epoch)
+        return pool
+
+    def _hear(self, name: str, entry: Entry) -> None:
+        """Note that the owner of a locked entry lives."""
+        entry.heard_at = self._monotonic()
+        if entry.stale:
+            entry.stale = False
+            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
+
+    def _insist_seen(self, name: str, entry: Entry) -> Pool:
+        """Return the pool of a locked entry, as if there were none if the caller may not see it."""
+        pool = self._insist(name, entry)
+        if not may_see(pool.spec):
+            raise PoolNotFoundError(name)
         return pool
 
     def _insist_serving(self) -> None:
         if self._closed:
-            raise UnavailableError("the service is draining; try again")
+            raise draining()
 
     def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
         """Set the books of a locked entry aside, so that the pool can be opened again."""
@@ -243,21 +294,35 @@ class Registry:
         entry.pool.close()
         entry.pool = None
         self._entries.pop(name, None)
-        log.error(
-            "pool set aside", file=str(set_aside(self._path(name), str(error))), reason=str(error)
-        )
+        self._set_aside(name, error)
 
-    def _make_room(self) -> None:
-        """Forget the pool that was opened longest ago of those that are closed, if need be."""
-        if len(self._entries) < self._max_pools:
-            return
+    def _set_aside(self, name: str, error: BooksError) -> None:
+        aside = set_aside(self._path(name), str(error))
+        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
+
+    def _make_room(self, owner: str) -> None:
+        """Forget the pool that was opened longest ago of those that are closed, if need be.
+
+        An owner that has all the pools it may have makes room among its own.
+        """
+        own = {
+            name: entry
+            for name, entry in self._entries.items()
+            if owner and entry.pool and entry.pool.spec.owner == owner
+        }
+        if len(own) >= self._max_owner_pools:
+            self._forget_oldest(own, f"{self._max_owner_pools} pools (max-owner-pools)")
+        elif len(self._entries) >= self._max_pools:
+            self._forget_oldest(self._entries, f"{self._max_pools} pools (max-pools)")
+
+    def _forget_oldest(self, entries: Mapping[str, Entry], limit: str) -> None:
         closed: list[tuple[int, str]] = []
-        for name, entry in self._entries.items():
+        for name, entry in entries.items():
             with entry.lock:
                 if entry.pool and not self._insist(name, entry).epoch:
                     closed.append((entry.pool.report().last_epoch, name))
         if not closed:
-            raise PoolLimitError(f"all {self._max_pools} pools (max-pools) are open")
+            raise PoolLimitError(f"all {limit} are open")
         _, name = min(closed)
         entry = self._entries.pop(name)
         with entry.lock:
@@ -265,12 +330,13 @@ class Registry:
                 entry.pool.close()
             entry.pool = None
             self._path(name).unlink()
-        log.info("pool forgotten, to make room", pool=name)
+        self.witness.tell(Kind.FORGOTTEN, name)
 
     # --- opening ---
 
     def _is_retry(self, pool: Pool, spec: PoolSpec) -> bool:
-        if not pool.epoch or pool.spec.open_id != spec.open_id:
+        of_another = pool.spec.owner != spec.owner or pool.spec.open_id != spec.open_id
+        if not pool.epoch or of_another:
             return False
         if pool.spec != spec:
             raise InvalidError("open_id", "was used to open this pool with other fields")
@@ -278,19 +344,19 @@ class Registry:
 
     def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
         """Raise PoolOwnedError if somebody else owns the pool and nobody takes it over."""
-        name, epoch = pool.spec.name, self._insist(pool.spec.name, entry).epoch
+        name, epoch = pool.spec.name, pool.epoch
         if not epoch:
             return
         if not take_over:
             raise PoolOwnedError(name, self._idle_seconds(entry))
-        log.warning("pool taken over", pool=name, from_epoch=epoch)
+        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
-        self._make_room()
+        self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
-        self._entries[spec.name] = Entry(pool, self._monotonic())
-        log.info("pool made", pool=spec.name, epoch=pool.epoch, tokens=spec.capacity_tokens)
+        self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
@@ -306,8 +372,8 @@ class Registry:
             old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
             unfinished.replace(path)
             old.close()
-        entry.adopt(pool, self._monotonic())
-        log.info("pool opened", pool=spec.name, epoch=epoch, tokens=spec.capacity_tokens)
+        entry.adopt(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, epoch)
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had, not even in books that are lost."""
@@ -318,6 +384,11 @@ class Registry:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}{SUFFIX}"
+
+
+def draining() -> UnavailableError:
+    """Return what a service that ends tells everybody."""
+    return UnavailableError("the service is draining; try again")
 
 
 def _opened(pool: Pool) -> Opened:

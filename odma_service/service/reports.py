@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -124,19 +123,10 @@ def _counters_to(counters: Counters) -> pb.Counters:
 
 
 def _buckets(pool: Pool) -> list[pb.BucketUse]:
-    """Count the live regions under each limit, as limits are when rounded up to blocks."""
     limits = pool.policy().limits_tokens
-    if not limits:
-        return []
-    spec = pool.spec
-    lengths = [entry.length_tokens for entry in pool.regions(0, 2 * spec.max_regions) if entry.live]
-    rounded = [-(-limit // spec.block_tokens) * spec.block_tokens for limit in limits]
-    counts = [
-        sum(low < length <= high for length in lengths) for low, high in pairwise((0, *rounded))
-    ]
     return [
         pb.BucketUse(limit_tokens=limit, regions=count)
-        for limit, count in zip(limits, counts, strict=True)
+        for limit, count in zip(limits, pool.bucket_regions(), strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ the same to clients that look for those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -27,6 +27,8 @@ from odma_service.values import Reason, Refusal
 
 DOMAIN = "odma"
 RETRY_AFTER_MS = 50
+LONGEST_TEXT = 200
+"""Five copies of four bytes a character stay below the 8 KiB that gRPC takes of all headers."""
 
 Servicer = TypeVar("Servicer")
 Request = TypeVar("Request")
@@ -60,6 +62,14 @@ _RULES: dict[type[OdmaError], Rule] = {
     errors.RefusedError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "REFUSED"),
     errors.HandleError: Rule(grpc.StatusCode.NOT_FOUND, "HANDLE", ("handle", "rule")),
     errors.PoolLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_LIMIT"),
+    errors.StreamLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT"),
+    errors.StreamReplacedError: Rule(grpc.StatusCode.ABORTED, "STREAM_REPLACED", ("name",)),
+    errors.IdentityError: Rule(grpc.StatusCode.UNAUTHENTICATED, "IDENTITY"),
+    errors.RoleError: Rule(grpc.StatusCode.PERMISSION_DENIED, "ROLE", ("rpc", "role")),
+    errors.PoolForeignError: Rule(grpc.StatusCode.PERMISSION_DENIED, "POOL_FOREIGN", ("name",)),
+    errors.BusyError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "BUSY"),
+    errors.MessageSizeError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_SIZE"),
+    errors.UnimplementedError: Rule(grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
     errors.UnavailableError: Rule(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.BooksLockedError: Rule(grpc.StatusCode.UNAVAILABLE, "BOOKS_LOCKED"),
     errors.BooksError: Rule(grpc.StatusCode.DATA_LOSS, "BOOKS"),
@@ -75,28 +85,36 @@ def reports_errors(
     def reporting(self: Servicer, request: Request, context: grpc.ServicerContext) -> Answer:
         try:
             return method(self, request, context)
-        except OdmaError as error:
-            status = status_of(error)
-        except Exception:
-            log.exception("a call failed inside", rpc=method.__name__)
-            status = Status(code=_number(grpc.StatusCode.INTERNAL), message="internal error")
-        _abort(context, status)
+        except Exception as error:  # noqa: BLE001  told to the client, and logged
+            status = told(error, method.__name__)
+        abort(context, status)
 
     return reporting
+
+
+def told(error: Exception, rpc: str) -> Status:
+    """Return the status that tells an error of any kind; a bug of ours is logged."""
+    if isinstance(error, OdmaError):
+        return status_of(error)
+    log.error("a call failed inside", rpc=rpc, exc_info=error)
+    return INTERNAL
 
 
 def status_of(error: OdmaError) -> Status:
     """Return the status that tells `error`, with its details."""
     rule = next(_RULES[kind] for kind in type(error).__mro__ if kind in _RULES)
-    info = details_pb.ErrorInfo(
-        domain=DOMAIN,
-        reason=rule.reason,
-        metadata={name: str(getattr(error, name)) for name in rule.metadata},
-    )
+    metadata = {name: _short(str(getattr(error, name))) for name in rule.metadata}
+    return _status(rule, _short(str(error)), metadata, _details(error))
+
+
+def _status(
+    rule: Rule, message: str, metadata: Mapping[str, str], details: Sequence[Message]
+) -> Status:
+    info = details_pb.ErrorInfo(domain=DOMAIN, reason=rule.reason, metadata=metadata)
     return Status(
         code=_number(rule.code),
-        message=str(error),
-        details=[_packed(detail) for detail in (info, *_details(error))],
+        message=message,
+        details=[_packed(detail) for detail in (info, *details)],
     )
 
 
@@ -104,11 +122,17 @@ def _details(error: OdmaError) -> Sequence[Message]:
     match error:
         case errors.InvalidError():
             violation = details_pb.BadRequest.FieldViolation(
-                field=error.field, description=error.rule
+                field=_short(error.field), description=_short(error.rule)
             )
-            refusal = Refusal(Reason.INVALID, field=f"{error.field}: {error.rule}")
+            refusal = Refusal(Reason.INVALID, field=_short(str(error)))
             return [details_pb.BadRequest(field_violations=[violation]), refusal_to(refusal)]
-        case errors.PoolNotFoundError() | errors.PoolOwnedError():
+        case (
+            errors.PoolNotFoundError()
+            | errors.PoolOwnedError()
+            | errors.PoolForeignError()
+            | errors.EpochError()
+            | errors.StreamReplacedError()
+        ):
             return [details_pb.ResourceInfo(resource_type="pool", resource_name=error.name)]
         case errors.HandleError():
             return [
@@ -118,10 +142,20 @@ def _details(error: OdmaError) -> Sequence[Message]:
             refusal_pb = refusal_to(error.refusal)
             refusal_pb.retry_after_ms = RETRY_AFTER_MS
             return [refusal_pb, _retry_info()]
-        case errors.BooksLockedError() | errors.UnavailableError():
+        case (
+            errors.BooksLockedError()
+            | errors.UnavailableError()
+            | errors.BusyError()
+            | errors.StreamLimitError()
+        ):
             return [_retry_info()]
         case _:
             return []
+
+
+def _short(text: str) -> str:
+    """Return a text as a header may hold it several times: some of it is what a caller sent."""
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
 
 
 def _retry_info() -> details_pb.RetryInfo:
@@ -139,6 +173,11 @@ def _number(code: grpc.StatusCode) -> int:
     return number
 
 
-def _abort(context: grpc.ServicerContext, status: Status) -> NoReturn:
+INTERNAL = _status(Rule(grpc.StatusCode.INTERNAL, "INTERNAL"), "internal error", {}, ())
+"""What is told of a bug of the service. The log has the rest."""
+
+
+def abort(context: grpc.ServicerContext, status: Status) -> NoReturn:
+    """End the call with a status and its details."""
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status always raises")

@@ -1,12 +1,15 @@
-"""Trace files: three formats in, one out.
+"""Trace files: four formats in, one out.
 
 A file's first bytes say what it is; its name does not matter for reading.
 
     parquet          t_seconds (optional), input_tokens, output_tokens; request_class (optional);
-                     output_recorded (optional): rows where it is false are dropped
+                     output_recorded (optional): rows where it is false are dropped;
+                     hash_ids (optional): see Trace.prefix_ids
     Azure CSV        TIMESTAMP, ContextTokens, GeneratedTokens, as published in 2023 and 2024;
                      times then count from the earliest request
-    Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids are not kept
+    Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids (optional)
+    decision log     as `odma serve --decision-log` writes it: asked, prompt_tokens, output_tokens,
+                     request_class; times then count from the earliest request
 
 Values that cannot be true (negative, fractional, missing, not a number) are an error that
 names the file, the row and the column. Rows count from 1, without header and empty lines.
@@ -36,7 +39,11 @@ from odma_service.traces.trace import Trace, TraceError, check_seconds, check_to
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE_COLUMNS = ("timestamp", "input_length", "output_length")
+DECISION_COLUMNS = ("asked", "prompt_tokens", "output_tokens")
+DECISION_START = '{"odma":'
+ENDED_BY_ITSELF = {"FINISHED", "HIT_LIMIT"}
 PARQUET_COLUMNS = ("t_seconds", "input_tokens", "output_tokens")
+PREFIX_COLUMN = "hash_ids"
 LABEL_KEY = b"odma.label"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -72,6 +79,8 @@ def write_trace(trace: Trace, path: str | Path) -> None:
     columns: dict[str, Any] = {name: getattr(trace, name) for name in PARQUET_COLUMNS}
     if trace.request_class is not None:
         columns["request_class"] = arrow.array(trace.request_class, type=arrow.string())
+    if trace.prefix_ids is not None:
+        columns[PREFIX_COLUMN] = arrow.array(trace.prefix_ids, type=arrow.list_(arrow.int64()))
     label = trace.label.encode("utf-8", errors="replace")
     try:
         parquet.write_table(arrow.table(columns, metadata={LABEL_KEY: label}), path)
@@ -97,6 +106,8 @@ class _Table:
     output_tokens: NDArray[Any]
     request_class: NDArray[np.object_] | None = None
     recorded: NDArray[np.bool_] | None = None
+    prefix_ids: list[tuple[int, ...]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _trace_of(path: Path, table: _Table) -> Trace:
@@ -123,12 +134,13 @@ def _trace_of(path: Path, table: _Table) -> Trace:
         "".join(filter(str.isprintable, table.label)),
         None if table.request_class is None else tuple(table.request_class[in_time].tolist()),
         tuple(notes),
+        None if table.prefix_ids is None else tuple(table.prefix_ids[row] for row in in_time),
     )
 
 
 def _replayable(table: _Table) -> tuple[NDArray[np.intp], list[str]]:
     """Return the rows that can be replayed, and a note for each kind that cannot."""
-    notes = []
+    notes = list(table.notes)
     keep = np.ones(len(table.input_tokens), dtype=np.bool_)
     for good, flaw in (
         (table.recorded if table.recorded is not None else keep, "without a recorded output"),
@@ -150,14 +162,17 @@ def _reader_of(path: Path) -> Callable[[Path, int | None], _Table]:
         raise TraceError(f"{path}: the file is empty")
     if text.startswith("PAR1"):
         return _read_parquet
+    if text.startswith(DECISION_START):
+        return _read_decisions
     if text.startswith("{"):
         return _read_mooncake
     if any(name in text.splitlines()[0] for name in AZURE_COLUMNS):
         return _read_azure
     raise TraceError(
         f"{path}: not a trace; known are parquet ({', '.join(PARQUET_COLUMNS)}),"
-        f" Azure CSV ({', '.join(AZURE_COLUMNS)})"
-        f" and Mooncake JSONL ({', '.join(MOONCAKE_COLUMNS)})"
+        f" Azure CSV ({', '.join(AZURE_COLUMNS)}),"
+        f" Mooncake JSONL ({', '.join(MOONCAKE_COLUMNS)})"
+        f" and decision logs ({DECISION_START}...)"
     )
 
 
@@ -194,12 +209,32 @@ def _microseconds(text: str) -> float:
 
 
 def _read_mooncake(path: Path, rows: int | None) -> _Table:
-    milliseconds, inputs, outputs = _columns(_mooncake_rows(path, rows))
+    prefixes: list[tuple[int, ...]] = []
+    milliseconds, inputs, outputs = _columns(_mooncake_rows(path, rows, prefixes))
     check_seconds(str(path), MOONCAKE_COLUMNS[0], milliseconds)
-    return _Table(path.stem, MOONCAKE_COLUMNS, milliseconds / 1e3, inputs, outputs)
+    return _Table(
+        path.stem,
+        MOONCAKE_COLUMNS,
+        milliseconds / 1e3,
+        inputs,
+        outputs,
+        prefix_ids=prefixes if any(prefixes) else None,
+    )
 
 
-def _mooncake_rows(path: Path, rows: int | None) -> Iterator[tuple[float, float, float]]:
+def _mooncake_rows(
+    path: Path, rows: int | None, prefixes: list[tuple[int, ...]]
+) -> Iterator[tuple[float, float, float]]:
+    for row, record in _records(path, rows):
+        at, into, out = (
+            _value(path, row, name, _number, record.get(name)) for name in MOONCAKE_COLUMNS
+        )
+        prefixes.append(_ids(path, row, record.get(PREFIX_COLUMN, ())))
+        yield at, into, out
+
+
+def _records(path: Path, rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a file with one on each line, and their rows."""
     with path.open(encoding="utf-8-sig") as file:
         for row, line in enumerate(islice(filter(str.strip, file), rows), 1):
             try:
@@ -208,10 +243,62 @@ def _mooncake_rows(path: Path, rows: int | None) -> Iterator[tuple[float, float,
                 record = None
             if not isinstance(record, dict):
                 raise TraceError(f"{path}: row {row}: not a JSON object")
-            at, into, out = (
-                _value(path, row, name, _number, record.get(name)) for name in MOONCAKE_COLUMNS
-            )
-            yield at, into, out
+            yield row, record
+
+
+def _read_decisions(path: Path, rows: int | None) -> _Table:
+    """Return the requests that ended by themselves, in the order in which they ended."""
+    classes: list[str] = []
+    unended = unasked = 0
+
+    def ended() -> Iterator[tuple[float, float, float]]:
+        nonlocal unended, unasked
+        for row, record in _records(path, rows):
+            if record.get("odma") != "request":
+                raise TraceError(f"{path}: row {row}: not a record of a decision log")
+            if record.get("version") != 1:
+                raise TraceError(f"{path}: row {row}: version {record.get('version')!r}, not 1")
+            if record.get("end") not in ENDED_BY_ITSELF:
+                unended += 1
+            elif record.get("asked") is None:
+                unasked += 1
+            else:
+                at, into, out = (
+                    _value(path, row, name, _number, record.get(name)) for name in DECISION_COLUMNS
+                )
+                classes.append(str(record.get("request_class", "")))
+                yield at, into, out
+
+    seconds, inputs, outputs = _columns(ended())
+    notes = [
+        f"dropped {count} {'row' if count == 1 else 'rows'} {flaw}"
+        for count, flaw in (
+            (unended, "that did not end by themselves"),
+            (unasked, "asked for before the service was restarted"),
+        )
+        if count
+    ]
+    if not classes:
+        raise TraceError(f"{path}: no row can be replayed: {', '.join(notes) or 'there is none'}")
+    return _Table(
+        path.stem,
+        DECISION_COLUMNS,
+        seconds - seconds.min(),
+        inputs,
+        outputs,
+        np.array(classes, object),
+        notes=tuple(notes),
+    )
+
+
+def _ids(path: Path, row: int, value: Any) -> tuple[int, ...]:
+    """Return a list of ids; none where a row has none."""
+    ids = () if value is None else value
+    if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+        raise TraceError(
+            f"{path}: row {row}, column '{PREFIX_COLUMN}': not a list of whole numbers"
+        )
+    return tuple(ids)
 
 
 def _number(value: object) -> float:
@@ -249,12 +336,14 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            optional = {"t_seconds", "request_class", "output_recorded"} & set(schema.names)
+            optional = {"t_seconds", "request_class", "output_recorded", PREFIX_COLUMN}
+            optional &= set(schema.names)
             wanted = sorted({"input_tokens", "output_tokens"} | optional)
             for name in wanted:
                 _place(path, schema.names, name)
             table = file.read(columns=wanted).slice(0, rows)
-        arrays = {name: table.column(name).to_numpy() for name in wanted}
+        prefixes = table.column(PREFIX_COLUMN).to_pylist() if PREFIX_COLUMN in wanted else None
+        arrays = {name: table.column(name).to_numpy() for name in wanted if name != PREFIX_COLUMN}
     except arrow.ArrowException as error:
         raise TraceError(f"{path}: damaged parquet: {error}") from error
 
@@ -277,6 +366,7 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
         column("output_tokens", "iuf", "numbers"),
         column("request_class", "O", "text in every row"),
         column("output_recorded", "b", "true or false in every row"),
+        prefixes and [_ids(path, row, ids) for row, ids in enumerate(prefixes, 1)],
     )
 
 

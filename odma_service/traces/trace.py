@@ -17,6 +17,7 @@ from odma_service.errors import OdmaError
 
 LARGEST_TOKENS = 2**31 - 1
 LARGEST_SECONDS = 1e12
+PREFIX_TOKENS = 512
 
 COLUMN_TYPES = {"t_seconds": np.float64, "input_tokens": np.int64, "output_tokens": np.int64}
 
@@ -40,6 +41,8 @@ class Trace:
     output_tokens  answer length, int64, at least 1; at a cap it means "at least"
     label          the trace's name, or "synthetic seed=..."
     request_class  each request's class, where the trace has classes
+    prefix_ids     of each prompt, the ids of its blocks of PREFIX_TOKENS tokens from the start
+                   on, where the trace has them: same id, same tokens up to there
     notes          what reading it dropped or changed, one sentence each
     """
 
@@ -49,6 +52,7 @@ class Trace:
     label: str
     request_class: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    prefix_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
@@ -65,6 +69,8 @@ class Trace:
                 f"{self.label}: column 'request_class' must be {len(self)} values,"
                 f" not {len(self.request_class)}"
             )
+        if self.prefix_ids is not None and len(self.prefix_ids) != len(self):
+            raise TraceError(f"{self.label}: column 'hash_ids' must be {len(self)} lists")
         check_seconds(self.label, "t_seconds", self.t_seconds)
         check_tokens(self.label, "input_tokens", self.input_tokens, least=1)
         check_tokens(self.label, "output_tokens", self.output_tokens, least=1)
@@ -82,13 +88,26 @@ class Trace:
         """Return the first `rows` requests, or all of them if there are fewer."""
         if rows < 1:
             raise TraceError(f"rows must be at least 1, not {rows}")
+        return self.part(np.arange(min(rows, len(self))))
+
+    def without_first(self, requests: int) -> Trace:
+        """Return what comes after so many requests. Raises TraceError if there is none."""
+        if requests >= len(self):
+            raise TraceError(f"{self.label}: there are {len(self)} requests, none after {requests}")
+        return self.part(np.arange(requests, len(self)))
+
+    def part(self, rows: NDArray[np.int64], t_seconds: NDArray[np.float64] | None = None) -> Trace:
+        """Return these rows in this order, which has to be in time unless times are given."""
+        picked = rows.tolist()
+        classes, prefixes = self.request_class, self.prefix_ids
         return Trace(
-            self.t_seconds[:rows],
-            self.input_tokens[:rows],
-            self.output_tokens[:rows],
+            self.t_seconds[rows] if t_seconds is None else t_seconds,
+            self.input_tokens[rows],
+            self.output_tokens[rows],
             self.label,
-            self.request_class[:rows] if self.request_class is not None else None,
+            None if classes is None else tuple(classes[row] for row in picked),
             self.notes,
+            None if prefixes is None else tuple(prefixes[row] for row in picked),
         )
 
 

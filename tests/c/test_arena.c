@@ -351,11 +351,11 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count));
     GIVES(ODMA_INVALID, odma_arena_quantiles(NULL, 0, 0, NULL, NULL));
     GIVES(ODMA_INVALID, odma_arena_quantiles(arena, 0, 0, NULL, &weight));
-    GIVES(ODMA_INVALID, odma_optimal_limits(NULL, &count, 1, 1, limits, &count, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, NULL, 1, 1, limits, &count, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, NULL, &count, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, limits, NULL, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, 1, 1, limits, &count, NULL));
+    GIVES(ODMA_INVALID, odma_optimal_limits(NULL, &count, NULL, 1, 1, limits, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, NULL, NULL, 1, 1, limits, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, NULL, 1, 1, NULL, &count, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, NULL, 1, 1, limits, NULL, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(&weight, &count, NULL, 1, 1, limits, &count, NULL));
 
     step.batch.op_count = 1;
     step.batch.ops = NULL;
@@ -1399,28 +1399,29 @@ static void threads_take_turns(void) {
 
 /* --- limits --- */
 
-static double waste_of(const double *weights, const uint32_t *upper, uint32_t bins,
-                       const uint32_t *limits, uint32_t count) {
+static double waste_of(const double *weights, const uint32_t *upper, const double *tolls,
+                       uint32_t bins, const uint32_t *limits, uint32_t count) {
     double waste = 0;
     for (uint32_t i = 0; i < bins; i++) {
         uint32_t k = 0;
         while (k < count && limits[k] < upper[i]) k++;
         CHECK(k < count);
         waste += weights[i] * (limits[k] - upper[i]);
+        if (limits[k] == upper[i] && k + 1 < count) waste += tolls[i];
     }
     return waste;
 }
 
 /* Try every choice of at most `most` bins that holds the last one. */
-static double least_waste(const double *weights, const uint32_t *upper, uint32_t bins,
-                          uint32_t most) {
+static double least_waste(const double *weights, const uint32_t *upper, const double *tolls,
+                          uint32_t bins, uint32_t most) {
     double least = INFINITY;
     for (uint32_t choice = 0; choice < 1U << (bins - 1); choice++) {
         uint32_t limits[16], count = 0;
         for (uint32_t i = 0; i < bins; i++)
             if (i == bins - 1 || choice >> i & 1) limits[count++] = upper[i];
         if (count > most) continue;
-        double waste = waste_of(weights, upper, bins, limits, count);
+        double waste = waste_of(weights, upper, tolls, bins, limits, count);
         if (waste < least) least = waste;
     }
     return least;
@@ -1428,14 +1429,17 @@ static double least_waste(const double *weights, const uint32_t *upper, uint32_t
 
 static void the_best_limits_are_the_best_of_all(void) {
     for (int round = 0; round < 600; round++) {
-        double weights[10], waste = -1;
+        double weights[10], tolls[10], waste = -1;
+        bool free = below(2);
         uint32_t upper[10], limits[ODMA_LIMITS], found = 0, last = 0;
         uint32_t bins = 1 + below(10), most = 1 + below(6);
         for (uint32_t i = 0; i < bins; i++) {
             weights[i] = below(3) ? below(50) : 0;
+            tolls[i] = free || below(3) == 0 ? 0 : below(2000);
             last = upper[i] = last + 1 + below(100);
         }
-        OK(odma_optimal_limits(weights, upper, bins, most, limits, &found, &waste));
+        OK(odma_optimal_limits(weights, upper, free ? NULL : tolls, bins, most, limits, &found,
+                               &waste));
         CHECK(found >= 1 && found <= most && limits[found - 1] == upper[bins - 1]);
         for (uint32_t i = 1; i < found; i++) CHECK(limits[i - 1] < limits[i]);
         for (uint32_t i = 0; i < found; i++) {
@@ -1443,25 +1447,27 @@ static void the_best_limits_are_the_best_of_all(void) {
             while (k < bins && upper[k] != limits[i]) k++;
             CHECK(k < bins);
         }
-        CHECK(fabs(waste - waste_of(weights, upper, bins, limits, found)) < 1e-6);
-        CHECK(fabs(waste - least_waste(weights, upper, bins, most)) < 1e-6);
+        CHECK(fabs(waste - waste_of(weights, upper, tolls, bins, limits, found)) < 1e-6);
+        CHECK(fabs(waste - least_waste(weights, upper, tolls, bins, most)) < 1e-6);
     }
 }
 
 static void limits_of_nonsense_are_invalid(void) {
     double weights[4] = {1, 1, 1, 1}, waste;
     uint32_t upper[4] = {1, 2, 3, 4}, limits[ODMA_LIMITS], found;
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 0, 1, limits, &found, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4097, 1, limits, &found, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 0, limits, &found, &waste));
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 17, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 0, 1, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4097, 1, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4, 0, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4, 17, limits, &found, &waste));
     weights[2] = -1;
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4, 2, limits, &found, &waste));
     weights[2] = (double)NAN;
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4, 2, limits, &found, &waste));
     weights[2] = 1;
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, (double[4]){0, -1, 0, 0}, 4, 2, limits,
+                                            &found, &waste));
     upper[2] = 2;
-    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, 4, 2, limits, &found, &waste));
+    GIVES(ODMA_INVALID, odma_optimal_limits(weights, upper, NULL, 4, 2, limits, &found, &waste));
 }
 
 static void a_status_has_a_name(void) {

@@ -40,7 +40,10 @@ class MemoryServiceStub:
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -49,11 +52,9 @@ class MemoryServiceStub:
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     @_typing.overload
@@ -71,6 +72,8 @@ class MemoryServiceStub:
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
+      PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                          closed one. Choose another.
       RESOURCE_EXHAUSTED  no more pools, or no room for the books.
     """
     ClosePool: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]
@@ -78,8 +81,10 @@ class MemoryServiceStub:
     uses the pool's memory. Safe to retry: closing a closed pool is OK.
     """
     KeepAlive: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]
-    """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-    Apply renews them.
+    """KeepAlive tells that the owner lives, and does nothing else. Every other
+    call of the owner tells it too, so it is for an engine that has nothing to
+    do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+    Safe to retry.
     """
     Apply: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]
     """Apply does the operations of one decode step, in the order given.
@@ -99,8 +104,23 @@ class MemoryServiceStub:
                            completed_seq that falls or is ahead of seq.
     """
     Stream: _grpc.StreamStreamMultiCallable[_memory_service_pb2.StreamRequest, _memory_service_pb2.StreamResponse]
-    """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-    version.
+    """Stream is Apply over one stream: one request, one answer, and so on. What
+    Apply says holds here too. It saves about a quarter of the time of a call.
+
+    Send a request when the one before is answered. One that is sent earlier
+    waits, unread; what waits is bounded by the flow control of HTTP/2. The
+    requests of a stream are of one pool, and a pool has one stream: the first
+    answer on a new one ends the older one.
+
+    Every status ends the stream; what was answered stays done. When a stream
+    ends, or breaks, the batch without an answer may have been done or not:
+    retry it by seq, over a new stream or by Apply.
+
+      UNAVAILABLE         the service is draining, after the batch under way.
+                          Retry with backoff, over a new stream.
+      ABORTED             the pool has a newer stream. A bug, unless you know
+                          why.
+      RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
     """
     Allocate: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.AllocateRequest, _memory_service_pb2.AllocateResponse]
     """Allocate gives one region, for small clients that do not batch. It never
@@ -161,7 +181,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -170,11 +193,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -189,6 +210,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
+      PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                          closed one. Choose another.
       RESOURCE_EXHAUSTED  no more pools, or no room for the books.
     """
     ClosePool: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]  # type: ignore[assignment]
@@ -196,8 +219,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     uses the pool's memory. Safe to retry: closing a closed pool is OK.
     """
     KeepAlive: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-    Apply renews them.
+    """KeepAlive tells that the owner lives, and does nothing else. Every other
+    call of the owner tells it too, so it is for an engine that has nothing to
+    do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+    Safe to retry.
     """
     Apply: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]  # type: ignore[assignment]
     """Apply does the operations of one decode step, in the order given.
@@ -217,8 +242,23 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
                            completed_seq that falls or is ahead of seq.
     """
     Stream: _aio.StreamStreamMultiCallable[_memory_service_pb2.StreamRequest, _memory_service_pb2.StreamResponse]  # type: ignore[assignment]
-    """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-    version.
+    """Stream is Apply over one stream: one request, one answer, and so on. What
+    Apply says holds here too. It saves about a quarter of the time of a call.
+
+    Send a request when the one before is answered. One that is sent earlier
+    waits, unread; what waits is bounded by the flow control of HTTP/2. The
+    requests of a stream are of one pool, and a pool has one stream: the first
+    answer on a new one ends the older one.
+
+    Every status ends the stream; what was answered stays done. When a stream
+    ends, or breaks, the batch without an answer may have been done or not:
+    retry it by seq, over a new stream or by Apply.
+
+      UNAVAILABLE         the service is draining, after the batch under way.
+                          Retry with backoff, over a new stream.
+      ABORTED             the pool has a newer stream. A bug, unless you know
+                          why.
+      RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
     """
     Allocate: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AllocateRequest, _memory_service_pb2.AllocateResponse]  # type: ignore[assignment]
     """Allocate gives one region, for small clients that do not batch. It never
@@ -278,7 +318,10 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
-      RESOURCE_EXHAUSTED    the message is larger than 4 MiB. Split it.
+      RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
+                            many calls at once: retry with backoff.
+      UNAUTHENTICATED       the service asks for a token or a certificate.
+      PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
       FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
@@ -287,11 +330,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
                             open again.
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
-    apart what shares a status: INVALID, POOL_NOT_FOUND, POOL_OWNED, EPOCH_OVER,
-    SEQ_CHANGED, SEQ_OLD, SEQ_GAP, VERSION, NOTHING_LEARNT, REFUSED, HANDLE,
-    POOL_LIMIT, BOOKS_LOCKED, BOOKS. Its metadata holds the numbers, `expected`
-    of SEQ_GAP for one. INVALID_ARGUMENT has a BadRequest too, a refused unary
-    call the Refusal and a RetryInfo.
+    apart what shares a status, and its metadata holds the numbers, `expected` of
+    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
     @_abc_1.abstractmethod
@@ -310,6 +351,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
           ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                               the owner to close it, or set take_over: that ends
                               the old epoch.
+          PERMISSION_DENIED   the name is that of somebody else's pool, perhaps a
+                              closed one. Choose another.
           RESOURCE_EXHAUSTED  no more pools, or no room for the books.
         """
 
@@ -329,8 +372,10 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.KeepAliveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.KeepAliveResponse, _abc.Awaitable[_memory_service_pb2.KeepAliveResponse]]:
-        """KeepAlive will renew a pool's clocks. UNIMPLEMENTED in this version: any
-        Apply renews them.
+        """KeepAlive tells that the owner lives, and does nothing else. Every other
+        call of the owner tells it too, so it is for an engine that has nothing to
+        do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
+        Safe to retry.
         """
 
     @_abc_1.abstractmethod
@@ -362,8 +407,23 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_memory_service_pb2.StreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_memory_service_pb2.StreamResponse], _abc.AsyncIterator[_memory_service_pb2.StreamResponse]]:
-        """Stream will be Apply in lock-step on one stream. UNIMPLEMENTED in this
-        version.
+        """Stream is Apply over one stream: one request, one answer, and so on. What
+        Apply says holds here too. It saves about a quarter of the time of a call.
+
+        Send a request when the one before is answered. One that is sent earlier
+        waits, unread; what waits is bounded by the flow control of HTTP/2. The
+        requests of a stream are of one pool, and a pool has one stream: the first
+        answer on a new one ends the older one.
+
+        Every status ends the stream; what was answered stays done. When a stream
+        ends, or breaks, the batch without an answer may have been done or not:
+        retry it by seq, over a new stream or by Apply.
+
+          UNAVAILABLE         the service is draining, after the batch under way.
+                              Retry with backoff, over a new stream.
+          ABORTED             the pool has a newer stream. A bug, unless you know
+                              why.
+          RESOURCE_EXHAUSTED  too many streams are open (STREAM_LIMIT). Use Apply.
         """
 
     @_abc_1.abstractmethod

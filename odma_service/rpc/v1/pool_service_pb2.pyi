@@ -64,6 +64,72 @@ REGION_STATE_AWAITING_COMPLETION: RegionState.ValueType  # 2
 """Given back, but an engine with several streams may still use it."""
 Global___RegionState: _TypeAlias = RegionState  # noqa: Y015
 
+class _EventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
+    EVENT_KIND_OPENED: _EventKind.ValueType  # 1
+    """An epoch began."""
+    EVENT_KIND_RESUMED: _EventKind.ValueType  # 2
+    """The books of an earlier run of the service were found, an epoch in them
+    goes on.
+    """
+    EVENT_KIND_TAKEN_OVER: _EventKind.ValueType  # 3
+    """An OpenPool with take_over ended the epoch."""
+    EVENT_KIND_CLOSED: _EventKind.ValueType  # 4
+    """The owner closed the pool."""
+    EVENT_KIND_STALE: _EventKind.ValueType  # 5
+    """Nothing was heard of the owner for ttl_seconds."""
+    EVENT_KIND_REVIVED: _EventKind.ValueType  # 6
+    """The owner of a stale pool called again."""
+    EVENT_KIND_SET_ASIDE: _EventKind.ValueType  # 7
+    """The books could not be used. The pool can be opened with new ones."""
+    EVENT_KIND_FORGOTTEN: _EventKind.ValueType  # 8
+    """A closed pool made room for a new one."""
+    EVENT_KIND_POLICY_SET: _EventKind.ValueType  # 9
+    """SetPolicy changed the policy."""
+    EVENT_KIND_RECALIBRATED: _EventKind.ValueType  # 10
+    """Bucket limits were found anew, by Recalibrate or after a drift."""
+    EVENT_KIND_SAFETY_SHARE: _EventKind.ValueType  # 11
+    """The adaptive safety share changed."""
+    EVENT_KIND_EXPIRED: _EventKind.ValueType  # 12
+    """Closed, after nothing was heard of the owner for retention_seconds."""
+
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
+    """EventKind says what happened to a pool."""
+
+EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
+EVENT_KIND_OPENED: EventKind.ValueType  # 1
+"""An epoch began."""
+EVENT_KIND_RESUMED: EventKind.ValueType  # 2
+"""The books of an earlier run of the service were found, an epoch in them
+goes on.
+"""
+EVENT_KIND_TAKEN_OVER: EventKind.ValueType  # 3
+"""An OpenPool with take_over ended the epoch."""
+EVENT_KIND_CLOSED: EventKind.ValueType  # 4
+"""The owner closed the pool."""
+EVENT_KIND_STALE: EventKind.ValueType  # 5
+"""Nothing was heard of the owner for ttl_seconds."""
+EVENT_KIND_REVIVED: EventKind.ValueType  # 6
+"""The owner of a stale pool called again."""
+EVENT_KIND_SET_ASIDE: EventKind.ValueType  # 7
+"""The books could not be used. The pool can be opened with new ones."""
+EVENT_KIND_FORGOTTEN: EventKind.ValueType  # 8
+"""A closed pool made room for a new one."""
+EVENT_KIND_POLICY_SET: EventKind.ValueType  # 9
+"""SetPolicy changed the policy."""
+EVENT_KIND_RECALIBRATED: EventKind.ValueType  # 10
+"""Bucket limits were found anew, by Recalibrate or after a drift."""
+EVENT_KIND_SAFETY_SHARE: EventKind.ValueType  # 11
+"""The adaptive safety share changed."""
+EVENT_KIND_EXPIRED: EventKind.ValueType  # 12
+"""Closed, after nothing was heard of the owner for retention_seconds."""
+Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
+
 @_typing.final
 class PoolSummary(_message.Message):
     """PoolSummary is one line of a list of pools."""
@@ -515,23 +581,71 @@ class ListRegionsResponse(_message.Message):
 Global___ListRegionsResponse: _TypeAlias = ListRegionsResponse  # noqa: Y015
 
 @_typing.final
+class Event(_message.Message):
+    """Event is one thing that happened to one pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    UNIX_SECONDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    kind: Global___EventKind.ValueType
+    unix_seconds: _builtins.float
+    """By the clock of the service, since 1970."""
+    reason: _builtins.str
+    """Why, for people; empty where the kind says it all."""
+    policy_version: _builtins.int
+    """The policy in force after POLICY_SET, RECALIBRATED and SAFETY_SHARE."""
+    @_builtins.property
+    def pool(self) -> _types_pb2.PoolRef:
+        """The epoch is 0 where the event is about no epoch."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___EventKind.ValueType = ...,
+        pool: _types_pb2.PoolRef | None = ...,
+        unix_seconds: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        policy_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "policy_version", b"policy_version", "pool", b"pool", "reason", b"reason", "unix_seconds", b"unix_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Events of this pool only, which need not be open. Empty: of every pool that
+    the caller may see.
+    """
     cursor: _builtins.int
-    """next cursor of an earlier stream; 0: from now on."""
+    """That of the last answer seen, with its incarnation; without one it has to
+    be 0.
+    """
+    incarnation: _builtins.str
+    """Empty: from now on."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         cursor: _builtins.int = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "incarnation", b"incarnation", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,21 +658,30 @@ class WatchResponse(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
+    """Where to go on after this answer."""
     incarnation: _builtins.str
     """One life of the service: cursors of another one mean nothing."""
     lost: _builtins.bool
-    """Events before this one were dropped."""
+    """Events between the answer before this one and this one were dropped, or
+    belong to a life of the service that is over.
+    """
+    @_builtins.property
+    def event(self) -> Global___Event:
+        """Unset in the first answer, and in one that only tells of a loss."""
+
     def __init__(
         self,
         *,
         cursor: _builtins.int = ...,
         incarnation: _builtins.str = ...,
         lost: _builtins.bool = ...,
+        event: Global___Event | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "incarnation", b"incarnation", "lost", b"lost"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "event", b"event", "incarnation", b"incarnation", "lost", b"lost"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

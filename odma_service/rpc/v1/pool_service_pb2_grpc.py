@@ -28,7 +28,8 @@ if _version_not_supported:
 class PoolServiceStub:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def __init__(self, channel):
@@ -62,7 +63,8 @@ class PoolServiceStub:
 class PoolServiceServicer:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def ListPools(self, request, context):
@@ -90,7 +92,20 @@ class PoolServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Watch will stream events of a pool. UNIMPLEMENTED in this version.
+        """Watch streams what happens to pools: one answer at once, without an event,
+        that tells where the stream begins, then one for each event. The service
+        keeps its last 4,096 events; a reader that falls further behind is told
+        that it lost some and goes on with the oldest there is. It slows down
+        nobody.
+
+        To go on after a broken stream, send the cursor and incarnation of the last
+        answer. A service that was restarted meanwhile has another incarnation: it
+        says `lost` and begins with its own first event.
+
+        INVALID_ARGUMENT    a cursor without its incarnation, or one that was not
+        given out yet.
+        RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
+        UNAVAILABLE         the service stops; watch again, with the cursor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +145,8 @@ def add_PoolServiceServicer_to_server(servicer, server):
 class PoolService:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @staticmethod

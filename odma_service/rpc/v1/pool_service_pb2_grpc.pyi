@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class PoolServiceStub:
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @_typing.overload
@@ -48,13 +49,28 @@ class PoolServiceStub:
       INVALID_ARGUMENT  page_size is above 10,000.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_pool_service_pb2.WatchRequest, _pool_service_pb2.WatchResponse]
-    """Watch will stream events of a pool. UNIMPLEMENTED in this version."""
+    """Watch streams what happens to pools: one answer at once, without an event,
+    that tells where the stream begins, then one for each event. The service
+    keeps its last 4,096 events; a reader that falls further behind is told
+    that it lost some and goes on with the oldest there is. It slows down
+    nobody.
+
+    To go on after a broken stream, send the cursor and incarnation of the last
+    answer. A service that was restarted meanwhile has another incarnation: it
+    says `lost` and begins with its own first event.
+
+      INVALID_ARGUMENT    a cursor without its incarnation, or one that was not
+                          given out yet.
+      RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
+      UNAVAILABLE         the service stops; watch again, with the cursor.
+    """
 
 @_typing.type_check_only
 class PoolServiceAsyncStub(PoolServiceStub):
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -70,12 +86,27 @@ class PoolServiceAsyncStub(PoolServiceStub):
       INVALID_ARGUMENT  page_size is above 10,000.
     """
     Watch: _aio.UnaryStreamMultiCallable[_pool_service_pb2.WatchRequest, _pool_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """Watch will stream events of a pool. UNIMPLEMENTED in this version."""
+    """Watch streams what happens to pools: one answer at once, without an event,
+    that tells where the stream begins, then one for each event. The service
+    keeps its last 4,096 events; a reader that falls further behind is told
+    that it lost some and goes on with the oldest there is. It slows down
+    nobody.
+
+    To go on after a broken stream, send the cursor and incarnation of the last
+    answer. A service that was restarted meanwhile has another incarnation: it
+    says `lost` and begins with its own first event.
+
+      INVALID_ARGUMENT    a cursor without its incarnation, or one that was not
+                          given out yet.
+      RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
+      UNAVAILABLE         the service stops; watch again, with the cursor.
+    """
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     """PoolService reads; it changes nothing, so every rpc may be retried.
 
-    Every rpc but ListPools may answer NOT_FOUND: no pool has this name.
+    GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
+    service asks who calls, only owners and operators know of a pool.
     """
 
     @_abc_1.abstractmethod
@@ -113,6 +144,20 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_service_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pool_service_pb2.WatchResponse], _abc.AsyncIterator[_pool_service_pb2.WatchResponse]]:
-        """Watch will stream events of a pool. UNIMPLEMENTED in this version."""
+        """Watch streams what happens to pools: one answer at once, without an event,
+        that tells where the stream begins, then one for each event. The service
+        keeps its last 4,096 events; a reader that falls further behind is told
+        that it lost some and goes on with the oldest there is. It slows down
+        nobody.
+
+        To go on after a broken stream, send the cursor and incarnation of the last
+        answer. A service that was restarted meanwhile has another incarnation: it
+        says `lost` and begins with its own first event.
+
+          INVALID_ARGUMENT    a cursor without its incarnation, or one that was not
+                              given out yet.
+          RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
+          UNAVAILABLE         the service stops; watch again, with the cursor.
+        """
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -16,17 +16,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from odma_service import errors
+from odma_service.client.owner import Owner
+from odma_service.client.streaming import ApplyStream
 from odma_service.errors import OdmaError, ServiceError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -53,6 +58,9 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A connection whose other end vanished is given up after 15 seconds.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 )
 
 Answer = TypeVar("Answer")
@@ -109,19 +117,95 @@ def allocate(
     )
 
 
+def open_request(
+    name: str,
+    *,
+    moves: int,
+    geometry: types.Geometry | None = None,
+    model: types.ModelConfig | None = None,
+    capacity_tokens: int | None = None,
+    capacity_bytes: int | None = None,
+    device: types.Device | None = None,
+    model_length_tokens: int = 0,
+    block_tokens: int = 0,
+    ttl_seconds: int = 0,
+    retention_seconds: int = 0,
+    single_ordered_stream: bool = False,
+    copies_may_overlap: bool = False,
+    policy: types.PolicyChange | None = None,
+    take_over: bool = False,
+    max_regions: int = 0,
+    open_id: str | None = None,
+) -> pb.OpenPoolRequest:
+    """Return what opens a pool. Zeros and None mean the defaults of OpenPoolRequest."""
+    request = pb.OpenPoolRequest(
+        open_id=uuid.uuid4().hex if open_id is None else open_id,
+        name=name,
+        device=device,
+        geometry=geometry,
+        model=model,
+        model_length_tokens=model_length_tokens,
+        block_tokens=block_tokens,
+        ttl_seconds=ttl_seconds,
+        retention_seconds=retention_seconds,
+        moves=cast("types.Moves.ValueType", moves),
+        single_ordered_stream=single_ordered_stream,
+        copies_may_overlap=copies_may_overlap,
+        policy=policy,
+        take_over=take_over,
+        max_regions=max_regions,
+    )
+    if capacity_tokens is not None:
+        request.capacity_tokens = capacity_tokens
+    if capacity_bytes is not None:
+        request.capacity_bytes = capacity_bytes
+    return request
+
+
+class Tls(NamedTuple):
+    """PEM files of a connection with TLS. No ca: the authorities that gRPC knows.
+
+    `cert` and `key` show who the client is, to a service that asks for it.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return the files' contents. Raises OdmaError for a file that cannot be read."""
+        try:
+            ca, cert, key = (path.read_bytes() if path else None for path in self)
+        except OSError as error:
+            raise OdmaError(f"cannot read {error.filename}: {error.strerror}") from None
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
 class Client:
     """A connection to one service, made again whenever it breaks.
 
     `timeout_seconds` bounds one attempt of a call, `retry_seconds` all attempts together.
-    `target` is host:port or unix:/path.
+    `target` is host:port or unix:/path. Without `tls` the connection is plain. `token` is sent
+    with every call of this class; calls made with its stubs need `metadata` for it.
     """
 
     def __init__(
-        self, target: str, *, timeout_seconds: float = 5.0, retry_seconds: float = 30.0
+        self,
+        target: str,
+        *,
+        timeout_seconds: float = 5.0,
+        retry_seconds: float = 30.0,
+        tls: Tls | None = None,
+        token: str | None = None,
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channel = (
+            grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
+            if tls
+            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        )
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pools = PoolServiceStub(self._channel)
         self.memory = MemoryServiceStub(self._channel)
@@ -141,53 +225,13 @@ class Client:
         """Close the connection. Pools stay as they are."""
         self._channel.close()
 
-    def open_pool(
-        self,
-        name: str,
-        *,
-        moves: int,
-        geometry: types.Geometry | None = None,
-        model: types.ModelConfig | None = None,
-        capacity_tokens: int | None = None,
-        capacity_bytes: int | None = None,
-        device: types.Device | None = None,
-        model_length_tokens: int = 0,
-        block_tokens: int = 0,
-        ttl_seconds: int = 0,
-        retention_seconds: int = 0,
-        single_ordered_stream: bool = False,
-        copies_may_overlap: bool = False,
-        policy: types.PolicyChange | None = None,
-        take_over: bool = False,
-        max_regions: int = 0,
-        open_id: str | None = None,
-    ) -> PoolClient:
-        """Open a pool and own it. Zeros and None mean the defaults of OpenPoolRequest.
+    def open_pool(self, name: str, **fields: Any) -> PoolClient:
+        """Open a pool and own it; `fields` as open_request() has them.
 
         With the open_id of an earlier call, the same epoch goes on: reconcile() before anything
         else, which also finds the seq. Raises PoolOwnedError, PoolLimitError, InvalidError.
         """
-        request = pb.OpenPoolRequest(
-            open_id=uuid.uuid4().hex if open_id is None else open_id,
-            name=name,
-            device=device,
-            geometry=geometry,
-            model=model,
-            model_length_tokens=model_length_tokens,
-            block_tokens=block_tokens,
-            ttl_seconds=ttl_seconds,
-            retention_seconds=retention_seconds,
-            moves=cast("types.Moves.ValueType", moves),
-            single_ordered_stream=single_ordered_stream,
-            copies_may_overlap=copies_may_overlap,
-            policy=policy,
-            take_over=take_over,
-            max_regions=max_regions,
-        )
-        if capacity_tokens is not None:
-            request.capacity_tokens = capacity_tokens
-        if capacity_bytes is not None:
-            request.capacity_bytes = capacity_bytes
+        request = open_request(name, **fields)
         return PoolClient(self, self.call(self.memory.OpenPool, request))
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
@@ -212,6 +256,31 @@ class Client:
                 return regions
             request.from_token = page.next_token
 
+    def watch(
+        self, name: str = "", cursor: int = 0, incarnation: str = ""
+    ) -> Iterator[pool_pb.WatchResponse]:
+        """Yield what happens to a pool, or to all; from now on, or behind an earlier answer.
+
+        A stream that breaks is opened again where it was, for retry_seconds. `lost` in an
+        answer says that events are missing. Closing the generator ends the stream.
+        """
+        request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
+        give_up: float | None = None
+        while True:
+            stream = self._pools.Watch(request, metadata=self.metadata or None)
+            try:
+                for answer in stream:
+                    request.cursor, request.incarnation = answer.cursor, answer.incarnation
+                    give_up = None
+                    yield answer
+            except grpc.RpcError as error:
+                give_up = give_up or time.monotonic() + self._retry_seconds
+                if error.code() not in NO_ANSWER or time.monotonic() > give_up:
+                    raise error_from(error) from None
+                time.sleep(LONGEST_PAUSE_SECONDS)
+            finally:
+                cast("grpc.Call", stream).cancel()
+
     def is_serving(self, service: str = "") -> bool:
         """Ask the standard health service once. Raises UnavailableError."""
         request = health_pb2.HealthCheckRequest(service=service)
@@ -226,27 +295,23 @@ class Client:
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
             try:
-                return method(request, timeout=self._timeout_seconds)
+                return method(
+                    request, timeout=self._timeout_seconds, metadata=self.metadata or None
+                )
             except grpc.RpcError as error:
                 if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > give_up:
-                    raise _error_from(error) from None
+                    raise error_from(error) from None
             time.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
 
-class PoolClient:
+class PoolClient(Owner):
     """The owner's side of one epoch of a pool."""
 
     def __init__(self, client: Client, response: pb.OpenPoolResponse) -> None:
+        super().__init__(response)
         self._client = client
-        self.response = response
-        self.ref = response.pool
-        self.seq = 0
-        """Last answered batch."""
-        self.completed_seq = 0
-        """As the last batch promised."""
-        self.pending: pb.ApplyRequest | None = None
-        """A batch without an answer: the service may or may not have done it."""
+        self._stream: ApplyStream | None = None
 
     def apply(
         self,
@@ -262,35 +327,31 @@ class PoolClient:
         Raises EpochError if the epoch is over and InvalidError for a bad batch, which is then
         not done. After an UnavailableError call resume(), not apply().
         """
-        if self.pending is not None:
-            raise OdmaError(f"batch {self.pending.seq} has no answer yet; resume it first")
-        self.pending = pb.ApplyRequest(
-            pool=self.ref,
-            seq=self.seq + 1,
-            completed_seq=self.completed_seq if completed_seq is None else completed_seq,
-            max_copy_tokens=max_copy_tokens,
-            pass_refused=pass_refused,
-            used=used,
-            ops=ops,
-        )
+        self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return self.resume()
 
     def resume(self) -> pb.ApplyResponse:
         """Send the batch without an answer again, and return its answer."""
-        request = self.pending
-        if request is None:
-            raise OdmaError(f"batch {self.seq} was answered; there is nothing to resume")
-        try:
-            answer = self._client.call(self._client.memory.Apply, request)
-        except UnavailableError:
-            raise
-        except OdmaError:
-            self.pending = None
-            raise
-        self.pending = None
-        self.seq = request.seq
-        self.completed_seq = request.completed_seq
-        return answer
+        with self.waiting() as request:
+            return self._client.call(self._stream or self._client.memory.Apply, request)
+
+    @contextmanager
+    def stream(self) -> Iterator[Self]:
+        """Send batches over one stream while the context lasts, which takes less time.
+
+        A stream that breaks is opened again; all else is as without. apply() may also raise
+        StreamLimitError and StreamReplacedError.
+        """
+        with ApplyStream(self._client.memory) as stream:
+            self._stream = stream
+            try:
+                yield self
+            finally:
+                self._stream = None
+
+    def keep_alive(self) -> pb.KeepAliveResponse:
+        """Tell that this owner lives, when it has nothing else to say for ttl_seconds."""
+        return self._client.call(self._client.memory.KeepAlive, pb.KeepAliveRequest(pool=self.ref))
 
     def allocate(self, request_id: str, prompt_tokens: int, **fields: Any) -> types.Place:
         """Take one region; `fields` as allocate() of this module.
@@ -317,8 +378,7 @@ class PoolClient:
         """Free every region that is not listed, and go on after the last answered seq."""
         request = pb.ReconcileRequest(pool=self.ref, handles=handles)
         answer = self._client.call(self._client.memory.Reconcile, request)
-        self.pending = None
-        self.seq = self.completed_seq = answer.last_seq
+        self.reconciled(answer)
         return answer
 
     def recalibrate(
@@ -379,15 +439,29 @@ _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
     "HANDLE": lambda m, _: errors.HandleError(int(m["handle"]), m["rule"]),
     "NOTHING_LEARNT": lambda _, text: errors.NothingLearntError(text),
     "POOL_LIMIT": lambda _, text: errors.PoolLimitError(text),
+    "STREAM_LIMIT": lambda _, text: errors.StreamLimitError(text),
+    "STREAM_REPLACED": lambda m, _: errors.StreamReplacedError(m["name"]),
+    "IDENTITY": lambda _, text: errors.IdentityError(text),
+    "ROLE": lambda m, _: errors.RoleError(m["rpc"], m["role"]),
+    "POOL_FOREIGN": lambda m, _: errors.PoolForeignError(m["name"]),
+    "BUSY": lambda _, text: errors.BusyError(text),
+    "MESSAGE_SIZE": lambda _, text: errors.MessageSizeError(text),
+    "UNIMPLEMENTED": lambda _, text: errors.UnimplementedError(text),
     "BOOKS": lambda _, text: errors.BooksError(text),
+    "BOOKS_LOCKED": lambda _, text: UnavailableError(text),
+    "DRAINING": lambda _, text: UnavailableError(text),
 }
 """How to build an error again from the reason, metadata and message of its ErrorInfo."""
 
 
-def _error_from(error: grpc.RpcError) -> OdmaError:
+def error_from(error: grpc.RpcError) -> OdmaError:
     """Return the error that a failed call stands for."""
-    code, text = error.code(), error.details() or ""
     status = rpc_status.from_call(cast("grpc.Call", error))
+    return error_of(error.code(), error.details() or "", status)
+
+
+def error_of(code: grpc.StatusCode, text: str, status: Status | None) -> OdmaError:
+    """Return the error that a status, its message and its details stand for."""
     info = error_details_pb2.ErrorInfo()
     if status is not None and any(detail.Unpack(info) for detail in status.details):
         if info.reason == "REFUSED":

@@ -1,0 +1,223 @@
+/* client.cc - retries, and statuses read. */
+#include "client.h"
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+#include "status.pb.h"
+
+namespace odma {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+static constexpr milliseconds FIRST_PAUSE{20}, LONGEST_PAUSE{500};
+
+static const char *const CODES[] = {
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+};
+
+/* CANCELLED comes from a service that shuts down. */
+static bool no_answer(grpc::StatusCode code) {
+    return code == grpc::UNAVAILABLE || code == grpc::DEADLINE_EXCEEDED || code == grpc::CANCELLED;
+}
+
+/* Read `detail` into `message` if it is one of that type. */
+static bool unpack(const google::protobuf::Any &detail, const std::string &type,
+                   google::protobuf::Message *message) {
+    return detail.type_url() == "type.googleapis.com/" + type &&
+           message->ParseFromString(detail.value());
+}
+
+Error::Error(const grpc::Status &status)
+    : std::runtime_error(std::string(CODES[status.error_code()]) + ": " + status.error_message()),
+      code(status.error_code()) {
+    details::Status parsed;
+    if (!parsed.ParseFromString(status.error_details())) return;
+    for (const google::protobuf::Any &detail : parsed.details()) {
+        details::ErrorInfo info;
+        details::BadRequest bad;
+        v1::Refusal why;
+        if (unpack(detail, "google.rpc.ErrorInfo", &info)) {
+            reason = info.reason();
+            metadata = {info.metadata().begin(), info.metadata().end()};
+        } else if (unpack(detail, "google.rpc.BadRequest", &bad)) {
+            if (bad.field_violations_size() > 0) field = bad.field_violations(0).field();
+        } else if (unpack(detail, "odma.v1.Refusal", &why)) {
+            refusal = why;
+        }
+    }
+}
+
+bool Error::perhaps_done() const {
+    return no_answer(code) || code == grpc::INTERNAL || code == grpc::UNKNOWN;
+}
+
+Client::Client(std::string target, Options options)
+    : target_(std::move(target)), options_(std::move(options)) {
+    connect();
+}
+
+/* A new connection each time: a broken one may take minutes to be noticed. */
+void Client::connect() {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+    arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
+    channel_ = grpc::CreateCustomChannel(target_, options_.credentials, arguments);
+}
+
+void Client::authorize(grpc::ClientContext *context) const {
+    if (!options_.token.empty()) context->AddMetadata("authorization", "Bearer " + options_.token);
+}
+
+void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext *)> &attempt) {
+    const auto give_up = steady_clock::now() + options_.retry;
+    for (milliseconds pause = FIRST_PAUSE;; pause = std::min(2 * pause, LONGEST_PAUSE)) {
+        grpc::ClientContext context;
+        context.set_deadline(std::chrono::system_clock::now() + options_.timeout);
+        authorize(&context);
+        const grpc::Status status = attempt(&context);
+        if (status.ok()) return;
+        if (!no_answer(status.error_code()) || steady_clock::now() + pause > give_up)
+            throw Error(status);
+        std::this_thread::sleep_for(pause);
+        connect();
+    }
+}
+
+Pool Client::open_pool(const v1::OpenPoolRequest &request) {
+    return Pool(*this, call(&v1::MemoryService::Stub::OpenPool, request));
+}
+
+Stream::~Stream() {
+    if (!call_) return;
+    context_->TryCancel();
+    finish();
+}
+
+v1::ApplyResponse Stream::apply(const v1::ApplyRequest &batch) {
+    v1::ApplyResponse answer;
+    client_->until_answered([&](grpc::ClientContext *) { return attempt(batch, &answer); });
+    return answer;
+}
+
+grpc::Status Stream::attempt(const v1::ApplyRequest &batch, v1::ApplyResponse *answer) {
+    if (!call_) {
+        context_ = std::make_unique<grpc::ClientContext>();
+        client_->authorize(context_.get());
+        call_ = v1::MemoryService::NewStub(client_->channel_)
+                    ->AsyncStream(context_.get(), &queue_, nullptr);
+        if (!wait()) return finish();
+    }
+    v1::StreamRequest request;
+    v1::StreamResponse response;
+    *request.mutable_apply() = batch;
+    call_->Write(request, nullptr);
+    if (!wait()) return finish();
+    call_->Read(&response, nullptr);
+    if (!wait()) return finish();
+    *answer = response.apply();
+    return grpc::Status::OK;
+}
+
+/* Wait for the one operation under way; return whether it worked. Late, it ends the stream. */
+bool Stream::wait() {
+    void *tag;
+    bool worked = false;
+    const auto late = std::chrono::system_clock::now() + client_->options_.timeout;
+    if (queue_.AsyncNext(&tag, &worked, late) == grpc::CompletionQueue::GOT_EVENT) return worked;
+    context_->TryCancel();
+    queue_.Next(&tag, &worked);
+    return false;
+}
+
+/* Return how the stream ended. */
+grpc::Status Stream::finish() {
+    grpc::Status status;
+    call_->Finish(&status, nullptr);
+    wait();
+    call_.reset();
+    if (!status.ok()) return status;
+    return {grpc::StatusCode::UNAVAILABLE, "the service ended the stream without an answer"};
+}
+
+Pool::Pool(Client &client, v1::OpenPoolResponse opened)
+    : client_(&client), opened_(std::move(opened)) {}
+
+template <class Request> Request Pool::about_pool() const {
+    Request request;
+    *request.mutable_pool() = opened_.pool();
+    return request;
+}
+
+v1::ApplyResponse Pool::apply(v1::ApplyRequest batch) {
+    *batch.mutable_pool() = opened_.pool();
+    batch.set_seq(seq_ + 1);
+    if (batch.completed_seq() == 0) batch.set_completed_seq(completed_seq_);
+    v1::ApplyResponse answer =
+        stream_ ? stream_->apply(batch) : client_->call(&v1::MemoryService::Stub::Apply, batch);
+    seq_ = batch.seq();
+    completed_seq_ = batch.completed_seq();
+    return answer;
+}
+
+void Pool::keep_alive() {
+    client_->call(&v1::MemoryService::Stub::KeepAlive, about_pool<v1::KeepAliveRequest>());
+}
+
+v1::ReconcileResponse Pool::reconcile(const std::vector<uint64_t> &handles) {
+    auto request = about_pool<v1::ReconcileRequest>();
+    request.mutable_handles()->Add(handles.begin(), handles.end());
+    v1::ReconcileResponse answer = client_->call(&v1::MemoryService::Stub::Reconcile, request);
+    seq_ = completed_seq_ = answer.last_seq();
+    return answer;
+}
+
+v1::Place Pool::allocate(const v1::Alloc &alloc) {
+    auto request = about_pool<v1::AllocateRequest>();
+    *request.mutable_allocate() = alloc;
+    return client_->call(&v1::MemoryService::Stub::Allocate, request).place();
+}
+
+v1::Place Pool::extend(const v1::Extend &extend) {
+    auto request = about_pool<v1::ExtendRequest>();
+    *request.mutable_extend() = extend;
+    return client_->call(&v1::MemoryService::Stub::Extend, request).place();
+}
+
+bool Pool::free(const v1::Freeing &freeing) {
+    auto request = about_pool<v1::FreeRequest>();
+    *request.mutable_free() = freeing;
+    return client_->call(&v1::MemoryService::Stub::Free, request).already_free();
+}
+
+v1::GetPoolResponse Pool::books() {
+    v1::GetPoolRequest request;
+    request.set_name(opened_.pool().name());
+    return client_->call(&v1::PoolService::Stub::GetPool, request);
+}
+
+void Pool::close() {
+    end_stream();
+    client_->call(&v1::MemoryService::Stub::ClosePool, about_pool<v1::ClosePoolRequest>());
+}
+
+} // namespace odma

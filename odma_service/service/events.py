@@ -1,0 +1,147 @@
+"""Events: what happened to pools, as log lines, and kept for a while for Watch.
+
+Each event has a cursor, one more than the one before it. Cursors belong to one incarnation, a
+run of the service. Events beyond the last KEPT are forgotten: a reader who comes back after
+that has lost some, and can see that it has.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable
+from enum import IntEnum
+from itertools import islice
+from threading import Condition
+from typing import NamedTuple
+
+import structlog
+
+KEPT = 4096
+
+log = structlog.get_logger()
+
+
+class Kind(IntEnum):
+    """What happened; numbered as EventKind in the proto."""
+
+    OPENED = 1
+    RESUMED = 2
+    TAKEN_OVER = 3
+    CLOSED = 4
+    STALE = 5
+    REVIVED = 6
+    SET_ASIDE = 7
+    FORGOTTEN = 8
+    POLICY_SET = 9
+    RECALIBRATED = 10
+    SAFETY_SHARE = 11
+    EXPIRED = 12
+
+
+ENDS_EPOCH = {Kind.TAKEN_OVER, Kind.CLOSED, Kind.EXPIRED, Kind.SET_ASIDE, Kind.FORGOTTEN}
+
+_LINES = {
+    Kind.OPENED: ("info", "pool opened"),
+    Kind.RESUMED: ("info", "pool found"),
+    Kind.TAKEN_OVER: ("warning", "pool taken over"),
+    Kind.CLOSED: ("info", "pool closed"),
+    Kind.EXPIRED: ("warning", "pool closed: its owner is silent"),
+    Kind.STALE: ("warning", "pool stale: its owner is silent"),
+    Kind.REVIVED: ("info", "pool revived: its owner is back"),
+    Kind.SET_ASIDE: ("error", "pool set aside"),
+    Kind.FORGOTTEN: ("info", "pool forgotten, to make room"),
+    Kind.POLICY_SET: ("info", "policy set"),
+    Kind.RECALIBRATED: ("info", "bucket limits recalibrated"),
+    Kind.SAFETY_SHARE: ("info", "safety share adapted"),
+}
+
+
+class Event(NamedTuple):
+    """One event. epoch and policy_version 0: it is not about one. reason: for people.
+
+    owner: the identity that may see the pool; empty where nobody was asked who he is.
+    """
+
+    cursor: int
+    kind: Kind
+    pool: str
+    epoch: int
+    unix_seconds: float
+    reason: str
+    policy_version: int
+    owner: str
+
+
+class Missed(NamedTuple):
+    """What a reader gets: events behind its cursor, and whether others before them are gone."""
+
+    events: list[Event]
+    lost: bool
+
+
+class Events:
+    """The last events of all pools. Any thread may tell or read them."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, kept: int = KEPT) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self._wall = wall
+        self._kept: deque[Event] = deque(maxlen=kept)
+        self._last = 0
+        self._counts: Counter[Kind] = Counter()
+        self._news = Condition()
+        self._over = False
+
+    def tell(
+        self,
+        kind: Kind,
+        pool: str,
+        epoch: int = 0,
+        *,
+        reason: str = "",
+        policy_version: int = 0,
+        owner: str = "",
+        file: str = "",
+    ) -> None:
+        """Write a log line, `file` is only for that, and keep the event. Waits for no reader."""
+        known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
+        level, line = _LINES[kind]
+        told = {name: value for name, value in known.items() if value}
+        getattr(log, level)(line, kind=kind.name, pool=pool, **told)
+        with self._news:
+            self._last += 1
+            self._counts[kind] += 1
+            self._kept.append(
+                Event(self._last, kind, pool, epoch, self._wall(), reason, policy_version, owner)
+            )
+            self._news.notify_all()
+
+    def end(self) -> None:
+        """Wake all readers: nothing follows."""
+        with self._news:
+            self._over = True
+            self._news.notify_all()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows."""
+        return self._over
+
+    @property
+    def last(self) -> int:
+        """The cursor of the last event, 0 before the first."""
+        return self._last
+
+    def counts(self) -> dict[Kind, int]:
+        """Return how many of each kind were told in this incarnation."""
+        with self._news:
+            return {kind: self._counts[kind] for kind in Kind}
+
+    def after(self, cursor: int, wait_seconds: float = 0.0) -> Missed:
+        """Return the events behind `cursor`, once there are any, or none after `wait_seconds`."""
+        with self._news:
+            self._news.wait_for(lambda: self._over or self._last > cursor, wait_seconds)
+            oldest = self._last - len(self._kept) + 1
+            behind = islice(self._kept, max(cursor + 1 - oldest, 0), None)
+            return Missed(list(behind), lost=cursor + 1 < oldest)

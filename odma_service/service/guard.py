@@ -1,0 +1,255 @@
+"""One guard before every rpc: who calls, how much at once, and whether the message is one.
+
+It refuses with the same details as every other error, also where gRPC's own answer has none:
+for an rpc that is not served and for a message that cannot be parsed. What it refuses before the
+message is read takes none of the threads that answer calls, nor does the health service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple, TypeAlias
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from odma_service.errors import (
+    BusyError,
+    IdentityError,
+    InvalidError,
+    MessageSizeError,
+    OdmaError,
+    UnimplementedError,
+)
+from odma_service.service import access
+from odma_service.service.access import CALLER, Access, Identity
+from odma_service.service.statuses import abort, status_of
+
+LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
+GUARD_OPTIONS = (
+    ("grpc.max_receive_message_length", 2 * LARGEST_MESSAGE_BYTES),  # gRPC itself refuses more
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+)
+CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Answer = Callable[..., Any]
+Parse = Callable[[bytes], Any]
+
+log = structlog.get_logger()
+
+
+class Calls(ThreadPoolExecutor):
+    """The threads that answer calls, and how many calls are with them, waiting ones too."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, thread_name_prefix="call")
+        self._lock = Lock()
+        self.count = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call as soon as a thread is free."""
+        with self._lock:
+            self.count += 1
+        try:
+            future = super().submit(fn, *args, **kwargs)
+        except BaseException:
+            self._done()
+            raise
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _future: Future[Any] | None = None) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+class _Unusable(NamedTuple):
+    """What a message that is none is parsed to."""
+
+    error: OdmaError
+
+
+class Guard(grpc.ServerInterceptor):
+    """Lets calls through to their servicers. It is the innermost of the interceptors."""
+
+    def __init__(self, identities: Access | None, calls: Calls, most_calls: int) -> None:
+        self._identities = identities
+        self._calls = calls
+        self._most_calls = most_calls
+        self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
+        self._open = ThreadPoolExecutor(2, thread_name_prefix="open")
+        self._guarded: dict[str, Handler] = {}
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Return who answers the call: its servicer, or a refusal."""
+        rpc = details.method
+        try:
+            guarded = self._guarded.get(rpc)
+            if guarded is None:
+                handler = continuation(details)
+                if handler is None:
+                    raise UnimplementedError("the service has no such rpc, or it is switched off")
+                guarded = self._guarded[rpc] = self._guard(rpc, handler)
+            if not access.is_open(rpc):
+                self._insist_room()
+                self._insist_token(rpc, details.invocation_metadata)
+        except OdmaError as error:
+            return self._refusal(error)
+        return guarded
+
+    def _insist_room(self) -> None:
+        if self._calls.count >= self._most_calls:
+            raise BusyError(f"{self._most_calls:,} calls (max-calls) are being answered already")
+
+    def _insist_token(self, rpc: str, metadata: Any) -> None:
+        """Learn the caller from its token. Without one its certificate is asked for later."""
+        if self._identities is None:
+            return
+        for key, value in metadata:
+            if key == "authorization":
+                self._admit(rpc, self._identities.by_token(value))
+                return
+        if not self._identities.takes_certificates:
+            raise IdentityError("send 'authorization: Bearer TOKEN'")
+
+    def _insist_known(self, rpc: str, context: grpc.ServicerContext) -> None:
+        """Learn the caller from its certificate, unless its token has told."""
+        if self._identities is None or CALLER.get() is not None or access.is_open(rpc):
+            return
+        shown: Any = context.auth_context()
+        names = (name for kind in CERTIFICATE_NAMES for name in shown.get(kind, ()))
+        decoded = [name.decode(errors="replace") for name in names]
+        self._admit(rpc, self._identities.by_certificate(decoded))
+
+    def _admit(self, rpc: str, identity: Identity) -> None:
+        access.insist_role(rpc, identity)
+        CALLER.set(identity)
+
+    def _insist_still_known(self) -> None:
+        """Raise IdentityError if the caller of a stream was struck off the token file."""
+        caller = CALLER.get()
+        if self._identities and caller and not self._identities.knows(caller):
+            raise IdentityError("this identity is not known here any more")
+
+    def _refusal(self, error: OdmaError) -> Handler:
+        """Return a handler, good for rpcs of every kind, that ends the call at once."""
+
+        def refuse(_requests: object, context: grpc.ServicerContext) -> None:
+            if isinstance(error, IdentityError):
+                log.info("caller refused", peer=context.peer(), reason=str(error))
+            abort(context, status_of(error))
+
+        refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _guard(self, rpc: str, handler: Handler) -> Handler:
+        """Return `handler` with the checks that need the message or the connection."""
+        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        form: Any
+        guarded: Any
+        at_once = getattr(answer, "experimental_non_blocking", False)  # it sends by itself
+        if at_once and handler.request_streaming:
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._lending(rpc, answer)
+        elif handler.request_streaming:
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._exchanging(rpc, answer)
+        elif handler.response_streaming:
+            form, guarded = grpc.unary_stream_rpc_method_handler, self._telling(rpc, answer)
+        else:
+            form, guarded = grpc.unary_unary_rpc_method_handler, self._answering(rpc, answer)
+        own_pool = getattr(answer, "experimental_thread_pool", None)
+        guarded.experimental_non_blocking = at_once
+        guarded.experimental_thread_pool = own_pool or (self._open if access.is_open(rpc) else None)
+        made: Handler = form(
+            guarded, _parser(handler.request_deserializer), handler.response_serializer
+        )
+        return made
+
+    def _answering(self, rpc: str, answer: Answer) -> Answer:
+        def answering(request: Any, context: grpc.ServicerContext) -> Any:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                _insist_usable(request)
+                return answer(request, context)
+
+        return answering
+
+    def _telling(self, rpc: str, answer: Answer) -> Answer:
+        def telling(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                _insist_usable(request)
+                for response in answer(request, context):
+                    self._insist_still_known()
+                    yield response
+
+        return telling
+
+    def _exchanging(self, rpc: str, answer: Answer) -> Answer:
+        def exchanging(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                yield from answer(self._usable(requests), context)
+
+        return exchanging
+
+    def _lending(self, rpc: str, answer: Answer) -> Answer:
+        def lending(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
+            with _refusing(context):
+                self._insist_known(rpc, context)
+                answer(self._usable(requests), context, send)
+
+        return lending
+
+    def _usable(self, requests: Iterator[Any]) -> Iterator[Any]:
+        """Yield the messages of a stream; raise OdmaError for what is none."""
+        for request in requests:
+            self._insist_still_known()
+            _insist_usable(request)
+            yield request
+
+
+@contextmanager
+def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of an error, also of one that a servicer leaves to gRPC."""
+    try:
+        yield
+    except OdmaError as error:
+        abort(context, status_of(error))
+    except NotImplementedError:  # by the base class of a servicer
+        abort(context, status_of(UnimplementedError("this rpc is not built yet")))
+
+
+def _insist_usable(request: object) -> None:
+    if type(request) is _Unusable:
+        raise request.error
+
+
+def _parser(parse: Parse | None) -> Parse:
+    """Return `parse`, but for what it would refuse: gRPC has only INTERNAL for that."""
+
+    assert parse is not None  # our rpcs have messages
+
+    def parse_usable(content: bytes) -> Any:
+        if len(content) > LARGEST_MESSAGE_BYTES:
+            return _Unusable(
+                MessageSizeError(
+                    f"the message has {len(content):,} bytes, at most "
+                    f"{LARGEST_MESSAGE_BYTES:,} are taken"
+                )
+            )
+        try:
+            return parse(content)
+        except DecodeError:
+            return _Unusable(InvalidError("message", "the encoding of the rpc's request"))
+
+    return parse_usable

@@ -1,0 +1,98 @@
+"""Files that hold secrets: who may read them is checked, and they are read again when changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Generic, TypeVar
+
+import structlog
+
+from odma_service.errors import OdmaError
+
+LARGEST_FILE_BYTES = 1 << 20
+
+Value = TypeVar("Value")
+
+log = structlog.get_logger()
+
+
+def read_file(path: Path, *, private: bool) -> bytes:
+    """Return what a regular file of at most 1 MiB holds. Raises OdmaError that names it.
+
+    A private one has to belong to this user and be readable for nobody else; one of root's may
+    be readable for a group, as secrets that a machine's administrator hands out are.
+    """
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise OdmaError(f"{path} is no regular file")
+            if private:
+                _insist_private(path, found)
+            content = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise OdmaError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > LARGEST_FILE_BYTES:
+        raise OdmaError(f"{path} is larger than {LARGEST_FILE_BYTES:,} bytes")
+    return content
+
+
+def _insist_private(path: Path, found: os.stat_result) -> None:
+    if found.st_uid not in {0, os.geteuid()}:
+        raise OdmaError(f"{path} belongs to another user; it must be this user's or root's")
+    forbidden = 0o027 if found.st_uid == 0 else 0o077
+    if found.st_mode & forbidden:
+        mode = stat.S_IMODE(found.st_mode)
+        raise OdmaError(
+            f"{path} is open to other users (mode {mode:04o}); it must be {0o777 & ~forbidden:04o} "
+            "or tighter"
+        )
+
+
+class Reloaded(Generic[Value]):
+    """What `read` makes of some files, read again when one of them changes.
+
+    While the new files are bad the old value stays, and the log says why.
+    """
+
+    def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
+        """Read for the first time. Raises what `read` raises."""
+        self._files = files
+        self._read = read
+        self._lock = Lock()
+        self._stamp = self._look()
+        self._value = read()
+
+    def get(self) -> Value:
+        """Return the value as of now."""
+        with self._lock:
+            stamp = self._look()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._renew()
+            return self._value
+
+    def _renew(self) -> None:
+        names = [str(file) for file in self._files]
+        try:
+            self._value = self._read()
+        except OdmaError as error:
+            log.error("changed files refused; the old ones stay", files=names, reason=str(error))
+        else:
+            log.info("changed files read", files=names)
+
+    def _look(self) -> list[tuple[int, ...]]:
+        """Return what differs once a file was written or replaced."""
+        stamps: list[tuple[int, ...]] = []
+        for file in self._files:
+            try:
+                found = file.stat()
+            except OSError:
+                stamps.append(())
+            else:
+                stamps.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        return stamps
