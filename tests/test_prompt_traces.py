@@ -57,7 +57,7 @@ def test_a_load_is_served_with_a_model_or_with_history_alone(prompts, name, tmp_
         ring, _, ever = memory.pool.shown(None)
     assert len(history.finished) == len(load)
     assert ever >= len(load) - 8  # the last are not given back any more
-    assert (ring["raw"][:, 6] > 0).all()
+    assert ring["raw"][-1, 6] > 0
     assert (ring["quantiles"][-1] >= 0).all()
 
 
