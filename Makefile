@@ -20,7 +20,7 @@ LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
 	nlohmann-json3-dev
 
-.PHONY: help deps demo serve test check format proto fuzz fuzz-wire coverage bench torture soak lib clean
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -62,6 +62,9 @@ fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/
 
 fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
 	$(BIN)/python tests/wire_fuzz.py --seconds $(or $(SECONDS),60)
+
+tsan: .venv/.compiled  ## Look for races of threads on one arena
+	$(BIN)/python -m pytest -q tests/test_c.py -k race
 
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh

@@ -129,6 +129,12 @@ struct run {
     struct note note;
 };
 
+/* A request id's place in the table of ids. */
+struct entry {
+    uint32_t slot;         /* NONE: nothing */
+    uint32_t hash;
+};
+
 /* A slot that the batch in hand has moved, and where it was before. */
 struct move {
     uint32_t slot;
@@ -178,7 +184,7 @@ struct odma_arena {
     uint32_t spare_slot_count;
     uint32_t *waits;             /* waiting slots, oldest seq first: a ring */
     uint32_t waits_first;
-    uint32_t *ids;               /* request id -> slot, open addressing */
+    struct entry *ids;           /* of request ids, open addressing */
     uint32_t ids_mask;
     uint32_t bin_upper[ODMA_BINS];
 

@@ -29,6 +29,6 @@ ffibuilder.set_source(
     depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
     include_dirs=[str(CSRC)],
     libraries=["m"],
-    extra_compile_args=["-std=c11", "-O2", "-flto"],
-    extra_link_args=["-flto"],
+    extra_compile_args=["-std=c11", "-O2", "-flto=auto"],
+    extra_link_args=["-flto=auto"],
 )
