@@ -49,6 +49,7 @@ from odma_service.values import (
     Moves,
     Overflow,
     Place,
+    Prediction,
     Reason,
     Refusal,
     Start,
@@ -654,3 +655,22 @@ def test_limits_that_cannot_be_found_are_refused():
     ):
         with pytest.raises(InvalidError):
             optimal_limits(weights, upper, limit_count)
+
+
+def test_a_running_request_is_known_as_far_as_it_was_reported(arena):
+    first, second = (Allocate(name, 20, max_total_tokens=160) for name in "ab")
+    raw = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    answer = arena.apply(EPOCH, Batch(1, 0, [], [first, second]), [Prediction(None, raw), None])
+    handles = [place.handle for place in answer.results]
+    arena.apply(EPOCH, Batch(2, 1, [Used(handles[0], 24)], []))
+    running = {int(entry["issue"]): entry for entry in arena.running()}
+    told, silent = running[min(running)], running[max(running)]
+    assert (told["output_tokens"], silent["output_tokens"]) == (4, 0)
+    assert told["censored"] == silent["censored"] == 1
+    assert tuple(told["raw"]) == raw
+    assert told["quantiles"][0] < 0
+    assert told["until"] == silent["until"] == max(running)
+    arena.apply(EPOCH, Batch(3, 2, [], [Free(handles[0], End.FINISHED, 77)]))
+    ring, ever = arena.ring()
+    assert (ever, len(ring), ring[-1]["output_tokens"]) == (1, 1, 77)
+    assert tuple(ring[-1]["raw"]) == raw
