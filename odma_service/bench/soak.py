@@ -262,6 +262,7 @@ class Host:
         self._tally = tally
         self._process, self.target = start(directory)
         self._samples: list[int] = []
+        self.most_bytes = 0
         self.growth_bytes: list[int] = []  # of each life, in its second half
 
     def serve(self, seconds: float) -> None:
@@ -270,6 +271,7 @@ class Host:
         while time.monotonic() < until:
             time.sleep(SAMPLE_SECONDS)
             self._samples.append(resident_bytes(self._process.pid))
+            self.most_bytes = max(self.most_bytes, self._samples[-1])
 
     def fail(self) -> None:
         """Kill it, end it or stop it, and have it serve again."""
@@ -289,11 +291,6 @@ class Host:
         """End it for good."""
         self._end_life()
         stop(self._process)
-
-    @property
-    def resident_bytes(self) -> int:
-        """The most that it took in its last life."""
-        return max(self._samples, default=0)
 
     def _end_life(self) -> None:
         if len(self._samples) > 1:
@@ -325,7 +322,6 @@ def soak(
                 over.set()
             for done in work:
                 done.result()
-        resident = host.resident_bytes
     finally:
         host.close()
     return {
@@ -337,7 +333,7 @@ def soak(
         **{kind: getattr(findings, kind) for kind in KINDS},
         **{f"p{percent}_ms": _percentile_ms(tally.seconds, percent) for percent in (50, 99)},
         "memory": {
-            "resident_bytes": resident,
+            "most_resident_bytes": host.most_bytes,
             "most_growth_bytes_in_second_half_of_a_life": max(host.growth_bytes, default=None),
             "lives": len(host.growth_bytes),
         },
