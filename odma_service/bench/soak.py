@@ -42,7 +42,6 @@ PATIENCE_SECONDS = 60.0
 LIFE_SECONDS = (1.5, 4.0)
 STOPPED_SECONDS = 1.5  # longer than the timeout
 SAMPLE_SECONDS = 0.25
-WARM_UP_SECONDS = 1.0
 KINDS = ("lost", "doubled", "leaked", "wrong_replays")
 BUGS = ("INTERNAL", "UNKNOWN")
 RPCS = ("OpenPool", "ClosePool", "Apply", "Allocate", "Free", "Reconcile", "SetPolicy")
@@ -252,7 +251,10 @@ def _with_a_gap(good: pb.ApplyRequest) -> pb.ApplyRequest:
 
 
 class Host:
-    """The server process, what is done to it, and how much memory each life of it took."""
+    """The server process, what is done to it, and how much memory each life of it takes.
+
+    A life's first half warms up: threads come with the first busy moments, and stay.
+    """
 
     def __init__(self, directory: Path, seed: int, tally: Tally) -> None:
         self._directory = directory
@@ -260,16 +262,16 @@ class Host:
         self._tally = tally
         self._process, self.target = start(directory)
         self._samples: list[int] = []
-        self.growth_bytes: list[int] = []  # of each life, after it had warmed up
+        self.most_bytes = 0
+        self.growth_bytes: list[int] = []  # of each life, in its second half
 
     def serve(self, seconds: float) -> None:
         """Let it serve for so long."""
         until = time.monotonic() + seconds
-        warm = time.monotonic() + (0 if self._samples else WARM_UP_SECONDS)
         while time.monotonic() < until:
             time.sleep(SAMPLE_SECONDS)
-            if time.monotonic() > warm:
-                self._samples.append(resident_bytes(self._process.pid))
+            self._samples.append(resident_bytes(self._process.pid))
+            self.most_bytes = max(self.most_bytes, self._samples[-1])
 
     def fail(self) -> None:
         """Kill it, end it or stop it, and have it serve again."""
@@ -290,14 +292,9 @@ class Host:
         self._end_life()
         stop(self._process)
 
-    @property
-    def resident_bytes(self) -> int:
-        """The most that it took in its last life."""
-        return max(self._samples, default=0)
-
     def _end_life(self) -> None:
         if len(self._samples) > 1:
-            self.growth_bytes.append(self._samples[-1] - self._samples[0])
+            self.growth_bytes.append(self._samples[-1] - self._samples[len(self._samples) // 2])
         self._samples = []
 
 
@@ -325,7 +322,6 @@ def soak(
                 over.set()
             for done in work:
                 done.result()
-        resident = host.resident_bytes
     finally:
         host.close()
     return {
@@ -337,8 +333,8 @@ def soak(
         **{kind: getattr(findings, kind) for kind in KINDS},
         **{f"p{percent}_ms": _percentile_ms(tally.seconds, percent) for percent in (50, 99)},
         "memory": {
-            "resident_bytes": resident,
-            "most_growth_bytes_of_a_life": max(host.growth_bytes, default=None),
+            "most_resident_bytes": host.most_bytes,
+            "most_growth_bytes_in_second_half_of_a_life": max(host.growth_bytes, default=None),
             "lives": len(host.growth_bytes),
         },
         "seed": seed,
