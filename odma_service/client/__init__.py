@@ -276,7 +276,7 @@ class Client:
             except grpc.RpcError as error:
                 give_up = give_up or time.monotonic() + self._retry_seconds
                 if error.code() not in NO_ANSWER or time.monotonic() > give_up:
-                    raise _error_from(error) from None
+                    raise error_from(error) from None
                 time.sleep(LONGEST_PAUSE_SECONDS)
             finally:
                 cast("grpc.Call", stream).cancel()
