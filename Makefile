@@ -14,13 +14,13 @@ LIB_SONAME := libodma.so.0
 LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
-	lib/pkgconfig/odma.pc include/odma.h include/odma_lpddr.h)
+	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
 # What Debian has for the C++ client of examples/cpp.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
 	nlohmann-json3-dev
 
-.PHONY: help deps demo serve test check format proto fuzz fuzz-wire coverage bench torture soak lib clean
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -63,6 +63,9 @@ fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/
 fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
 	$(BIN)/python tests/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
+tsan: .venv/.compiled  ## Look for races of threads on one arena
+	$(BIN)/python -m pytest -q tests/test_c.py -k race
+
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh
 
@@ -87,7 +90,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,predictor,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,dev]'
 	touch $@ .venv/.compiled
 
 # Nothing but odma_* leaves the library: the shared one through the map, the static one by

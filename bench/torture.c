@@ -1,20 +1,25 @@
-/* torture.c - an engine that is killed: batches back to back on an arena.
+/* torture.c - an engine that is killed: calls back to back on an arena.
  *
  *     torture FILE NANOSECONDS
  *
- * A timer sends it SIGKILL so long after its first batch began. Another process
- * would mostly get to send it when this one does not run. Reads the batches from stdin before it does the first, so that little of its
- * time lies between them:
+ * A timer sends it SIGKILL so long after its first call began. Another process
+ * would mostly get to send it when this one does not run. Reads the calls from
+ * stdin before it does the first, so that little of its time lies between them:
  *
- *     BATCHES
- *     SEQ COMPLETED_SEQ PASS_REFUSED USED OPS    for each, then its lines
+ *     CALLS, then for each one of
+ *     batch SEQ COMPLETED_SEQ PASS_REFUSED USED OPS, then the lines of these
+ *     alone, then the line of an operation
+ *     reconcile COUNT HANDLE...
+ *     epoch EPOCH
+ *
  *     HANDLE USED_TOKENS
  *     free HANDLE END OUTPUT_TOKENS
  *     trim HANDLE TO_TOKENS
  *     extend HANDLE LEAST_TOKENS
  *     allocate REQUEST_ID PROMPT_TOKENS MAX_TOTAL_TOKENS
  *
- * Writes a pair of 64-bit words to stdout for each answer: its seq and digest.
+ * Writes a pair of 64-bit words to stdout for each answer: the last seq, and a
+ * digest.
  * Then it waits for its end.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -65,22 +70,54 @@ static odma_op read_op(void) {
     return op;
 }
 
-static odma_batch read_batch(uint64_t epoch) {
-    odma_batch batch = {.epoch = epoch, .max_copy_tokens = ODMA_UNSET};
-    want(scanf("%" SCNu64 " %" SCNu64 " %" SCNu32 " %" SCNu32 " %" SCNu32, &batch.seq,
-               &batch.completed_seq, &batch.pass_refused, &batch.used_count, &batch.op_count),
+static void read_batch(odma_batch *batch) {
+    *batch = (odma_batch){.max_copy_tokens = ODMA_UNSET};
+    want(scanf("%" SCNu64 " %" SCNu64 " %" SCNu32 " %" SCNu32 " %" SCNu32, &batch->seq,
+               &batch->completed_seq, &batch->pass_refused, &batch->used_count, &batch->op_count),
          5);
-    odma_used *used = room_for(batch.used_count, sizeof *used);
-    odma_op *ops = room_for(batch.op_count, sizeof *ops);
-    for (uint32_t i = 0; i < batch.used_count; i++)
+    odma_used *used = room_for(batch->used_count, sizeof *used);
+    odma_op *ops = room_for(batch->op_count, sizeof *ops);
+    for (uint32_t i = 0; i < batch->used_count; i++)
         want(scanf("%" SCNu64 " %" SCNu32, &used[i].handle, &used[i].used_tokens), 2);
-    for (uint32_t i = 0; i < batch.op_count; i++) ops[i] = read_op();
-    batch.used = used;
-    batch.ops = ops;
-    return batch;
+    for (uint32_t i = 0; i < batch->op_count; i++) ops[i] = read_op();
+    batch->used = used;
+    batch->ops = ops;
+}
+
+struct call {
+    enum { BATCH, ALONE, RECONCILE, EPOCH } kind;
+    odma_batch batch;
+    odma_op op;
+    uint64_t *handles;
+    uint32_t count;
+    uint64_t epoch;
+};
+
+static struct call read_call(void) {
+    char kind[16];
+    struct call call = {.kind = BATCH};
+    want(scanf("%15s", kind), 1);
+    if (strcmp(kind, "alone") == 0) {
+        call.kind = ALONE;
+        call.op = read_op();
+    } else if (strcmp(kind, "reconcile") == 0) {
+        call.kind = RECONCILE;
+        want(scanf("%" SCNu32, &call.count), 1);
+        call.handles = room_for(call.count, sizeof *call.handles);
+        for (uint32_t i = 0; i < call.count; i++)
+            want(scanf("%" SCNu64, &call.handles[i]), 1);
+    } else if (strcmp(kind, "epoch") == 0) {
+        call.kind = EPOCH;
+        want(scanf("%" SCNu64, &call.epoch), 1);
+    } else {
+        read_batch(&call.batch);
+    }
+    return call;
 }
 
 /* --- digests: FNV-1a over words, places and reasons in tokens --- */
+
+static const uint64_t FIRST_DIGEST = 0xcbf29ce484222325ULL;
 
 static void feed(uint64_t *digest, uint64_t word) {
     *digest = (*digest ^ word) * 0x100000001b3ULL;
@@ -105,7 +142,7 @@ static void feed_result(uint64_t *digest, const odma_result *result) {
 }
 
 static uint64_t digest_of(const odma_answer *answer) {
-    uint64_t digest = 0xcbf29ce484222325ULL;
+    uint64_t digest = FIRST_DIGEST;
     for (uint32_t i = 0; i < answer->result_count; i++) feed_result(&digest, &answer->results[i]);
     for (uint32_t i = 0; i < answer->copy_count; i++) {
         const odma_copy *copy = &answer->copies[i];
@@ -119,6 +156,56 @@ static uint64_t digest_of(const odma_answer *answer) {
         feed_place(&digest, answer->moved[i].handle, answer->moved[i].start,
                    answer->moved[i].length);
     return digest;
+}
+
+/* --- calls --- */
+
+struct engine {
+    odma_arena *arena;
+    odma_engine record;
+    uint64_t epoch, seq;
+    odma_answer answer;
+    odma_place *kept;
+    uint64_t *freed;
+};
+
+static void must(odma_status status, const char *what) {
+    if (status != ODMA_OK) fail(what, odma_status_name(status));
+}
+
+/* Do a call; answer the digest of what came back. */
+static uint64_t digest_of_call(struct engine *engine, struct call *call) {
+    uint64_t digest = FIRST_DIGEST;
+    uint32_t freed = 0;
+    odma_result result;
+    switch (call->kind) {
+        case BATCH:
+            call->batch.epoch = engine->epoch;
+            must(odma_arena_apply(engine->arena, &call->batch, &engine->answer), "apply");
+            engine->seq = engine->answer.seq;
+            return digest_of(&engine->answer);
+        case ALONE:
+            must(odma_arena_unary(engine->arena, engine->epoch, &call->op, &result), "unary");
+            feed_result(&digest, &result);
+            return digest;
+        case RECONCILE:
+            must(odma_arena_reconcile(engine->arena, engine->epoch, call->handles, call->count,
+                                      engine->kept, engine->freed, &freed),
+                 "reconcile");
+            for (uint32_t i = 0; i < call->count; i++)
+                feed_place(&digest, engine->kept[i].handle, engine->kept[i].start,
+                           engine->kept[i].length);
+            for (uint32_t i = 0; i < freed; i++) feed(&digest, engine->freed[i]);
+            return digest;
+        default:
+            must(odma_arena_open_epoch(engine->arena, call->epoch, &engine->record, "torture", "",
+                                       0),
+                 "open epoch");
+            engine->epoch = call->epoch;
+            engine->seq = 0;
+            feed(&digest, call->epoch);
+            return digest;
+    }
 }
 
 /* One write of so few bytes to a pipe happens wholly or not at all. */
@@ -140,26 +227,29 @@ static void be_killed_in(uint64_t nanoseconds) {
 
 int main(int argc, char **argv) {
     char reason[ODMA_REASON_BYTES] = "give the name of a file and a time";
-    odma_arena *arena = NULL;
+    struct engine engine = {0};
     odma_report report;
-    if (argc != 3 || odma_arena_attach(argv[1], NULL, NULL, &arena, reason) != ODMA_OK)
+    if (argc != 3 || odma_arena_attach(argv[1], NULL, NULL, &engine.arena, reason) != ODMA_OK)
         fail("attach", reason);
-    if (odma_arena_geometry(arena, &geometry) != ODMA_OK ||
-        odma_arena_report(arena, &report) != ODMA_OK)
-        fail("attach", "the arena cannot be read");
-    odma_answer answer = {.results = room_for(geometry.max_ops, sizeof *answer.results),
-                          .copies = room_for(geometry.max_copies, sizeof *answer.copies),
-                          .moved = room_for(geometry.max_copies, sizeof *answer.moved)};
+    must(odma_arena_geometry(engine.arena, &geometry), "geometry");
+    must(odma_arena_report(engine.arena, &report), "report");
+    must(odma_arena_engine(engine.arena, &engine.record), "engine");
+    engine.epoch = report.epoch;
+    engine.seq = report.seq;
+    engine.answer = (odma_answer){.results = room_for(geometry.max_ops, sizeof(odma_result)),
+                                  .copies = room_for(geometry.max_copies, sizeof(odma_copy)),
+                                  .moved = room_for(geometry.max_copies, sizeof(odma_place))};
+    engine.kept = room_for(geometry.max_regions, sizeof *engine.kept);
+    engine.freed = room_for(geometry.max_regions, sizeof *engine.freed);
     uint32_t count;
     want(scanf("%" SCNu32, &count), 1);
-    odma_batch *batches = room_for(count, sizeof *batches);
-    for (uint32_t i = 0; i < count; i++) batches[i] = read_batch(report.epoch);
+    struct call *calls = room_for(count, sizeof *calls);
+    for (uint32_t i = 0; i < count; i++) calls[i] = read_call();
 
     be_killed_in(strtoull(argv[2], NULL, 10));
     for (uint32_t i = 0; i < count; i++) {
-        odma_status status = odma_arena_apply(arena, &batches[i], &answer);
-        if (status != ODMA_OK) fail("apply", odma_status_name(status));
-        tell(answer.seq, digest_of(&answer));
+        uint64_t digest = digest_of_call(&engine, &calls[i]);
+        tell(engine.seq, digest);
     }
     for (;;) pause();
 }

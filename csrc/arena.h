@@ -70,7 +70,9 @@ struct request {
     uint32_t class_index;
     char id[ODMA_ID_BYTES];
     float quantiles[ODMA_QUANTILES];
-    uint32_t pad;
+    uint32_t issue;       /* order of its allocate over all epochs, its low half */
+    float raw[ODMA_QUANTILES];
+    float overflow_risk;  /* accepted for it */
 };
 
 struct stats {
@@ -127,6 +129,12 @@ struct run {
     struct note note;
 };
 
+/* A request id's place in the table of ids. */
+struct entry {
+    uint32_t slot;         /* NONE: nothing */
+    uint32_t hash;
+};
+
 /* A slot that the batch in hand has moved, and where it was before. */
 struct move {
     uint32_t slot;
@@ -176,7 +184,7 @@ struct odma_arena {
     uint32_t spare_slot_count;
     uint32_t *waits;             /* waiting slots, oldest seq first: a ring */
     uint32_t waits_first;
-    uint32_t *ids;               /* request id -> slot, open addressing */
+    struct entry *ids;           /* of request ids, open addressing */
     uint32_t ids_mask;
     uint32_t bin_upper[ODMA_BINS];
 
@@ -264,6 +272,7 @@ void drop_id(odma_arena *arena, uint32_t slot);
 /* --- policy.c --- */
 const char *policy_fault(const odma_policy *policy);
 uint32_t safety_blocks(const odma_arena *arena);
+double accepted_risk(const odma_arena *arena, const odma_op *op);
 uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total);
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want);
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
@@ -302,5 +311,6 @@ odma_status rescale(odma_arena *arena);
 /* --- report.c --- */
 const char *engine_fault(const odma_engine *engine);
 const char *books_fault(const odma_arena *arena);
+uint64_t last_batch(const struct books *books);
 
 #endif

@@ -11,7 +11,9 @@
 
 enum { MOST_OUTPUT_TOKENS = 1 << 24, MOST_WANT_TOKENS = 1 << 28 };
 
-enum { AHEAD = 6 };
+/* Regions of which all that is known stays in the processor's cache; beyond it
+ * memory is asked for before it is needed, this many operations ahead. */
+enum { CACHED_REGIONS = 1024, AHEAD = 6 };
 
 /* --- small things --- */
 
@@ -263,7 +265,6 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
 /* --- allocate --- */
 
 static uint32_t quantiles_rule(const float quantiles[ODMA_QUANTILES]) {
-    if (quantiles[0] < 0) return ODMA_RULE_NONE;
     for (uint32_t i = 0; i < ODMA_QUANTILES; i++)
         if (!isfinite(quantiles[i]) || !(quantiles[i] >= (i == 0 ? 0 : quantiles[i - 1])))
             return ODMA_RULE_QUANTILES;
@@ -277,7 +278,8 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
     if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
-    return quantiles_rule(op->quantiles);
+    uint32_t rule = op->quantiles[0] < 0 ? ODMA_RULE_NONE : quantiles_rule(op->quantiles);
+    return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
 }
 
 static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length) {
@@ -301,10 +303,12 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
     next.max_total_tokens = max_total;
     next.class_index = class_for(arena, op->request_class);
     memcpy(next.quantiles, op->quantiles, sizeof next.quantiles);
-    next.pad = 0;
+    next.issue = (uint32_t)(arena->books->counters.allocates + 1);
+    memcpy(next.raw, op->raw, sizeof next.raw);
+    next.overflow_risk = (float)accepted_risk(arena, op);
     put(arena, &request->birth, &next.birth, offsetof(struct request, id));
     put(arena, request->id, op->request_id, sizeof request->id);
-    put(arena, request->quantiles, next.quantiles, GRANULE_BYTES);
+    put(arena, request->quantiles, next.quantiles, 2 * GRANULE_BYTES);
 }
 
 static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
@@ -447,18 +451,20 @@ static void feed_allocate(struct digest *digest, const odma_op *op) {
 }
 
 /* Feed an operation's own digest, so that those of several operations are worked
- * out at once. While it is in hand, ask for the memory that it will need, and
- * hash the id; `spare` is the next slot to be taken. */
+ * out at once. While it is in hand, hash its id, and ask for the memory that it
+ * will need unless `spare`, how many slots are left to take, is 0. */
 static void feed_op(odma_arena *arena, struct digest *digest, const odma_op *op, uint32_t i,
                     uint32_t *spare) {
     struct digest own = {.low = (uint64_t)op->kind << 32 | op->end, .high = op->kind};
     if (op->kind == ODMA_OP_ALLOCATE) {
         arena->hashes[i] = id_hash(op->request_id);
-        __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
-        if (*spare > 0) fetch_region(arena, arena->spare_slots[--*spare]);
+        if (*spare > 0) {
+            __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
+            fetch_region(arena, arena->spare_slots[--*spare]);
+        }
         feed_allocate(&own, op);
     } else {
-        fetch_region(arena, op->handle & HANDLE_SLOT);
+        if (*spare > 0) fetch_region(arena, op->handle & HANDLE_SLOT);
         feed(&own, op->handle);
         feed(&own, (uint64_t)op->output_tokens << 32 | op->least_tokens);
         feed(&own, op->want_tokens);
@@ -478,7 +484,7 @@ static void fingerprint_of(odma_arena *arena, const odma_batch *batch, uint64_t 
         feed(&digest, batch->used[i].handle);
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
     }
-    uint32_t spare = arena->spare_slot_count;
+    uint32_t spare = arena->live > CACHED_REGIONS ? arena->spare_slot_count : 0;
     for (uint32_t i = 0; i < batch->op_count; i++)
         feed_op(arena, &digest, &batch->ops[i], i, &spare);
     fingerprint[0] = mix(digest.low);
@@ -604,10 +610,10 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     books->completed_seq = batch->completed_seq;
     free_waiting_up_to(arena, batch->completed_seq);
     take_used(arena, batch);
-    bool stopped = false;
+    bool stopped = false, large = arena->live > CACHED_REGIONS;
     for (uint32_t i = 0; i < batch->op_count; i++) {
         const odma_op *op = &batch->ops[i];
-        if (i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
+        if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
         bool skip = stopped && batch->pass_refused == 0;
         do_op(arena, op, arena->hashes[i], skip, &arena->results[i]);
         stopped |= stops_allocates(&arena->results[i]) && op->kind >= ODMA_OP_EXTEND;

@@ -424,7 +424,7 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->runs = zeroed_lines(2 * (size_t)table + 2, sizeof *arena->runs, &enough);
     arena->spare_slots = zeroed(table, sizeof(uint32_t), &enough);
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
-    arena->ids = zeroed(ids, sizeof(uint32_t), &enough);
+    arena->ids = zeroed(ids, sizeof *arena->ids, &enough);
     arena->ids_mask = ids - 1;
     arena->hashes = zeroed(geometry->max_ops, sizeof *arena->hashes, &enough);
     arena->moved = zeroed(geometry->max_copies, sizeof *arena->moved, &enough);

@@ -73,6 +73,20 @@ static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, 
     mark(arena, bin, sizeof *bin);
 }
 
+static odma_completion completion_of(const odma_arena *arena, const struct request *request,
+                                     uint32_t output_tokens, bool censored) {
+    uint64_t allocates = arena->books->counters.allocates;
+    odma_completion entry = {.overflow_risk = request->overflow_risk,
+                             .prompt_tokens = request->prompt_tokens,
+                             .output_tokens = output_tokens,
+                             .censored = censored,
+                             .issue = allocates - (uint32_t)((uint32_t)allocates - request->issue),
+                             .until = allocates};
+    memcpy(entry.quantiles, request->quantiles, sizeof entry.quantiles);
+    memcpy(entry.raw, request->raw, sizeof entry.raw);
+    return entry;
+}
+
 static void learn_in(odma_arena *arena, struct stats *stats, const struct request *request,
                      uint32_t output_tokens, bool censored) {
     if (stats->increment == 0) stats->increment = 1;
@@ -80,10 +94,7 @@ static void learn_in(odma_arena *arena, struct stats *stats, const struct reques
     count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
     count_in_bin(arena, stats, TOTAL + censored, total);
     odma_completion *entry = &stats->ring[stats->completions % ODMA_RING];
-    memcpy(entry->quantiles, request->quantiles, sizeof entry->quantiles);
-    entry->prompt_tokens = request->prompt_tokens;
-    entry->output_tokens = output_tokens;
-    entry->censored = censored;
+    *entry = completion_of(arena, request, output_tokens, censored);
     mark(arena, entry, sizeof *entry);
     stats->completions++;
     stats->increment *= exp2(1 / HALF_LIFE_COMPLETIONS);
@@ -191,15 +202,37 @@ odma_status odma_arena_bins(odma_arena *arena, uint32_t upper_tokens[ODMA_BINS])
 }
 
 odma_status odma_arena_completions(odma_arena *arena, uint32_t class_index,
-                                   odma_completion *completions, uint32_t *count) {
-    if (class_index >= STATS || completions == NULL || count == NULL) return ODMA_INVALID;
+                                   odma_completion *completions, uint32_t *count,
+                                   uint64_t *ever) {
+    if (class_index >= STATS || completions == NULL || count == NULL || ever == NULL)
+        return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     const struct stats *stats = &arena->books->stats[class_index];
-    uint64_t ever = stats->completions;
-    *count = (uint32_t)(ever < ODMA_RING ? ever : ODMA_RING);
+    uint64_t completed = *ever = stats->completions;
+    *count = (uint32_t)(completed < ODMA_RING ? completed : ODMA_RING);
     for (uint32_t i = 0; i < *count; i++)
-        completions[i] = stats->ring[(ever - *count + i) % ODMA_RING];
+        completions[i] = stats->ring[(completed - *count + i) % ODMA_RING];
+    return leave(arena, ODMA_OK);
+}
+
+odma_status odma_arena_running(odma_arena *arena, uint32_t class_index, odma_completion *running,
+                               uint32_t room, uint32_t *count) {
+    if (class_index >= STATS || running == NULL || count == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    *count = 0;
+    for (uint32_t id = arena->first_run; id != NONE && *count < room; id = arena->runs[id].next) {
+        if (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE) continue;
+        const struct slot *slot = &arena->slots[id];
+        const struct request *request = &arena->requests[id];
+        if (class_index != ODMA_CLASS_POOL && class_index != request->class_index) continue;
+        uint32_t generated = request->generated_tokens;
+        bool told = slot->seq == last_batch(arena->books);
+        if (told && slot->used_tokens > request->prompt_tokens + generated)
+            generated = slot->used_tokens - request->prompt_tokens;
+        running[(*count)++] = completion_of(arena, request, generated, true);
+    }
     return leave(arena, ODMA_OK);
 }
 

@@ -36,7 +36,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    ODMA_LAYOUT_VERSION = 2,
+    ODMA_LAYOUT_VERSION = 3,
     ODMA_ID_BYTES = 64,          /* request ids, padded with zero bytes */
     ODMA_NAME_BYTES = 32,        /* classes and tenants, padded with zero bytes */
     ODMA_BOOT_BYTES = 40,        /* boot ids, as text */
@@ -174,6 +174,7 @@ typedef struct odma_op {
     uint32_t guess_tokens;        /* the engine's own prediction, 0: none */
     float overflow_risk;          /* below 0: the policy's */
     float quantiles[ODMA_QUANTILES]; /* predicted output tokens; [0] < 0: none */
+    float raw[ODMA_QUANTILES];    /* the same before corrections, only kept; all 0: none */
     uint32_t has_text;
     uint64_t text_digest[2];      /* of the prompt's text, for the fingerprint */
     char request_id[ODMA_ID_BYTES];
@@ -344,12 +345,16 @@ typedef struct odma_region {
     char request_id[ODMA_ID_BYTES];
 } odma_region;
 
-/* One completion, newest last. */
+/* One completion, or a request that still runs. */
 typedef struct odma_completion {
     float quantiles[ODMA_QUANTILES]; /* as predicted; [0] < 0: none */
+    float raw[ODMA_QUANTILES];    /* before corrections; all 0: none */
+    float overflow_risk;          /* accepted for it */
     uint32_t prompt_tokens;
-    uint32_t output_tokens;
-    uint32_t censored;            /* stopped at its limit: "at least" */
+    uint32_t output_tokens;       /* running: as last reported, an upper bound */
+    uint32_t censored;            /* stopped at its limit, or running: "at least" */
+    uint64_t issue;               /* order of its allocate, over all epochs */
+    uint64_t until;               /* allocates there had been when it ended; running: until now */
 } odma_completion;
 
 /* Decayed weights, in units of the newest completion. */
@@ -469,9 +474,16 @@ odma_status odma_arena_histogram(odma_arena *arena, uint32_t class_index,
 /* Upper ends of the histogram bins in tokens: the same for every class. */
 odma_status odma_arena_bins(odma_arena *arena, uint32_t upper_tokens[ODMA_BINS]);
 
-/* The last completions, oldest first; room for ODMA_RING. */
+/* The last completions, oldest first; room for ODMA_RING. Stores in *ever how
+ * many there have been, which changes whenever the list does. */
 odma_status odma_arena_completions(odma_arena *arena, uint32_t class_index,
-                                   odma_completion *completions, uint32_t *count);
+                                   odma_completion *completions, uint32_t *count, uint64_t *ever);
+
+/* The running requests of a class in address order, at most `room`, with what
+ * they have generated so far. One that the last batch did not list counts with
+ * what it had generated before. */
+odma_status odma_arena_running(odma_arena *arena, uint32_t class_index,
+                               odma_completion *running, uint32_t room, uint32_t *count);
 
 /* Quantiles of the output tokens of a class, given that they are more than
  * `more_than`. Censored completions count by Kaplan-Meier. A class with fewer

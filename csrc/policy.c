@@ -76,6 +76,11 @@ static uint32_t rounded(const odma_arena *arena, double start, uint32_t max_tota
     return blocks_of(arena, tokens < max_total ? (uint32_t)tokens : max_total);
 }
 
+/* The probability of outgrowing its first region that a request accepts. */
+double accepted_risk(const odma_arena *arena, const odma_op *op) {
+    return op->overflow_risk >= 0 ? (double)op->overflow_risk : arena->books->policy.overflow_risk;
+}
+
 /* Blocks of a new region. */
 uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     const odma_policy *policy = &arena->books->policy;
@@ -84,9 +89,8 @@ uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_t
     if (policy->start == ODMA_START_STEP) {
         start = held + policy->step_tokens;
     } else if (policy->start == ODMA_START_QUANTILE && op->quantiles[0] >= 0) {
-        double risk = op->overflow_risk >= 0 ? (double)op->overflow_risk : policy->overflow_risk;
         start = op->prompt_tokens +
-                output_at(op->quantiles, risk, (double)max_total - op->prompt_tokens);
+                output_at(op->quantiles, accepted_risk(arena, op), (double)max_total - op->prompt_tokens);
         if (start < held + 1) start = held + 1;
     }
     if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;

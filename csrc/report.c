@@ -219,7 +219,8 @@ odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
     return leave(arena, status);
 }
 
-static uint64_t last_batch(const struct books *books) {
+/* The batch that said how much is used. */
+uint64_t last_batch(const struct books *books) {
     return books->seq > 0 ? books->seq : UINT64_MAX;
 }
 

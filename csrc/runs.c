@@ -266,31 +266,31 @@ uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
 /* The live region of a request id, or NONE. */
 uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t hash) {
     for (uint32_t i = hash & arena->ids_mask;; i = (i + 1) & arena->ids_mask) {
-        uint32_t slot = arena->ids[i];
-        if (slot == NONE || (arena->runs[slot].id_hash == hash &&
-                             memcmp(arena->requests[slot].id, id, ODMA_ID_BYTES) == 0))
-            return slot;
+        struct entry entry = arena->ids[i];
+        if (entry.slot == NONE ||
+            (entry.hash == hash && memcmp(arena->requests[entry.slot].id, id, ODMA_ID_BYTES) == 0))
+            return entry.slot;
     }
 }
 
 void add_id(odma_arena *arena, uint32_t slot, uint32_t hash) {
     uint32_t i = hash & arena->ids_mask;
-    while (arena->ids[i] != NONE) i = (i + 1) & arena->ids_mask;
-    arena->ids[i] = slot;
+    while (arena->ids[i].slot != NONE) i = (i + 1) & arena->ids_mask;
+    arena->ids[i] = (struct entry){.slot = slot, .hash = hash};
     arena->runs[slot].id_hash = hash;
 }
 
 void drop_id(odma_arena *arena, uint32_t slot) {
     uint32_t hole = arena->runs[slot].id_hash & arena->ids_mask;
-    while (arena->ids[hole] != slot) hole = (hole + 1) & arena->ids_mask;
-    for (uint32_t i = (hole + 1) & arena->ids_mask; arena->ids[i] != NONE;
+    while (arena->ids[hole].slot != slot) hole = (hole + 1) & arena->ids_mask;
+    for (uint32_t i = (hole + 1) & arena->ids_mask; arena->ids[i].slot != NONE;
          i = (i + 1) & arena->ids_mask) {
-        uint32_t home = arena->runs[arena->ids[i]].id_hash;
+        uint32_t home = arena->ids[i].hash;
         if (((i - home) & arena->ids_mask) < ((i - hole) & arena->ids_mask)) continue;
         arena->ids[hole] = arena->ids[i];
         hole = i;
     }
-    arena->ids[hole] = NONE;
+    arena->ids[hole].slot = NONE;
 }
 
 /* --- rebuilding --- */

@@ -13,7 +13,16 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
-from odma_service import arena_cli, bench, config, lpddr_cli, server, status, trace_cli
+from odma_service import (
+    arena_cli,
+    bench,
+    config,
+    lpddr_cli,
+    predictor_cli,
+    server,
+    status,
+    trace_cli,
+)
 from odma_service.connect import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
 from odma_service.demo.command import demo_command
 from odma_service.errors import OdmaError, ServiceError
@@ -34,6 +43,7 @@ app.add_typer(trace_cli.app, name="trace")
 app.add_typer(bench.app, name="bench")
 app.add_typer(arena_cli.app, name="arena")
 app.add_typer(lpddr_cli.app, name="lpddr")
+app.add_typer(predictor_cli.app, name="predictor")
 app.command("demo")(demo_command)
 app.command("replay")(replay_command)
 app.command("tune")(tune_command)
@@ -95,6 +105,7 @@ def serve(
     reflection: Annotated[bool | None, _flag("reflection")] = None,
     max_pools: Annotated[int | None, _flag("max_pools")] = None,
     workers: Annotated[int | None, _flag("workers")] = None,
+    predictor_model: Annotated[str | None, _flag("predictor_model")] = None,
     drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
     metrics_listen: Annotated[str | None, _flag("metrics_listen")] = None,
     decision_log: Annotated[Path | None, _flag("decision_log")] = None,
@@ -122,6 +133,7 @@ def serve(
         "reflection": reflection,
         "max_pools": max_pools,
         "workers": workers,
+        "predictor_model": predictor_model,
         "drain_seconds": drain_seconds,
         "metrics_listen": metrics_listen,
         "decision_log": decision_log,

@@ -115,6 +115,14 @@ class Settings(BaseSettings):
         ),
     ] = 64
     workers: Annotated[int, Field(ge=1, le=256, description="Most threads that answer calls.")] = 64
+    predictor_model: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Directory of the model that predicts lengths, looked at for a new one "
+            "every other second. shipped: our own; none: the live histograms.",
+        ),
+    ] = "shipped"
     drain_seconds: Annotated[
         float,
         Field(ge=0, le=600, allow_inf_nan=False, description="Wait so long for calls at shutdown."),

@@ -13,6 +13,7 @@ OdmaError
 ├── RefusedError         a unary call was refused; `refusal` says why
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
+├── ModelError           a model directory that cannot be served; `file` names what is wrong
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        nothing says who calls, or nobody is known by it
@@ -35,6 +36,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from odma_service.values import Refusal
 
 
@@ -138,6 +141,15 @@ class HandleError(OdmaError):
 
 class PoolLimitError(OdmaError):
     """No more pools, or no room for the books of one more."""
+
+
+class ModelError(OdmaError):
+    """A model directory that cannot be served: `file` is wrong in it."""
+
+    def __init__(self, file: Path, rule: str) -> None:
+        super().__init__(f"model {file}: {rule}")
+        self.file = file
+        self.rule = rule
 
 
 class StreamLimitError(OdmaError):

@@ -40,7 +40,6 @@ from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.policy import PolicyRecord
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.service.registry import Registry
-from odma_service.service.tls import is_local
 from odma_service.service.witness import OP_NAMES, Tally
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
 
@@ -450,8 +449,6 @@ def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
     if not address:
         yield ""
         return
-    if not is_local(address):
-        log.warning("metrics beyond the loopback: whoever can connect reads them", address=address)
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     kind = _Server6 if ":" in host else _Server

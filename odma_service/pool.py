@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from odma_service.policy import PolicyRecord
-    from odma_service.values import Answer, Batch, Quantiles, Result
+    from odma_service.values import Answer, Batch, Predicted, Quantiles, Result
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
@@ -274,7 +274,7 @@ class Pool:
         self,
         epoch: int,
         batch: Batch,
-        predictions: Sequence[Quantiles | None] | None = None,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do the operations of one decode step, in order: all of it or none of it.
 
@@ -289,7 +289,7 @@ class Pool:
 
     # --- one operation ---
 
-    def allocate(self, epoch: int, op: Allocate, prediction: Quantiles | None = None) -> Place:
+    def allocate(self, epoch: int, op: Allocate, prediction: Predicted | None = None) -> Place:
         """Reserve a region, or return the one that lives under the same request id.
 
         Never copies. Raises RefusedError, InvalidError, EpochError.
@@ -388,6 +388,26 @@ class Pool:
         index = self._arena.class_index(request_class)
         known = self._arena.quantiles(index, more_than)
         return None if known is None else known[0]
+
+    def scope(self, request_class: str, enough: int) -> tuple[str | None, int]:
+        """Return the class if it has `enough` completions, else None, which stands for all.
+
+        And how many completions it, or all, have had.
+        """
+        index = self._arena.class_index(request_class)
+        ever = self._arena.ring(index)[1]
+        if index != CLASS_POOL and ever >= enough:
+            return request_class, ever
+        return None, self._arena.ring(CLASS_POOL)[1]
+
+    def shown(self, request_class: str | None) -> tuple[NDArray[np.void], NDArray[np.void], int]:
+        """Return the last completions of a class, its running requests, and how many it had.
+
+        Arrays of odma_completion, the completions oldest first. None: of all classes.
+        """
+        index = CLASS_POOL if request_class is None else self._arena.class_index(request_class)
+        ring, ever = self._arena.ring(index)
+        return ring, self._arena.running(index), ever
 
     def class_history(self, index: int) -> ClassHistory:
         """Return what is known about the class of an index below report().classes."""

@@ -64,7 +64,7 @@ def replay_command(
     ] = 0.0,
     predictor: Annotated[
         str | None,
-        typer.Option(help="live, exact or lognormal:SIGMA, for all policies that predict."),
+        typer.Option(help="live, history, model, exact or lognormal:SIGMA, for all that predict."),
     ] = None,
     parameters: Annotated[
         Path | None, typer.Option(help="Tuned parameters other than the committed ones.")

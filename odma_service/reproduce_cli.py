@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from odma_service import replay, traces
 from odma_service.bench.replay import recalibration_seconds
+from odma_service.learning.predictor import Predictor, default_model
+from odma_service.replay.bucket_accuracy import Predicted
 from odma_service.replay_cli import workplace
+from predictor_onnx.evaluate import DELAY, predictions
+from predictor_onnx.rows import read_rows, running
 
 DRIFT_HOURS = 336.0
+PREDICTED = ("alpaca_random9k", "alpaca_eval", "nq_open", "gpteacher", "reasoning_gym")
+"""The paper's prompts, or what is nearest to them here, and two sets that our model knows."""
 
 
 def reproduce_command(
@@ -20,7 +28,11 @@ def reproduce_command(
         Path, typer.Option(help="Directory for reproduce.md and reproduce.json.")
     ] = Path("reproduced"),
     data: Annotated[
-        Path, typer.Option(help="Folder with servegen/, for a trace of 14 days that drifts.")
+        Path,
+        typer.Option(
+            help="Folder with servegen/, for a trace of 14 days that drifts, and with text/, for"
+            " the predictor's accuracy."
+        ),
     ] = Path("../shared/data"),
     rows: Annotated[int, typer.Option(min=100, help="Requests of each load.")] = 1_500,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each made load.")] = 5,
@@ -48,6 +60,7 @@ def reproduce_command(
             replay.read_tuning(),
             directory,
             recalibration_seconds() * 1e3,
+            list(_predicted(data / "text")),
             lambda stage: typer.echo(f"{stage} ...", err=True),
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -55,3 +68,17 @@ def reproduce_command(
     (out / "reproduce.json").write_text(json.dumps(facts, indent=1) + "\n")
     typer.echo(text)
     typer.echo(f"wrote {out / 'reproduce.md'}", err=True)
+
+
+def _predicted(folder: Path) -> Iterator[Predicted]:
+    """Predict what there is of the sets, as the service would: history running, 64 rows late."""
+    model = Predictor.load(default_model())
+    for name in PREDICTED:
+        file = folder / f"{name}.parquet"
+        if not file.exists():
+            typer.echo(f"note: without the predictor's accuracy on {name}: no {file}", err=True)
+            continue
+        known = read_rows(file, split="train").output_tokens
+        rows, histories = running(read_rows(file, without="train"), DELAY, 0)
+        tokens = np.expm1(predictions(model, rows, histories))
+        yield Predicted(name, model.version, known, rows.output_tokens, tokens[:, 2], tokens[:, 5])

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from odma_service.config import UNIX, Settings
 from odma_service.errors import OdmaError
+from odma_service.learning.predictor import default_model
 from odma_service.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
@@ -31,16 +32,15 @@ from odma_service.rpc.v1 import (
 from odma_service.rpc.v1.emulator_service_pb2_grpc import add_EmulatorServiceServicer_to_server
 from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
 from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
-from odma_service.rpc.v1.predictor_service_pb2_grpc import (
-    PredictorServiceServicer,
-    add_PredictorServiceServicer_to_server,
-)
+from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
 from odma_service.service.access import Access
 from odma_service.service.decisions import DecisionLog
 from odma_service.service.emulator import EmulatorService
 from odma_service.service.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.memory import MemoryService
+from odma_service.service.models import Models
 from odma_service.service.pools import PoolService
+from odma_service.service.predictor import PredictorService
 from odma_service.service.reaper import reaping
 from odma_service.service.registry import Registry, draining
 from odma_service.service.tls import credentials_of
@@ -73,8 +73,8 @@ SERVED = (
     (memory_service_pb2, "MemoryService"),
     (pool_service_pb2, "PoolService"),
     (emulator_service_pb2, "EmulatorService"),
+    (predictor_service_pb2, "PredictorService"),
 )
-UNIMPLEMENTED = ((predictor_service_pb2, "PredictorService"),)
 
 log = structlog.get_logger()
 
@@ -83,6 +83,7 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
+    models = Models(_model_directory(settings.predictor_model))
     witness = Witness(decisions=_decision_log(settings))
     registry = Registry(
         _own_directory(settings.pool_dir),
@@ -91,13 +92,16 @@ def run(settings: Settings) -> None:
         boot_id=BOOT_ID.read_text().strip(),
         monotonic=time.monotonic,
         wall=time.time,
+        model=models.now,
         witness=witness,
     )
+    models.start()
     registry.attach_all()
     try:
         with reaping(registry):
             _serve(settings, registry)
     finally:
+        models.stop()
         registry.close()
         witness.close()
     log.info("stopped")
@@ -119,8 +123,7 @@ def _serve(settings: Settings, registry: Registry) -> None:
     pools = PoolService(registry)
     add_MemoryServiceServicer_to_server(memory, server)
     add_PoolServiceServicer_to_server(pools, server)
-    # What a servicer leaves out, its base class answers with UNIMPLEMENTED.
-    add_PredictorServiceServicer_to_server(PredictorServiceServicer(), server)  # type: ignore[abstract]
+    add_PredictorServiceServicer_to_server(PredictorService(registry), server)
     add_EmulatorServiceServicer_to_server(EmulatorService(), server)
     healthy = _add_health(server)
     if settings.reflection:
@@ -153,10 +156,7 @@ def _serve(settings: Settings, registry: Registry) -> None:
 
 
 def _names() -> list[str]:
-    return [
-        module.DESCRIPTOR.services_by_name[name].full_name
-        for module, name in (*SERVED, *UNIMPLEMENTED)
-    ]
+    return [module.DESCRIPTOR.services_by_name[name].full_name for module, name in SERVED]
 
 
 def _add_health(server: grpc.Server) -> health.HealthServicer:
@@ -169,8 +169,8 @@ def _add_health(server: grpc.Server) -> health.HealthServicer:
     )
     status = health_pb2.HealthCheckResponse
     healthy.set(ALIVE, status.SERVING)
-    for i, name in enumerate(_names()):
-        healthy.set(name, status.SERVING if i < len(SERVED) else status.NOT_SERVING)
+    for name in _names():
+        healthy.set(name, status.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     return healthy
 
@@ -259,6 +259,12 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
     raise OdmaError(f"cannot listen on {path}: another server does")
+
+
+def _model_directory(setting: str) -> Path | None:
+    if setting == "none":
+        return None
+    return default_model() if setting == "shipped" else Path(setting).expanduser()
 
 
 def _own_directory(path: Path) -> Path:

@@ -172,3 +172,16 @@ QUANTILE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 """Levels of a prediction: quantiles of output tokens."""
 
 Quantiles = tuple[float, float, float, float, float, float, float]
+
+
+class Prediction(NamedTuple):
+    """A prediction that was corrected; `raw` is what it was before, which the books keep too.
+
+    quantiles None: not to be acted on.
+    """
+
+    quantiles: Quantiles | None
+    raw: Quantiles
+
+
+Predicted = Quantiles | Prediction

@@ -10,7 +10,7 @@ import pytest
 
 FUZZ = Path(__file__).with_name("fuzz")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-TARGETS = ("batches", "files")
+TARGETS = ("batches", "features", "files")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,6 +21,15 @@ from odma_service.errors import (
 from odma_service.geometry import Geometry, PlaneGroup
 from odma_service.learning import Learner
 from odma_service.learning.drift import drift_between
+from odma_service.learning.expected import (
+    OVERFLOW_TOKEN_STEPS,
+    RISKS,
+    Seen,
+    cheapest,
+    cost_of,
+    levels_at,
+    seen_requests,
+)
 from odma_service.learning.recalibration import Lengths, limits_report, uncensored
 from odma_service.learning.safety import LEAST_SHARE, MOST_SHARE, adapted_share
 from odma_service.policy import named
@@ -260,6 +269,56 @@ def test_waste_is_what_lies_beyond_a_request():
     report = limits_report(policy, lengths)
     assert report.waste_tokens == pytest.approx((2 * 50 + 0 + 0) / 4)
     assert report.utilisation == pytest.approx((100 + 200 + 250) / (200 + 200 + 250))
+
+
+# --- expected cost ---
+
+
+def test_no_risk_is_cheaper_than_the_one_that_is_chosen(open_learner):
+    learner = open_learner("odma")
+    complete(learner, np.random.default_rng(5).integers(100, 2_000, 60).tolist())
+    best = cheapest(learner.pool)
+    seen = seen_requests(learner.pool, 4096)
+    upper = learner.pool.bins()
+    costs = {
+        risk: cost_of(best.policy, levels_at(risk, seen, upper[upper <= 4096])) for risk in RISKS
+    }
+    assert best.policy.overflow_risk == min(costs, key=lambda risk: costs[risk])
+    assert best.gain > 0
+
+
+def test_a_risk_that_somebody_set_stays(open_learner):
+    learner = open_learner("odma")
+    learner.pool.set_policy(learner.pool.policy().with_changes(overflow_risk=0.05))
+    complete(learner, [100, 900] * 32)
+    assert learner.pool.policy().overflow_risk == 0.05
+    assert learner.pool.policy().version > 2, "limits were found all the same"
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 90), st.integers(1, 200)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from((0.1, 0.5, 0.9)),
+)
+def test_the_cost_of_limits_is_what_a_walk_through_them_costs(requests, risk):
+    prompts, outputs, guesses = (np.array(column, float) for column in zip(*requests, strict=True))
+    upper = np.arange(1, 301, dtype=np.uint32)
+    totals = np.minimum(prompts + outputs, 300)
+    seen = Seen(prompts, totals, np.ones(len(prompts)), np.tile(guesses[:, None], 7))
+    levels = levels_at(risk, seen, upper)
+    limits = (40, 100, 180, 300)
+    policy = replace(named("odma", 4096, 32_768), limits_tokens=limits)
+    walked = 0.0
+    for prompt, total, guess in zip(prompts, totals, guesses, strict=True):
+        start = min(max(prompt + guess, prompt + 1), 300)
+        for written in range(int(prompt) + 1, int(total) + 1):
+            walked += min(limit for limit in limits if limit >= max(written, start))
+        passed = [limit for limit in limits[:-1] if start <= limit < total]
+        walked += OVERFLOW_TOKEN_STEPS * sum(passed)
+    assert cost_of(policy, levels) == pytest.approx(walked, rel=1e-9)
 
 
 # --- the safety share ---

@@ -15,6 +15,7 @@ from odma_service import geometry, replay, traces
 from odma_service.errors import InvalidError
 from odma_service.policy import named
 from odma_service.replay.compare import compare
+from odma_service.replay.extents import ExtentMemory
 from odma_service.replay.load import Limits, limits_for, load_of, shuffled
 from odma_service.replay.loop import History, Sums, serve
 from odma_service.replay.measure import interval, measure, window_of
@@ -29,6 +30,7 @@ from odma_service.replay.policies import (
     record_of,
 )
 from odma_service.replay.predict import predictor
+from odma_service.replay.prefix import PrefixMemory
 from odma_service.replay.prices import Prices, Serving
 
 SERVING = Serving()
@@ -66,6 +68,19 @@ def test_skipping_steps_changes_nothing(name, closed, tmp_path):
         plain.recomputed_tokens,
     )
     assert (fast.copies, fast.copied_tokens) == (plain.copies, plain.copied_tokens)
+
+
+def test_skipping_steps_changes_nothing_where_the_preempted_are_swapped(tmp_path):
+    load = small_load(rate=0.5)
+    prices = Serving(swap_bytes_per_second=16e9).prices()
+    histories = []
+    for serve_by in (serve, serve_plainly):
+        with memory_of("ideal-16", load, SERVING, {}, tmp_path, batch_cap=32) as memory:
+            histories.append(serve_by(load, memory, prices, batch_cap=32))
+    fast, plain = histories
+    assert fast.sums == plain.sums
+    assert fast.preemptions > 0
+    assert fast.recomputed_tokens == 0 < fast.swapped_tokens
 
 
 def test_most_steps_are_skipped_where_little_happens(tmp_path):
@@ -188,6 +203,57 @@ def test_paging_preempts_the_youngest_when_no_page_is_free():
     history = serve(load, PagedMemory(64, 16, 0.0), SERVING.prices())
     assert history.finished == [0, 1]
     assert history.preemptions == 1
+
+
+def prefixed(prompts, ids):
+    """Return a load of prompts with the ids of their blocks, one token of answer each."""
+    count = len(prompts)
+    trace = traces.Trace(
+        np.arange(count, dtype=float),
+        np.array(prompts),
+        np.full(count, 2),
+        "prefixed",
+        prefix_ids=tuple(map(tuple, ids)),
+    )
+    return load_of(trace, Limits(16, 4_096, 4_096))
+
+
+def test_a_shared_prefix_is_prefilled_once_and_only_in_whole_blocks():
+    load = prefixed([1_100, 1_100, 600], [(1, 2, 3), (1, 2, 4), (1, 5)])
+    cached = serve(load, PrefixMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1)
+    assert cached.cached_tokens == 1_024 + 512
+    plain = serve(load, PagedMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1)
+    assert plain.cached_tokens == 0
+    assert cached.sums[-1].prefill_ps < plain.sums[-1].prefill_ps
+
+
+def test_the_least_recently_used_prefix_makes_room():
+    prompts, ids = [1_536, 1_536, 1_536, 1_536], [(1, 2, 3), (4, 5, 6), (7, 8, 9), (1, 2, 3)]
+    history = serve(
+        prefixed(prompts, ids), PrefixMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1
+    )
+    assert history.cached_tokens < 1_536, "it was evicted, at least from its end"
+    assert len(history.finished) == 4
+
+
+def test_extents_are_few_and_never_overlap():
+    load = small_load(300)
+
+    class Watched(ExtentMemory):
+        def decide(self, step):
+            decision = super().decide(step)
+            used = sorted(extent for held in self._held.values() for extent in held)
+            everything = sorted([*used, *self._holes])
+            ends = [start + length for start, length in everything]
+            assert [start for start, _ in everything] == [0, *ends[:-1]]
+            assert ends[-1] == load.limits.capacity_tokens // 16
+            assert all(len(held) <= 2 for held in self._held.values())
+            return decision
+
+    memory = Watched(load.limits.capacity_tokens, 2, 64, 0.05)
+    history = serve(load, memory, SERVING.prices(), batch_cap=32)
+    assert len(history.finished) == len(load)
+    assert history.copies > 0
 
 
 def test_the_oracle_reserves_exact_totals(tmp_path):

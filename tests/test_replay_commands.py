@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 
 from odma_service import replay, traces
 from odma_service.cli import app
+from odma_service.errors import OdmaError
 from odma_service.replay.reproduce import SHAPES, shaped
-from odma_service.replay.tune import GRIDS, Tuner, reasoning_like
+from odma_service.replay.tune import GRIDS, TRAINED_ON, Tuner, reasoning_like
 
 DATA = Path(os.environ.get("ODMA_DATA_DIR", Path(__file__).parent.parent.parent / "shared/data"))
 
@@ -62,6 +65,61 @@ def test_replay_prints_the_class_first_and_writes_a_report(trace, tmp_path):
     assert ran.stdout.splitlines()[0].endswith("memory-bound")
     assert "no prefix reuse" in ran.stdout
     assert (tmp_path / "report" / "report.csv").exists()
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(trace, tmp_path):
+    pytest.importorskip("matplotlib")
+    ran = odma("replay", trace, "--policy", "odma,elastic", "--report", tmp_path)
+    assert ran.exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "elastic" in page
+    assert "data:image/png;base64," in page
+    assert not re.findall(r"(?:src|href)=.(?!data:)", page)
+
+
+def test_training_rows_are_not_quoted_as_a_test(trace, tmp_path):
+    named = tmp_path / f"{next(iter(TRAINED_ON))}.parquet"
+    load = traces.read_trace(trace)
+    traces.write_trace(replace(load, label=named.stem), named)
+    ran = odma("replay", named, "--policy", "paged", "--json")
+    assert "not a test" in ran.stdout
+    ran = odma("replay", named, "--policy", "paged", "--skip", 150, "--json")
+    facts = json.loads(ran.stdout.splitlines()[-1])
+    assert facts["requests"] == 50
+    assert facts["notes"][0] == "the first 150 requests are left out"
+    assert isinstance(odma("replay", named, "--skip", 200).exception, traces.TraceError)
+
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{AZURE}\n2023-11-16 18:17:03,10,5\n", "elastic"),
+        (f"extra,{AZURE}\n7,2023-11-16 18:17:03,10,5\n", "elastic"),
+        (f"{AZURE}\n2023-11-16 18:17:03,10,0\n2023-11-16 18:17:03,10,1\n", "dropped 1 row"),
+        (f"{AZURE}\n2023-11-16 18:17:03,10,0\n", "no row can be replayed"),
+        (f"{AZURE}\n", "no rows"),
+        ("TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,10\n", "'GeneratedTokens' is missing"),
+        (f"{AZURE}\n2023-11-16 18:17:03,200000,5\n", "can ever fit"),
+        (
+            '{"timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": [1, 2]}',
+            "elastic",
+        ),
+        ('{"timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": 1}', "'hash_ids'"),
+    ],
+)
+def test_odd_traces_are_replayed_or_refused_in_one_line(text, said, tmp_path):
+    path = tmp_path / "odd"
+    path.write_text(text)
+    ran = odma("replay", path, "--policy", "elastic,odma,paged-16-prefix,extents-2")
+    if said in ("elastic", "dropped 1 row"):
+        assert ran.exit_code == 0
+        assert said in ran.output
+    else:  # cli.main() makes one line of it
+        assert isinstance(ran.exception, OdmaError)
+        assert said in str(ran.exception)
 
 
 def test_an_unknown_policy_is_a_wrong_command_line(trace):

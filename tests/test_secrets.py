@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import grpc
 import pytest
@@ -19,7 +21,7 @@ PROMPT = "the-prompt-that-nobody-may-read"
 TOKEN = "the-token-that-nobody-may-read"
 MARKERS = (PROMPT, TOKEN)
 
-NAMED = {"name", "pool_name", "open_id", "preset"}
+NAMED = {"name", "pool_name", "open_id", "preset", "request_id", "request_class", "tenant"}
 """Texts that are names and may be logged."""
 
 
@@ -39,6 +41,11 @@ def marked(message: Message, tail: str = "") -> Message:
     return message
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
     authority = Authority(tmp_path)
@@ -47,6 +54,9 @@ def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
     tokens.touch(mode=0o600)
     tokens.write_text(f'[[identity]]\nname = "a"\nrole = "engine"\ntoken = "{TOKEN}"\n')
     flags = ("--tls-cert", str(own.cert), "--tls-key", str(own.key), "--token-file", str(tokens))
+    decisions = tmp_path / "decisions.jsonl"
+    metrics_listen = f"127.0.0.1:{free_port()}"
+    flags += ("--decision-log", str(decisions), "--metrics-listen", metrics_listen)
     server = servers(*flags, "--log-level", "debug", "--log-format", form, "--reflection")
     codes = set()
     with grpc.secure_channel(server.target, authority.trusted().credentials()) as channel:
@@ -73,12 +83,18 @@ def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
         opening.model.config_json = PROMPT
         call(open_pool, opening)
         batches(channel, call)
+    with urllib.request.urlopen(f"http://{metrics_listen}/metrics", timeout=30) as page:
+        metrics = page.read().decode()
     server.terminate()
     log = server.log.read_text()
+    assert "odma_" in metrics
+    assert decisions.read_text()
     assert {"OK", "INVALID", "IDENTITY", "EPOCH_OVER"} <= codes
-    assert "pool made" in log
+    assert "pool opened" in log
     for marker in MARKERS:
         assert marker not in log
+        assert marker not in metrics
+        assert marker not in decisions.read_text()
     assert own.key.read_text().splitlines()[1] not in log
 
 
@@ -98,9 +114,7 @@ def batches(channel, call):
     )
     ref = open_pool(opened, metadata=[("authorization", f"Bearer {TOKEN}")]).pool
     apply = "/odma.v1.MemoryService/Apply"
-    alloc = pb.Alloc(
-        request_id=PROMPT, prompt_tokens=10, request_class="chat", tenant="t", text=PROMPT
-    )
+    alloc = pb.Alloc(request_id="r", prompt_tokens=10, request_class="chat", text=PROMPT)
     full = pb.Alloc(request_id="full", prompt_tokens=250, text=PROMPT)
     request = pb.ApplyRequest(
         pool=ref, seq=1, ops=[pb.Op(allocate=alloc), pb.Op(allocate=full), pb.Op(allocate=full)]

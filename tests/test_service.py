@@ -33,8 +33,6 @@ from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import (
     pool_service_pb2_grpc,
-    predictor_service_pb2,
-    predictor_service_pb2_grpc,
 )
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
@@ -58,28 +56,13 @@ def channel(server):
         ("", "SERVING"),
         (PREFIX + "MemoryService", "SERVING"),
         (PREFIX + "PoolService", "SERVING"),
-        (PREFIX + "PredictorService", "NOT_SERVING"),
+        (PREFIX + "PredictorService", "SERVING"),
         (PREFIX + "EmulatorService", "SERVING"),
     ],
 )
 def test_the_standard_health_service_tells_what_works(channel, name, status):
     answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
     assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda channel: predictor_service_pb2_grpc.PredictorServiceStub(channel).Predict(
-            predictor_service_pb2.PredictRequest()
-        ),
-    ],
-    ids=["Predict"],
-)
-def test_what_is_not_built_says_so(channel, call):
-    with pytest.raises(grpc.RpcError) as caught:
-        call(channel)
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def services_by_reflection(target: str) -> Iterator[str]:

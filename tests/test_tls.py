@@ -47,7 +47,7 @@ def tls_flags(own, *more):
 @pytest.fixture(scope="module")
 def secure(own, tmp_path_factory):
     """Return a server with TLS."""
-    yield from running(tmp_path_factory, *tls_flags(own))
+    yield from running(tmp_path_factory, *tls_flags(own), "--metrics-listen", "127.0.0.1:0")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +235,13 @@ def test_tls_alone_is_not_enough_beyond_the_loopback(own):
     assert "callers need no token or certificate" in line
 
 
+@pytest.mark.parametrize("listen", EVERYWHERE)
+def test_metrics_stay_on_the_loopback_unless_told_so(listen, authority, own):
+    mutual = tls_flags(own, "--tls-client-ca", authority.cert)  # which says nothing of metrics
+    line = complaint(*mutual, "--metrics-listen", listen)
+    assert f"{listen} is reachable from other machines, and whoever can connect reads the" in line
+
+
 def test_a_server_that_would_listen_too_widely_does_not_start(tmp_path):
     command = [sys.executable, "-m", "odma_service", "serve", "--listen", "0.0.0.0:0"]
     command += ["--pool-dir", str(tmp_path / "pools")]
@@ -261,7 +268,7 @@ def test_told_so_a_plain_server_listens_everywhere_and_says_so(servers):
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # of IPv4, and the same as IPv6
 
 
-def sockets_of(pid: int) -> set[str]:
+def sockets_of(pid: int) -> list[str]:
     """Return the local addresses, in hexadecimal, of the TCP listeners of a process."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -271,18 +278,19 @@ def sockets_of(pid: int) -> set[str]:
             continue  # closed since
         if target.startswith("socket:["):
             inodes.add(target[len("socket:[") : -1])
-    found = set()
+    found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1].rpartition(":")[0])
-    assert found
+                found.append(fields[1].rpartition(":")[0])
     return found
 
 
 def test_every_listener_of_a_server_is_on_the_loopback(secure):
-    assert sockets_of(secure.process.pid) <= LOOPBACK
+    listening = sockets_of(secure.process.pid)
+    assert len(listening) == 2  # calls and metrics
+    assert set(listening) <= LOOPBACK
 
 
 # --- the client ---

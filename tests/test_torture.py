@@ -88,11 +88,11 @@ def test_a_request_with_two_regions_is_doubled():
 
 def test_a_model_follows_the_answers():
     first = Batch(1, 0, [], [Allocate("a", 10), Allocate("b", 10)])
-    model = Model().after(first, Outcome((Place(1, 0, 64), Place(2, 64, 64)), (), ()))
+    model = Model().after(first.ops, Outcome((Place(1, 0, 64), Place(2, 64, 64)), (), ()))
     assert model.held == {1: HELD, 2: OTHER}
     second = Batch(2, 0, [], [Free(1, End.FINISHED), Extend(2, 100)])
-    model = model.after(second, Outcome((Freed(), Place(2, 0, 128)), (), ()))
+    model = model.after(second.ops, Outcome((Freed(), Place(2, 0, 128)), (), ()))
     assert model.held == {2: Held("b", 2, 0, 128)}
     third = Batch(3, 0, [], [Allocate("c", 10)])
-    model = model.after(third, Outcome((Place(3, 0, 64),), (), (Place(2, 64, 128),)))
+    model = model.after(third.ops, Outcome((Place(3, 0, 64),), (), (Place(2, 64, 128),)))
     assert model.held == {2: Held("b", 2, 64, 128), 3: Held("c", 3, 0, 64)}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fuzz the arena for SECONDS each over batches and over files. Needs clang with
+# Fuzz for SECONDS each: batches and files of the arena, prompts. Needs clang with
 # libFuzzer (Debian: clang and libclang-rt-dev).
 set -eu
 seconds=$1
@@ -8,7 +8,7 @@ if [ -z "$clang" ]; then
     echo "fuzz: clang is needed; on Debian: apt-get install clang libclang-rt-dev" >&2
     exit 2
 fi
-for target in batches files; do
+for target in batches features files; do
     work=build/fuzz/$target
     mkdir -p "$work/corpus"
     "$clang" -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \

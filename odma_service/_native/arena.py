@@ -24,6 +24,7 @@ from odma_service._native.operations import (
     used_array,
 )
 from odma_service._native.records import (
+    COMPLETION,
     ArenaGeometry,
     ArenaReport,
     Completion,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from odma_service.values import Batch, Op, Place, Quantiles, Result
+    from odma_service.values import Batch, Op, Place, Predicted, Quantiles, Result
 
 CLASS_POOL: int = lib.ODMA_CLASS_POOL
 """Index of all request classes together."""
@@ -264,7 +265,7 @@ class Arena:
         self,
         epoch: int,
         batch: Batch,
-        predictions: Sequence[Quantiles | None] | None = None,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do the operations of one decode step: all of it or none of it.
 
@@ -277,7 +278,7 @@ class Arena:
         self._insist_batch(status, epoch, batch)
         return self._read_answer(batch)
 
-    def unary(self, epoch: int, op: Op, prediction: Quantiles | None = None) -> Result:
+    def unary(self, epoch: int, op: Op, prediction: Predicted | None = None) -> Result:
         """Do one operation outside of batches, without copies."""
         operation = op_struct(op, prediction)
         result = ffi.new("odma_result *")
@@ -305,7 +306,7 @@ class Arena:
         return places_from(kept, len(handles), self._block_tokens), list(freed[0 : count[0]])
 
     def _fill_batch(
-        self, epoch: int, batch: Batch, predictions: Sequence[Quantiles | None] | None
+        self, epoch: int, batch: Batch, predictions: Sequence[Predicted | None] | None
     ) -> tuple[Any, Any]:
         """Fill the struct; what it points to lives as long as the returned arrays."""
         for field, values, most in (
@@ -441,19 +442,37 @@ class Arena:
 
     def completions(self, class_index: int = CLASS_POOL) -> list[Completion]:
         """Return the last completions of a class, oldest first."""
-        completions = ffi.new("odma_completion[]", lib.ODMA_RING)
-        count = ffi.new("uint32_t *")
-        status = lib.odma_arena_completions(self._arena, class_index, completions, count)
-        self._insist(status, invalid="class_index")
         return [
             Completion(
-                None if entry.quantiles[0] < 0 else tuple(entry.quantiles),
-                entry.prompt_tokens,
-                entry.output_tokens,
-                bool(entry.censored),
+                None if entry["quantiles"][0] < 0 else tuple(entry["quantiles"].tolist()),
+                int(entry["prompt_tokens"]),
+                int(entry["output_tokens"]),
+                bool(entry["censored"]),
             )
-            for entry in completions[0 : count[0]]
+            for entry in self.ring(class_index)[0]
         ]
+
+    def ring(self, class_index: int = CLASS_POOL) -> tuple[NDArray[np.void], int]:
+        """Return the last completions as an array of odma_completion, oldest first.
+
+        And how many there have been, which changes whenever the array does.
+        """
+        ring = np.zeros(lib.ODMA_RING, COMPLETION)
+        count, ever = ffi.new("uint32_t *"), ffi.new("uint64_t *")
+        entries = ffi.from_buffer("odma_completion[]", ring)
+        status = lib.odma_arena_completions(self._arena, class_index, entries, count, ever)
+        self._insist(status, invalid="class_index")
+        return ring[: count[0]], ever[0]
+
+    def running(self, class_index: int = CLASS_POOL) -> NDArray[np.void]:
+        """Return the running requests of a class so far, as an array of odma_completion."""
+        running = np.zeros(self.geometry.max_regions, COMPLETION)
+        count = ffi.new("uint32_t *")
+        entries = ffi.from_buffer("odma_completion[]", running)
+        room = len(running)
+        status = lib.odma_arena_running(self._arena, class_index, entries, room, count)
+        self._insist(status, invalid="class_index")
+        return running[: count[0]]
 
     def quantiles(self, class_index: int, more_than: int = 0) -> tuple[Quantiles, float] | None:
         """Return quantiles of a class's output tokens, given that they exceed `more_than`.

@@ -11,7 +11,7 @@ from cffi import FFI
 
 CSRC = Path("csrc")  # setuptools takes no absolute paths: builds start in the project's root
 
-HEADERS = ("odma.h", "odma_lpddr.h")
+HEADERS = ("odma.h", "odma_lpddr.h", "odma_features.h")
 
 
 def declarations(header: str) -> str:
@@ -29,6 +29,6 @@ ffibuilder.set_source(
     depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
     include_dirs=[str(CSRC)],
     libraries=["m"],
-    extra_compile_args=["-std=c11", "-O2", "-flto"],
-    extra_link_args=["-flto"],
+    extra_compile_args=["-std=c11", "-O2", "-flto=auto"],
+    extra_link_args=["-flto=auto"],
 )

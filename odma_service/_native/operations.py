@@ -22,6 +22,7 @@ from odma_service.values import (
     Freed,
     Op,
     Place,
+    Prediction,
     Reason,
     Refusal,
     Result,
@@ -32,7 +33,7 @@ from odma_service.values import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from odma_service.values import Batch, Quantiles
+    from odma_service.values import Batch, Predicted
 
 ID_BYTES: int = lib.ODMA_ID_BYTES
 NAME_BYTES: int = lib.ODMA_NAME_BYTES
@@ -102,7 +103,7 @@ def used_array(used: Sequence[Used]) -> Any:
         raise
 
 
-def ops_array(ops: Sequence[Op], predictions: Sequence[Quantiles | None] | None) -> Any:
+def ops_array(ops: Sequence[Op], predictions: Sequence[Predicted | None] | None) -> Any:
     """Return `ops` with their predictions as an odma_op[]."""
     if predictions is None:
         predictions = (None,) * len(ops)
@@ -116,7 +117,7 @@ def ops_array(ops: Sequence[Op], predictions: Sequence[Quantiles | None] | None)
         raise InvalidError("predictions", "seven numbers for each, or None") from None
 
 
-def op_struct(op: Op, prediction: Quantiles | None) -> Any:
+def op_struct(op: Op, prediction: Predicted | None) -> Any:
     """Return `op`, which stands alone, as an odma_op *."""
     try:
         return ffi.new("odma_op *", _fields(op, prediction))
@@ -125,7 +126,7 @@ def op_struct(op: Op, prediction: Quantiles | None) -> Any:
         raise InvalidError("prediction", "seven numbers, or None") from None
 
 
-def _fields(op: Op, prediction: Quantiles | None) -> dict[str, object]:
+def _fields(op: Op, prediction: Predicted | None) -> dict[str, object]:
     if isinstance(op, Extend):
         return {
             "kind": _EXTEND,
@@ -147,19 +148,28 @@ def _fields(op: Op, prediction: Quantiles | None) -> dict[str, object]:
     raise TypeError(op)
 
 
-def _allocate_fields(op: Allocate, prediction: Quantiles | None) -> dict[str, object]:
+def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, object]:
     texts = _texts(op)
     if isinstance(texts, _Flaw):
         texts = {"has_text": 1, "text_digest": _digest(repr(op).encode())}
-    return texts | {
-        "kind": _ALLOCATE,
-        "prompt_tokens": op.prompt_tokens,
-        "generated_tokens": op.generated_tokens,
-        "max_total_tokens": given(op.max_total_tokens),
-        "guess_tokens": op.predicted_output_tokens or 0,
-        "overflow_risk": _risk(op.overflow_risk),
-        "quantiles": _NO_PREDICTION if prediction is None else prediction,
-    }
+    return (
+        texts
+        | {
+            "kind": _ALLOCATE,
+            "prompt_tokens": op.prompt_tokens,
+            "generated_tokens": op.generated_tokens,
+            "max_total_tokens": given(op.max_total_tokens),
+            "guess_tokens": op.predicted_output_tokens or 0,
+            "overflow_risk": _risk(op.overflow_risk),
+        }
+        | _prediction_fields(prediction)
+    )
+
+
+def _prediction_fields(prediction: Predicted | None) -> dict[str, object]:
+    if type(prediction) is Prediction:
+        return _prediction_fields(prediction.quantiles) | {"raw": prediction.raw}
+    return {"quantiles": _NO_PREDICTION if prediction is None else prediction}
 
 
 class _Flaw(NamedTuple):

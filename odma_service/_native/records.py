@@ -11,13 +11,14 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from odma_service.errors import InvalidError
 from odma_service.values import Moves, Overflow, Quantiles, Start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
 LARGEST_STEP_TOKENS = 2**20
@@ -209,6 +210,21 @@ class Completion(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     censored: bool
+
+
+COMPLETION = np.dtype(
+    [
+        ("quantiles", np.float32, 7),
+        ("raw", np.float32, 7),
+        ("overflow_risk", np.float32),
+        ("prompt_tokens", np.uint32),
+        ("output_tokens", np.uint32),
+        ("censored", np.uint32),
+        ("issue", np.uint64),
+        ("until", np.uint64),
+    ]
+)
+"""odma_completion as numpy has it. quantiles[0] < 0, or raw all 0: none."""
 
 
 class Histogram(NamedTuple):

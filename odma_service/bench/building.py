@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from odma_service.errors import OdmaError
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ("-std=c11", "-O2", "-flto", "-fPIC")
+FLAGS = ("-std=c11", "-O2", "-flto=auto", "-fPIC")
 MEMORY = Path("/dev/shm")
 
 

@@ -120,7 +120,7 @@ class Engine:
 
     def _acknowledge(self, request: pb.ApplyRequest, answer: pb.ApplyResponse) -> None:
         assert self._asked is not None
-        self._model = self._model.after(self._asked, _outcome_from(answer))
+        self._model = self._model.after(self._asked.ops, _outcome_from(answer))
         self._asked = None
         self._last = request, answer
         self.acknowledged += 1

@@ -22,8 +22,11 @@ class Load:
     most_ops: int = 4
     serial: int = 0
 
-    def batch(self, model: Model, seq: int) -> Batch:
-        """Return the next batch of an engine that holds what `model` says."""
+    def batch(self, model: Model, seq: int, completed_seq: int = 0) -> Batch:
+        """Return the next batch of an engine that holds what `model` says.
+
+        `completed_seq` is what it has said of completion before.
+        """
         regions = list(model.held.values())
         used = [Used(region.handle, self._written(region)) for region in regions]
         leaving = self._leaving(regions)
@@ -38,7 +41,20 @@ class Load:
         while len(ops) < self.most_ops and free_tokens > LONGEST_PROMPT_TOKENS:
             ops.append(self._arriving())
             free_tokens -= LONGEST_PROMPT_TOKENS
-        return Batch(seq, max(seq - 2, 0), used, ops, pass_refused=bool(seq % 2))
+        return Batch(seq, max(seq - 2, completed_seq), used, ops, pass_refused=bool(seq % 2))
+
+    def alone(self, model: Model) -> Op:
+        """Return an operation to be done outside of batches."""
+        regions = list(model.held.values())
+        kind = self.random.randrange(4) if regions else 0
+        if kind == 0:
+            return self._arriving()
+        region = self.random.choice(regions)
+        if kind == 1:
+            return Free(region.handle, self.random.choice(ENDS), self.random.randrange(1, 500))
+        if kind == 2:
+            return Trim(region.handle, self._written(region))
+        return Extend(region.handle, min(region.length_tokens + 1, MOST_TOTAL_TOKENS))
 
     def _written(self, region: Held) -> int:
         return max(region.length_tokens - self.random.randrange(64), 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from odma_service.values import Allocate, Batch, Copy, Free, Place, Refusal, Result
+from odma_service.values import Allocate, Copy, Free, Op, Place, Refusal, Result
 
 
 class Held(NamedTuple):
@@ -28,6 +28,18 @@ class Held(NamedTuple):
         return self.start_token + self.length_tokens
 
 
+def digest_of(words: Iterable[int]) -> int:
+    """Return 64 bits of some words, as bench/torture.c does: FNV-1a.
+
+    >>> digest_of([]) == 0xCBF29CE484222325
+    True
+    """
+    digest = 0xCBF29CE484222325
+    for word in words:
+        digest = ((digest ^ word) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return digest
+
+
 class Outcome(NamedTuple):
     """An answer, without what a repeated one may have changed."""
 
@@ -36,15 +48,8 @@ class Outcome(NamedTuple):
     moved: tuple[Place, ...]
 
     def digest(self) -> int:
-        """Return 64 bits of it, as bench/torture.c does: FNV-1a over words.
-
-        >>> Outcome((), (), ()).digest() == 0xCBF29CE484222325
-        True
-        """
-        digest = 0xCBF29CE484222325
-        for word in self._words():
-            digest = ((digest ^ word) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-        return digest
+        """Return 64 bits of it, as bench/torture.c does."""
+        return digest_of(self._words())
 
     def _words(self) -> Iterable[int]:
         for result in self.results:
@@ -68,10 +73,10 @@ class Model:
     def __init__(self, held: dict[int, Held] | None = None) -> None:
         self.held = held or {}
 
-    def after(self, batch: Batch, outcome: Outcome) -> Model:
-        """Return what is held once `batch` was answered so."""
+    def after(self, ops: Sequence[Op], outcome: Outcome) -> Model:
+        """Return what is held once operations were answered so."""
         held = dict(self.held)
-        for op, result in zip(batch.ops, outcome.results, strict=True):
+        for op, result in zip(ops, outcome.results, strict=True):
             if isinstance(op, Free):
                 held.pop(op.handle, None)
             elif isinstance(result, Place) and result.length_tokens:

@@ -35,9 +35,11 @@ from odma_service.client.streaming import ApplyStream
 from odma_service.errors import OdmaError, ServiceError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import predictor_service_pb2 as predictor_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.rpc.v1.predictor_service_pb2_grpc import PredictorServiceStub
 from odma_service.values import Reason, Refusal
 
 DOMAIN = "odma"
@@ -208,6 +210,7 @@ class Client:
         )
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._pools = PoolServiceStub(self._channel)
+        self._predictor = PredictorServiceStub(self._channel)
         self.memory = MemoryServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -255,6 +258,13 @@ class Client:
             if not page.HasField("next_token"):
                 return regions
             request.from_token = page.next_token
+
+    def predict(
+        self, name: str, prompts: Iterable[predictor_pb.Prompt]
+    ) -> predictor_pb.PredictResponse:
+        """Return how long the answers to prompts will be. Raises PoolNotFoundError."""
+        request = predictor_pb.PredictRequest(pool_name=name, prompts=prompts)
+        return self.call(self._predictor.Predict, request)
 
     def watch(
         self, name: str = "", cursor: int = 0, incarnation: str = ""

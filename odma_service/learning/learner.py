@@ -1,13 +1,20 @@
-"""Learner: a pool that predicts how long answers will be, from those it has seen."""
+"""Learner: a pool that predicts how long answers will be, from those it has seen.
+
+Whoever can wait for a model away from the pool's lock asks in two steps: `asks` under the
+lock, `answers` without, then `apply` with them under the lock again. `apply` alone does all
+three.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from odma_service.errors import RefusedError
+from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.expected import cheapest
+from odma_service.learning.foresight import Foreseen, Foresight, Question
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
@@ -16,7 +23,7 @@ from odma_service.learning.recalibration import (
     seen_weights,
 )
 from odma_service.learning.safety import adapted_share
-from odma_service.values import Allocate, Free, Start
+from odma_service.values import Allocate, Free, Prediction, Start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from odma_service.learning.foresight import Model
     from odma_service.learning.observer import Observer
     from odma_service.policy import PolicyRecord
     from odma_service.pool import Pool
@@ -35,14 +43,21 @@ if TYPE_CHECKING:
         Freed,
         Op,
         Place,
+        Predicted,
         Quantiles,
         Result,
     )
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
-MOST_TOKENS = 2**32 - 1
-MEDIAN = 2  # its index among the quantiles
+
+
+class ClassCoverage(NamedTuple):
+    """How predictions for a class fare, and what the next one would rest on."""
+
+    coverage: Coverage
+    source: Source
+
 
 Done = TypeVar("Done", bound="Place | Freed")
 
@@ -50,12 +65,21 @@ Done = TypeVar("Done", bound="Place | Freed")
 class Learner:
     """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
-    What was learnt is in the pool's books: a Learner can be made anew at any time.
+    What was learnt is in the pool's books: a Learner can be made anew at any time. `model`
+    gives the model of the moment; without one predictions are the live histograms'.
     """
 
-    def __init__(self, pool: Pool, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        observer: Observer | None = None,
+        *,
+        model: Callable[[], Model | None] = lambda: None,
+    ) -> None:
         self.pool = pool
         self._observer = observer
+        self._model = model
+        self._foresight = Foresight(pool)
         self._frees = 0
         self._counted = _ends(pool)
         self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at
@@ -65,7 +89,7 @@ class Learner:
         self,
         epoch: int,
         batch: Batch,
-        predictions: Sequence[Quantiles | None] | None = None,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do a batch as Pool.apply does, with predictions where the policy needs them.
 
@@ -88,10 +112,12 @@ class Learner:
             self._follow_drift()
         return answer
 
-    def allocate(self, epoch: int, op: Allocate) -> Place:
+    def allocate(
+        self, epoch: int, op: Allocate, predictions: Sequence[Predicted | None] | None = None
+    ) -> Place:
         """Allocate as Pool.allocate does, with a prediction."""
-        predictions = self._predictions([op]) or [None]
-        return self._told(op, predictions, lambda: self.pool.allocate(epoch, op, predictions[0]))
+        known = predictions or self._predictions([op]) or [None]
+        return self._told(op, known, lambda: self.pool.allocate(epoch, op, known[0]))
 
     def extend(self, epoch: int, op: Extend) -> Place:
         """Extend as Pool.extend does."""
@@ -111,6 +137,39 @@ class Learner:
     def set_policy(self, policy: PolicyRecord, expected_version: int | None = None) -> int:
         """Install a policy as Pool.set_policy does."""
         return self._install(policy, expected_version, Change.SET, "asked for")
+
+    def asks(self, ops: Sequence[Op], seq: int | None = None) -> Question | None:
+        """Return what a model has to be asked for these operations, None for nothing.
+
+        `seq`: of their batch, for one that cannot be new is answered without.
+        """
+        model = self._model() if self._uses_predictions() else None
+        new = seq is None or seq == self.pool.last_seq + 1
+        if model is None or not new or not any(isinstance(op, Allocate) for op in ops):
+            return None
+        return self.question(ops, model)
+
+    def question(self, ops: Sequence[Op], model: Model | None = None) -> Question:
+        """Return what is known now about those operations that allocate."""
+        return self._foresight.question(
+            model or self._model(), [op if isinstance(op, Allocate) else None for op in ops]
+        )
+
+    def coverage(self, request_class: str) -> ClassCoverage:
+        """Return how the predictions for a class fare: of its last completions."""
+        evidence = self._foresight.evidence(request_class)
+        calibration = self._foresight.basis(request_class).calibration
+        modelled = self._model() is not None and calibration is not None
+        source = calibration.source if modelled and calibration else Source.HISTOGRAM
+        if evidence.ever == 0 or not self._uses_predictions():
+            source = Source.NOTHING
+        return ClassCoverage(coverage(evidence), source)
+
+    @property
+    def model_version(self) -> str:
+        """The model of the moment, "" if there is none."""
+        model = self._model()
+        return "" if model is None else model.version
 
     def recalibrate(
         self, dry_run: bool = False, expected_version: int | None = None, limits: int = 0
@@ -171,7 +230,7 @@ class Learner:
         return version
 
     def _told(
-        self, op: Op, predictions: list[Quantiles | None] | None, do: Callable[[], Done]
+        self, op: Op, predictions: Sequence[Predicted | None] | None, do: Callable[[], Done]
     ) -> Done:
         """Do one operation and tell the observer of its outcome."""
         try:
@@ -185,35 +244,20 @@ class Learner:
     def _tell(
         self,
         ops: Sequence[Op],
-        predictions: Sequence[Quantiles | None] | None,
+        predictions: Sequence[Predicted | None] | None,
         results: Sequence[Result],
         copies: Sequence[Copy] = (),
     ) -> None:
         if self._observer is not None:
-            self._observer.decided(ops, predictions, results, copies)
+            known = None if predictions is None else [_acted_on(one) for one in predictions]
+            self._observer.decided(ops, known, results, copies)
 
-    def _predictions(self, ops: Sequence[Op]) -> list[Quantiles | None] | None:
+    def _uses_predictions(self) -> bool:
         policy = self.pool.policy()
-        if policy.start != Start.QUANTILE and policy.unsure_ratio == 0:
-            return None
-        known: dict[tuple[str, int], Quantiles | None] = {}
-        return [self._prediction(op, known) if isinstance(op, Allocate) else None for op in ops]
+        return policy.start == Start.QUANTILE or policy.unsure_ratio > 0
 
-    def _prediction(
-        self, op: Allocate, known: dict[tuple[str, int], Quantiles | None]
-    ) -> Quantiles | None:
-        """Return quantiles of the answer's length, None if nothing is known about it.
-
-        They are those of the request's class, beyond what it has generated already. The
-        engine's own guess becomes their median. A malformed operation gets none: the pool
-        refuses it.
-        """
-        if not _is_sound(op):
-            return None
-        key = op.request_class, op.generated_tokens
-        if key not in known:
-            known[key] = self.pool.quantiles(*key)
-        return _guided(known[key], op.predicted_output_tokens)
+    def _predictions(self, ops: Sequence[Op]) -> list[Predicted | None] | None:
+        return predictions_of(self.question(ops).answers()) if self._uses_predictions() else None
 
     def _adapt_safety_share(self) -> None:
         before, self._counted = self._counted, _ends(self.pool)
@@ -246,19 +290,22 @@ def _listed(policy: PolicyRecord) -> str:
     return " ".join(map(str, policy.limits_tokens))
 
 
-def _is_sound(op: Allocate) -> bool:
-    guess = 1 if op.predicted_output_tokens is None else op.predicted_output_tokens
-    numbers = ((op.generated_tokens, 0), (guess, 1))
-    return type(op.request_class) is str and all(
-        type(value) is int and least <= value <= MOST_TOKENS for value, least in numbers
-    )
+def _acted_on(prediction: Predicted | None) -> Quantiles | None:
+    return prediction.quantiles if isinstance(prediction, Prediction) else prediction
 
 
-def _guided(history: Quantiles | None, guess: int | None) -> Quantiles | None:
-    """Return the history scaled so that its median is the guess; flat without a history."""
-    if guess is None:
-        return history
-    if history is None or history[MEDIAN] <= 0:
-        return (float(guess),) * 7
-    a, b, c, d, e, f, g = (quantile * guess / history[MEDIAN] for quantile in history)
-    return a, b, c, d, e, f, g
+def predictions_of(answers: Sequence[Foreseen | None]) -> list[Predicted | None]:
+    """Return what a pool acts on for each operation."""
+    return [_prediction(foreseen) for foreseen in answers]
+
+
+def _prediction(foreseen: Foreseen | None) -> Predicted | None:
+    """Return what is acted on: a model's word alone is kept, but trusted after 32 completions."""
+    if foreseen is None:
+        return None
+    quantiles = foreseen.quantiles
+    if foreseen.raw is None:
+        return quantiles
+    if foreseen.source is Source.MODEL and foreseen.completions < LEARNT_ENOUGH:
+        quantiles = None
+    return Prediction(quantiles, foreseen.raw)

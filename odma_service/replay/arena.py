@@ -87,7 +87,7 @@ class ArenaMemory:
             max_regions=max(1024, batch_cap),
         )
         self._pool = Pool.create(self._path, spec, EPOCH, "replay", policy)
-        self._learner = Learner(self._pool)
+        self._learner = Learner(self._pool, model=lambda: predictor.model)
         self._single = kind.single_stream
         self._asker_is_victim = policy.overflow is Overflow.PREEMPT
         self._predicts = policy.start is Start.QUANTILE
@@ -163,6 +163,7 @@ class ArenaMemory:
             asked.generated_tokens,
             maximum,
             request.request_class,
+            text=request.text,
         )
 
     def _predictions(self, step: Step) -> list[Quantiles | None] | None:

@@ -39,6 +39,7 @@ class Request(NamedTuple):
     limited: bool
     request_class: str
     prefix_ids: tuple[int, ...] = ()
+    text: str | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -95,8 +96,9 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
     limited |= wanted > maxima
     classes = trace.request_class or ("",) * len(trace)
     prefixes = trace.prefix_ids or ((),) * len(trace)
+    texts = trace.texts or (None,) * len(trace)
     requests = tuple(
-        Request(prompt, total, maximum, at_limit, classes[row], prefixes[row])
+        Request(prompt, total, maximum, at_limit, classes[row], prefixes[row], texts[row])
         for row, prompt, total, maximum, at_limit in zip(
             kept.tolist(),
             prompts[kept].tolist(),

@@ -1,6 +1,9 @@
 """Predictors: what is known about the length of an answer before it is there.
 
 live           quantiles of the answers that have finished, from the pool's own histograms
+history        the same of the lately finished and the running, corrected: a model without one
+model          the model that we ship, or another directory's (model:DIR), corrected; it needs
+               prompts, so the trace has to be a set of prompts
 exact          the length itself
 lognormal:S    the length times a log-normal error of sigma S, with that sigma known
 """
@@ -8,25 +11,50 @@ lognormal:S    the length times a log-normal error of sigma S, with that sigma k
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from odma_service.errors import InvalidError
+from odma_service.learning import Model
+from odma_service.learning import predictor as model_of
+from odma_service.learning.history import as_quantiles
+from odma_service.learning.predictor import PromptInput
 from odma_service.replay.load import Load
 from odma_service.replay.memory import Asked
 from odma_service.values import Quantiles
 
+NAMES = "live, history, model, model:DIR, exact or lognormal:SIGMA"
 NORMAL_QUANTILES = (-1.2816, -0.6745, 0.0, 0.6745, 1.2816, 1.6449, 2.3263)
 """Of the standard normal distribution, at QUANTILE_LEVELS."""
 
 
+class LengthsAlone:
+    """What stands in a model's place and knows the history only."""
+
+    @property
+    def version(self) -> str:
+        """Its name."""
+        return "history"
+
+    def predict(self, prompts: Sequence[PromptInput]) -> list[Quantiles]:
+        """Return the quantiles of each prompt's history."""
+        return [as_quantiles(np.expm1(np.array(prompt.history.quantiles))) for prompt in prompts]
+
+
 class Predictor(NamedTuple):
-    """One guess for each request, and how far off guesses are. None: the pool's histograms."""
+    """One guess for each request, and how far off guesses are.
+
+    Without guesses the pool predicts: with the model, else from its histograms.
+    """
 
     name: str
     guesses: tuple[float, ...] | None
     factors: Quantiles
+    model: Model | None = None
 
     @property
     def own(self) -> bool:
@@ -47,6 +75,13 @@ def predictor(name: str, load: Load, seed: int) -> Predictor:
     flat: Quantiles = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     if name == "live":
         return Predictor(name, None, flat)
+    if name == "history":
+        return Predictor(name, None, flat, LengthsAlone())
+    kind, _, directory = name.partition(":")
+    if kind == "model":
+        if not any(request.text for request in load.requests):
+            raise InvalidError("predictor", f"model needs prompts, and {load.label} has none")
+        return Predictor(name, None, flat, _model(directory))
     lengths = np.array([request.output_tokens for request in load.requests], np.float64)
     if name == "exact":
         return Predictor(name, tuple(lengths.tolist()), flat)
@@ -57,6 +92,11 @@ def predictor(name: str, load: Load, seed: int) -> Predictor:
     return Predictor(name, tuple(guesses.tolist()), (a, b, c, d, e, f, g))
 
 
+@cache
+def _model(directory: str) -> model_of.Predictor:
+    return model_of.Predictor.load(Path(directory) if directory else model_of.default_model())
+
+
 def _sigma(name: str) -> float:
     kind, _, number = name.partition(":")
     try:
@@ -64,5 +104,5 @@ def _sigma(name: str) -> float:
     except ValueError:
         sigma = -1.0
     if not 0 <= sigma <= 5:
-        raise InvalidError("predictor", f"live, exact or lognormal:SIGMA, not {name!r}")
+        raise InvalidError("predictor", f"{NAMES}, not {name!r}")
     return sigma

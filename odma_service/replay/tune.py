@@ -58,7 +58,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
         "growth": (1.0, 1.05, 1.1, 1.25),
     },
     **{
-        name: {"headroom_share": (0.0, 0.05, 0.1, 0.15), "step_tokens": (16, 32, 64, 128)}
+        name: {"headroom_share": (0.05, 0.15, 0.25, 0.35), "step_tokens": (64, 128, 256, 512)}
         for name in EXTENT_POLICIES
     },
     **{

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from odma_service.errors import InvalidError
-from odma_service.learning import LimitsReport
+from odma_service.learning import LimitsReport, predictions_of
 from odma_service.pool import PoolSpec
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -76,7 +76,15 @@ class MemoryService(MemoryServiceServicer):
         name, epoch = ref_from(request.pool)
         batch = batch_from(request)
         with self._registry.owned(name, epoch) as learner:
-            answer = learner.apply(epoch, batch)
+            question = learner.asks(batch.ops, batch.seq)
+            answer = learner.apply(epoch, batch) if question is None else None
+        if question is not None:
+            predictions = predictions_of(
+                question.answers()
+            )  # a model takes longer than a lock should
+            with self._registry.owned(name, epoch) as learner:
+                answer = learner.apply(epoch, batch, predictions)
+        assert answer is not None
         return apply_to(answer)
 
     @reports_errors
@@ -87,7 +95,10 @@ class MemoryService(MemoryServiceServicer):
         _require("allocate", request.HasField("allocate"))
         operation = allocate_from(request.allocate)
         with self._registry.owned(name, epoch) as learner:
-            place = learner.allocate(epoch, operation)
+            question = learner.asks([operation])
+        predictions = None if question is None else predictions_of(question.answers())
+        with self._registry.owned(name, epoch) as learner:
+            place = learner.allocate(epoch, operation, predictions)
         return pb.AllocateResponse(place=place_to(place))
 
     @reports_errors

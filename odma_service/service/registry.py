@@ -30,7 +30,7 @@ from odma_service.errors import (
     PoolOwnedError,
     UnavailableError,
 )
-from odma_service.learning import Learner
+from odma_service.learning import Learner, Model
 from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.service.access import claimed, may_see
@@ -55,8 +55,13 @@ class Opened(NamedTuple):
 class View(NamedTuple):
     """A pool to look at. idle_seconds count from its owner's last call."""
 
-    pool: Pool
+    learner: Learner
     idle_seconds: float
+
+    @property
+    def pool(self) -> Pool:
+        """The pool itself."""
+        return self.learner.pool
 
 
 class Entry:
@@ -79,8 +84,8 @@ class Entry:
 class Registry:
     """All pools of one directory, which nobody else may write to.
 
-    `monotonic` and `wall` tell seconds. `boot_id` names the run of the machine: device memory
-    does not outlive it.
+    `monotonic` and `wall` tell seconds, `model` which model predicts now. `boot_id` names the
+    run of the machine: device memory does not outlive it.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Registry:
         monotonic: Callable[[], float],
         wall: Callable[[], float],
         witness: Witness | None = None,
+        model: Callable[[], Model | None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._max_pools = max_pools
@@ -100,6 +106,7 @@ class Registry:
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
+        self._model = model
         self.witness = witness or Witness()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
@@ -195,7 +202,8 @@ class Registry:
         """Hold a pool to look at it. Raises PoolNotFoundError."""
         entry = self._find(name)
         with entry.lock:
-            yield View(self._insist_seen(name, entry), self._idle_seconds(entry))
+            self._insist_seen(name, entry)
+            yield View(entry.learner, self._idle_seconds(entry))
 
     def reap(self) -> None:
         """Tell of owners that fell silent, and close their pools after the retention time.
@@ -248,7 +256,7 @@ class Registry:
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
-        return Learner(pool, self.witness.observer_of(pool))
+        return Learner(pool, self.witness.observer_of(pool), model=self._model)
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)

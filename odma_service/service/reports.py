@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from odma_service._native import Counters, RegionEntry
 from odma_service.geometry import Geometry
+from odma_service.learning import Learner, Source
 from odma_service.policy import PolicyRecord
 from odma_service.pool import ClassHistory, Pool
 from odma_service.rpc.v1 import pool_service_pb2 as pb
@@ -17,6 +18,13 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.registry import View
 
 Weights = NDArray[np.float64]
+
+BASES = {
+    Source.NOTHING: types.PREDICTION_BASIS_NOTHING,
+    Source.HISTOGRAM: types.PREDICTION_BASIS_HISTOGRAM,
+    Source.MODEL: types.PREDICTION_BASIS_MODEL,
+    Source.WINDOW: types.PREDICTION_BASIS_WINDOW,
+}
 
 
 def summary_to(view: View) -> pb.PoolSummary:
@@ -58,9 +66,10 @@ def pool_to(view: View) -> pb.GetPoolResponse:
         safety_tokens=report.safety_tokens,
         buckets=_buckets(pool),
         counters=_counters_to(report.counters),
-        classes=map(_class_to, pool.classes()),
+        classes=[_class_to(history, view.learner) for history in pool.classes()],
         total_histogram=_bins(upper, histogram.total_finished, histogram.total_censored),
         output_histogram=_bins(upper, histogram.output_finished, histogram.output_censored),
+        model_version=view.learner.model_version,
     )
 
 
@@ -130,12 +139,17 @@ def _buckets(pool: Pool) -> list[pb.BucketUse]:
     ]
 
 
-def _class_to(history: ClassHistory) -> pb.ClassReport:
+def _class_to(history: ClassHistory, learner: Learner) -> pb.ClassReport:
+    fares = learner.coverage(history.request_class)
     return pb.ClassReport(
         request_class=history.request_class,
         finished=float(history.histogram.output_finished.sum()),
         hit_limit=float(history.histogram.output_censored.sum()),
         output_quantiles_tokens=history.output_quantiles or (),
+        basis=BASES[fares.source],
+        predicted=fares.coverage.known,
+        covered=fares.coverage.covered,
+        target_coverage=fares.coverage.target,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -39,18 +40,28 @@ def credentials_of(settings: Settings, identities: Access | None) -> grpc.Server
     files = _files_of(settings)
     if identities and identities.takes_certificates and not settings.tls_client_ca:
         raise InvalidError("tls-client-ca", "needed, as the token file names certificates")
-    guarded = files is not None and bool(identities or files.client_ca)
-    for address in settings.listen:
-        if guarded or is_local(address):
-            continue
-        lack = "callers need no token or certificate" if files else "its connections are plain"
+    for address, lack, remedy in _unguarded(settings, files, identities):
         if not settings.allow_insecure:
-            raise OdmaError(
-                f"{address} is reachable from other machines, and {lack}; set tls-cert and "
-                "tls-key, and token-file or tls-client-ca, or else allow-insecure"
-            )
+            raise OdmaError(f"{address} is reachable from other machines, and {lack}; {remedy}")
         log.warning("listening beyond the loopback", address=address, but=lack)
     return files and _credentials(files)
+
+
+def _unguarded(
+    settings: Settings, files: TlsFiles | None, identities: Access | None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the listeners that strangers can reach: address, what they lack, what would help."""
+    guarded = files is not None and bool(identities or files.client_ca)
+    for address in () if guarded else settings.listen:
+        if not is_local(address):
+            yield (
+                address,
+                "callers need no token or certificate" if files else "its connections are plain",
+                "set tls-cert and tls-key, and token-file or tls-client-ca, or else allow-insecure",
+            )
+    if settings.metrics_listen and not is_local(settings.metrics_listen):
+        remedy = "scrape them on this machine, or set allow-insecure"
+        yield settings.metrics_listen, "whoever can connect reads the metrics", remedy
 
 
 def _files_of(settings: Settings) -> TlsFiles | None:

@@ -4,7 +4,8 @@ A file's first bytes say what it is; its name does not matter for reading.
 
     parquet          t_seconds (optional), input_tokens, output_tokens; request_class (optional);
                      output_recorded (optional): rows where it is false are dropped;
-                     hash_ids (optional): see Trace.prefix_ids
+                     hash_ids (optional): see Trace.prefix_ids. Or a set of prompts: prompt,
+                     prompt_tokens, output_tokens; model, reasoning_hidden, split (optional)
     Azure CSV        TIMESTAMP, ContextTokens, GeneratedTokens, as published in 2023 and 2024;
                      times then count from the earliest request
     Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids (optional)
@@ -44,6 +45,10 @@ DECISION_START = '{"odma":'
 ENDED_BY_ITSELF = {"FINISHED", "HIT_LIMIT"}
 PARQUET_COLUMNS = ("t_seconds", "input_tokens", "output_tokens")
 PREFIX_COLUMN = "hash_ids"
+PROMPT_COLUMNS = ("prompt", "prompt_tokens", "output_tokens")
+UNTRAINED = "val"
+LONGEST_CLASS_CHARACTERS = 32
+END_CHARACTERS = 1_024
 LABEL_KEY = b"odma.label"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -108,6 +113,7 @@ class _Table:
     recorded: NDArray[np.bool_] | None = None
     prefix_ids: list[tuple[int, ...]] | None = None
     notes: tuple[str, ...] = ()
+    texts: list[str] | None = None
 
 
 def _trace_of(path: Path, table: _Table) -> Trace:
@@ -135,6 +141,7 @@ def _trace_of(path: Path, table: _Table) -> Trace:
         None if table.request_class is None else tuple(table.request_class[in_time].tolist()),
         tuple(notes),
         None if table.prefix_ids is None else tuple(table.prefix_ids[row] for row in in_time),
+        None if table.texts is None else tuple(table.texts[row] for row in in_time),
     )
 
 
@@ -336,6 +343,8 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
+            if set(PROMPT_COLUMNS) <= set(schema.names):
+                return _prompts_of(path, file.read(), rows)
             optional = {"t_seconds", "request_class", "output_recorded", PREFIX_COLUMN}
             optional &= set(schema.names)
             wanted = sorted({"input_tokens", "output_tokens"} | optional)
@@ -367,6 +376,40 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
         column("request_class", "O", "text in every row"),
         column("output_recorded", "b", "true or false in every row"),
         prefixes and [_ids(path, row, ids) for row, ids in enumerate(prefixes, 1)],
+    )
+
+
+def _prompts_of(path: Path, table: Any, rows: int | None) -> _Table:
+    """Return a set of prompts as a trace: rows in a fixed shuffle, each model a class.
+
+    Rows with hidden reasoning are left out: their length is not what was generated. Where rows
+    are told apart into splits, those are taken that no model of ours was trained on.
+    """
+    columns = {name: np.array(table.column(name).to_pylist()) for name in PROMPT_COLUMNS[1:]}
+    keep = np.ones(len(table), np.bool_)
+    if "reasoning_hidden" in table.column_names:
+        keep &= ~np.array(table.column("reasoning_hidden").to_pylist(), np.bool_)
+    if "split" in table.column_names:
+        untrained = np.array(table.column("split").to_pylist(), object) == UNTRAINED
+        keep &= untrained | ~untrained.any()
+    order = np.random.default_rng(0).permutation(np.flatnonzero(keep))[:rows]
+    table = table.take(order)
+    models = table.column("model").to_pylist() if "model" in table.column_names else None
+    classes = [str(model)[-LONGEST_CLASS_CHARACTERS:] for model in models or ()]
+    prompts = [str(prompt) for prompt in table.column("prompt").to_pylist()]
+    return _Table(
+        path.stem,
+        ("t_seconds", *PROMPT_COLUMNS[1:]),
+        None,
+        columns["prompt_tokens"][order],
+        columns["output_tokens"][order],
+        np.array(classes, object) if classes else None,
+        texts=[
+            prompt
+            if len(prompt) <= 2 * END_CHARACTERS
+            else prompt[:END_CHARACTERS] + prompt[-END_CHARACTERS:]
+            for prompt in prompts
+        ],
     )
 
 

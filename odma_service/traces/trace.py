@@ -1,7 +1,8 @@
 """A trace: when each request arrived, how long its prompt was, how long its answer became.
 
-A trace holds lengths and times, never texts. One that exists can be replayed as it is:
-it is in arrival order, and every request has a prompt and an answer of at least one token.
+A trace holds lengths and times, and texts only where its file is a set of prompts. One that
+exists can be replayed as it is: it is in arrival order, and every request has a prompt and an
+answer of at least one token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Trace:
     output_tokens  answer length, int64, at least 1; at a cap it means "at least"
     label          the trace's name, or "synthetic seed=..."
     request_class  each request's class, where the trace has classes
+    texts          each prompt, where the file is a set of prompts
     prefix_ids     of each prompt, the ids of its blocks of PREFIX_TOKENS tokens from the start
                    on, where the trace has them: same id, same tokens up to there
     notes          what reading it dropped or changed, one sentence each
@@ -53,6 +55,7 @@ class Trace:
     request_class: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     prefix_ids: tuple[tuple[int, ...], ...] | None = None
+    texts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
@@ -99,7 +102,7 @@ class Trace:
     def part(self, rows: NDArray[np.int64], t_seconds: NDArray[np.float64] | None = None) -> Trace:
         """Return these rows in this order, which has to be in time unless times are given."""
         picked = rows.tolist()
-        classes, prefixes = self.request_class, self.prefix_ids
+        classes, prefixes, texts = self.request_class, self.prefix_ids, self.texts
         return Trace(
             self.t_seconds[rows] if t_seconds is None else t_seconds,
             self.input_tokens[rows],
@@ -108,6 +111,7 @@ class Trace:
             None if classes is None else tuple(classes[row] for row in picked),
             self.notes,
             None if prefixes is None else tuple(prefixes[row] for row in picked),
+            None if texts is None else tuple(texts[row] for row in picked),
         )
 
 

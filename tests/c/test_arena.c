@@ -347,8 +347,8 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_histogram(arena, 0, NULL));
     GIVES(ODMA_INVALID, odma_arena_bins(NULL, NULL));
     GIVES(ODMA_INVALID, odma_arena_bins(arena, NULL));
-    GIVES(ODMA_INVALID, odma_arena_completions(NULL, 0, NULL, NULL));
-    GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_completions(NULL, 0, NULL, NULL, NULL));
+    GIVES(ODMA_INVALID, odma_arena_completions(arena, 0, NULL, &count, NULL));
     GIVES(ODMA_INVALID, odma_arena_quantiles(NULL, 0, 0, NULL, NULL));
     GIVES(ODMA_INVALID, odma_arena_quantiles(arena, 0, 0, NULL, &weight));
     GIVES(ODMA_INVALID, odma_optimal_limits(NULL, &count, NULL, 1, 1, limits, &count, &waste));
@@ -605,8 +605,10 @@ static void an_epoch_ends_with_its_books_and_keeps_what_was_learnt(void) {
     CHECK(bytes == 11 && memcmp(words, "other words", 11) == 0);
     static odma_completion completions[ODMA_RING];
     uint32_t count = 0;
-    OK(odma_arena_completions(arena, ODMA_CLASS_POOL, completions, &count));
+    uint64_t ever = 0;
+    OK(odma_arena_completions(arena, ODMA_CLASS_POOL, completions, &count, &ever));
     CHECK(count == 1 && completions[0].output_tokens == 40 && !completions[0].censored);
+    CHECK(ever == 1 && completions[0].issue >= 1 && completions[0].until >= completions[0].issue);
     allocate_one(arena, "a", 100);
     odma_arena_close(arena);
 
@@ -905,6 +907,99 @@ static void a_plan_that_keeps_the_budget_is_found(void) {
     OK(run_step(arena));
     CHECK(step.results[1].outcome == ODMA_PLACED && step.results[1].start == 0);
     CHECK(step.answer.copy_count == 2 && step.answer.moved_count == 2);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+/* Where copies run in any order, those behind it go elsewhere first. */
+static void neighbours_make_way_for_a_region_that_grows(void) {
+    odma_engine engine = ENGINE;
+    odma_policy policy = POLICY;
+    odma_arena *arena = fresh();
+    engine.single_ordered_stream = engine.copies_may_overlap = 0;
+    policy.step_tokens = 16;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 2, &engine, "boot", NULL, 0));
+    const uint32_t prompts[] = {15 * 16, 119 * 16, 7 * 16, 7 * 16};
+    const char *const names[] = {"before", "grows", "near", "next"};
+    uint64_t handles[4];
+    begin_step(arena);
+    for (int i = 0; i < 4; i++) {
+        add_op(allocate_op(names[i], prompts[i]));
+        step.ops[i].max_total_tokens = 4096;
+    }
+    OK(run_step(arena));
+    for (int i = 0; i < 4; i++) handles[i] = step.results[i].handle;
+    begin_step(arena);
+    add_op(free_op(handles[0], 1));
+    OK(run_step(arena));
+
+    begin_step(arena);
+    add_op(extend_op(handles[1], 130 * 16));
+    step.batch.max_copy_tokens = 8 * 16 - 1;
+    OK(run_step(arena));
+    CHECK(step.results[0].reason == ODMA_REASON_COPY_BUDGET);
+    CHECK(step.results[0].copy_tokens_needed == 8 * 16 && step.answer.copy_count == 0);
+    begin_step(arena);
+    add_op(extend_op(handles[1], 130 * 16));
+    OK(run_step(arena));
+    CHECK(step.results[0].reason == ODMA_REASON_WAITS_FOR_COMPLETION);
+    CHECK(step.answer.copy_count == 2 && step.answer.moved_count == 2);
+    CHECK(step.moved[0].start < 16 && step.moved[1].start < 16);
+    checked(arena);
+    begin_step(arena);
+    add_op(extend_op(handles[1], 130 * 16));
+    OK(run_step(arena));
+    CHECK(step.results[0].outcome == ODMA_PLACED && step.results[0].start == 16);
+    CHECK(step.answer.copy_count == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+/* So many that memory is fetched ahead, handles of nonsense among them. */
+static void batches_on_many_regions_keep_every_rule(void) {
+    enum { MANY = 4096, BATCH = 64 };
+    odma_geometry geometry = GEOMETRY;
+    odma_policy policy = POLICY;
+    odma_arena *arena = NULL;
+    static uint64_t handles[MANY];
+    static odma_op ops[BATCH];
+    static odma_result results[BATCH];
+    odma_answer answer = {.results = results, .copies = step.copies, .moved = step.moved};
+    geometry.blocks = 2 * MANY;
+    geometry.max_regions = MANY;
+    geometry.max_ops = BATCH;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    policy.step_tokens = 16;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
+    for (uint64_t seq = 1; seq <= 400; seq++) {
+        uint32_t chosen[BATCH];
+        for (uint32_t i = 0; i < BATCH; i++) {
+            char id[32];
+            chosen[i] = below(MANY);
+            snprintf(id, sizeof id, "%u-%u", (unsigned)seq, i);
+            ops[i] = handles[chosen[i]] == 0 ? allocate_op(id, 1 + below(40))
+                                             : free_op(handles[chosen[i]], 1);
+            if (below(20) == 0) ops[i] = free_op(below(2) ? UINT64_MAX : below(1 << 20), 1);
+            if (ops[i].kind == ODMA_OP_FREE) handles[chosen[i]] = 0;
+        }
+        odma_batch batch = {.epoch = 1,
+                            .seq = seq,
+                            .completed_seq = seq - 1,
+                            .max_copy_tokens = ODMA_UNSET,
+                            .pass_refused = 1,
+                            .op_count = BATCH,
+                            .ops = ops};
+        OK(odma_arena_apply(arena, &batch, &answer));
+        for (uint32_t i = 0; i < BATCH; i++)
+            if (results[i].outcome == ODMA_PLACED) handles[chosen[i]] = results[i].handle;
+    }
+    CHECK(report_of(arena).live > 1024);
+    checked(arena);
+    odma_arena_close(arena);
+    OK(odma_arena_attach(path, &geometry, "boot", &arena, reason));
     checked(arena);
     odma_arena_close(arena);
 }
@@ -1259,13 +1354,44 @@ static void *allocates_and_frees(void *arena) {
     return NULL;
 }
 
+static void *applies_batches(void *arena) {
+    for (uint32_t i = 0; i < 300; i++) {
+        uint64_t handle = allocate_one(arena, "batched", 20);
+        begin_step(arena);
+        add_op(free_op(handle, 5));
+        OK(run_step(arena));
+    }
+    return NULL;
+}
+
+static void *reads(void *arena) {
+    static odma_region listed[ROOM];
+    static odma_histogram histogram;
+    static const char name[ODMA_NAME_BYTES] = "chat";
+    for (uint32_t i = 0; i < 300; i++) {
+        uint32_t count, classes;
+        odma_policy policy;
+        odma_report report = report_of(arena);
+        CHECK(report.live <= REGIONS);
+        OK(odma_arena_regions(arena, 0, listed, ROOM, &count));
+        OK(odma_arena_histogram(arena, ODMA_CLASS_POOL, &histogram));
+        OK(odma_arena_class_index(arena, name, &classes));
+        OK(odma_arena_policy(arena, &policy));
+        OK(odma_arena_set_policy(arena, &policy, 0));
+    }
+    return NULL;
+}
+
+/* Compiled with the thread sanitizer too. */
 static void threads_take_turns(void) {
     odma_arena *arena = fresh();
-    pthread_t threads[4];
-    for (int i = 0; i < 4; i++)
-        CHECK(pthread_create(&threads[i], NULL, allocates_and_frees, arena) == 0);
+    void *(*const work[6])(void *) = {applies_batches,     reads,
+                                      allocates_and_frees, allocates_and_frees,
+                                      allocates_and_frees, allocates_and_frees};
+    pthread_t threads[6];
+    for (int i = 0; i < 6; i++) CHECK(pthread_create(&threads[i], NULL, work[i], arena) == 0);
     for (int i = 0; i < 100; i++) checked(arena);
-    for (int i = 0; i < 4; i++) CHECK(pthread_join(threads[i], NULL) == 0);
+    for (int i = 0; i < 6; i++) CHECK(pthread_join(threads[i], NULL) == 0);
     odma_report report = report_of(arena);
     CHECK(report.live == 0 && report.free_blocks == GEOMETRY.blocks);
     CHECK(report.counters.allocates == report.counters.frees && report.counters.frees > 2000);
@@ -1378,6 +1504,8 @@ static const struct {
     FACT(random_steps_keep_every_rule),
     FACT(the_largest_batch_is_answered),
     FACT(a_plan_that_keeps_the_budget_is_found),
+    FACT(neighbours_make_way_for_a_region_that_grows),
+    FACT(batches_on_many_regions_keep_every_rule),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
     FACT(the_largest_arena_is_usable),

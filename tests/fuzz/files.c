@@ -69,6 +69,28 @@ static void write_file(const uint8_t *bytes, size_t size) {
     close(file);
 }
 
+/* The sum of file.c, written once more: a file whose sums agree gets further. */
+static void mend_books_sum(uint8_t *bytes) {
+    uint64_t sum = 0;
+    for (uint64_t place = 0; place < books_bytes; place += 8) {
+        uint64_t word;
+        memcpy(&word, bytes + books_offset + place, 8);
+        word ^= (place + 1) * 0x9e3779b97f4a7c15ULL;
+        word ^= word >> 32;
+        sum ^= word * 0xd6e8feb86659fd93ULL;
+    }
+    memcpy(bytes + 2048 + 8, &sum, 8);
+}
+
+/* That it is the same sum, or nothing would be reached. */
+static void check_the_sum(uint8_t *bytes) {
+    uint64_t stored, mended;
+    memcpy(&stored, bytes + 2048 + 8, 8);
+    mend_books_sum(bytes);
+    memcpy(&mended, bytes + 2048 + 8, 8);
+    insist(stored == mended, "the sum of the books");
+}
+
 static void make_pristine(void) {
     odma_arena *arena = NULL;
     odma_engine engine = {.moves = ODMA_MOVES_ANY,
@@ -92,20 +114,7 @@ static void make_pristine(void) {
     int file = open(path, O_RDONLY);
     insist(pristine != NULL && read(file, pristine, file_bytes) == (ssize_t)file_bytes, "read");
     close(file);
-}
-
-/* The sum of file.c, written once more: a file whose sums agree gets further. */
-static void mend_books_sum(uint8_t *bytes) {
-    uint64_t sum = 0;
-    for (uint64_t place = 0; place < books_bytes; place += 8) {
-        uint64_t word;
-        memcpy(&word, bytes + books_offset + place, 8);
-        word ^= (place + 1) * 0x9e3779b97f4a7c15ULL;
-        word ^= word >> 32;
-        word *= 0xd6e8feb86659fd93ULL;
-        sum ^= word ^ (word >> 29);
-    }
-    memcpy(bytes + 2048 + 8, &sum, 8);
+    check_the_sum(pristine);
 }
 
 /* Damage: (where, 3 bytes; value, 1 byte) again and again. Places are folded

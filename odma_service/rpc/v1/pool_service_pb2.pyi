@@ -330,6 +330,10 @@ class ClassReport(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     HIT_LIMIT_FIELD_NUMBER: _builtins.int
     OUTPUT_QUANTILES_TOKENS_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    COVERED_FIELD_NUMBER: _builtins.int
+    TARGET_COVERAGE_FIELD_NUMBER: _builtins.int
     request_class: _builtins.str
     """The class, "" for requests that name none, "(other)" for those beyond the
     64th.
@@ -337,6 +341,16 @@ class ClassReport(_message.Message):
     finished: _builtins.float
     """Weight of the completions in the histograms; old ones count less."""
     hit_limit: _builtins.float
+    basis: _types_pb2.PredictionBasis.ValueType
+    """What the next prediction rests on."""
+    predicted: _builtins.int
+    """Of the last 256 completions and the requests running, those with a
+    prediction whose outcome is known. One that runs past it is known.
+    """
+    covered: _builtins.int
+    """Of these, those that stayed within the quantile at their accepted risk."""
+    target_coverage: _builtins.float
+    """The share that should have: 1 - the mean of these risks. 0 without any."""
     @_builtins.property
     def output_quantiles_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Quantiles .1 .25 .5 .75 .9 .95 .99 of output tokens; empty if none is known."""
@@ -348,10 +362,14 @@ class ClassReport(_message.Message):
         finished: _builtins.float = ...,
         hit_limit: _builtins.float = ...,
         output_quantiles_tokens: _abc.Iterable[_builtins.float] | None = ...,
+        basis: _types_pb2.PredictionBasis.ValueType = ...,
+        predicted: _builtins.int = ...,
+        covered: _builtins.int = ...,
+        target_coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hit_limit", b"hit_limit", "output_quantiles_tokens", b"output_quantiles_tokens", "request_class", b"request_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "covered", b"covered", "finished", b"finished", "hit_limit", b"hit_limit", "output_quantiles_tokens", b"output_quantiles_tokens", "predicted", b"predicted", "request_class", b"request_class", "target_coverage", b"target_coverage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,6 +429,7 @@ class GetPoolResponse(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     TOTAL_HISTOGRAM_FIELD_NUMBER: _builtins.int
     OUTPUT_HISTOGRAM_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     block_tokens: _builtins.int
     model_length_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -430,6 +449,8 @@ class GetPoolResponse(_message.Message):
     free_runs: _builtins.int
     safety_tokens: _builtins.int
     """What admission must leave free."""
+    model_version: _builtins.str
+    """Of the model that predicts; empty if there is none."""
     @_builtins.property
     def summary(self) -> Global___PoolSummary: ...
     @_builtins.property
@@ -476,10 +497,11 @@ class GetPoolResponse(_message.Message):
         classes: _abc.Iterable[Global___ClassReport] | None = ...,
         total_histogram: _abc.Iterable[Global___Bin] | None = ...,
         output_histogram: _abc.Iterable[Global___Bin] | None = ...,
+        model_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "policy", b"policy", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reserved_tokens", b"reserved_tokens", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "model_version", b"model_version", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reserved_tokens", b"reserved_tokens", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

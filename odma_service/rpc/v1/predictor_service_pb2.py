@@ -22,23 +22,24 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from odma_service.rpc.v1 import types_pb2 as odma_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fodma/v1/predictor_service.proto\x12\x07odma.v1\"D\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rrequest_class\x18\x03 \x01(\t\"E\n\x0ePredictRequest\x12\x11\n\tpool_name\x18\x01 \x01(\t\x12 \n\x07prompts\x18\x02 \x03(\x0b\x32\x0f.odma.v1.Prompt\"-\n\nPrediction\x12\x1f\n\x17output_quantiles_tokens\x18\x01 \x03(\x01\"R\n\x0fPredictResponse\x12(\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x13.odma.v1.Prediction\x12\x15\n\rmodel_version\x18\x02 \x01(\t2P\n\x10PredictorService\x12<\n\x07Predict\x12\x17.odma.v1.PredictRequest\x1a\x18.odma.v1.PredictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fodma/v1/predictor_service.proto\x12\x07odma.v1\x1a\x13odma/v1/types.proto\"l\n\x06Prompt\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rrequest_class\x18\x03 \x01(\t\x12\x18\n\x10generated_tokens\x18\x04 \x01(\rB\x07\n\x05_text\"E\n\x0ePredictRequest\x12\x11\n\tpool_name\x18\x01 \x01(\t\x12 \n\x07prompts\x18\x02 \x03(\x0b\x32\x0f.odma.v1.Prompt\"\x90\x01\n\nPrediction\x12\x1f\n\x17output_quantiles_tokens\x18\x01 \x03(\x01\x12\'\n\x05\x62\x61sis\x18\x02 \x01(\x0e\x32\x18.odma.v1.PredictionBasis\x12#\n\x1braw_output_quantiles_tokens\x18\x03 \x03(\x01\x12\x13\n\x0b\x63ompletions\x18\x04 \x01(\r\"R\n\x0fPredictResponse\x12(\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x13.odma.v1.Prediction\x12\x15\n\rmodel_version\x18\x02 \x01(\t2P\n\x10PredictorService\x12<\n\x07Predict\x12\x17.odma.v1.PredictRequest\x1a\x18.odma.v1.PredictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'odma_service.rpc.v1.predictor_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROMPT']._serialized_start=44
-  _globals['_PROMPT']._serialized_end=112
-  _globals['_PREDICTREQUEST']._serialized_start=114
-  _globals['_PREDICTREQUEST']._serialized_end=183
-  _globals['_PREDICTION']._serialized_start=185
-  _globals['_PREDICTION']._serialized_end=230
-  _globals['_PREDICTRESPONSE']._serialized_start=232
-  _globals['_PREDICTRESPONSE']._serialized_end=314
-  _globals['_PREDICTORSERVICE']._serialized_start=316
-  _globals['_PREDICTORSERVICE']._serialized_end=396
+  _globals['_PROMPT']._serialized_start=65
+  _globals['_PROMPT']._serialized_end=173
+  _globals['_PREDICTREQUEST']._serialized_start=175
+  _globals['_PREDICTREQUEST']._serialized_end=244
+  _globals['_PREDICTION']._serialized_start=247
+  _globals['_PREDICTION']._serialized_end=391
+  _globals['_PREDICTRESPONSE']._serialized_start=393
+  _globals['_PREDICTRESPONSE']._serialized_end=475
+  _globals['_PREDICTORSERVICE']._serialized_start=477
+  _globals['_PREDICTORSERVICE']._serialized_end=557
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from odma_service.rpc.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -27,21 +28,32 @@ class Prompt(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     REQUEST_CLASS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """The prompt, up to 16 KiB. Unset: counts and history have to do. Never
+    logged, never stored.
+    """
     prompt_tokens: _builtins.int
+    """At least 1, at most 2^28."""
     request_class: _builtins.str
+    """As in Alloc. One that the pool does not know gets what it knows of all."""
+    generated_tokens: _builtins.int
+    """As in Alloc: the answer is longer than that."""
     def __init__(
         self,
         *,
-        text: _builtins.str = ...,
+        text: _builtins.str | None = ...,
         prompt_tokens: _builtins.int = ...,
         request_class: _builtins.str = ...,
+        generated_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "request_class", b"request_class", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "request_class", b"request_class", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
 
 Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
@@ -54,7 +66,9 @@ class PredictRequest(_message.Message):
     pool_name: _builtins.str
     """The pool whose history is used."""
     @_builtins.property
-    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]: ...
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
+        """1 to 1,024."""
+
     def __init__(
         self,
         *,
@@ -71,21 +85,43 @@ Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
 
 @_typing.final
 class Prediction(_message.Message):
-    """Prediction holds quantiles .1 .25 .5 .75 .9 .95 .99 of output tokens."""
+    """Prediction is what is known about one answer's length."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUT_QUANTILES_TOKENS_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    RAW_OUTPUT_QUANTILES_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETIONS_FIELD_NUMBER: _builtins.int
+    basis: _types_pb2.PredictionBasis.ValueType
+    """What they rest on."""
+    completions: _builtins.int
+    """The completions, at most 256, that history and correction are from. Below
+    32 nothing is corrected, and no allocation trusts the model.
+    """
     @_builtins.property
-    def output_quantiles_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def output_quantiles_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Quantiles .1 .25 .5 .75 .9 .95 .99 of output tokens, ascending. Empty if
+        nothing is known.
+        """
+
+    @_builtins.property
+    def raw_output_quantiles_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As the model said, before it was corrected by the last completions. Empty
+        without a model.
+        """
+
     def __init__(
         self,
         *,
         output_quantiles_tokens: _abc.Iterable[_builtins.float] | None = ...,
+        basis: _types_pb2.PredictionBasis.ValueType = ...,
+        raw_output_quantiles_tokens: _abc.Iterable[_builtins.float] | None = ...,
+        completions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_quantiles_tokens", b"output_quantiles_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "completions", b"completions", "output_quantiles_tokens", b"output_quantiles_tokens", "raw_output_quantiles_tokens", b"raw_output_quantiles_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,8 +134,11 @@ class PredictResponse(_message.Message):
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
+    """Empty: no model is loaded."""
     @_builtins.property
-    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]: ...
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
+        """One for each prompt, in their order."""
+
     def __init__(
         self,
         *,

@@ -47,8 +47,15 @@ class PredictorServiceServicer:
     """
 
     def Predict(self, request, context):
-        """Predict will answer quantiles of output tokens for a batch of prompts.
-        UNIMPLEMENTED in this version.
+        """Predict answers quantiles of output tokens for a batch of prompts, as an
+        Allocate of the same request would be given now. It changes nothing, so it
+        may be retried; the answer follows what the pool has learnt meanwhile.
+
+        INVALID_ARGUMENT    a field breaks a rule written next to it; the details
+        name it. Do not retry unchanged.
+        NOT_FOUND           no pool has this name.
+        UNAVAILABLE         the service is draining. Retry with backoff.
+        RESOURCE_EXHAUSTED  the message is larger than 4 MiB. Split it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,8 +34,15 @@ class PredictorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PredictorServiceAsyncStub: ...
     Predict: _grpc.UnaryUnaryMultiCallable[_predictor_service_pb2.PredictRequest, _predictor_service_pb2.PredictResponse]
-    """Predict will answer quantiles of output tokens for a batch of prompts.
-    UNIMPLEMENTED in this version.
+    """Predict answers quantiles of output tokens for a batch of prompts, as an
+    Allocate of the same request would be given now. It changes nothing, so it
+    may be retried; the answer follows what the pool has learnt meanwhile.
+
+      INVALID_ARGUMENT    a field breaks a rule written next to it; the details
+                          name it. Do not retry unchanged.
+      NOT_FOUND           no pool has this name.
+      UNAVAILABLE         the service is draining. Retry with backoff.
+      RESOURCE_EXHAUSTED  the message is larger than 4 MiB. Split it.
     """
 
 @_typing.type_check_only
@@ -44,8 +51,15 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Predict: _aio.UnaryUnaryMultiCallable[_predictor_service_pb2.PredictRequest, _predictor_service_pb2.PredictResponse]  # type: ignore[assignment]
-    """Predict will answer quantiles of output tokens for a batch of prompts.
-    UNIMPLEMENTED in this version.
+    """Predict answers quantiles of output tokens for a batch of prompts, as an
+    Allocate of the same request would be given now. It changes nothing, so it
+    may be retried; the answer follows what the pool has learnt meanwhile.
+
+      INVALID_ARGUMENT    a field breaks a rule written next to it; the details
+                          name it. Do not retry unchanged.
+      NOT_FOUND           no pool has this name.
+      UNAVAILABLE         the service is draining. Retry with backoff.
+      RESOURCE_EXHAUSTED  the message is larger than 4 MiB. Split it.
     """
 
 class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -57,8 +71,15 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _predictor_service_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_predictor_service_pb2.PredictResponse, _abc.Awaitable[_predictor_service_pb2.PredictResponse]]:
-        """Predict will answer quantiles of output tokens for a batch of prompts.
-        UNIMPLEMENTED in this version.
+        """Predict answers quantiles of output tokens for a batch of prompts, as an
+        Allocate of the same request would be given now. It changes nothing, so it
+        may be retried; the answer follows what the pool has learnt meanwhile.
+
+          INVALID_ARGUMENT    a field breaks a rule written next to it; the details
+                              name it. Do not retry unchanged.
+          NOT_FOUND           no pool has this name.
+          UNAVAILABLE         the service is draining. Retry with backoff.
+          RESOURCE_EXHAUSTED  the message is larger than 4 MiB. Split it.
         """
 
 def add_PredictorServiceServicer_to_server(servicer: PredictorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

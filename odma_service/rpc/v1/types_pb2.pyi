@@ -118,6 +118,40 @@ next step.
 """
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
+class _PredictionBasis:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PredictionBasisEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PredictionBasis.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREDICTION_BASIS_UNSPECIFIED: _PredictionBasis.ValueType  # 0
+    PREDICTION_BASIS_NOTHING: _PredictionBasis.ValueType  # 1
+    """Nothing is known: a request gets its maximum."""
+    PREDICTION_BASIS_HISTOGRAM: _PredictionBasis.ValueType  # 2
+    """The live histograms; no model is loaded."""
+    PREDICTION_BASIS_MODEL: _PredictionBasis.ValueType  # 3
+    """The model's quantiles from prompt and history, corrected by how far the
+    last ones were off.
+    """
+    PREDICTION_BASIS_WINDOW: _PredictionBasis.ValueType  # 4
+    """The last lengths alone: they predict better here than the corrected model."""
+
+class PredictionBasis(_PredictionBasis, metaclass=_PredictionBasisEnumTypeWrapper):
+    """PredictionBasis says what a predicted length rests on."""
+
+PREDICTION_BASIS_UNSPECIFIED: PredictionBasis.ValueType  # 0
+PREDICTION_BASIS_NOTHING: PredictionBasis.ValueType  # 1
+"""Nothing is known: a request gets its maximum."""
+PREDICTION_BASIS_HISTOGRAM: PredictionBasis.ValueType  # 2
+"""The live histograms; no model is loaded."""
+PREDICTION_BASIS_MODEL: PredictionBasis.ValueType  # 3
+"""The model's quantiles from prompt and history, corrected by how far the
+last ones were off.
+"""
+PREDICTION_BASIS_WINDOW: PredictionBasis.ValueType  # 4
+"""The last lengths alone: they predict better here than the corrected model."""
+Global___PredictionBasis: _TypeAlias = PredictionBasis  # noqa: Y015
+
 class _Moves:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

@@ -1,0 +1,262 @@
+"""Predictor: how long an answer will be, from its prompt and from the answers before it.
+
+What came before is worth more than any text: the last completions of the same model and class
+(History) set the level and the spread, the prompt moves and narrows them. Without text the
+counts and the history remain; without history the answer is wide.
+
+A model is a directory that describes itself:
+
+    config.json      format, version (its name), how prompts are seen, sizes
+    model.onnx       inputs [n, width] -> quantiles [n, 7] of log(1 + output tokens)
+    embeddings.bin   row of each bucket (uint16), scales (float32), rows (int8), little-endian
+    reference.json   prompts with the quantiles that the model was exported with
+    card.md          date, data, licences, figures
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import onnxruntime
+
+from odma_service._native import features
+from odma_service.errors import ModelError
+from odma_service.values import QUANTILE_LEVELS, Quantiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+FORMAT = 1
+WINDOW = 100
+"""Completions that a History is of, at most."""
+
+HISTORY_FIELDS = 3 + len(QUANTILE_LEVELS)
+FILES = ("config.json", "model.onnx", "embeddings.bin", "reference.json", "card.md")
+MOST_BYTES = 64 << 20
+TOLERANCE = 2e-3
+"""How far a log length may be from the reference: another machine rounds otherwise."""
+
+
+def default_model() -> Path:
+    """Return the directory of the model that comes with the package."""
+    return Path(str(files("predictor_onnx"))) / "model"
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The last completions of one model and class, as log(1 + output tokens).
+
+    `quantiles` are at QUANTILE_LEVELS, interpolated between neighbours. `count`, at most
+    WINDOW, says of how many; 0: nothing is known and the other fields mean nothing.
+    """
+
+    mean: float = 0.0
+    sd: float = 0.0
+    quantiles: Quantiles = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    count: int = 0
+
+    @property
+    def q95(self) -> float:
+        """The length, as its logarithm, that one completion in twenty passes."""
+        return self.quantiles[5]
+
+    @classmethod
+    def of(cls, output_tokens: Iterable[float]) -> History:
+        """Return the history of these completions, oldest first: of the last WINDOW of them.
+
+        Made anew it costs tens of microseconds: keep it until something completes.
+
+        >>> History.of([6, 6, 6]).quantiles[2] == math.log(7)
+        True
+        """
+        logs = sorted(math.log1p(tokens) for tokens in list(output_tokens)[-WINDOW:])
+        if not logs:
+            return cls()
+        mean = math.fsum(logs) / len(logs)
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / len(logs))
+        a, b, c, d, e, f, g = (_between(logs, level) for level in QUANTILE_LEVELS)
+        return cls(mean, sd, (a, b, c, d, e, f, g), len(logs))
+
+
+class PromptInput(NamedTuple):
+    """What is known of a request: its prompt (UTF-8, None: not told), its length, its history."""
+
+    text: bytes | None
+    prompt_tokens: int
+    history: History
+
+
+class Predictor:
+    """A model directory, loaded and checked. Any thread may ask it."""
+
+    def __init__(
+        self, version: str, wide: Quantiles, embeddings: features.Embeddings, session: Any
+    ) -> None:
+        """Use Predictor.load."""
+        self.version = version
+        self.wide = wide  # output tokens of the rows that it was trained on
+        self._embeddings = embeddings
+        self._session = session
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Load a model and check that it answers as it did where it was exported.
+
+        Raises ModelError that names the file and what is wrong with it.
+        """
+        for name in FILES:
+            _check_size(directory / name)
+        config = _read_json(directory / "config.json")
+        version, wide = _checked(config, directory / "config.json")
+        embeddings = _read_embeddings(directory / "embeddings.bin", config)
+        width = embeddings.width + 1 + HISTORY_FIELDS
+        predictor = cls(version, wide, embeddings, _session(directory / "model.onnx", width))
+        predictor._check_reference(directory)
+        return predictor
+
+    def predict(self, prompts: Sequence[PromptInput]) -> list[Quantiles]:
+        """Return quantiles of output tokens at QUANTILE_LEVELS for each prompt, ascending."""
+        if not prompts:
+            return []
+        [logs] = self._session.run(None, {"inputs": self.inputs(prompts)})
+        tokens = np.expm1(np.maximum.accumulate(logs.astype(np.float64), axis=1))
+        return list(map(tuple, tokens.tolist()))
+
+    def inputs(self, prompts: Sequence[PromptInput]) -> NDArray[np.float32]:
+        """Return what the network is given for each prompt: rows of features and history."""
+        width = self._embeddings.width
+        rows = np.zeros((len(prompts), width + 1 + HISTORY_FIELDS), np.float32)
+        for row, (text, prompt_tokens, history) in zip(rows, prompts, strict=True):
+            if text is None:
+                row[width - features.STATS] = math.log1p(max(prompt_tokens, 0))
+            else:
+                self._embeddings.embed(text, prompt_tokens, row[:width])
+                row[width] = 1
+            row[width + 1 :] = (history.mean, history.sd, *history.quantiles, history.count)
+        return rows
+
+    def _check_reference(self, directory: Path) -> None:
+        file = directory / "reference.json"
+        examples = _read_json(file)
+        try:
+            prompts = [_prompt(example) for example in examples["examples"]]
+            wanted = np.log1p([example["quantiles"] for example in examples["examples"]])
+            got = np.log1p(self.predict(prompts))
+            worst = float(np.abs(got - wanted).max())
+        except (KeyError, TypeError, ValueError) as problem:
+            raise ModelError(file, f"cannot be checked: {problem!r}") from None
+        if not worst <= TOLERANCE:
+            raise ModelError(
+                file, f"the model answers otherwise than where it was exported, by {worst:.2g}"
+            )
+
+
+def _prompt(example: dict[str, Any]) -> PromptInput:
+    text, told = example["text"], example["history"]
+    a, b, c, d, e, f, g = map(float, told["quantiles"])
+    history = History(float(told["mean"]), float(told["sd"]), (a, b, c, d, e, f, g), told["count"])
+    return PromptInput(
+        None if text is None else text.encode(), int(example["prompt_tokens"]), history
+    )
+
+
+def _check_size(file: Path) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError as problem:
+        raise ModelError(file, str(problem.strerror)) from None
+    if size > MOST_BYTES:
+        raise ModelError(file, f"{size:,} bytes, of {MOST_BYTES:,} at most")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise ModelError(file, f"cannot be read: {problem}") from None
+    if not isinstance(values, dict):
+        raise ModelError(file, "one JSON object is wanted")
+    return values
+
+
+def seeing() -> dict[str, int]:
+    """Return how prompts are seen here; a model that was trained otherwise cannot be served."""
+    return {
+        "version": features.VERSION,
+        "buckets": features.BUCKETS,
+        "groups": features.GROUPS,
+        "stats": features.STATS,
+        "head_bytes": features.HEAD,
+        "tail_bytes": features.TAIL,
+    }
+
+
+def _checked(config: dict[str, Any], file: Path) -> tuple[str, Quantiles]:
+    """Return version and width of a config that can be served."""
+    for key, wanted in (
+        ("format", FORMAT),
+        ("features", seeing()),
+        ("levels", list(QUANTILE_LEVELS)),
+        ("window", WINDOW),
+    ):
+        if config.get(key) != wanted:
+            raise ModelError(file, f"{key} is {config.get(key)!r}, not {wanted!r}")
+    version = config.get("version")
+    if not isinstance(version, str) or not 1 <= len(version) <= 100:
+        raise ModelError(file, "version: a name of 1 to 100 letters is wanted")
+    try:
+        a, b, c, d, e, f, g = map(float, config["wide"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(file, "wide: seven lengths are wanted") from None
+    return version, (a, b, c, d, e, f, g)
+
+
+def _read_embeddings(file: Path, config: dict[str, Any]) -> features.Embeddings:
+    rows, dims, data = config.get("rows"), config.get("dims"), file.read_bytes()
+    buckets = features.BUCKETS
+    if not isinstance(rows, int) or not isinstance(dims, int) or min(rows, dims) < 1:
+        raise ModelError(file.with_name("config.json"), "rows and dims: at least 1")
+    if len(data) != 2 * buckets + 4 * dims + rows * dims:
+        raise ModelError(file, f"{len(data):,} bytes do not hold {rows:,} rows of {dims}")
+    row_of = np.frombuffer(data, "<u2", buckets)
+    scales = np.frombuffer(data, "<f4", dims, 2 * buckets)
+    table = np.frombuffer(data, np.int8, rows * dims, 2 * buckets + 4 * dims)
+    try:
+        return features.Embeddings(row_of, table.reshape(rows, dims), scales)
+    except ValueError as problem:
+        raise ModelError(file, str(problem)) from None
+
+
+def _session(file: Path, width: int) -> Any:
+    """Return an onnxruntime session of one thread: the callers are the threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as problem:  # noqa: BLE001 - onnxruntime's errors have no base of their own
+        raise ModelError(file, f"onnxruntime refuses it: {problem}") from None
+    shapes = [
+        [port.name, port.shape[1:]] for port in (*session.get_inputs(), *session.get_outputs())
+    ]
+    wanted = [["inputs", [width]], ["quantiles", [len(QUANTILE_LEVELS)]]]
+    if shapes != wanted:
+        raise ModelError(file, f"inputs and outputs are {shapes}, not {wanted}")
+    return session
+
+
+def _between(ascending: Sequence[float], level: float) -> float:
+    place = level * (len(ascending) - 1)
+    below = int(place)
+    above = min(below + 1, len(ascending) - 1)
+    return ascending[below] + (place - below) * (ascending[above] - ascending[below])

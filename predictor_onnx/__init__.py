@@ -1,0 +1,1 @@
+"""Length predictors: trained (train), written (export), scored (evaluate), the default (model)."""
