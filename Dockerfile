@@ -16,14 +16,8 @@ ENV PATH=/opt/odma/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ODMA_LISTEN=0.0.0.0:50051,unix:/var/lib/odma/odma.sock \
     ODMA_POOL_DIR=/var/lib/odma
-<<<<<<< HEAD
 EXPOSE 50051 9464
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10s \
-    CMD ["odma", "health"]
-=======
-EXPOSE 50051
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
-    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; stub = rpc.HealthStub(grpc.insecure_channel('unix:/var/lib/odma/odma.sock')); raise SystemExit(stub.Check(pb.HealthCheckRequest(), timeout=3).status != pb.HealthCheckResponse.SERVING)"]
->>>>>>> main
+    CMD ["odma", "health", "--target", "unix:/var/lib/odma/odma.sock"]
 ENTRYPOINT ["odma"]
 CMD ["serve"]
