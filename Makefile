@@ -26,9 +26,17 @@ DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compile
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-deps:  ## Install the Debian packages of the C++ client, as root; the tests skip it without them
+deps: build/prometheus  ## Get what Debian has for the tests, as root; without it they skip something
 	dpkg --status $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get --quiet update && \
 		apt-get --quiet --yes --no-install-recommends install $(DEBIAN_PACKAGES); }
+
+# Unpacked, for the installed package would start a server that listens everywhere.
+build/prometheus:
+	mkdir -p build/download
+	apt-get --quiet update
+	cd build/download && apt-get --quiet download prometheus
+	dpkg --extract build/download/prometheus_*.deb $@
+	rm -r build/download
 
 demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy elastic")
 	$(BIN)/odma demo $(ARGS)

@@ -289,9 +289,10 @@ def test_the_page_lists_what_there_is_and_nothing_else(scraped, service, name):
 
 def needed(tool: str) -> str:
     """Return the path of a program; skip without it, or fail where it is demanded."""
-    path = shutil.which(tool)
+    unpacked = ROOT / "build" / "prometheus" / "usr" / "bin"
+    path = shutil.which(tool, path=f"{unpacked}{os.pathsep}{os.environ['PATH']}")
     if path is None:
-        missing = f"{tool} is not installed (Debian package prometheus)"
+        missing = f"{tool} is not here: make deps, or the Debian package prometheus"
         if "ODMA_REQUIRE_CLIENTS" in os.environ:
             pytest.fail(missing)
         pytest.skip(missing)

@@ -118,6 +118,12 @@ def test_open_streams_take_no_thread_from_calls_and_are_not_too_many(servers):
         channels = [grpc.insecure_channel(server.target, own_connection) for _ in range(2)]
         streams = [MemoryServiceStub(channels[i % 2]).Stream(idle()) for i in range(17)]
 
+        def full():
+            for i, stream in enumerate(streams):
+                if not stream.is_active():  # refused, for ours was there first
+                    streams[i] = MemoryServiceStub(channels[i % 2]).Stream(idle())
+            return refused()
+
         def refused():
             try:
                 with pool.stream():
@@ -126,7 +132,7 @@ def test_open_streams_take_no_thread_from_calls_and_are_not_too_many(servers):
                 return True
 
         try:
-            wait_for(refused, "the limit")
+            wait_for(full, "the limit")
             assert pool.apply().seq == pool.seq  # a call
             streams[0].cancel()
             wait_for(lambda: not refused(), "room for a stream")
