@@ -434,6 +434,9 @@ static inline __attribute__((always_inline)) void fetch_region(const odma_arena 
     __builtin_prefetch(books + request, 1);
     __builtin_prefetch(file + request, 1);
     __builtin_prefetch(books + request + LINE_BYTES, 1);
+    __builtin_prefetch(books + request + 2 * LINE_BYTES, 1);
+    __builtin_prefetch(file + request + LINE_BYTES, 1);
+    __builtin_prefetch(file + request + 2 * LINE_BYTES, 1);
 }
 
 static void feed_allocate(struct digest *digest, const odma_op *op) {
