@@ -166,7 +166,8 @@ def output_at(risk: float, quantiles: Floats, most: Floats) -> Floats:
     if after == 0:
         return np.asarray(quantiles[:, 0])
     part = (level - levels[after - 1]) / (levels[after] - levels[after - 1])
-    return np.asarray(np.expm1(known[:, after - 1] * (1 - part) + known[:, after] * part))
+    found = np.expm1(known[:, after - 1] * (1 - part) + known[:, after] * part)
+    return np.asarray(np.round(found, 6))  # a whole number again where it was one
 
 
 def _weights(outputs: Floats, censored: NDArray[np.bool_]) -> Floats:

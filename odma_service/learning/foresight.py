@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**32 - 1
 MOST_TEXT_BYTES = 16 * 1024
+REFRESHED_STEPS = 16
+"""Decode steps for which what is known about a class is good: a completion more among a hundred
+changes little, and an engine waits for the answer."""
 MEDIAN = 2  # its index among the quantiles
 SURVIVAL = -np.log(1 - LEVELS)
 
@@ -49,6 +52,21 @@ class Basis(NamedTuple):
     history: History
     calibration: Calibration | None
     completions: int
+
+
+class Known(NamedTuple):
+    """A basis, and the completions and the batch that it was computed after."""
+
+    ever: int
+    seq: int
+    basis: Basis
+
+    def holds(self, ever: int, seq: int, steps: int) -> bool:
+        """Whether it is as the books are, or `steps` old at most and no first one may be had."""
+        if seq == self.seq:
+            return ever == self.ever
+        known = self.basis.calibration is not None or ever < LEARNT_ENOUGH
+        return known and 0 < seq - self.seq < steps
 
 
 class Foreseen(NamedTuple):
@@ -89,34 +107,36 @@ class Question(NamedTuple):
 class Foresight:
     """Questions about the requests of one pool.
 
-    What the books say about a class is computed when it is asked for after they changed.
+    What the books say about a class takes a millisecond. It is computed when it is asked for
+    after they changed, or when it is `steps` batches old.
     """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._bases: dict[str, tuple[tuple[int, int], Basis]] = {}
+        self._bases: dict[str | None, Known] = {}
 
-    def question(self, predictor: Model | None, ops: Sequence[Allocate | None]) -> Question:
+    def question(
+        self, predictor: Model | None, ops: Sequence[Allocate | None], steps: int = 1
+    ) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
         bases: dict[str, Basis] = {}
-        return Question(predictor, [self._asked(predictor, op, bases) for op in ops])
+        return Question(predictor, [self._asked(predictor, op, bases, steps) for op in ops])
 
-    def basis(self, request_class: str) -> Basis:
+    def basis(self, request_class: str, steps: int = 1) -> Basis:
         """Return what is known about a class, or about all where it has fewer than 32."""
         scope, ever = self._pool.scope(request_class, LEARNT_ENOUGH)
-        key = ever, self._pool.last_seq
-        known = self._bases.get(scope or "")
-        if known is None or known[0] != key or scope is None:
-            known = key, _basis(self.evidence(scope))
-            self._bases[scope or ""] = known
-        return known[1]
+        seq = self._pool.last_seq
+        known = self._bases.get(scope)
+        if known is None or not known.holds(ever, seq, steps):
+            known = self._bases[scope] = Known(ever, seq, _basis(self.evidence(scope)))
+        return known.basis
 
     def evidence(self, request_class: str | None) -> Evidence:
         """Return what a class has shown, None for all together."""
         return Evidence(*self._pool.shown(request_class))
 
     def _asked(
-        self, predictor: Model | None, op: Allocate | None, bases: dict[str, Basis]
+        self, predictor: Model | None, op: Allocate | None, bases: dict[str, Basis], steps: int
     ) -> Asked | None:
         if op is None or not _is_sound(op):
             return None
@@ -127,7 +147,7 @@ class Foresight:
         text = None if op.text is None else op.text.encode(errors="replace")
         basis = bases.get(op.request_class)
         if basis is None:
-            basis = bases[op.request_class] = self.basis(op.request_class)
+            basis = bases[op.request_class] = self.basis(op.request_class, steps)
         prompt = PromptInput(text, op.prompt_tokens, basis.history)
         return Asked(prompt, basis, None, op.generated_tokens, guess)
 

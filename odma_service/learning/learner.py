@@ -14,7 +14,7 @@ from odma_service.errors import RefusedError
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.expected import cheapest
-from odma_service.learning.foresight import Foreseen, Foresight, Question
+from odma_service.learning.foresight import REFRESHED_STEPS, Foreseen, Foresight, Question
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
@@ -147,13 +147,11 @@ class Learner:
         new = seq is None or seq == self.pool.last_seq + 1
         if model is None or not new or not any(isinstance(op, Allocate) for op in ops):
             return None
-        return self.question(ops, model)
+        return self._foresight.question(model, _allocates(ops), REFRESHED_STEPS)
 
-    def question(self, ops: Sequence[Op], model: Model | None = None) -> Question:
+    def question(self, ops: Sequence[Op]) -> Question:
         """Return what is known now about those operations that allocate."""
-        return self._foresight.question(
-            model or self._model(), [op if isinstance(op, Allocate) else None for op in ops]
-        )
+        return self._foresight.question(self._model(), _allocates(ops))
 
     def coverage(self, request_class: str) -> ClassCoverage:
         """Return how the predictions for a class fare: of its last completions."""
@@ -309,3 +307,7 @@ def _prediction(foreseen: Foreseen | None) -> Predicted | None:
     if foreseen.source is Source.MODEL and foreseen.completions < LEARNT_ENOUGH:
         quantiles = None
     return Prediction(quantiles, foreseen.raw)
+
+
+def _allocates(ops: Sequence[Op]) -> list[Allocate | None]:
+    return [op if isinstance(op, Allocate) else None for op in ops]
