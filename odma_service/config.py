@@ -131,7 +131,7 @@ class Settings(BaseSettings):
         str,
         AfterValidator(_check_metrics_address),
         Field(description="host:port where Prometheus scrapes metrics over HTTP; empty: nowhere."),
-    ] = "127.0.0.1:9464"
+    ] = ""
     decision_log: Annotated[
         Path | None,
         Field(description="File for one JSON line about each request that ends; see the docs."),
