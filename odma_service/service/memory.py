@@ -77,14 +77,12 @@ class MemoryService(MemoryServiceServicer):
         batch = batch_from(request)
         with self._registry.owned(name, epoch) as learner:
             question = learner.asks(batch.ops, batch.seq)
-            answer = learner.apply(epoch, batch) if question is None else None
+            if question is None:
+                answer = learner.apply(epoch, batch)
         if question is not None:
-            predictions = predictions_of(
-                question.answers()
-            )  # a model takes longer than a lock should
+            predictions = predictions_of(question.answers())  # away from the lock: it takes time
             with self._registry.owned(name, epoch) as learner:
                 answer = learner.apply(epoch, batch, predictions)
-        assert answer is not None
         return apply_to(answer)
 
     @reports_errors
