@@ -9,7 +9,7 @@
 
 #include "arena.h"
 
-enum { MOST_OUTPUT_TOKENS = 1 << 24, MOST_WANT_TOKENS = 1 << 28 };
+enum { MOST_WANT_TOKENS = 1 << 28 };
 
 /* Regions of which all that is known stays in the processor's cache; beyond it
  * memory is asked for before it is needed, this many operations ahead. */

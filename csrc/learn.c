@@ -13,6 +13,9 @@
 static const double HALF_LIFE_COMPLETIONS = 512;
 static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
 
+/* How much heavier a completion counts than the one before it. */
+double decay_growth(void) { return exp2(1 / HALF_LIFE_COMPLETIONS); }
+
 enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
 
 /* Upper ends: multiples of a block for half of the bins, then geometric up to
@@ -73,6 +76,15 @@ static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, 
     mark(arena, bin, sizeof *bin);
 }
 
+/* Count a completion in bins; the next one will weigh more. */
+static void count(odma_arena *arena, struct stats *stats, uint32_t prompt_tokens,
+                  uint32_t output_tokens, bool censored) {
+    if (stats->increment == 0) stats->increment = 1;
+    count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
+    count_in_bin(arena, stats, TOTAL + censored, (uint64_t)prompt_tokens + output_tokens);
+    stats->increment *= decay_growth();
+}
+
 static odma_completion completion_of(const odma_arena *arena, const struct request *request,
                                      uint32_t output_tokens, bool censored) {
     uint64_t allocates = arena->books->counters.allocates;
@@ -89,15 +101,11 @@ static odma_completion completion_of(const odma_arena *arena, const struct reque
 
 static void learn_in(odma_arena *arena, struct stats *stats, const struct request *request,
                      uint32_t output_tokens, bool censored) {
-    if (stats->increment == 0) stats->increment = 1;
-    uint64_t total = (uint64_t)request->prompt_tokens + output_tokens;
-    count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
-    count_in_bin(arena, stats, TOTAL + censored, total);
+    count(arena, stats, request->prompt_tokens, output_tokens, censored);
     odma_completion *entry = &stats->ring[stats->completions % ODMA_RING];
     *entry = completion_of(arena, request, output_tokens, censored);
     mark(arena, entry, sizeof *entry);
     stats->completions++;
-    stats->increment *= exp2(1 / HALF_LIFE_COMPLETIONS);
     if (stats->increment > LARGEST_INCREMENT) arena->rescale = true;
     mark(arena, stats, offsetof(struct stats, bins));
 }
@@ -107,6 +115,14 @@ void learn(odma_arena *arena, const struct request *request, uint32_t output_tok
     struct stats *stats = arena->books->stats;
     learn_in(arena, &stats[request->class_index], request, output_tokens, censored);
     learn_in(arena, &stats[ODMA_CLASS_POOL], request, output_tokens, censored);
+}
+
+/* Fill empty bins from the first `completions` of a ring, oldest first. */
+void recount(odma_arena *arena, struct stats *stats, uint32_t completions) {
+    for (uint32_t i = 0; i < completions; i++) {
+        const odma_completion *entry = &stats->ring[i];
+        count(arena, stats, entry->prompt_tokens, entry->output_tokens, entry->censored != 0);
+    }
 }
 
 /* Scale the bins whose weights have grown too large: a commit for each class,
@@ -185,7 +201,7 @@ odma_status odma_arena_histogram(odma_arena *arena, uint32_t class_index,
     const struct stats *stats = &arena->books->stats[class_index];
     double *into[4] = {histogram->output_finished, histogram->output_censored,
                        histogram->total_finished, histogram->total_censored};
-    double newest = stats->increment / exp2(1 / HALF_LIFE_COMPLETIONS);
+    double newest = stats->increment / decay_growth();
     for (uint32_t kind = 0; kind < 4; kind++)
         for (uint32_t i = 0; i < ODMA_BINS; i++)
             into[kind][i] = stats->completions == 0 ? 0 : stats->bins[kind][i] / newest;
