@@ -154,7 +154,8 @@ static struct layout layout_of(const odma_geometry *geometry) {
         align_up(layout.granules + (uint64_t)layout.record_granules * GRANULE_BYTES, PAGE_BYTES);
     layout.books_offset = HEADER_BYTES + RECORDS * layout.record_bytes;
     layout.books_bytes = sizeof(struct books) +
-                         (uint64_t)layout.table_size * (sizeof(struct slot) + sizeof(struct request));
+                         layout.table_size * (uint64_t)(sizeof(struct cell) + ODMA_ID_BYTES +
+                                                        sizeof(struct prediction));
     layout.file_bytes = align_up(layout.books_offset + layout.books_bytes, PAGE_BYTES);
     return layout;
 }
@@ -434,8 +435,9 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->places = zeroed(geometry->max_copies, sizeof *arena->places, &enough);
     arena->sides = zeroed(2 * (size_t)table + 2, side_bytes(), &enough);
     if (!enough) return refuse(reason, ODMA_NO_SPACE, "not enough memory for the indexes");
-    arena->slots = (struct slot *)((uint8_t *)arena->books + sizeof(struct books));
-    arena->requests = (struct request *)(arena->slots + table);
+    arena->cells = (struct cell *)((uint8_t *)arena->books + sizeof(struct books));
+    arena->request_ids = (char (*)[ODMA_ID_BYTES])(arena->cells + table);
+    arena->predictions = (struct prediction *)(arena->request_ids + table);
 
     void *page = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (page == MAP_FAILED) return refuse(reason, ODMA_NO_SPACE, "not enough memory for a page");

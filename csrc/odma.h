@@ -36,7 +36,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    ODMA_LAYOUT_VERSION = 3,
+    ODMA_LAYOUT_VERSION = 4,
     ODMA_ID_BYTES = 64,          /* request ids, padded with zero bytes */
     ODMA_NAME_BYTES = 32,        /* classes and tenants, padded with zero bytes */
     ODMA_BOOT_BYTES = 40,        /* boot ids, as text */

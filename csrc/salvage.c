@@ -288,10 +288,10 @@ static odma_status take_learnt(struct salvage *salvage) {
 /* --- all of it --- */
 
 static void tell_of_regions(struct salvage *salvage) {
-    const struct slot *slots = (const void *)(salvage->remains.books + sizeof(struct books));
+    const struct cell *cells = (const void *)(salvage->remains.books + sizeof(struct books));
     uint32_t held = 0;
     for (uint32_t i = 0; i < salvage->arena->layout.table_size; i++)
-        held += has(salvage, &slots[i], sizeof slots[i]) && slots[i].state == ODMA_REGION_LIVE;
+        held += has(salvage, &cells[i], sizeof cells[i]) && cells[i].slot.state == ODMA_REGION_LIVE;
     because(tell(salvage, ODMA_PART_REGIONS, 0, held), "places are never taken over");
 }
 
