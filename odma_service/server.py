@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -45,6 +47,9 @@ from odma_service.service.reaper import reaping
 from odma_service.service.registry import Registry, draining
 from odma_service.service.tls import credentials_of
 from odma_service.service.witness import Witness
+
+if TYPE_CHECKING:
+    from odma_service.service.tracing import Traces
 
 SPARE_STREAMS = 16
 """More streams than pools: those that have not sent a batch yet, or whose client is dead."""
@@ -84,7 +89,8 @@ def run(settings: Settings) -> None:
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     models = Models(_model_directory(settings.predictor_model))
-    witness = Witness(decisions=_decision_log(settings))
+    traces = _traces(settings)
+    witness = Witness(decisions=_decision_log(settings), spans=traces)
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -99,7 +105,7 @@ def run(settings: Settings) -> None:
     registry.attach_all()
     try:
         with reaping(registry):
-            _serve(settings, registry)
+            _serve(settings, registry, traces)
     finally:
         models.stop()
         registry.close()
@@ -107,7 +113,7 @@ def run(settings: Settings) -> None:
     log.info("stopped")
 
 
-def _serve(settings: Settings, registry: Registry) -> None:
+def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
@@ -116,7 +122,11 @@ def _serve(settings: Settings, registry: Registry) -> None:
     server = grpc.server(
         calls,
         options=(*OPTIONS, most_streams),
-        interceptors=[RpcMetrics(metrics), Guard(identities, calls, settings.max_calls)],
+        interceptors=[
+            *([traces.observer()] if traces else []),
+            RpcMetrics(metrics),
+            Guard(identities, calls, settings.max_calls),
+        ],
         maximum_concurrent_rpcs=2 * settings.max_calls,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
@@ -207,6 +217,11 @@ def _decision_log(settings: Settings) -> DecisionLog | None:
     if settings.decision_log is None:
         return None
     return DecisionLog(settings.decision_log, settings.decision_log_bytes)
+
+
+def _traces(settings: Settings) -> Traces | None:
+    """Return traces, if they are wanted: what they need is imported only then."""
+    return import_module("odma_service.service.tracing").traces() if settings.traces else None
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
