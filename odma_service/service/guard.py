@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
@@ -49,24 +48,23 @@ class Calls(ThreadPoolExecutor):
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
-        self._lock = Lock()
-        self.count = 0
+        self._under_way: set[Future[Any]] = set()
+
+    @property
+    def count(self) -> int:
+        """How many calls are under way."""
+        return len(self._under_way)
+
+    def under_way(self) -> set[Future[Any]]:
+        """Return the calls under way, to be waited for."""
+        return self._under_way.copy()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a call as soon as a thread is free."""
-        with self._lock:
-            self.count += 1
-        try:
-            future = super().submit(fn, *args, **kwargs)
-        except BaseException:
-            self._done()
-            raise
-        future.add_done_callback(self._done)
+        future = super().submit(fn, *args, **kwargs)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
         return future
-
-    def _done(self, _future: Future[Any] | None = None) -> None:
-        with self._lock:
-            self.count -= 1
 
 
 class _Unusable(NamedTuple):
