@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from itertools import chain
+
 import grpc
+import pytest
 from descriptors import RPCS, error_info, invoke
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from wire_fuzz import ALL, fuzz
@@ -10,6 +14,7 @@ from wire_fuzz import ALL, fuzz
 from odma_service.client import Client
 from odma_service.rpc.v1 import emulator_service_pb2 as emulator_pb
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.service.guard import MOST_SILENT
 
 SELDOM = ("/Recalibrate", "/Predict", "/Watch")
 """What a short run need not bring to an end that is OK."""
@@ -44,6 +49,57 @@ def test_many_health_watchers_leave_room_for_checks(server):
         assert client.is_serving()
         for watch in watches:
             watch.cancel()
+
+
+def silent(channel, rpc, stop, count):
+    """Begin calls whose message does not come until `stop` is set."""
+
+    def never():
+        stop.wait()
+        yield from ()
+
+    begin = channel.stream_unary(rpc).future
+    return [begin(never()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rpc", ["Check", "Watch"])
+def test_silent_callers_of_the_health_keep_no_other_from_an_answer(server, rpc):
+    stop, own_connection = threading.Event(), [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.insecure_channel(server.target, own_connection) for _ in range(4)]
+    try:
+        hung = [silent(channel, f"/grpc.health.v1.Health/{rpc}", stop, 30) for channel in channels]
+        with Client(server.target, timeout_seconds=30) as client:
+            for _ in range(3):
+                assert client.is_serving()
+        if rpc == "Check":  # those who have waited longest are cut
+            ended = [call.code() for call in chain(*hung) if call.done()]
+            assert len(ended) >= 4 * 30 - MOST_SILENT - 3
+            assert set(ended) == {Code.CANCELLED}
+            check = health_pb2_grpc.HealthStub(channels[0]).Check
+            assert check(health_pb2.HealthCheckRequest(), timeout=30).status == 1
+    finally:
+        stop.set()
+        for channel in channels:
+            channel.close()
+
+
+def test_silent_callers_of_reflection_keep_nobody_from_the_health(servers):
+    server, stop = servers("--reflection"), threading.Event()
+    rpc = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    with grpc.insecure_channel(server.target) as channel:
+        hung = silent(channel, rpc, stop, 20)
+        with Client(server.target, timeout_seconds=30) as client:
+            assert client.is_serving()
+        stop.set()
+        assert {call.code() for call in hung} == {Code.OK}
+
+
+def test_a_health_call_without_a_message_ends(server):
+    stop = threading.Event()
+    stop.set()
+    with grpc.insecure_channel(server.target) as channel:
+        [call] = silent(channel, "/grpc.health.v1.Health/Check", stop, 1)
+        assert call.code() == Code.CANCELLED
 
 
 def test_an_error_is_short_whatever_was_sent(server):

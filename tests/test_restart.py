@@ -373,3 +373,12 @@ def test_health_as_a_command_is_an_exit_code(restarted):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     assert health("--target", f"127.0.0.1:{port}") == 1
+
+
+def test_the_health_command_imports_nothing_of_the_service(restarted):
+    command = [sys.executable, "-X", "importtime", "-m", "odma_service", "health"]
+    command += ["--target", restarted.target]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "odma_service.client" in imported
+    assert not imported & {"numpy", "onnxruntime", "odma_service.cli", "odma_service.server"}
