@@ -57,8 +57,9 @@ def subclasses(kind: type) -> set[type]:
 
 
 def rows() -> list[list[str]]:
-    """Return the table of the page: reason, status, details, metadata, what to do."""
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    """Return the page's table of our errors: reason, status, details, metadata, what to do."""
+    ours, _, _ = TABLE.read_text().partition("\n## ")
+    lines = [line for line in ours.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 

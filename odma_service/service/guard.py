@@ -33,6 +33,7 @@ LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
     ("grpc.max_receive_message_length", 2 * LARGEST_MESSAGE_BYTES),  # gRPC itself refuses more
     ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),  # between the two it is up to chance
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
 MOST_SILENT = 15
