@@ -374,6 +374,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
     bool covered = tenant.index != NONE && is_covered(&tenant, length);
     if (skip && !(covered && (arena->held_up >> tenant.index & 1) == 0)) {
         refused(arena, ODMA_REASON_SKIPPED, ODMA_RULE_NONE, result);
+        hold_up(arena, &tenant);
         return;
     }
     bool unsure = is_unsure(arena, op->quantiles);
