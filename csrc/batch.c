@@ -322,7 +322,9 @@ static uint32_t admission(const odma_arena *arena, uint32_t length, const struct
                           bool unsure) {
     if (arena->live == arena->geometry.max_regions || arena->spare_slot_count == 0)
         return ODMA_REASON_TABLE_FULL;
-    if ((uint64_t)tenant->held + length > tenant->maximum) return ODMA_REASON_QUOTA;
+    if (tenant->maximum < arena->geometry.blocks &&
+        (uint64_t)tenant->held + length > tenant->maximum)
+        return ODMA_REASON_QUOTA;
     if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
     if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
         arena->free_blocks - length < arena->safety_blocks)

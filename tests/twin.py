@@ -681,7 +681,7 @@ class Walk:
     def over_quota(self, op, length):
         shares = {name: maximum for name, _, maximum in self.policy.tenants}
         most = self.share(shares.get(op.tenant, self.policy.tenant_share))
-        return self.held(op.tenant) + length > most
+        return most < self.geometry.blocks and self.held(op.tenant) + length > most
 
     def is_covered(self, tenant, *sizes):
         """Whether its guarantee covers so many blocks more; None: not known."""

@@ -30,8 +30,7 @@ SHARE = 0.4
 VARIANTS: dict[str, tuple[TenantShare, ...]] = {
     "no shares": (),
     "steady guaranteed": (TenantShare(STEADY, SHARE),),
-    "both guaranteed": (TenantShare(STEADY, SHARE), TenantShare(BURSTY, SHARE)),
-    "walls": (TenantShare(STEADY, SHARE, SHARE), TenantShare(BURSTY, SHARE, 1 - SHARE)),
+    "walls": (TenantShare(STEADY, SHARE, SHARE), TenantShare(BURSTY, 0, 1 - SHARE)),
 }
 """Shares by name. Behind walls nothing is lent: the sum of the maxima is the pool."""
 
