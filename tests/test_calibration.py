@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -350,3 +354,23 @@ def test_what_was_learnt_is_the_same_for_another_learner(open_learner):
     assert answers[1].quantiles[0] >= 50
     assert answers[2].quantiles[2] == pytest.approx(9)
     assert answers[2].source is Source.GUESS
+
+
+def test_the_command_serves_a_stream_and_leaves_out_its_warm_up(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    files = [str(tmp_path / f"{name}.parquet") for name in ("short", "long")]
+    for file, tokens in zip(files, (40, 400), strict=True):
+        column = {"prompt_tokens": [20] * 150, "output_tokens": [tokens] * 150}
+        column |= {"prompt": [f"how long, {i}?" for i in range(150)], "model": ["m"] * 150}
+        parquet.write_table(pyarrow.table(column), file)
+    command = [sys.executable, "-m", "odma_service", "predictor", "stream", *files]
+    command += ["--delay", "0", "--seeds", "1", "--warmup", "160", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    short, long = json.loads(done.stdout)["runs"][0]["phases"]
+    assert (short["requests"], short["coverage"]) == (0, None)
+    assert long["requests"] == 140
+    assert long["coverage"] > 0.9
+    assert long["recovery_requests"] == 0

@@ -28,6 +28,7 @@ FLOORS = {
         "cli",
         "connect",
         "demo",
+        "health_cli",
         "lpddr_cli",
         "predictor_cli",
         "replay_cli",
