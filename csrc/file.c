@@ -417,6 +417,7 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     uint64_t granules = layout->books_bytes / GRANULE_BYTES;
     uint32_t ids = 4;
     while (ids < 4 * geometry->max_regions) ids *= 2;
+    uint32_t accounts = 4 * ODMA_TENANTS < ids ? ids : 4 * ODMA_TENANTS;
     bool enough = true;
     arena->books = zeroed_lines(1, layout->books_bytes, &enough);
     arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
@@ -426,6 +427,8 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
     arena->ids = zeroed(ids, sizeof *arena->ids, &enough);
     arena->ids_mask = ids - 1;
+    arena->accounts = zeroed(accounts, sizeof *arena->accounts, &enough);
+    arena->accounts_mask = accounts - 1;
     arena->hashes = zeroed(geometry->max_ops, sizeof *arena->hashes, &enough);
     arena->moved = zeroed(geometry->max_copies, sizeof *arena->moved, &enough);
     arena->results = zeroed(geometry->max_ops, sizeof *arena->results, &enough);
@@ -458,6 +461,7 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->spare_slots);
     free(arena->waits);
     free(arena->ids);
+    free(arena->accounts);
     free(arena->hashes);
     free(arena->moved);
     free(arena->results);

@@ -11,6 +11,8 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
+    TenantShare,
+    TenantUse,
 )
 
 __all__ = [
@@ -26,5 +28,7 @@ __all__ = [
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
+    "TenantShare",
+    "TenantUse",
     "optimal_limits",
 ]
