@@ -288,7 +288,7 @@ def test_a_model_is_asked_only_where_the_policy_needs_it(open_learner):
         model = Model(lambda prompt: 100)
         learner = open_learner(model, policy)
         serve(learner, 3)
-        batch = Batch(1, 0, [], [Allocate("a", 20), Allocate("b", 20)])
+        batch = Batch(1, 0, [], [Allocate("a", 20), Allocate("b", 21)])
         learner.apply(EPOCH, batch)
         assert model.asked == (5 if used else 0)
         assert (learner.asks(batch.ops) is not None) == used
@@ -304,6 +304,30 @@ def test_a_batch_that_was_answered_asks_no_model(open_learner):
     assert learner.asks(batch.ops, batch.seq) is None
     assert learner.apply(EPOCH, batch) == first._replace(replayed=True)
     assert model.asked == asked
+
+
+def test_a_request_that_is_asked_for_again_costs_the_model_nothing(open_learner):
+    model, other = Model(lambda prompt: 100), Model(lambda prompt: 3000)
+    learner = open_learner(model)
+    serve(learner, 40)
+    waiting = [Allocate("a", 20, text="hello"), Allocate("b", 20, text="good-bye")]
+
+    def asked(*ops):
+        before = model.asked
+        answers = learner.asks(ops).answers()
+        return model.asked - before, answers
+
+    first, answers = asked(*waiting)
+    assert first == 2
+    assert asked(*reversed(waiting)) == (0, answers[::-1])
+    assert asked(waiting[0])[0] == 0
+    assert asked(*waiting) == (1, answers)  # only the last question is remembered
+    assert asked(waiting[0]._replace(prompt_tokens=30))[0] == 1
+    serve(learner, 5, output=200)  # another history
+    assert asked(waiting[0])[0] == 1
+    learner._model = lambda: other
+    learner.asks(waiting).answers()
+    assert other.asked == 2
 
 
 def test_a_model_alone_is_noted_but_not_trusted(open_learner):
