@@ -19,6 +19,7 @@
  *   batch.c   operations
  *   learn.c   histograms and completions
  *   report.c  reading and checking
+ *   salvage.c what damaged books still know
  *   limits.c  optimal bucket limits
  */
 #ifndef ODMA_ARENA_H
@@ -43,7 +44,8 @@ enum {
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
     SUB_BINS = 64,       /* longer ones: bins per power of two */
     FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
-    LEARNT_ENOUGH = 32
+    LEARNT_ENOUGH = 32,
+    MOST_OUTPUT_TOKENS = 1 << 24
 };
 
 static const uint32_t NONE = UINT32_MAX;
@@ -58,22 +60,32 @@ struct slot {
     uint32_t start;
     uint32_t length;
     uint32_t used_tokens; /* live: as said in batch `seq`, else it counts as full */
-    uint32_t pad;
+    float overflow_risk;  /* live: accepted for it */
     uint64_t seq;         /* waiting: the completed_seq that frees it */
 };
 
+/* What a region is held for. Its id and its prediction are in arrays of their
+ * own, for few operations look at them. */
 struct request {
-    uint64_t birth;
+    uint64_t birth;       /* order of its allocate in this epoch */
     uint64_t tenant;      /* hash of its name */
     uint32_t prompt_tokens;
     uint32_t generated_tokens;
     uint32_t max_total_tokens;
-    uint32_t class_index;
-    char id[ODMA_ID_BYTES];
-    float quantiles[ODMA_QUANTILES];
-    uint32_t issue;       /* order of its allocate over all epochs, its low half */
+    uint16_t class_index;
+    uint16_t predicted;   /* 1: there is a prediction */
+};
+
+struct cell {
+    struct slot slot;
+    struct request request;
+};
+
+struct prediction {
+    float quantiles[ODMA_QUANTILES]; /* [0] < 0: none */
+    float pad;
     float raw[ODMA_QUANTILES];
-    float overflow_risk;  /* accepted for it */
+    float more_pad;
 };
 
 struct stats {
@@ -108,13 +120,14 @@ struct books {
     char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
     uint8_t description[ODMA_DESCRIPTION_BYTES];
     struct stats stats[STATS];
-    /* then table_size slots, then table_size requests */
+    /* then table_size cells, as many request ids, as many predictions */
 };
 
 _Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
-_Static_assert(sizeof(struct request) % GRANULE_BYTES == 0, "requests are whole granules");
+_Static_assert(sizeof(struct request) == GRANULE_BYTES, "a request is one granule");
+_Static_assert(sizeof(struct prediction) % GRANULE_BYTES == 0, "predictions are whole granules");
 _Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
-_Static_assert(sizeof(struct books) % LINE_BYTES == 0, "slots and requests begin a cache line");
+_Static_assert(sizeof(struct books) % LINE_BYTES == 0, "cells, ids and predictions are cache lines");
 
 /* --- indexes in process memory --- */
 
@@ -184,8 +197,9 @@ struct odma_arena {
     bool rescale;                /* some histogram's weights have grown too large */
 
     struct books *books;
-    struct slot *slots;
-    struct request *requests;
+    struct cell *cells;
+    char (*request_ids)[ODMA_ID_BYTES];
+    struct prediction *predictions;
 
     uint32_t *dirty;             /* granules changed since the last commit */
     uint32_t dirty_count;
@@ -255,8 +269,11 @@ static inline void mark_granule(odma_arena *arena, uint32_t granule) {
 }
 void mark(odma_arena *arena, const void *object, size_t bytes);
 void put(odma_arena *arena, void *object, const void *from, size_t bytes);
+static inline uint32_t granule_of_slot(uint32_t slot) {
+    return (uint32_t)((sizeof(struct books) + slot * sizeof(struct cell)) / GRANULE_BYTES);
+}
 static inline void mark_slot(odma_arena *arena, uint32_t slot) {
-    mark_granule(arena, (uint32_t)(sizeof(struct books) / GRANULE_BYTES) + slot);
+    mark_granule(arena, granule_of_slot(slot));
 }
 odma_status commit(odma_arena *arena);
 odma_status commit_batch(odma_arena *arena, uint64_t seq, const uint64_t fingerprint[2],
@@ -266,6 +283,17 @@ odma_status enter(odma_arena *arena);
 odma_status leave(odma_arena *arena, odma_status status);
 odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* A damaged file in memory of its own, as long as its geometry says: what it lacks
+ * is zero. A commit that was not finished is. */
+struct remains {
+    uint8_t *file;        /* to be freed */
+    const uint8_t *books; /* in it */
+    uint64_t books_bytes; /* that the file had */
+    bool proven;          /* the sum of the books is right */
+};
+odma_status take_remains(const odma_arena *arena, const void *bytes, uint64_t size,
+                         struct remains *remains);
 void pad_boot_id(char into[ODMA_BOOT_BYTES], const char *boot_id);
 uint64_t hash_bytes(const void *bytes, size_t count);
 
@@ -350,7 +378,9 @@ void forget_books(odma_arena *arena);
 void bins_init(odma_arena *arena);
 uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]);
 uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]);
-void learn(odma_arena *arena, const struct request *request, uint32_t output_tokens, bool censored);
+void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored);
+void recount(odma_arena *arena, struct stats *stats, uint32_t completions);
+double decay_growth(void);
 odma_status rescale(odma_arena *arena);
 
 /* --- report.c --- */

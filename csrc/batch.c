@@ -9,7 +9,7 @@
 
 #include "arena.h"
 
-enum { MOST_OUTPUT_TOKENS = 1 << 24, MOST_WANT_TOKENS = 1 << 28 };
+enum { MOST_WANT_TOKENS = 1 << 28 };
 
 /* Regions of which all that is known stays in the processor's cache; beyond it
  * memory is asked for before it is needed, this many operations ahead. */
@@ -18,13 +18,13 @@ enum { CACHED_REGIONS = 1024, AHEAD = 6 };
 /* --- small things --- */
 
 void set_place(odma_arena *arena, uint32_t slot) {
-    arena->slots[slot].start = arena->runs[slot].start;
-    arena->slots[slot].length = arena->runs[slot].length;
+    arena->cells[slot].slot.start = arena->runs[slot].start;
+    arena->cells[slot].slot.length = arena->runs[slot].length;
     mark_slot(arena, slot);
 }
 
 static void clear_slot(odma_arena *arena, uint32_t slot) {
-    arena->slots[slot] = (struct slot){.generation = arena->slots[slot].generation};
+    arena->cells[slot].slot = (struct slot){.generation = arena->cells[slot].slot.generation};
     mark_slot(arena, slot);
     give_slot(arena, slot);
 }
@@ -42,8 +42,8 @@ void set_waiting(odma_arena *arena, uint32_t slot) {
         clear_slot(arena, slot);
         return;
     }
-    arena->slots[slot] = (struct slot){.state = ODMA_REGION_WAITING,
-                                       .generation = arena->slots[slot].generation,
+    arena->cells[slot].slot = (struct slot){.state = ODMA_REGION_WAITING,
+                                       .generation = arena->cells[slot].slot.generation,
                                        .seq = arena->batch_seq};
     set_place(arena, slot);
     arena->waits[(arena->waits_first + arena->waiting) % arena->layout.table_size] = slot;
@@ -54,7 +54,7 @@ void set_waiting(odma_arena *arena, uint32_t slot) {
 static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
     while (arena->waiting > 0) {
         uint32_t slot = arena->waits[arena->waits_first];
-        if (arena->slots[slot].seq > completed_seq) return;
+        if (arena->cells[slot].slot.seq > completed_seq) return;
         arena->waits_first = (arena->waits_first + 1) % arena->layout.table_size;
         arena->waiting--;
         arena->waiting_blocks -= arena->runs[slot].length;
@@ -64,7 +64,7 @@ static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
 }
 
 uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
-    return (uint64_t)arena->slots[slot].generation << SLOT_BITS | slot;
+    return (uint64_t)arena->cells[slot].slot.generation << SLOT_BITS | slot;
 }
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
@@ -72,11 +72,11 @@ static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule
     uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
-        generation > arena->slots[slot].generation)
+        generation > arena->cells[slot].slot.generation)
         return NONE;
     *rule = ODMA_RULE_HANDLE_DEAD;
-    if (arena->slots[slot].state != ODMA_REGION_LIVE ||
-        generation != arena->slots[slot].generation)
+    if (arena->cells[slot].slot.state != ODMA_REGION_LIVE ||
+        generation != arena->cells[slot].slot.generation)
         return NONE;
     *rule = ODMA_RULE_NONE;
     return (uint32_t)slot;
@@ -87,8 +87,8 @@ static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule
 void forget_books(odma_arena *arena) {
     struct books *books = arena->books;
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (arena->slots[i].generation == 0 && arena->slots[i].state == SLOT_FREE) continue;
-        arena->slots[i] = (struct slot){0};
+        if (arena->cells[i].slot.generation == 0 && arena->cells[i].slot.state == SLOT_FREE) continue;
+        arena->cells[i].slot = (struct slot){0};
         mark_slot(arena, i);
     }
     books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
@@ -160,9 +160,8 @@ static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
     }
     will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
-    const struct request *request = &arena->requests[slot];
     if (op->end == ODMA_END_FINISHED || op->end == ODMA_END_HIT_LIMIT)
-        learn(arena, request, op->output_tokens, op->end == ODMA_END_HIT_LIMIT);
+        learn(arena, slot, op->output_tokens, op->end == ODMA_END_HIT_LIMIT);
     counters->finished += op->end == ODMA_END_FINISHED;
     counters->hit_limit += op->end == ODMA_END_HIT_LIMIT;
     counters->preempted += op->end == ODMA_END_PREEMPTED;
@@ -219,7 +218,7 @@ static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint
 /* Name who makes way for a region that cannot grow by `more` blocks: as far as
  * its tenant's guarantee goes those that borrow, else the youngest. */
 static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_result *result) {
-    struct standing tenant = standing_of(arena, arena->requests[slot].tenant);
+    struct standing tenant = standing_of(arena, arena->cells[slot].request.tenant);
     if (is_covered(&tenant, more)) result->preempt_handle = borrower(arena, &tenant);
     if (result->preempt_handle == 0) result->preempt_handle = youngest(arena, &tenant);
     hold_up(arena, &tenant);
@@ -228,7 +227,7 @@ static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_
 static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result) {
     uint32_t rule, slot = slot_of(arena, op->handle, &rule);
     if (slot != NONE) {
-        uint32_t most = blocks_of(arena, arena->requests[slot].max_total_tokens);
+        uint32_t most = blocks_of(arena, arena->cells[slot].request.max_total_tokens);
         if (op->least_tokens < 1 || blocks_of(arena, op->least_tokens) > most)
             rule = ODMA_RULE_LEAST_TOKENS;
         else if (op->want_tokens != 0 &&
@@ -286,29 +285,38 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
 }
 
-static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, uint32_t max_total,
-                          uint64_t tenant) {
-    struct request *request = &arena->requests[slot], next;
-    next.birth = ++arena->books->births;
-    next.tenant = tenant;
-    next.prompt_tokens = op->prompt_tokens;
-    next.generated_tokens = op->generated_tokens;
-    next.max_total_tokens = max_total;
-    next.class_index = class_for(arena, op->request_class);
-    memcpy(next.quantiles, op->quantiles, sizeof next.quantiles);
-    next.issue = (uint32_t)(arena->books->counters.allocates + 1);
-    memcpy(next.raw, op->raw, sizeof next.raw);
-    next.overflow_risk = (float)accepted_risk(arena, op);
-    put(arena, &request->birth, &next.birth, offsetof(struct request, id));
-    put(arena, request->id, op->request_id, sizeof request->id);
-    put(arena, request->quantiles, next.quantiles, 2 * GRANULE_BYTES);
+static bool is_predicted(const odma_op *op) {
+    return op->quantiles[0] >= 0 || op->raw[ODMA_QUANTILES - 1] > 0; /* they ascend */
 }
 
-static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
-    struct slot *region = &arena->slots[slot];
+/* Births and allocates are counted together: the one tells the other. */
+static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, uint32_t max_total,
+                          uint64_t tenant) {
+    bool predicted = is_predicted(op);
+    arena->books->counters.allocates++;
+    arena->cells[slot].request = (struct request){
+        .birth = ++arena->books->births,
+        .tenant = tenant,
+        .prompt_tokens = op->prompt_tokens,
+        .generated_tokens = op->generated_tokens,
+        .max_total_tokens = max_total,
+        .class_index = (uint16_t)class_for(arena, op->request_class),
+        .predicted = predicted};
+    mark_granule(arena, granule_of_slot(slot) + 1);
+    put(arena, arena->request_ids[slot], op->request_id, ODMA_ID_BYTES);
+    if (!predicted) return;
+    struct prediction *prediction = &arena->predictions[slot];
+    memcpy(prediction->quantiles, op->quantiles, sizeof prediction->quantiles);
+    memcpy(prediction->raw, op->raw, sizeof prediction->raw);
+    mark(arena, prediction, sizeof *prediction);
+}
+
+static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t hash) {
+    struct slot *region = &arena->cells[slot].slot;
     bool batch = arena->batch_seq != UINT64_MAX;
     *region = (struct slot){.state = ODMA_REGION_LIVE,
                             .generation = region->generation + 1,
+                            .overflow_risk = risk,
                             .seq = batch ? arena->batch_seq : 0};
     set_place(arena, slot);
     arena->runs[slot].note = (struct note){.tick = arena->tick};
@@ -357,7 +365,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
     uint32_t rule = allocate_rule(arena, op, max_total);
     uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
     if (alive != NONE) {
-        const struct request *request = &arena->requests[alive];
+        const struct request *request = &arena->cells[alive].request;
         if (request->prompt_tokens == op->prompt_tokens &&
             request->generated_tokens == op->generated_tokens &&
             request->max_total_tokens == max_total) {
@@ -396,8 +404,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
     write_request(arena, slot, op, max_total, name);
     if (arena->live > 0 && arena->free_blocks < arena->safety_blocks)
         arena->books->counters.safety_hits_unsure++;
-    begin_region(arena, slot, hash);
-    arena->books->counters.allocates++;
+    begin_region(arena, slot, (float)accepted_risk(arena, op), hash);
     placed(arena, slot, result);
 }
 
@@ -443,17 +450,18 @@ static inline __attribute__((always_inline)) void fetch_region(const odma_arena 
     if (slot >= arena->layout.table_size) return;
     const uint8_t *books = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
-    size_t region = (size_t)((const uint8_t *)&arena->slots[slot] - books);
-    size_t request = (size_t)((const uint8_t *)&arena->requests[slot] - books);
+    size_t cell = (size_t)((const uint8_t *)&arena->cells[slot] - books);
     __builtin_prefetch(&arena->runs[slot], 1);
-    __builtin_prefetch(books + region, 1);
-    __builtin_prefetch(file + region, 1);
-    __builtin_prefetch(books + request, 1);
-    __builtin_prefetch(file + request, 1);
-    __builtin_prefetch(books + request + LINE_BYTES, 1);
-    __builtin_prefetch(books + request + 2 * LINE_BYTES, 1);
-    __builtin_prefetch(file + request + LINE_BYTES, 1);
-    __builtin_prefetch(file + request + 2 * LINE_BYTES, 1);
+    __builtin_prefetch(books + cell, 1);
+    __builtin_prefetch(file + cell, 1);
+}
+
+/* The same of its request id, which only an allocate writes. */
+static inline __attribute__((always_inline)) void fetch_id(const odma_arena *arena, uint32_t slot) {
+    const char *id = arena->request_ids[slot];
+    size_t at = (size_t)((const uint8_t *)id - (const uint8_t *)arena->books);
+    __builtin_prefetch(id, 1);
+    __builtin_prefetch(arena->map + arena->layout.books_offset + at, 1);
 }
 
 static void feed_allocate(struct digest *digest, const odma_op *op) {
@@ -481,6 +489,7 @@ static void feed_op(odma_arena *arena, struct digest *digest, const odma_op *op,
         if (*spare > 0) {
             __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
             fetch_region(arena, arena->spare_slots[--*spare]);
+            fetch_id(arena, arena->spare_slots[*spare]);
         }
         feed_allocate(&own, op);
     } else {
@@ -578,8 +587,8 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
 static void take_used(odma_arena *arena, const odma_batch *batch) {
     for (uint32_t i = 0; i < batch->used_count; i++) {
         uint32_t rule, slot = slot_of(arena, batch->used[i].handle, &rule);
-        arena->slots[slot].used_tokens = batch->used[i].used_tokens;
-        arena->slots[slot].seq = batch->seq;
+        arena->cells[slot].slot.used_tokens = batch->used[i].used_tokens;
+        arena->cells[slot].slot.seq = batch->seq;
         mark_slot(arena, slot);
         note_of(arena, slot)->pinned = batch->used[i].pinned != 0;
         arena->pins += batch->used[i].pinned != 0;
@@ -615,7 +624,7 @@ static void finish_places(odma_arena *arena, uint32_t results) {
     for (uint32_t i = 0; i < arena->moved_count; i++) {
         uint32_t slot = arena->moved[i].slot;
         struct note *note = note_of(arena, slot);
-        if (arena->slots[slot].state != ODMA_REGION_LIVE || !note->moved || note->placed ||
+        if (arena->cells[slot].slot.state != ODMA_REGION_LIVE || !note->moved || note->placed ||
             arena->moved[i].first_start == arena->runs[slot].start)
             continue;
         note->placed = true;
@@ -733,7 +742,7 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
     }
     *freed_count = 0;
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (arena->slots[i].state != ODMA_REGION_LIVE || note_of(arena, i)->listed) continue;
+        if (arena->cells[i].slot.state != ODMA_REGION_LIVE || note_of(arena, i)->listed) continue;
         freed[(*freed_count)++] = handle_of(arena, i);
         drop_id(arena, i);
         debit_region(arena, i);

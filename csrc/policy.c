@@ -99,7 +99,7 @@ uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_t
 
 /* Blocks that a live region which has to hold `least` tokens should grow to. */
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want) {
-    uint32_t max_total = arena->requests[slot].max_total_tokens;
+    uint32_t max_total = arena->cells[slot].request.max_total_tokens;
     uint32_t most = blocks_of(arena, max_total);
     if (want != 0) return blocks_of(arena, want) < most ? blocks_of(arena, want) : most;
     uint32_t blocks = rounded(arena, least * arena->books->policy.growth, max_total);

@@ -76,9 +76,9 @@ static struct account *open_account(odma_arena *arena, uint64_t tenant, uint32_t
 }
 
 static void credit(odma_arena *arena, uint32_t slot) {
-    struct account *account = open_account(arena, arena->requests[slot].tenant, NOT_NAMED);
+    struct account *account = open_account(arena, arena->cells[slot].request.tenant, NOT_NAMED);
     account->regions++;
-    account->blocks += arena->slots[slot].length;
+    account->blocks += arena->cells[slot].slot.length;
 }
 
 /* Count all accounts anew, or none if the policy limits nobody. */
@@ -95,7 +95,7 @@ void count_accounts(odma_arena *arena) {
         arena->named[i] = (uint32_t)(open_account(arena, tenant, 1 + i) - arena->accounts);
     }
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
-        if (arena->slots[i].state == ODMA_REGION_LIVE) credit(arena, i);
+        if (arena->cells[i].slot.state == ODMA_REGION_LIVE) credit(arena, i);
 }
 
 /* The rule that the accounts break, or NULL. */
@@ -111,7 +111,7 @@ const char *accounts_fault(odma_arena *arena) {
         return "the accounts of tenants are wrong";
     const char *fault = NULL;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
-        if (arena->slots[i].state == ODMA_REGION_LIVE) debit_region(arena, i);
+        if (arena->cells[i].slot.state == ODMA_REGION_LIVE) debit_region(arena, i);
     for (uint32_t i = 0; i <= arena->accounts_mask; i++)
         if (arena->accounts[i].regions != 0 || arena->accounts[i].blocks != 0)
             fault = "the account of a tenant is wrong";
@@ -132,15 +132,15 @@ void credit_region(odma_arena *arena, uint32_t slot) {
 /* A live region is about to end. */
 void debit_region(odma_arena *arena, uint32_t slot) {
     if (!arena->limits) return;
-    struct account *account = account_of(arena, arena->requests[slot].tenant);
+    struct account *account = account_of(arena, arena->cells[slot].request.tenant);
     account->regions--;
-    account->blocks -= arena->slots[slot].length;
+    account->blocks -= arena->cells[slot].slot.length;
 }
 
 /* A live region had `before` blocks. */
 void resize_region(odma_arena *arena, uint32_t slot, uint32_t before) {
     if (!arena->limits) return;
-    account_of(arena, arena->requests[slot].tenant)->blocks += arena->slots[slot].length - before;
+    account_of(arena, arena->cells[slot].request.tenant)->blocks += arena->cells[slot].slot.length - before;
 }
 
 /* --- guarantees --- */
@@ -211,8 +211,8 @@ uint64_t borrower(odma_arena *arena, const struct standing *asker) {
     uint64_t birth = 0;
     uint32_t found = NONE;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE) continue;
-        const struct request *request = &arena->requests[id];
+        if (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE) continue;
+        const struct request *request = &arena->cells[id].request;
         if (request->birth < birth || request->tenant == asker->tenant ||
             note_of(arena, id)->pinned || !borrows(arena, request->tenant))
             continue;
@@ -230,8 +230,8 @@ uint64_t youngest(odma_arena *arena, const struct standing *asker) {
     uint64_t oldest = UINT64_MAX, birth = 0;
     uint32_t found = NONE;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE) continue;
-        const struct request *request = &arena->requests[id];
+        if (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE) continue;
+        const struct request *request = &arena->cells[id].request;
         if (request->birth < oldest) oldest = request->birth;
         if (request->birth < birth || note_of(arena, id)->pinned) continue;
         if (guards && request->tenant != asker->tenant && !borrows(arena, request->tenant)) continue;

@@ -146,7 +146,7 @@ class PoolSpec:
             values["device"] = Device(*values["device"])
             values["moves"] = Moves(values["moves"])
             return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BooksMismatchError(f"the books describe no pool: {error}") from None
 
 

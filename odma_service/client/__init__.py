@@ -27,6 +27,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
+from odma_service.client.headers import Caller, Headers
 from odma_service.client.owner import Owner
 from odma_service.client.streaming import ApplyStream
 from odma_service.errors import OdmaError
@@ -174,7 +175,8 @@ class Client:
 
     `timeout_seconds` bounds one attempt of a call, `retry_seconds` all attempts together.
     `target` is host:port or unix:/path. Without `tls` the connection is plain. `token` is sent
-    with every call of this class; calls made with its stubs need `metadata` for it.
+    with every call of this class, and so is the current OpenTelemetry span (as traceparent), if
+    there is one; calls made with its stubs need `metadata` for both.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class Client:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._caller = Caller(token)
         self._channel = (
             grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -209,6 +211,11 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def metadata(self) -> Headers | None:
+        """What goes along with a call made now."""
+        return self._caller.metadata
 
     def close(self) -> None:
         """Close the connection. Pools stay as they are."""
@@ -263,7 +270,7 @@ class Client:
         request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
         patience: Patience | None = None
         while True:
-            stream = self._pools.Watch(request, metadata=self.metadata or None)
+            stream = self._pools.Watch(request, metadata=self.metadata)
             try:
                 for answer in stream:
                     request.cursor, request.incarnation = answer.cursor, answer.incarnation
@@ -288,9 +295,7 @@ class Client:
         patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
-                return method(
-                    request, timeout=self._timeout_seconds, metadata=self.metadata or None
-                )
+                return method(request, timeout=self._timeout_seconds, metadata=self.metadata)
             except grpc.RpcError as error:
                 time.sleep(patience.pause_after(error))
 

@@ -28,6 +28,7 @@ from odma_service.client import (
     open_request,
 )
 from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
+from odma_service.client.headers import Caller
 from odma_service.client.owner import Owner
 from odma_service.client.streaming import AsyncApplyStream
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -51,7 +52,7 @@ class AsyncClient:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
+        self._caller = Caller(token)
         self._channel = (
             grpc.aio.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -93,7 +94,7 @@ class AsyncClient:
         request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
         patience: Patience | None = None
         while True:
-            stream = self._pools.Watch(request, metadata=self._metadata)
+            stream = self._pools.Watch(request, metadata=self._caller.metadata)
             try:
                 async for answer in stream:
                     request.cursor, request.incarnation = answer.cursor, answer.incarnation
@@ -110,7 +111,9 @@ class AsyncClient:
         patience = Patience(self._retry_seconds)
         while True:
             try:
-                return await method(request, timeout=self._timeout_seconds, metadata=self._metadata)
+                return await method(
+                    request, timeout=self._timeout_seconds, metadata=self._caller.metadata
+                )
             except grpc.RpcError as error:
                 await asyncio.sleep(patience.pause_after(error))
 

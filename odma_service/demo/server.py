@@ -51,10 +51,14 @@ def start(
     listen: str = "127.0.0.1:0",
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "odma_service"),
 ) -> tuple[subprocess.Popen[str], str]:
-    """Start a server that keeps pools and log in `directory`; return it and its address."""
+    """Start a server that keeps pools and log in `directory`; return it and its address.
+
+    `program`: what Python runs as `odma`.
+    """
     log = directory / "server.log"
-    command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
+    command = [sys.executable, *program, "serve", "--listen", listen]
     command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", "", *flags]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
