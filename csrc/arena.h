@@ -99,7 +99,8 @@ struct stats {
 /* An allocate within a guarantee that found no room. */
 struct claim {
     uint64_t turn;        /* when it was last asked for; 0: no claim */
-    uint64_t blocks;
+    uint32_t blocks;
+    uint32_t request;     /* hash of its id */
 };
 
 struct books {
@@ -346,7 +347,9 @@ uint64_t tenant_hash(const char name[ODMA_NAME_BYTES]);
 struct standing standing_of(const odma_arena *arena, uint64_t tenant);
 bool is_covered(const struct standing *tenant, uint32_t more);
 bool may_borrow(const odma_arena *arena, const struct standing *tenant);
-void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t blocks);
+void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t request,
+               uint32_t blocks);
+void end_claim(odma_arena *arena, const struct standing *tenant, uint32_t request);
 uint64_t borrower(odma_arena *arena, const struct standing *asker);
 uint64_t youngest(odma_arena *arena, const struct standing *asker);
 

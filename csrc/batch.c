@@ -342,9 +342,9 @@ static uint32_t admission(const odma_arena *arena, uint32_t length, const struct
 
 /* An allocate was refused that its tenant's guarantee covers: it has a claim,
  * and unless room is on its way somebody who borrows should make way. */
-static void press_claim(odma_arena *arena, uint32_t length, const struct standing *tenant,
-                        odma_result *result) {
-    set_claim(arena, tenant, length);
+static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
+                        const struct standing *tenant, odma_result *result) {
+    set_claim(arena, tenant, request, length);
     uint64_t coming = (uint64_t)arena->free_blocks + arena->waiting_blocks;
     bool short_of = coming < (uint64_t)length + arena->safety_blocks;
     if (result->reason == ODMA_REASON_FRAGMENTED ||
@@ -395,12 +395,12 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
         make_hole(arena, NONE, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
-        if (covered) press_claim(arena, length, &tenant, result);
+        if (covered) press_claim(arena, hash, length, &tenant, result);
         hold_up(arena, &tenant);
         arena->books->counters.refused_allocates++;
         return;
     }
-    set_claim(arena, &tenant, 0);
+    end_claim(arena, &tenant, hash);
     write_request(arena, slot, op, max_total, name);
     if (arena->live > 0 && arena->free_blocks < arena->safety_blocks)
         arena->books->counters.safety_hits_unsure++;

@@ -178,7 +178,7 @@ static uint32_t claimed(const odma_arena *arena, uint32_t i) {
     const struct claim *claim = &books->claims[i];
     if (claim->turn == 0 || books->turns - claim->turn >= ODMA_CLAIM_TURNS) return 0;
     struct standing tenant = stands(arena, &arena->accounts[arena->named[i]]);
-    return is_covered(&tenant, (uint32_t)claim->blocks) ? (uint32_t)claim->blocks : 0;
+    return is_covered(&tenant, claim->blocks) ? claim->blocks : 0;
 }
 
 /* Whether no claim stands but the tenant's own. */
@@ -188,13 +188,20 @@ bool may_borrow(const odma_arena *arena, const struct standing *tenant) {
     return true;
 }
 
-/* A named tenant asks, this turn, for `blocks` that its guarantee covers, or
- * (0) waits for nothing. */
-void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t blocks) {
+/* A named tenant asks, this turn, for `blocks` that its guarantee covers. */
+void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t request,
+               uint32_t blocks) {
+    struct claim *claim = &arena->books->claims[tenant->index];
+    *claim = (struct claim){.turn = arena->books->turns, .blocks = blocks, .request = request};
+    mark(arena, claim, sizeof *claim);
+}
+
+/* A request of a tenant was let in. */
+void end_claim(odma_arena *arena, const struct standing *tenant, uint32_t request) {
     if (tenant->index == NONE) return;
     struct claim *claim = &arena->books->claims[tenant->index];
-    if (blocks == 0 && claim->turn == 0) return;
-    *claim = (struct claim){.turn = blocks > 0 ? arena->books->turns : 0, .blocks = blocks};
+    if (claim->turn == 0 || claim->request != request) return;
+    *claim = (struct claim){0};
     mark(arena, claim, sizeof *claim);
 }
 

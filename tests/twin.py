@@ -637,7 +637,9 @@ class Walk:
         assert self.lost or not self.over_quota(op, length), "the tenant has its share"
         if not self.lost and not self.is_covered(op.tenant, length):
             assert not self.claims_of_others(op.tenant, sure=True), "it overtakes a claim"
-        self.claims.pop(op.tenant, None)
+        _, claimed, request_id = self.claims.get(op.tenant, (0, 0, ""))
+        if request_id == op.request_id and claimed is not None:
+            del self.claims[op.tenant]
         if self.counted:
             assert self.free >= length, "too few are free"
             admitted = self.free - length >= self.safety_blocks or not self.regions
@@ -692,7 +694,7 @@ class Walk:
 
     def claimed(self, tenant):
         """Return the blocks of its claim, 0 if none stands, None if that is not known."""
-        turn, blocks = self.claims.get(tenant, (-CLAIM_TURNS, 0))
+        turn, blocks, _ = self.claims.get(tenant, (-CLAIM_TURNS, 0, ""))
         if self.turns - turn >= CLAIM_TURNS:
             return 0
         if self.lost or blocks is None:
@@ -731,11 +733,11 @@ class Walk:
     def check_claim(self, op, result, length, covered):
         """Check whom a refused allocate names, and remember its claim."""
         if covered is None:
-            self.claims[op.tenant] = (self.turns, None)
+            self.claims[op.tenant] = (self.turns, None, op.request_id)
             return
         expected = 0
         if covered:
-            self.claims[op.tenant] = (self.turns, length)
+            self.claims[op.tenant] = (self.turns, length, op.request_id)
             coming = result.free_tokens + result.awaiting_completion_tokens
             short = coming < (length + self.safety_blocks) * self.unit
             named = {Reason.FRAGMENTED}
@@ -859,7 +861,7 @@ class Twin:
         self.owner = [FREE] * self.geometry.blocks
         self.regions, self.issued, self.written = {}, set(), Counter()
         self.seq = self.completed_seq = self.births = self.turns = 0
-        self.claims = {}  # by tenant: turn, and blocks (None: not known whether there is one)
+        self.claims = {}  # by tenant: turn, blocks (None: not known), request id
 
     def set_policy(self, policy):
         if policy.tenants != self.policy.tenants:

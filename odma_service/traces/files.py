@@ -279,7 +279,7 @@ def _read_decisions(path: Path, rows: int | None) -> _Table:
                     _value(path, row, name, _number, record.get(name)) for name in DECISION_COLUMNS
                 )
                 classes.append(str(record.get("request_class", "")))
-                tenants.append(str(record.get("tenant", "")))
+                tenants.append(str(record.get("tenant") or ""))
                 yield at, into, out
 
     seconds, inputs, outputs = _columns(ended())
