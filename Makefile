@@ -98,7 +98,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,dev]'
 	touch $@ .venv/.compiled
 
 # Nothing but odma_* leaves the library: the shared one through the map, the static one by

@@ -15,6 +15,7 @@
  *   runs.c    address order and free runs
  *   plan.c    where a region goes, and what has to move for it
  *   policy.c  lengths and admission
+ *   shares.c  what tenants hold, may hold and have a claim to
  *   batch.c   operations
  *   learn.c   histograms and completions
  *   report.c  reading and checking
@@ -95,6 +96,13 @@ struct stats {
     odma_completion ring[ODMA_RING];
 };
 
+/* An allocate within a guarantee that found no room. */
+struct claim {
+    uint64_t turn;        /* when it was last asked for; 0: no claim */
+    uint32_t blocks;
+    uint32_t request;     /* hash of its id */
+};
+
 struct books {
     uint64_t epoch;       /* 0: none is running */
     uint64_t last_epoch;
@@ -104,10 +112,12 @@ struct books {
     char boot_id[ODMA_BOOT_BYTES];
     uint32_t class_count;
     uint32_t description_bytes;
-    uint64_t pad[5];
+    uint64_t turns;       /* batches and unary calls */
+    uint64_t pad[3];
     odma_engine engine;
     odma_counters counters;
-    odma_policy policy;
+    odma_policy policy;   /* from here on a batch marks only what it changes */
+    struct claim claims[ODMA_TENANTS]; /* of the policy's tenants */
     char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
     uint8_t description[ODMA_DESCRIPTION_BYTES];
     struct stats stats[STATS];
@@ -146,6 +156,15 @@ struct run {
 struct entry {
     uint32_t slot;         /* NONE: nothing */
     uint32_t hash;
+};
+
+/* What one tenant holds in live regions. */
+struct account {
+    uint64_t tenant;       /* hash of its name */
+    uint32_t blocks;
+    uint32_t regions;
+    uint32_t owner;        /* index in the policy, NOT_NAMED; NO_ACCOUNT: nothing */
+    uint32_t pad;
 };
 
 /* A slot that the batch in hand has moved, and where it was before. */
@@ -200,6 +219,10 @@ struct odma_arena {
     uint32_t waits_first;
     struct entry *ids;           /* of request ids, open addressing */
     uint32_t ids_mask;
+    struct account *accounts;    /* by tenant, open addressing, while it `limits` any */
+    uint32_t accounts_mask, account_count;
+    uint32_t named[ODMA_TENANTS]; /* places of the policy's tenants among them */
+    bool limits;                 /* the policy limits tenants */
     uint32_t bin_upper[ODMA_BINS];
 
     /* the batch in hand */
@@ -212,6 +235,7 @@ struct odma_arena {
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */
     uint32_t pins;
+    uint32_t held_up;            /* bit i: an operation of the policy's tenant i was refused */
     bool places_changed;         /* since they were put into results */
     uint32_t copy_tokens_left;
     odma_result *results;
@@ -307,6 +331,29 @@ uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, u
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
 uint32_t blocks_of(const odma_arena *arena, uint32_t tokens);
 
+/* --- shares.c --- */
+/* A tenant, in blocks, as it stands before an operation. */
+struct standing {
+    uint64_t tenant;      /* hash of its name */
+    uint32_t index;       /* in the policy; NONE: not named there */
+    uint32_t held, guaranteed, maximum;
+};
+const char *tenants_fault(const odma_policy *policy);
+void count_accounts(odma_arena *arena);
+const char *accounts_fault(odma_arena *arena);
+void credit_region(odma_arena *arena, uint32_t slot);
+void debit_region(odma_arena *arena, uint32_t slot);
+void resize_region(odma_arena *arena, uint32_t slot, uint32_t before);
+uint64_t tenant_hash(const char name[ODMA_NAME_BYTES]);
+struct standing standing_of(const odma_arena *arena, uint64_t tenant);
+bool is_covered(const struct standing *tenant, uint32_t more);
+bool may_borrow(const odma_arena *arena, const struct standing *tenant);
+void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t request,
+               uint32_t blocks);
+void end_claim(odma_arena *arena, const struct standing *tenant, uint32_t request);
+uint64_t borrower(odma_arena *arena, const struct standing *asker);
+uint64_t youngest(odma_arena *arena, const struct standing *asker);
+
 /* --- plan.c --- */
 struct plan_refusal {
     uint32_t reason;
@@ -326,6 +373,7 @@ static inline struct note *note_of(odma_arena *arena, uint32_t slot) {
     if (note->tick != arena->tick) *note = (struct note){.tick = arena->tick};
     return note;
 }
+uint64_t handle_of(const odma_arena *arena, uint32_t slot);
 void set_place(odma_arena *arena, uint32_t slot);
 void set_waiting(odma_arena *arena, uint32_t slot);
 void forget_books(odma_arena *arena);

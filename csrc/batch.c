@@ -63,7 +63,7 @@ static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
     }
 }
 
-static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
+uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
     return (uint64_t)arena->cells[slot].slot.generation << SLOT_BITS | slot;
 }
 
@@ -91,7 +91,7 @@ void forget_books(odma_arena *arena) {
         arena->cells[i].slot = (struct slot){0};
         mark_slot(arena, i);
     }
-    books->epoch = books->seq = books->completed_seq = books->births = 0;
+    books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
     memset(&books->engine, 0, sizeof books->engine);
     if (books->policy.version == 0)
@@ -102,8 +102,10 @@ void forget_books(odma_arena *arena) {
                                       .step_tokens = 64,
                                       .growth = 1,
                                       .tenant_share = 1};
+    memset(books->claims, 0, sizeof books->claims);
     mark(arena, books, offsetof(struct books, class_names));
     runs_reset(arena);
+    count_accounts(arena);
 }
 
 /* --- results --- */
@@ -137,19 +139,9 @@ static void invalid(const odma_arena *arena, uint32_t rule, odma_result *result)
     refused(arena, unknown ? ODMA_REASON_NOT_FOUND : ODMA_REASON_INVALID, rule, result);
 }
 
-/* The youngest region that could make way: never the oldest, never pinned. */
-static uint64_t youngest(odma_arena *arena) {
-    uint64_t oldest = UINT64_MAX, birth = 0;
-    uint32_t found = NONE;
-    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE) continue;
-        const struct request *request = &arena->cells[id].request;
-        if (request->birth < oldest) oldest = request->birth;
-        if (request->birth < birth || note_of(arena, id)->pinned) continue;
-        birth = request->birth;
-        found = id;
-    }
-    return found == NONE || birth == oldest ? 0 : handle_of(arena, found);
+/* A tenant's own requests keep their order, whatever its guarantee. */
+static void hold_up(odma_arena *arena, const struct standing *tenant) {
+    if (tenant->index != NONE) arena->held_up |= (uint32_t)1 << tenant->index;
 }
 
 /* --- free, trim, extend --- */
@@ -175,6 +167,7 @@ static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
     counters->preempted += op->end == ODMA_END_PREEMPTED;
     counters->frees++;
     drop_id(arena, slot);
+    debit_region(arena, slot);
     arena->live--;
     set_waiting(arena, slot);
     *result = (odma_result){.outcome = ODMA_FREED};
@@ -207,6 +200,7 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
         set_waiting(arena, tail);
     }
     set_place(arena, slot);
+    resize_region(arena, slot, length);
     arena->books->counters.trims++;
     placed(arena, slot, result);
 }
@@ -219,6 +213,15 @@ static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint
     grow(arena, slot, aim < most ? aim : most);
     set_place(arena, slot);
     return true;
+}
+
+/* Name who makes way for a region that cannot grow by `more` blocks: as far as
+ * its tenant's guarantee goes those that borrow, else the youngest. */
+static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_result *result) {
+    struct standing tenant = standing_of(arena, arena->cells[slot].request.tenant);
+    if (is_covered(&tenant, more)) result->preempt_handle = borrower(arena, &tenant);
+    if (result->preempt_handle == 0) result->preempt_handle = youngest(arena, &tenant);
+    hold_up(arena, &tenant);
 }
 
 static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result) {
@@ -237,8 +240,8 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
     }
     will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
-    uint32_t least = blocks_of(arena, op->least_tokens);
-    if (least > arena->runs[slot].length) {
+    uint32_t least = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
+    if (least > length) {
         uint32_t aim = growth_blocks(arena, slot, op->least_tokens, op->want_tokens);
         struct plan_refusal refusal = {0};
         bool done = grow_in_place(arena, slot, least, aim) || make_room(arena, slot, aim, &refusal);
@@ -250,10 +253,11 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             make_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
             result->copy_tokens_needed = refusal.copy_tokens_needed;
-            result->preempt_handle = youngest(arena);
+            advise_growth(arena, slot, least - length, result);
             counters->refused_extends++;
             return;
         }
+        resize_region(arena, slot, length);
         if (arena->live > 1 && arena->free_blocks < arena->safety_blocks)
             counters->safety_hits_growth++;
     }
@@ -279,17 +283,6 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
     uint32_t rule = op->quantiles[0] < 0 ? ODMA_RULE_NONE : quantiles_rule(op->quantiles);
     return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
-}
-
-static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length) {
-    double share = arena->books->policy.tenant_share;
-    if (share >= 1) return false;
-    uint64_t held = length;
-    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next)
-        if (!is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE &&
-            arena->cells[id].request.tenant == tenant)
-            held += arena->runs[id].length;
-    return (double)held > share * arena->geometry.blocks;
 }
 
 static bool is_predicted(const odma_op *op) {
@@ -329,18 +322,36 @@ static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t 
     arena->runs[slot].note = (struct note){.tick = arena->tick};
     add_id(arena, slot, hash);
     arena->live++;
+    credit_region(arena, slot);
 }
 
 /* Why an allocate has to wait before anybody looks for a place, or none. */
-static uint32_t admission(const odma_arena *arena, uint32_t length, uint64_t tenant,
+static uint32_t admission(const odma_arena *arena, uint32_t length, const struct standing *tenant,
                           bool unsure) {
     if (arena->live == arena->geometry.max_regions || arena->spare_slot_count == 0)
         return ODMA_REASON_TABLE_FULL;
-    if (over_quota(arena, tenant, length)) return ODMA_REASON_QUOTA;
+    if (tenant->maximum < arena->geometry.blocks &&
+        (uint64_t)tenant->held + length > tenant->maximum)
+        return ODMA_REASON_QUOTA;
+    if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
     if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
         arena->free_blocks - length < arena->safety_blocks)
         return ODMA_REASON_SAFETY_SHARE;
     return ODMA_REASON_NONE;
+}
+
+/* An allocate was refused that its tenant's guarantee covers: it has a claim,
+ * and unless room is on its way somebody who borrows should make way. */
+static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
+                        const struct standing *tenant, odma_result *result) {
+    set_claim(arena, tenant, request, length);
+    uint64_t coming = (uint64_t)arena->free_blocks + arena->waiting_blocks;
+    bool short_of = coming < (uint64_t)length + arena->safety_blocks;
+    if (result->reason == ODMA_REASON_FRAGMENTED ||
+        (result->reason == ODMA_REASON_TABLE_FULL && arena->waiting == 0) ||
+        (short_of && (result->reason == ODMA_REASON_NO_SPACE ||
+                      result->reason == ODMA_REASON_SAFETY_SHARE)))
+        result->preempt_handle = borrower(arena, tenant);
 }
 
 static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
@@ -367,24 +378,30 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
         invalid(arena, rule, result);
         return;
     }
-    if (skip) {
+    uint32_t length = first_blocks(arena, op, max_total);
+    uint64_t name = tenant_hash(op->tenant);
+    struct standing tenant = standing_of(arena, name);
+    bool covered = tenant.index != NONE && is_covered(&tenant, length);
+    if (skip && !(covered && (arena->held_up >> tenant.index & 1) == 0)) {
         refused(arena, ODMA_REASON_SKIPPED, ODMA_RULE_NONE, result);
+        hold_up(arena, &tenant);
         return;
     }
-    uint32_t length = first_blocks(arena, op, max_total);
-    uint64_t tenant = op->tenant[0] == 0 ? 0 : hash_bytes(op->tenant, sizeof op->tenant);
     bool unsure = is_unsure(arena, op->quantiles);
-    struct plan_refusal refusal = {.reason = admission(arena, length, tenant, unsure)};
+    struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, unsure)};
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !place_new(arena, slot, length, &refusal)) {
         if (slot != NONE) give_slot(arena, slot);
         make_hole(arena, NONE, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
+        if (covered) press_claim(arena, hash, length, &tenant, result);
+        hold_up(arena, &tenant);
         arena->books->counters.refused_allocates++;
         return;
     }
-    write_request(arena, slot, op, max_total, tenant);
+    end_claim(arena, &tenant, hash);
+    write_request(arena, slot, op, max_total, name);
     if (arena->live > 0 && arena->free_blocks < arena->safety_blocks)
         arena->books->counters.safety_hits_unsure++;
     begin_region(arena, slot, (float)accepted_risk(arena, op), hash);
@@ -588,6 +605,7 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
     arena->batch_seq = seq;
     arena->copy_tokens_left = copy_tokens;
     arena->copy_count = arena->place_count = arena->moved_count = arena->moves = arena->pins = 0;
+    arena->held_up = 0;
     arena->places_changed = false;
 }
 
@@ -645,6 +663,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     struct books *books = arena->books;
     books->seq = batch->seq;
     books->completed_seq = batch->completed_seq;
+    books->turns++;
     free_waiting_up_to(arena, batch->completed_seq);
     take_used(arena, batch);
     bool stopped = false, large = arena->live > CACHED_REGIONS;
@@ -657,7 +676,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     }
     finish_places(arena, batch->op_count);
     books->counters.batches++;
-    mark(arena, books, offsetof(struct books, class_names));
+    mark(arena, books, offsetof(struct books, policy));
 }
 
 static void write_answer(const odma_arena *arena, const odma_batch *batch, odma_answer *answer) {
@@ -721,8 +740,9 @@ odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *o
     begin_batch(arena, UINT64_MAX, 0);
     odma_result outcome;
     uint32_t hash = op->kind == ODMA_OP_ALLOCATE ? id_hash(op->request_id) : 0;
+    arena->books->turns++;
     do_op(arena, op, hash, false, &outcome);
-    mark(arena, arena->books, offsetof(struct books, class_names));
+    mark(arena, arena->books, offsetof(struct books, policy));
     status = commit(arena);
     if (status == ODMA_OK) *result = outcome;
     return leave(arena, status);
@@ -750,6 +770,7 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
         if (arena->cells[i].slot.state != ODMA_REGION_LIVE || note_of(arena, i)->listed) continue;
         freed[(*freed_count)++] = handle_of(arena, i);
         drop_id(arena, i);
+        debit_region(arena, i);
         arena->live--;
         set_waiting(arena, i);
         books->counters.frees++;
@@ -762,7 +783,7 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
                                .start = slot == NONE ? 0 : arena->runs[slot].start,
                                .length = slot == NONE ? 0 : arena->runs[slot].length};
     }
-    mark(arena, books, offsetof(struct books, class_names));
+    mark(arena, books, offsetof(struct books, policy));
     return leave(arena, commit(arena));
 }
 

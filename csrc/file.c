@@ -419,6 +419,7 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     uint64_t granules = layout->books_bytes / GRANULE_BYTES;
     uint32_t ids = 4;
     while (ids < 4 * geometry->max_regions) ids *= 2;
+    uint32_t accounts = 4 * ODMA_TENANTS < ids ? ids : 4 * ODMA_TENANTS;
     bool enough = true;
     arena->books = zeroed_lines(1, layout->books_bytes, &enough);
     arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
@@ -428,6 +429,8 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
     arena->ids = zeroed(ids, sizeof *arena->ids, &enough);
     arena->ids_mask = ids - 1;
+    arena->accounts = zeroed(accounts, sizeof *arena->accounts, &enough);
+    arena->accounts_mask = accounts - 1;
     arena->hashes = zeroed(geometry->max_ops, sizeof *arena->hashes, &enough);
     arena->freed_slots = zeroed(geometry->max_ops, sizeof *arena->freed_slots, &enough);
     arena->moved = zeroed(geometry->max_copies, sizeof *arena->moved, &enough);
@@ -462,6 +465,7 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->spare_slots);
     free(arena->waits);
     free(arena->ids);
+    free(arena->accounts);
     free(arena->hashes);
     free(arena->freed_slots);
     free(arena->moved);

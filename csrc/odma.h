@@ -46,6 +46,8 @@ enum {
     ODMA_DESCRIPTION_BYTES = 8192,
     ODMA_QUANTILES = 7,          /* .1 .25 .5 .75 .9 .95 .99 of output tokens */
     ODMA_LIMITS = 16,
+    ODMA_TENANTS = 16,           /* tenants with shares of their own */
+    ODMA_CLAIM_TURNS = 64,       /* batches and unary calls that a claim stands for */
     ODMA_CLASSES = 64,           /* request classes with statistics of their own */
     ODMA_CLASS_POOL = 64,        /* index of all classes together */
     ODMA_CLASS_OTHER = 65,       /* index of the classes beyond ODMA_CLASSES */
@@ -119,6 +121,19 @@ typedef enum odma_overflow {
     ODMA_OVERFLOW_COMPACT = 3
 } odma_overflow;
 
+/* What one tenant is sure of and what it may hold, as shares of the blocks.
+ *
+ * What a guarantee leaves idle is lent to anybody. An allocate that its
+ * tenant's guarantee covers and that finds no room is a claim: its refusal names
+ * a region of a tenant that holds more than its guarantee, and until it is let
+ * in nobody else is admitted beyond a guarantee. A claim lapses once it was not
+ * asked for again in ODMA_CLAIM_TURNS batches and unary calls. */
+typedef struct odma_tenant {
+    char name[ODMA_NAME_BYTES];   /* not empty, named once */
+    double guaranteed_share;      /* 0 to maximum_share */
+    double maximum_share;         /* that it may be admitted to, (0, 1] */
+} odma_tenant;
+
 /* The policy record: how long a region is, who is admitted, what may move.
  *
  * A length starts from `start`: the request's maximum; or the quantile of its
@@ -140,7 +155,10 @@ typedef struct odma_policy {
     double safety_share;          /* 0 to 0.9 of the blocks are closed to admission */
     double unsure_ratio;          /* q95/q50 above it is unsure; 0: never, else >= 1 */
     double growth;                /* 1 to 4 */
-    double tenant_share;          /* of the blocks one tenant may hold, (0, 1] */
+    double tenant_share;          /* maximum of a tenant that is not named, (0, 1] */
+    uint32_t tenant_count;        /* 0 to ODMA_TENANTS */
+    uint32_t pad;
+    odma_tenant tenants[ODMA_TENANTS]; /* guarantees + safety_share: at most 1 */
 } odma_policy;
 
 typedef struct odma_used {
@@ -215,7 +233,8 @@ typedef enum odma_reason {
     ODMA_REASON_PINNED = 8,
     ODMA_REASON_NOT_FOUND = 9,
     ODMA_REASON_INVALID = 10,
-    ODMA_REASON_SKIPPED = 11
+    ODMA_REASON_SKIPPED = 11,
+    ODMA_REASON_CLAIMED = 12
 } odma_reason;
 
 /* The rule that an INVALID or NOT_FOUND operation, or an ODMA_INVALID batch,
@@ -326,6 +345,17 @@ typedef struct odma_report {
     uint32_t pad;
     odma_counters counters;
 } odma_report;
+
+/* What one named tenant holds, in blocks. */
+typedef struct odma_tenant_use {
+    char name[ODMA_NAME_BYTES];
+    uint32_t regions;             /* live */
+    uint32_t held;                /* by them; more than guaranteed is borrowed */
+    uint32_t guaranteed;
+    uint32_t maximum;
+    uint32_t claimed;             /* that it waits for, 0: no claim stands */
+    uint32_t pad;
+} odma_tenant_use;
 
 typedef enum odma_region_state {
     ODMA_REGION_LIVE = 1,
@@ -474,6 +504,9 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
                                  uint32_t *freed_count);
 
 odma_status odma_arena_report(odma_arena *arena, odma_report *report);
+
+/* What each tenant of the policy holds, in its order; room for ODMA_TENANTS. */
+odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_t *count);
 
 /* List entries in address order from block `from`: at most `room` of them. */
 odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *regions,

@@ -30,7 +30,7 @@ const char *policy_fault(const odma_policy *policy) {
         return "unsure_ratio: 0, or at least 1";
     if (!within(policy->growth, 1, 4)) return "growth: 1 to 4";
     if (!within(policy->tenant_share, 1e-9, 1)) return "tenant_share: above 0, at most 1";
-    return NULL;
+    return tenants_fault(policy);
 }
 
 uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {

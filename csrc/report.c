@@ -95,6 +95,9 @@ const char *books_fault(const odma_arena *arena) {
     if (books->births > books->counters.allocates) return "more were born than allocated";
     if (books->class_count > ODMA_CLASSES) return "there are too many classes";
     if (books->description_bytes > ODMA_DESCRIPTION_BYTES) return "the description is too long";
+    for (uint32_t i = 0; i < ODMA_TENANTS; i++)
+        if (books->claims[i].turn > books->turns || books->claims[i].blocks > arena->geometry.blocks)
+            return "a claim is impossible";
     const char *fault = books->epoch == 0 ? NULL : engine_fault(&books->engine);
     if (fault == NULL) fault = policy_fault(&books->policy);
     for (uint32_t i = 0; i < STATS && fault == NULL; i++) fault = stats_fault(&books->stats[i]);
@@ -163,6 +166,7 @@ odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]) 
     if (fault == NULL) fault = books_fault(arena);
     if (fault == NULL) fault = runs_fault(arena);
     if (fault == NULL) fault = bins_fault(arena);
+    if (fault == NULL) fault = accounts_fault(arena);
     if (fault != NULL) status = refuse(reason, ODMA_CORRUPT, "%s", fault);
     return leave(arena, status);
 }
@@ -214,8 +218,12 @@ odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
     odma_policy next = *policy;
     next.version = books->policy.version + 1;
     for (uint32_t i = next.limit_count; i < ODMA_LIMITS; i++) next.limits_tokens[i] = 0;
+    for (uint32_t i = next.tenant_count; i < ODMA_TENANTS; i++) next.tenants[i] = (odma_tenant){0};
+    if (memcmp(next.tenants, books->policy.tenants, sizeof next.tenants) != 0)
+        memset(books->claims, 0, sizeof books->claims);
     books->policy = next;
-    mark(arena, &books->policy, sizeof books->policy);
+    mark(arena, &books->policy, sizeof books->policy + sizeof books->claims);
+    count_accounts(arena);
     status = commit(arena);
     if (status == ODMA_OK) policy->version = next.version;
     return leave(arena, status);

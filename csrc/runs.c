@@ -369,5 +369,6 @@ const char *runs_rebuild(odma_arena *arena) {
     qsort(keys, waits, sizeof *keys, by_value);
     for (uint32_t i = 0; i < waits; i++) arena->waits[i] = keys[i].slot;
     arena->waiting = waits;
+    count_accounts(arena);
     return NULL;
 }

@@ -140,6 +140,10 @@ class Settings(BaseSettings):
         int,
         Field(ge=4096, le=2**40, description="Size at which the decision log's file is rotated."),
     ] = 64 * 1024 * 1024
+    traces: Annotated[
+        bool,
+        Field(description="Send OpenTelemetry traces where the OTEL_* variables say (extra otel)."),
+    ] = False
     log_format: Annotated[
         Literal["console", "json"], Field(description="Log lines for people or for machines.")
     ] = "console"

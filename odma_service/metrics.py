@@ -2,8 +2,8 @@
 
 A scrape holds a pool for as long as it takes to copy a few numbers out of its books; what is
 computed from them is computed after that. So no call waits for a scrape longer than for another
-call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets by 16; no label has
-a value that a client may choose beyond those.
+call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
+a policy names by 16; no label has a value that a client may choose beyond those.
 
 docs/observability.md has the list; a test compares it with a real scrape.
 """
@@ -22,7 +22,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
 import structlog
-from google.protobuf import descriptor_pool
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -35,10 +34,11 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from odma_service._native import CLASS_OTHER, ArenaReport, Completion
+from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.policy import PolicyRecord
 from odma_service.pool import ClassHistory, PoolSpec
+from odma_service.service.observed import CallObserver, Watch
 from odma_service.service.registry import Registry
 from odma_service.service.witness import OP_NAMES, Tally
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
@@ -46,12 +46,9 @@ from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason,
 BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
 SLOWEST_CLIENT_SECONDS = 10.0
 SHOWN_LEVELS = (0.5, 0.9, 0.99)
-UNKNOWN_RPC = "(unknown)"
-GRPC_MARKS = ("experimental_non_blocking", "experimental_thread_pool")
-"""What grpcio wants to know of a handler is on its function."""
 
 if TYPE_CHECKING:
-    Handler = grpc.RpcMethodHandler[Any, Any]
+    from odma_service.service.observed import Handler
 
 log = structlog.get_logger()
 
@@ -66,6 +63,7 @@ class Reading(NamedTuple):
     bucket_regions: list[int]
     completions: list[Completion]
     classes: list[ClassHistory]
+    tenants: list[TenantUse]
     tally: Tally
 
 
@@ -151,6 +149,36 @@ LABELLED_GAUGES: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
         ("request_class", "level"),
         lambda r: _class_quantiles(r.classes),
     ),
+    (
+        "tenant_held_tokens",
+        "Reserved by the regions of a tenant that the policy names.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.held_tokens),
+    ),
+    (
+        "tenant_guaranteed_tokens",
+        "What it is sure of.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.guaranteed_tokens),
+    ),
+    (
+        "tenant_maximum_tokens",
+        "Up to what its requests are admitted.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.maximum_tokens),
+    ),
+    (
+        "tenant_borrowed_tokens",
+        "What it holds beyond its guarantee.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.borrowed_tokens),
+    ),
+    (
+        "tenant_claimed_tokens",
+        "What it waits for though its guarantee covers it; 0: no claim stands.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.claimed_tokens),
+    ),
 )
 
 LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
@@ -197,6 +225,12 @@ REFUSABLE: list[tuple[str, Reason]] = [
 
 def _numbered(values: Iterable[float]) -> Iterator[tuple[tuple[str, ...], float]]:
     return (((str(i),), value) for i, value in enumerate(values, 1))
+
+
+def _by_tenant(
+    reading: Reading, value: Callable[[TenantUse], float]
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    return (((use.name,), value(use)) for use in reading.tenants)
 
 
 def _class_quantiles(
@@ -261,7 +295,7 @@ class PoolCollector(Collector):
     def _read(self, name: str) -> Reading:
         with self._registry.viewed(name) as view:
             pool, report, policy = view.pool, view.pool.report(), view.pool.policy()
-            bucket_regions = pool.bucket_regions()
+            bucket_regions, tenants = pool.bucket_regions(), pool.tenants()
         with self._registry.viewed(name) as again:
             completions = again.pool.completions()
         classes = []
@@ -279,6 +313,7 @@ class PoolCollector(Collector):
             bucket_regions,
             completions,
             classes,
+            tenants,
             self._witness.tally(name),
         )
 
@@ -297,147 +332,58 @@ class PoolCollector(Collector):
                 yield CounterMetricFamily(f"odma_decisions_{name}", text, value=count)
 
 
-class RpcMetrics(grpc.ServerInterceptor):
-    """Counts calls and times answers. The first interceptor, so that it sees what others refuse.
+class RpcMetrics(CallObserver):
+    """Counts calls and times answers.
 
-    An answer's time is that of its handler, with what interceptors behind this one do; neither
-    the wait for a thread nor the network are in it. Of a stream of requests each answer is timed
-    from the request before it; a stream that answers one request is not timed.
+    Of a stream of requests each answer is timed from the request before it; a stream that answers
+    one request is not timed.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._seconds = Histogram(
+        super().__init__()
+        self.seconds = Histogram(
             "odma_rpc_duration_seconds",
             "Time that handlers took to answer.",
             ["rpc"],
             buckets=BUCKETS_SECONDS,
             registry=registry,
         )
-        self._calls = Counter(
+        self.calls = Counter(
             "odma_rpc_calls", "Calls that ended.", ["rpc", "code"], registry=registry
         )
-        self._running = Gauge(
+        self.running = Gauge(
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        handler = continuation(handler_call_details)
-        rpc = _rpc_name(handler_call_details.method)
-        if handler is None:
-            self._calls.labels(rpc, grpc.StatusCode.UNIMPLEMENTED.name).inc()
-            return None
-        known = self._wrapped.get(rpc)
-        if known is None or known[0] is not handler:
-            known = self._wrapped[rpc] = handler, self._observing(rpc, handler)
-        return known[1]
-
-    def _observing(self, rpc: str, handler: Handler) -> Handler:
-        """Return a handler that does what `handler` does, and counts and times it."""
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        behaviour = getattr(handler, kind)
-        made: Handler = make(
-            self._observed(rpc, handler, behaviour),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-        return made
-
-    def _observed(
-        self, rpc: str, handler: Handler, behaviour: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        seconds = self._seconds.labels(rpc)
-
-        def one(request: Any, context: grpc.ServicerContext) -> Any:
-            with self._counted(rpc, context), seconds.time():
-                return behaviour(request, context)
-
-        def answer_by_answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            watch = _Watch(seconds, handler.request_streaming)
-            with self._counted(rpc, context):
-                for answer in behaviour(watch.started_by(request), context):
-                    watch.stop()
-                    yield answer
-
-        def by_callback(
-            request: Any, context: grpc.ServicerContext, send: Callable[[Any], None]
-        ) -> None:
-            watch = _Watch(seconds, handler.request_streaming)
-
-            def sending(answer: Any) -> None:
-                if answer is not None:
-                    watch.stop()
-                send(answer)
-
-            with self._counted(rpc, context):
-                behaviour(watch.started_by(request), context, sending)
-
-        if not handler.response_streaming:
-            observed: Callable[..., Any] = one
-        elif getattr(behaviour, "experimental_non_blocking", False):
-            observed = by_callback
-        else:
-            observed = answer_by_answer
-        for name in GRPC_MARKS:
-            if hasattr(behaviour, name):
-                setattr(observed, name, getattr(behaviour, name))
-        return observed
-
-    @contextmanager
-    def _counted(self, rpc: str, context: grpc.ServicerContext) -> Iterator[None]:
-        code = grpc.StatusCode.OK
-        running = self._running.labels(rpc)
-        running.inc()
-        try:
-            yield
-        except GeneratorExit:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except BaseException:
-            code = grpc.StatusCode.UNKNOWN
-            raise
-        finally:
-            running.dec()
-            code = context.code() or code  # type: ignore[attr-defined]
-            self._calls.labels(rpc, code.name).inc()
+    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
+        return _StopWatch(self, rpc, handler)
 
 
-class _Watch:
-    """A stop watch that each request of a stream starts again."""
+class _StopWatch:
+    """Counts and times one call."""
 
-    def __init__(self, seconds: Histogram, is_stream: bool) -> None:
-        self._seconds = seconds
-        self._is_stream = is_stream
+    def __init__(self, metrics: RpcMetrics, rpc: str, handler: Handler) -> None:
+        self._metrics = metrics
+        self._rpc = rpc
+        self._seconds = metrics.seconds.labels(rpc)
+        self._times_call = not handler.response_streaming
+        self._times_answers = handler.request_streaming
+        self._running = metrics.running.labels(rpc)
+        self._running.inc()
         self._begun = perf_counter()
 
-    def started_by(self, requests: Any) -> Any:
-        return self._starting(requests) if self._is_stream else requests
+    def asked(self) -> None:
+        self._begun = perf_counter()
 
-    def stop(self) -> None:
-        if self._is_stream:
+    def answered(self) -> None:
+        if self._times_answers:
             self._seconds.observe(perf_counter() - self._begun)
 
-    def _starting(self, requests: Iterable[Any]) -> Iterator[Any]:
-        for request in requests:
-            self._begun = perf_counter()
-            yield request
-
-
-def _rpc_name(method: str) -> str:
-    """Return service.rpc of a path that is served; others have one name together."""
-    name = method.strip("/").replace("/", ".")
-    try:
-        descriptor_pool.Default().FindMethodByName(name)
-    except KeyError:
-        return UNKNOWN_RPC
-    return name
+    def ended(self, code: grpc.StatusCode) -> None:
+        if self._times_call:
+            self._seconds.observe(perf_counter() - self._begun)
+        self._running.dec()
+        self._metrics.calls.labels(self._rpc, code.name).inc()
 
 
 @contextmanager

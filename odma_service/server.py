@@ -10,9 +10,11 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -46,6 +48,9 @@ from odma_service.service.registry import Registry, draining
 from odma_service.service.tls import credentials_of
 from odma_service.service.witness import Witness
 
+if TYPE_CHECKING:
+    from odma_service.service.tracing import Traces
+
 SPARE_STREAMS = 16
 """More streams than pools: those that have not sent a batch yet, or whose client is dead."""
 
@@ -65,7 +70,7 @@ ALIVE = "odma.alive"
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
-"""Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
+"""Callers are told UNAVAILABLE for so long at least; then so long answers may be on their way."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -84,7 +89,8 @@ def run(settings: Settings) -> None:
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     models = Models(_model_directory(settings.predictor_model))
-    witness = Witness(decisions=_decision_log(settings))
+    traces = _traces(settings)
+    witness = Witness(decisions=_decision_log(settings), spans=traces)
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -99,7 +105,7 @@ def run(settings: Settings) -> None:
     registry.attach_all()
     try:
         with reaping(registry):
-            _serve(settings, registry)
+            _serve(settings, registry, traces)
     finally:
         models.stop()
         registry.close()
@@ -107,7 +113,7 @@ def run(settings: Settings) -> None:
     log.info("stopped")
 
 
-def _serve(settings: Settings, registry: Registry) -> None:
+def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
@@ -116,7 +122,11 @@ def _serve(settings: Settings, registry: Registry) -> None:
     server = grpc.server(
         calls,
         options=(*OPTIONS, most_streams),
-        interceptors=[RpcMetrics(metrics), Guard(identities, calls, settings.max_calls)],
+        interceptors=[
+            *([traces.observer()] if traces else []),
+            RpcMetrics(metrics),
+            Guard(identities, calls, settings.max_calls),
+        ],
         maximum_concurrent_rpcs=2 * settings.max_calls,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
@@ -148,8 +158,11 @@ def _serve(settings: Settings, registry: Registry) -> None:
         registry.close()
         memory.streams.end_all(draining())
         registry.witness.events.end()
-        time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
-        server.stop(settings.drain_seconds).wait()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        time.sleep(notice_seconds)
+        # From stop() on nothing is answered, not even a question for the health.
+        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()
     calls.shutdown()
@@ -207,6 +220,11 @@ def _decision_log(settings: Settings) -> DecisionLog | None:
     if settings.decision_log is None:
         return None
     return DecisionLog(settings.decision_log, settings.decision_log_bytes)
+
+
+def _traces(settings: Settings) -> Traces | None:
+    """Return traces, if they are wanted: what they need is imported only then."""
+    return import_module("odma_service.service.tracing").traces() if settings.traces else None
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:

@@ -58,8 +58,8 @@ def test_a_decode_step_is_measured_beside_an_echo():
     run = odma("bench", "rpc", "--steps", "10", "--repeats", "1", "--json")
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
-    measured = [*told["apply"].values(), *told["predicted"].values()]
-    assert len(measured) == 5
+    measured = [one for group in ("apply", "predicted", "traced") for one in told[group].values()]
+    assert len(measured) == 7
     assert isinstance(told["tls"], dict) == bool(shutil.which("openssl"))
     measured += told["tls"].values() if shutil.which("openssl") else []
     for ways in [*measured, {"unary": told["allocate"]}]:

@@ -28,6 +28,7 @@ FLOORS = {
         "cli",
         "connect",
         "demo",
+        "health_cli",
         "lpddr_cli",
         "pool_file",
         "predictor_cli",

@@ -404,7 +404,7 @@ def test_salvage_is_only_for_fresh_books(small):
 DIE_AT = """
 import os, sys
 from odma_service import repair_cli
-from odma_service.cli import main
+from odma_service.__main__ import main
 
 calls, last = 0, int(sys.argv[1])
 def dying(before):

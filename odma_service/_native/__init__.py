@@ -19,6 +19,8 @@ from odma_service._native.records import (
     Recovery,
     RegionEntry,
     Salvaged,
+    TenantShare,
+    TenantUse,
 )
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "Recovery",
     "RegionEntry",
     "Salvaged",
+    "TenantShare",
+    "TenantUse",
     "file_geometry",
     "optimal_limits",
 ]

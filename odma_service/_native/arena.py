@@ -36,6 +36,8 @@ from odma_service._native.records import (
     Recovery,
     RegionEntry,
     Salvaged,
+    TenantShare,
+    TenantUse,
 )
 from odma_service.errors import (
     BooksCorruptError,
@@ -221,6 +223,10 @@ class Arena:
             growth=policy.growth,
             tenant_share=policy.tenant_share,
             max_copy_tokens=policy.max_copy_tokens,
+            tenants=tuple(
+                TenantShare(_text(tenant.name), tenant.guaranteed_share, tenant.maximum_share)
+                for tenant in policy.tenants[0 : policy.tenant_count]
+            ),
             version=policy.version,
         )
 
@@ -244,6 +250,8 @@ class Arena:
                 "unsure_ratio": policy.unsure_ratio,
                 "growth": policy.growth,
                 "tenant_share": policy.tenant_share,
+                "tenant_count": len(policy.tenants),
+                "tenants": [(name.encode(), *shares) for name, *shares in policy.tenants],
             },
         )
         status = lib.odma_arena_set_policy(self._arena, record, expected_version)
@@ -372,6 +380,23 @@ class Arena:
             recovery=Recovery(report.recovery),
             counters=Counters(*_values(report.counters, Counters)),
         )
+
+    def tenants(self) -> list[TenantUse]:
+        """Return what each tenant of the policy holds, in the policy's order."""
+        uses, count = ffi.new("odma_tenant_use[]", lib.ODMA_TENANTS), ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_tenants(self._arena, uses, count))
+        unit = self._block_tokens
+        return [
+            TenantUse(
+                _text(use.name),
+                use.regions,
+                use.held * unit,
+                use.guaranteed * unit,
+                use.maximum * unit,
+                use.claimed * unit,
+            )
+            for use in uses[0 : count[0]]
+        ]
 
     def regions(self, from_token: int = 0, room: int = 1000) -> list[RegionEntry]:
         """List entries that start at or after `from_token` in address order, at most `room`."""

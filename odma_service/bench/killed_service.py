@@ -40,7 +40,7 @@ name = "odma_service._native._odma"
 spec = importlib.util.spec_from_file_location(name, extension)
 sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[name])
-from odma_service.cli import main
+from odma_service.__main__ import main
 main()
 """
 

@@ -1,7 +1,7 @@
 """What changes with experience: predictions, bucket limits, the safety share."""
 
 from odma_service.learning.calibration import Source
-from odma_service.learning.foresight import Foreseen, Model
+from odma_service.learning.foresight import Foreseen, Model, Question
 from odma_service.learning.learner import ClassCoverage, Learner, predictions_of
 from odma_service.learning.observer import Change, Observer
 from odma_service.learning.recalibration import LimitsReport, RecalibrationReport
@@ -14,6 +14,7 @@ __all__ = [
     "LimitsReport",
     "Model",
     "Observer",
+    "Question",
     "RecalibrationReport",
     "Source",
     "predictions_of",

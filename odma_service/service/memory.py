@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from odma_service.errors import InvalidError
-from odma_service.learning import LimitsReport, predictions_of
+from odma_service.learning import LimitsReport, Question, predictions_of
 from odma_service.pool import PoolSpec
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -24,6 +24,7 @@ from odma_service.service.translate import (
     place_to,
     ref_from,
 )
+from odma_service.values import Predicted
 
 
 class MemoryService(MemoryServiceServicer):
@@ -80,10 +81,15 @@ class MemoryService(MemoryServiceServicer):
             if question is None:
                 answer = learner.apply(epoch, batch)
         if question is not None:
-            predictions = predictions_of(question.answers())  # away from the lock: it takes time
+            predictions = self._predictions(question)
             with self._registry.owned(name, epoch) as learner:
                 answer = learner.apply(epoch, batch, predictions)
         return apply_to(answer)
+
+    def _predictions(self, question: Question) -> list[Predicted | None]:
+        """Ask the model, away from the lock: it takes time."""
+        with self._registry.witness.spans.part("predict"):
+            return predictions_of(question.answers())
 
     @reports_errors
     def Allocate(
@@ -94,7 +100,7 @@ class MemoryService(MemoryServiceServicer):
         operation = allocate_from(request.allocate)
         with self._registry.owned(name, epoch) as learner:
             question = learner.asks([operation])
-        predictions = None if question is None else predictions_of(question.answers())
+        predictions = None if question is None else self._predictions(question)
         with self._registry.owned(name, epoch) as learner:
             place = learner.allocate(epoch, operation, predictions)
         return pb.AllocateResponse(place=place_to(place))

@@ -186,10 +186,11 @@ class Registry:
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
-        with entry.lock:
+        with self.witness.spans.waiting(entry.lock):
             pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
+            self.witness.spans.serves(name, epoch)
             self._hear(name, entry)
             try:
                 yield entry.learner

@@ -10,6 +10,7 @@ from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool
 from odma_service.service.decisions import DecisionLog
 from odma_service.service.events import ENDS_EPOCH, Events, Kind
+from odma_service.service.spans import Spans
 from odma_service.values import (
     Allocate,
     Copy,
@@ -56,11 +57,17 @@ class PoolObserver:
     """Told by the Learner of one pool."""
 
     def __init__(
-        self, pool: Pool, tally: Tally, events: Events, decisions: DecisionLog | None
+        self,
+        pool: Pool,
+        tally: Tally,
+        events: Events,
+        decisions: DecisionLog | None,
+        spans: Spans,
     ) -> None:
         self._pool = pool
         self._tally = tally
         self._events = events
+        self._spans = spans
         self._decisions = decisions
 
     def decided(
@@ -71,6 +78,7 @@ class PoolObserver:
         copies: Sequence[Copy],
     ) -> None:
         self._tally.add(ops, results)
+        self._spans.decided(ops, results, copies)
         if self._decisions is not None:
             self._decisions.decided(self._pool, ops, predictions, results, copies)
 
@@ -81,6 +89,7 @@ class PoolObserver:
     def policy_changed(
         self, change: Change, before: PolicyRecord, after: PolicyRecord, why: str
     ) -> None:
+        self._spans.event(_KINDS[change].name, self._pool.spec.name, why)
         self._events.tell(
             _KINDS[change],
             self._pool.spec.name,
@@ -94,9 +103,15 @@ class PoolObserver:
 class Witness:
     """Told by the registry. One for a service."""
 
-    def __init__(self, events: Events | None = None, decisions: DecisionLog | None = None) -> None:
+    def __init__(
+        self,
+        events: Events | None = None,
+        decisions: DecisionLog | None = None,
+        spans: Spans | None = None,
+    ) -> None:
         self.events = events or Events()
         self.decisions = decisions
+        self.spans = spans or Spans()
         self._tallies: dict[str, Tally] = {}
         self._owners: dict[str, str] = {}
 
@@ -106,7 +121,7 @@ class Witness:
         self._owners[pool.spec.name] = pool.spec.owner
         if self.decisions is not None:
             self.decisions.adopt(pool)
-        return PoolObserver(pool, tally, self.events, self.decisions)
+        return PoolObserver(pool, tally, self.events, self.decisions, self.spans)
 
     def tally(self, pool: str) -> Tally:
         """Return what a pool refused."""
@@ -117,6 +132,7 @@ class Witness:
     ) -> None:
         """Take note of an event of a pool. `file` is for the log line only."""
         owner = self._owners.get(pool, "")
+        self.spans.event(kind.name, pool, reason)
         self.events.tell(kind, pool, epoch, reason=reason, owner=owner, file=file)
         if kind in {Kind.SET_ASIDE, Kind.FORGOTTEN}:
             self._tallies.pop(pool, None)
@@ -129,3 +145,4 @@ class Witness:
         self.events.end()
         if self.decisions is not None:
             self.decisions.close()
+        self.spans.close()

@@ -28,7 +28,7 @@ static const odma_geometry GEOMETRY = {.blocks = 48,
                                        .model_length_tokens = 512,
                                        .digest = 1};
 
-static char path[64], fresh_path[64];
+static char path[64], fresh_path[80];
 static char reason[ODMA_REASON_BYTES];
 static uint8_t *pristine;
 static size_t file_bytes, books_offset, books_bytes;
