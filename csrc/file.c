@@ -105,12 +105,20 @@ static inline uint64_t word_sum(uint64_t place_key, uint64_t word) {
     return word * 0xd6e8feb86659fd93ULL;
 }
 
+/* Sum of a granule that belongs at `place`, its words side by side. */
+static inline uint64_t granule_sum(const uint8_t *bytes, uint64_t place) {
+    uint64_t key = (place + 1) * PLACE_STEP;
+    return word_sum(key, word_at(bytes)) ^ word_sum(key + 8 * PLACE_STEP, word_at(bytes + 8)) ^
+           word_sum(key + 16 * PLACE_STEP, word_at(bytes + 16)) ^
+           word_sum(key + 24 * PLACE_STEP, word_at(bytes + 24));
+}
+
 /* Sum of `count` bytes, whole words, that belong at `place`. */
 static inline uint64_t place_sum(const void *from, uint64_t place, uint64_t count) {
     const uint8_t *bytes = from;
-    uint64_t sum = 0, key = (place + 1) * PLACE_STEP;
-    for (uint64_t i = 0; i < count; i += 8, key += 8 * PLACE_STEP)
-        sum ^= word_sum(key, word_at(bytes + i));
+    uint64_t sum = 0, i = 0;
+    for (; i + GRANULE_BYTES <= count; i += GRANULE_BYTES) sum ^= granule_sum(bytes + i, place + i);
+    for (; i < count; i += 8) sum ^= word_sum((place + i + 1) * PLACE_STEP, word_at(bytes + i));
     return sum;
 }
 
@@ -218,9 +226,9 @@ static void store_changes(odma_arena *arena, uint64_t at, struct record *record)
         const uint8_t *now = books + offset, *before = file + offset;
         arena->dirty_bits[granule / 64] &= ~((uint64_t)1 << (granule % 64));
         if (!differ(now, before)) continue;
-        uint64_t sum = place_sum(now, offset, GRANULE_BYTES);
+        uint64_t sum = granule_sum(now, offset);
         changes_sum ^= sum;
-        books_sum ^= sum ^ place_sum(before, offset, GRANULE_BYTES);
+        books_sum ^= sum ^ granule_sum(before, offset);
         store(arena, indexes + count * sizeof granule, &granule, sizeof granule);
         store(arena, granules + (uint64_t)count * GRANULE_BYTES, now, GRANULE_BYTES);
         count++;
@@ -317,8 +325,8 @@ static const struct record *whole_record(const odma_arena *arena, const uint8_t 
     uint64_t changes = 0;
     for (uint32_t i = 0; i < record->granules; i++) {
         if (indexes[i] >= layout->books_bytes / GRANULE_BYTES) return NULL;
-        changes ^= place_sum(at + layout->granules + (uint64_t)i * GRANULE_BYTES,
-                             (uint64_t)indexes[i] * GRANULE_BYTES, GRANULE_BYTES);
+        changes ^= granule_sum(at + layout->granules + (uint64_t)i * GRANULE_BYTES,
+                               (uint64_t)indexes[i] * GRANULE_BYTES);
     }
     return changes == record->changes_sum ? record : NULL;
 }
