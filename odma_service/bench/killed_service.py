@@ -11,10 +11,11 @@ whose answer never came done wholly.
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -32,7 +33,7 @@ ENGINES = {"one": True, "two": True, "three": False, "four": False}
 
 SHORTEST_LIFE_SECONDS, LONGEST_LIFE_SECONDS = 0.02, 0.25
 MOST_STORES = 3_000  # of all pools, until the fuse is burnt
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS, ENDING_SECONDS = 60, 5
 FUSED_SERVER = """
 import importlib.util, os, sys
 os.environ["TORTURE_FUSE"], extension = sys.argv.pop(1), sys.argv.pop(1)
@@ -112,12 +113,14 @@ def torture(
                 for name, single in ENGINES.items()
             ]
         while tally.kills < kills and not findings.words:
-            kind = tally.at_stores if tally.kills % 2 else tally.at_moments
+            kind = tally.at_moments
             with ThreadPoolExecutor(len(engines)) as threads:
                 work = [threads.submit(engine.work, target) for engine in engines]
-                if kind is tally.at_stores:
+                if tally.kills % 2:
                     fuse.light(random.randrange(1, MOST_STORES))
-                    _wait_for_end(process)
+                    wait(work, PATIENCE_SECONDS)  # they end with their server
+                    if _ends(process):
+                        kind = tally.at_stores
                 else:
                     time.sleep(random.uniform(SHORTEST_LIFE_SECONDS, LONGEST_LIFE_SECONDS))
                 process.kill()
@@ -141,9 +144,12 @@ def torture(
     return tally
 
 
-def _wait_for_end(process: subprocess.Popen[str]) -> None:
-    """Wait until the fuse is burnt; raises TimeoutExpired if the engines do too little."""
-    process.wait(PATIENCE_SECONDS)
+def _ends(process: subprocess.Popen[str]) -> bool:
+    """Say whether a server that no longer answers has ended by itself: its fuse is burnt."""
+    try:
+        return process.wait(ENDING_SECONDS) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _examine(engine: Victim, service: Client, findings: Findings) -> None:
