@@ -328,6 +328,7 @@ uint32_t safety_blocks(const odma_arena *arena);
 double accepted_risk(const odma_arena *arena, const odma_op *op);
 uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total);
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want);
+bool are_quantiles(const float quantiles[ODMA_QUANTILES]);
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
 uint32_t blocks_of(const odma_arena *arena, uint32_t tokens);
 

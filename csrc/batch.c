@@ -4,7 +4,6 @@
  * record. Whatever can fail is looked at before the first change, so there is
  * nothing to take back: an operation is refused whole or done whole.
  */
-#include <math.h>
 #include <string.h>
 
 #include "arena.h"
@@ -267,13 +266,6 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
 
 /* --- allocate --- */
 
-static uint32_t quantiles_rule(const float quantiles[ODMA_QUANTILES]) {
-    for (uint32_t i = 0; i < ODMA_QUANTILES; i++)
-        if (!isfinite(quantiles[i]) || !(quantiles[i] >= (i == 0 ? 0 : quantiles[i - 1])))
-            return ODMA_RULE_QUANTILES;
-    return ODMA_RULE_NONE;
-}
-
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
@@ -281,8 +273,8 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
     if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
-    uint32_t rule = op->quantiles[0] < 0 ? ODMA_RULE_NONE : quantiles_rule(op->quantiles);
-    return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
+    bool sound = (op->quantiles[0] < 0 || are_quantiles(op->quantiles)) && are_quantiles(op->raw);
+    return sound ? ODMA_RULE_NONE : ODMA_RULE_QUANTILES;
 }
 
 static bool is_predicted(const odma_op *op) {
@@ -469,8 +461,10 @@ static void feed_allocate(struct digest *digest, const odma_op *op) {
     feed(digest, (uint64_t)op->prompt_tokens << 32 | op->generated_tokens);
     feed(digest, (uint64_t)op->max_total_tokens << 32 | op->guess_tokens);
     feed(digest, (uint64_t)risk << 32 | op->has_text);
-    feed(digest, op->text_digest[0]);
-    feed(digest, op->text_digest[1]);
+    if (op->has_text != 0) {
+        feed(digest, op->text_digest[0]);
+        feed(digest, op->text_digest[1]);
+    }
     uint64_t words = feed_name(digest, op->request_id, sizeof op->request_id);
     words = words << 16 | feed_name(digest, op->request_class, sizeof op->request_class);
     words = words << 16 | feed_name(digest, op->tenant, sizeof op->tenant);

@@ -106,6 +106,14 @@ uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, u
     return blocks > blocks_of(arena, least) ? blocks : blocks_of(arena, least);
 }
 
+/* Whether these are finite, at least 0 and ascending. */
+bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
+    bool ascend = quantiles[0] >= 0 && isfinite(quantiles[ODMA_QUANTILES - 1]);
+    for (uint32_t i = 1; i < ODMA_QUANTILES; i++)
+        ascend &= quantiles[i] >= quantiles[i - 1]; /* false for NaN */
+    return ascend;
+}
+
 /* Whether a prediction is so wide that its request may use the safety pool. */
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]) {
     double ratio = arena->books->policy.unsure_ratio;

@@ -132,16 +132,10 @@ static bool within(double value, double least, double most) {
     return value >= least && value <= most; /* false for NaN */
 }
 
-static bool ascend(const float quantiles[ODMA_QUANTILES]) {
-    for (uint32_t i = 0; i < ODMA_QUANTILES; i++)
-        if (!isfinite(quantiles[i]) || !(quantiles[i] >= (i == 0 ? 0 : quantiles[i - 1])))
-            return false;
-    return true;
-}
-
 /* Whether an entry of a ring can be what was written after one of `until`. */
 static bool is_completion(const odma_completion *entry, uint64_t until, uint64_t allocates) {
-    return (entry->quantiles[0] < 0 || ascend(entry->quantiles)) && ascend(entry->raw) &&
+    bool predicted = entry->quantiles[0] >= 0;
+    return (!predicted || are_quantiles(entry->quantiles)) && are_quantiles(entry->raw) &&
            within((double)entry->overflow_risk, 0, 1) && entry->prompt_tokens >= 1 &&
            entry->prompt_tokens <= (1U << 28) && entry->output_tokens <= MOST_OUTPUT_TOKENS &&
            entry->censored <= 1 && entry->issue >= 1 && entry->issue <= entry->until &&
