@@ -230,6 +230,7 @@ struct odma_arena {
     uint32_t safety_blocks;      /* that admission must leave free */
     uint64_t batch_seq;          /* used_tokens said in it hold; UINT64_MAX: none */
     uint32_t *hashes;            /* of its allocates' request ids */
+    uint32_t *freed_slots;       /* by it, as far as can be seen: at most max_ops */
     struct move *moved;          /* at most max_copies */
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */

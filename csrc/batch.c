@@ -446,8 +446,7 @@ static size_t feed_name(struct digest *digest, const char *name, size_t bytes) {
 /* Ask for what is known of a slot, in memory and in the file. Always inlined: to
  * the compiler a function that only prefetches does nothing. */
 static inline __attribute__((always_inline)) void fetch_region(const odma_arena *arena,
-                                                               uint64_t slot) {
-    if (slot >= arena->layout.table_size) return;
+                                                               uint32_t slot) {
     const uint8_t *books = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
     size_t cell = (size_t)((const uint8_t *)&arena->cells[slot] - books);
@@ -478,22 +477,46 @@ static void feed_allocate(struct digest *digest, const odma_op *op) {
     feed(digest, words);
 }
 
+/* Which slots a batch is going to take, as far as can be seen: first those that it
+ * has freed itself, then spare ones. */
+struct foresight {
+    uint32_t spare;  /* slots left, 0: nothing is asked for */
+    uint32_t freed;  /* of arena->freed_slots */
+    bool frees_at_once;
+};
+
+static void foresee_allocate(odma_arena *arena, struct foresight *foresight, uint32_t hash) {
+    if (foresight->spare == 0) return;
+    __builtin_prefetch(&arena->ids[hash & arena->ids_mask], 1);
+    if (foresight->freed > 0) { /* its region was asked for then */
+        fetch_id(arena, arena->freed_slots[--foresight->freed]);
+        return;
+    }
+    uint32_t slot = arena->spare_slots[--foresight->spare];
+    fetch_region(arena, slot);
+    fetch_id(arena, slot);
+}
+
+static void foresee_other(odma_arena *arena, struct foresight *foresight, const odma_op *op) {
+    uint64_t slot = op->handle & HANDLE_SLOT;
+    if (foresight->spare == 0 || slot >= arena->layout.table_size) return;
+    fetch_region(arena, (uint32_t)slot);
+    if (op->kind == ODMA_OP_FREE && foresight->frees_at_once)
+        arena->freed_slots[foresight->freed++] = (uint32_t)slot;
+}
+
 /* Feed an operation's own digest, so that those of several operations are worked
  * out at once. While it is in hand, hash its id, and ask for the memory that it
- * will need unless `spare`, how many slots are left to take, is 0. */
+ * will need. */
 static void feed_op(odma_arena *arena, struct digest *digest, const odma_op *op, uint32_t i,
-                    uint32_t *spare) {
+                    struct foresight *foresight) {
     struct digest own = {.low = (uint64_t)op->kind << 32 | op->end, .high = op->kind};
     if (op->kind == ODMA_OP_ALLOCATE) {
         arena->hashes[i] = id_hash(op->request_id);
-        if (*spare > 0) {
-            __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
-            fetch_region(arena, arena->spare_slots[--*spare]);
-            fetch_id(arena, arena->spare_slots[*spare]);
-        }
+        foresee_allocate(arena, foresight, arena->hashes[i]);
         feed_allocate(&own, op);
     } else {
-        if (*spare > 0) fetch_region(arena, op->handle & HANDLE_SLOT);
+        foresee_other(arena, foresight, op);
         feed(&own, op->handle);
         feed(&own, (uint64_t)op->output_tokens << 32 | op->least_tokens);
         feed(&own, op->want_tokens);
@@ -513,9 +536,11 @@ static void fingerprint_of(odma_arena *arena, const odma_batch *batch, uint64_t 
         feed(&digest, batch->used[i].handle);
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
     }
-    uint32_t spare = arena->live > CACHED_REGIONS ? arena->spare_slot_count : 0;
+    struct foresight foresight = {
+        .spare = arena->live > CACHED_REGIONS ? arena->spare_slot_count : 0,
+        .frees_at_once = arena->books->engine.single_ordered_stream != 0};
     for (uint32_t i = 0; i < batch->op_count; i++)
-        feed_op(arena, &digest, &batch->ops[i], i, &spare);
+        feed_op(arena, &digest, &batch->ops[i], i, &foresight);
     fingerprint[0] = mix(digest.low);
     fingerprint[1] = mix(digest.high);
 }

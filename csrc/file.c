@@ -432,6 +432,7 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->accounts = zeroed(accounts, sizeof *arena->accounts, &enough);
     arena->accounts_mask = accounts - 1;
     arena->hashes = zeroed(geometry->max_ops, sizeof *arena->hashes, &enough);
+    arena->freed_slots = zeroed(geometry->max_ops, sizeof *arena->freed_slots, &enough);
     arena->moved = zeroed(geometry->max_copies, sizeof *arena->moved, &enough);
     arena->results = zeroed(geometry->max_ops, sizeof *arena->results, &enough);
     arena->copies = zeroed(geometry->max_copies, sizeof *arena->copies, &enough);
@@ -466,6 +467,7 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->ids);
     free(arena->accounts);
     free(arena->hashes);
+    free(arena->freed_slots);
     free(arena->moved);
     free(arena->results);
     free(arena->copies);

@@ -79,7 +79,7 @@ def repair_command(
             raise FileError(f"{file}: it is sound, there is nothing to repair; see --sound")
         plan = _plan(file)
         with _fresh_place(plan.target, dry_run=dry_run) as fresh:
-            salvage = _salvage(content, fresh, file)
+            salvage = _salvage(content, fresh, plan.target)
             if not dry_run:
                 reason = damage or "it was sound: fresh books were asked for"
                 _put_in_place(file, descriptor, fresh, plan, reason)
@@ -121,7 +121,7 @@ def _is_another(file: Path, aside: Path) -> bool:
 # The fresh books
 
 
-def _salvage(content: bytes, fresh: Path, file: Path) -> Salvage:
+def _salvage(content: bytes, fresh: Path, target: Path) -> Salvage:
     """Make fresh books. Raises FileError for no pool, BooksCorruptError if nothing can be kept."""
     specs = list(_specs(content))
     try:
@@ -129,17 +129,18 @@ def _salvage(content: bytes, fresh: Path, file: Path) -> Salvage:
         specs = [spec for spec in specs if spec.arena_geometry() == geometry]
     except BooksCorruptError as error:
         if not specs:
-            raise FileError(f"{file}: {error}, and nothing in it describes a pool") from None
+            raise FileError(f"{target}: {error}, and nothing in it describes a pool") from None
         geometry, size_told = specs[-1].arena_geometry(), len(content)
+    specs.sort(key=lambda spec: spec.name == target.stem)  # of the others the last: the books'
     spec = specs[-1] if specs else None
     with Arena.create(fresh, geometry) as arena:
         if size_told not in {None, fresh.stat().st_size}:
-            raise FileError(f"{file}: its header is damaged, and its size is another")
+            raise FileError(f"{target}: its header is damaged, and its size is another")
         description = spec.to_json() if spec else None
         parts, proven = arena.salvage(content, description, int(time.time() * 1000))
         arena.check()
     if not any(part.kept for part in parts if part.part not in NO_REASON_TO_KEEP):
-        raise BooksCorruptError(f"{file}: nothing in it can be kept; open the pool anew")
+        raise BooksCorruptError(f"{target}: nothing in it can be kept; open the pool anew")
     return Salvage(parts, proven, spec)
 
 

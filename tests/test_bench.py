@@ -36,6 +36,7 @@ def test_each_size_is_measured_beside_malloc(figures, size, live):
     assert 0 <= told["full_95"]["refused_share"] < 0.1
     assert told["full_95"]["refused_share_compacting"] == 0
     assert told["planning"]["without_p50_us"] > 0
+    assert told["planning_99"]["without_p50_us"] > 0
 
 
 def test_attaching_is_measured(figures):

@@ -225,6 +225,16 @@ def test_a_torn_header_is_made_up_for_by_the_description(stopped):
         assert learnt(service, "bad") == stopped.before
 
 
+def test_a_description_with_another_name_is_not_believed_if_a_record_knows_better(stopped):
+    content = stopped.bad.read_bytes()
+    assert content.count(b'{"name":"bad"') == 2  # in the record of OpenPool, and in the books
+    change(stopped.bad, content.rindex(b'{"name":"bad"') + 9, b"B")
+    assert repair(stopped.bad)["pool"] == "bad"
+    stopped.start()
+    with Client(stopped.target) as service:
+        assert learnt(service, "bad") == stopped.before
+
+
 def test_a_torn_header_and_another_size_are_too_much(stopped):
     change(stopped.bad, 0, bytes(64))
     os.truncate(stopped.bad, stopped.bad.stat().st_size - 4096)
