@@ -295,6 +295,7 @@ static odma_status take_all(struct salvage *salvage, const void *description,
     take_epoch(salvage, least_epoch);
     take_description(salvage, description, description_bytes);
     take_policy(salvage);
+    count_accounts(arena);
     mark(arena, arena->books, offsetof(struct books, class_names));
     odma_status status = commit(arena);
     if (status == ODMA_OK) status = take_learnt(salvage);

@@ -89,8 +89,8 @@ class Asked(NamedTuple):
     guess: int | None
 
 
-Key = tuple[bytes | None, int, History]
-"""What a model is told of a request, with a digest in the place of its text."""
+Key = tuple[bytes | None, int, int]
+"""Digest of the text, prompt tokens and the identity of the history, which is cheaper than it."""
 
 
 class Recent:
@@ -101,24 +101,25 @@ class Recent:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Model | None, dict[Key, Quantiles]] = None, {}
+        self._last: tuple[Model | None, dict[Key, tuple[History, Quantiles]]] = None, {}
 
     def predict(self, model: Model, prompts: Sequence[PromptInput]) -> list[Quantiles]:
         """Return what the model says of each prompt."""
-        of, said = self._last
-        if of is not model:
-            said = {}
+        of, last = self._last
+        said = last if of is model else {}
         keys = [_key(prompt) for prompt in prompts]
         new = {key: one for key, one in zip(keys, prompts, strict=True) if key not in said}
         if new:
-            said = said | dict(zip(new, model.predict(list(new.values())), strict=True))
-        self._last = model, {key: said[key] for key in keys}
-        return [said[key] for key in keys]
+            answers = zip(new.items(), model.predict(list(new.values())), strict=True)
+            said = said | {key: (one.history, answer) for (key, one), answer in answers}
+        now = {key: said[key] for key in keys}
+        self._last = model, now
+        return [now[key][1] for key in keys]
 
 
 def _key(prompt: PromptInput) -> Key:
     digest = None if prompt.text is None else blake2b(prompt.text, digest_size=16).digest()
-    return digest, prompt.prompt_tokens, prompt.history
+    return digest, prompt.prompt_tokens, id(prompt.history)
 
 
 class Question(NamedTuple):
