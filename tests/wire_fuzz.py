@@ -210,6 +210,8 @@ class Maker:
         match field.name:
             case "name" if field.containing_type.name == "PolicyChange":
                 return random.choice(("", "static", "s3", "odma", "elastic"))
+            case "name" if field.containing_type.name == "TenantShare":
+                return random.choice(("chat", f"t{random.randrange(100)}"))
             case "name" | "pool_name":
                 return self._name
             case "preset":
