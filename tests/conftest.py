@@ -70,9 +70,9 @@ class Server:
 
     def kill(self) -> None:
         """End the process as a crash does, if it still runs."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
 
     def terminate(self) -> int:
         """Ask the process to end; return its exit code."""
