@@ -144,6 +144,13 @@ class Settings(BaseSettings):
         bool,
         Field(description="Send OpenTelemetry traces where the OTEL_* variables say (extra otel)."),
     ] = False
+    decision_log_sketches: Annotated[
+        bool,
+        Field(
+            description="Put what the model makes of each prompt into the decision log, for "
+            "training. Short prompts can be read from it: see docs/security.md."
+        ),
+    ] = False
     log_format: Annotated[
         Literal["console", "json"], Field(description="Log lines for people or for machines.")
     ] = "console"
