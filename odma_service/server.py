@@ -88,7 +88,9 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
-    models = Models(_model_directory(settings.predictor_model))
+    models = Models(
+        _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
+    )
     traces = _traces(settings)
     witness = Witness(decisions=_decision_log(settings, models), spans=traces)
     registry = Registry(

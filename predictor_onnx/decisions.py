@@ -31,7 +31,7 @@ Doubles = NDArray[np.float64]
 class Seen(NamedTuple):
     """Requests in the order in which they were asked for. n rows.
 
-    features    (n, width) as Embeddings.embed writes them; all but the count of tokens 0 without text
+    features    (n, width) as Embeddings.embed writes them; without text, the count of tokens only
     text        (n,) 1 where there is a sketch
     windows     (n, WINDOW) log lengths of the completions known then, oldest first
     counts      (n,) how many of them count
@@ -157,11 +157,12 @@ def _seen(asked: Sequence[_Record], completions: Sequence[_Record], model: Predi
     windows, counts = np.zeros((n, WINDOW), np.float32), np.zeros(n, np.int64)
     features, text = np.zeros((n, model.width), np.float32), np.zeros(n, np.float32)
     for i, record in enumerate(asked):
-        times, logs = past[record.kind]
-        end = int(np.searchsorted(times, record.asked))
+        at = record.asked or 0.0
+        ends, logs = past[record.kind]
+        end = int(np.searchsorted(ends, at))
         if end < LEARNT_ENOUGH:
-            times, logs = past[record.kind[0]]
-            end = int(np.searchsorted(times, record.asked))
+            ends, logs = past[record.kind[0]]
+            end = int(np.searchsorted(ends, at))
         counts[i] = min(end, WINDOW)
         windows[i, : counts[i]] = logs[end - counts[i] : end]
         row = model.seen(record.sketch) if record.sketch else None

@@ -85,7 +85,8 @@ class Graph:
 def build(weights: Arrays, scale: Scale) -> bytes:
     """Return the network as a model: inputs [n, width] to quantiles [n, 7] of log lengths."""
     g = Graph()
-    fixed = Scale(*(g.constant(np.atleast_1d(v), name=k) for k, v in scale._asdict().items()))
+    names: Any = [g.constant(np.atleast_1d(v), name=k) for k, v in scale._asdict().items()]
+    fixed = Scale(*names)
     sizes = g.constant(PARTS, np.int64)
     pooled, known, stats, text, history = g.add("Split", "inputs", sizes, outputs=5, axis=1)
     count = g.columns(history, 9, 10)
@@ -150,7 +151,7 @@ def trained_in(model: bytes) -> tuple[dict[str, NDArray[np.float32]], Scale]:
         raise InvalidError(
             "model", f"model.onnx does not name what was trained: {missing}"
         ) from None
-    scale = Scale(*wide[:3], float(wide[3][0]), float(wide[4][0]))
+    scale = Scale(wide[0], wide[1], wide[2], float(wide[3][0]), float(wide[4][0]))
     return {
         name: each for name, each in constants.items() if UNNAMED.fullmatch(name) is None
     }, scale

@@ -21,13 +21,13 @@ import optax
 
 from odma_service._native.features import GROUPS, STATS
 from odma_service.errors import InvalidError
-from odma_service.learning.predictor import WINDOW, Predictor, PromptInput
+from odma_service.learning.predictor import RESEARCH, WINDOW, Predictor, PromptInput
 from predictor_onnx.decisions import Doubles, Seen, read_logs
 from predictor_onnx.evaluate import SLACK
-from predictor_onnx.export import PASTS, TEXTS, export
+from predictor_onnx.export import TEXTS, export
 from predictor_onnx.graph import trained_in
 from predictor_onnx.network import Inputs, Own, Scale, Weights, own, trusted
-from predictor_onnx.rows import LEVELS, Floats, histories, summarise
+from predictor_onnx.rows import LEVELS, Floats, Integers, histories, summarise
 from predictor_onnx.train import Say, Trained
 
 LEAST_ROWS = 500
@@ -59,7 +59,7 @@ class Tuning:
 
 
 class Comparison(NamedTuple):
-    """Mean pinball losses of log lengths on the last rows; `surely`: the least gain, but for 2.5 %."""
+    """Mean pinball losses of log lengths on the last rows; `surely`: the gain, less chance."""
 
     rows: int
     before: float
@@ -84,15 +84,18 @@ def tune(
     """
     model = Predictor.load(base)
     rows, facts = read_logs(files, model)
-    say(", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
+    say(_counted(facts))
     if len(rows) < LEAST_ROWS:
         raise InvalidError("log", f"{len(rows):,} requests to learn from, {LEAST_ROWS:,} at least")
-    first, second, last = _by_time(rows)
+    if model.non_commercial and not name.startswith(RESEARCH):
+        name = f"{RESEARCH}{name}"
+    parts = _by_time(rows)
+    first, second, last = map(rows.take, parts)
     stored, scale = trained_in((base / "model.onnx").read_bytes())
     before = {key: jnp.asarray(value) for key, value in stored.items()}
     weights, steps = _learn(before, scale, first, second, tuning, seed, say)
     trust = _trust(weights, scale, second, tuning, seed)
-    both = Seen(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
+    both = rows.take(np.concatenate(parts[:2]))
     after = before
     if steps:
         after, _ = _learn(before, scale, both, None, tuning, seed, say, steps)
@@ -108,15 +111,15 @@ def tune(
     return compared, Predictor.load(out)
 
 
-def _by_time(rows: Seen) -> tuple[Seen, Seen, Seen]:
+def _by_time(rows: Seen) -> list[Integers]:
     """Part rows by when they were asked for; what had not ended when a part did is in none."""
     ends = [rows.asked[int(share * len(rows))] for share in (LEARNT, JUDGED)]
     first = (rows.asked < ends[0]) & (rows.ended < ends[0])
     second = (rows.asked >= ends[0]) & (rows.asked < ends[1]) & (rows.ended < ends[1])
-    parts = (first, second, rows.asked >= ends[1])
-    if min(part.sum() for part in parts) < LEAST_ROWS // 10:
+    parts = [np.flatnonzero(part) for part in (first, second, rows.asked >= ends[1])]
+    if min(map(len, parts)) < LEAST_ROWS // 10:
         raise InvalidError("log", "too few requests had ended before others were asked for")
-    return rows.take(parts[0]), rows.take(parts[1]), rows.take(parts[2])
+    return parts
 
 
 def _inputs(features: Floats, text: Floats, history: Floats) -> Inputs:
@@ -264,6 +267,10 @@ def _examples(rows: Seen) -> list[PromptInput]:
     return [PromptInput(*prompt) for prompt in zip(texts, tokens, pasts, strict=True)]
 
 
+def _counted(facts: dict[str, int]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items())
+
+
 def _card(
     version: str,
     parent: str,
@@ -275,33 +282,31 @@ def _card(
     compared: Comparison,
 ) -> str:
     recipe = ", ".join(f"{key} {value}" for key, value in asdict(tuning).items())
-    counted = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items())
-    lines = [
-        f"# {version}",
-        "",
-        f"Made on {dt.datetime.now(dt.UTC).date().isoformat()} from {parent}, whose card follows"
-        " below.",
-        "",
-        "**Data.** This deployment's own decision log: no texts, and no data of anybody else."
-        f" {counted[0].upper()}{counted[1:]}.",
-        "",
-        f"Seed {seed}; {steps} steps were best; {recipe}.",
-        "",
-        "## Figures",
-        "",
-        f"On the last {compared.rows:,} requests by time, which took no part in training; pinball"
-        " loss of log lengths, answers at their limit known to be at least so long.",
-        "",
-        "| | pinball | coverage of q95 |",
-        "| --- | --- | --- |",
-        f"| {parent} | {compared.before:.4f} | {compared.coverage_95_before:.3f} |",
-        f"| {version} | {compared.after:.4f} | {compared.coverage_95_after:.3f} |",
-        f"| the window alone | {compared.window:.4f} | |",
-        "",
-        f"The gain is {compared.before - compared.after:.4f}; with 97.5 % confidence at least"
-        f" {compared.surely:.4f}.",
-        "",
-        "---",
-        "",
-    ]
-    return "\n".join(lines) + (base / "card.md").read_text()
+    counted = _counted(facts)
+    old, new = compared.coverage_95_before, compared.coverage_95_after
+    return f"""# {version}
+
+Made on {dt.datetime.now(dt.UTC).date().isoformat()} from {parent}, whose card follows below.
+
+**Data.** This deployment's own decision log: no texts, and no data of anybody else. In it:
+{counted}.
+
+Seed {seed}; {steps} steps were best; {recipe}.
+
+## Figures
+
+On the last {compared.rows:,} requests by time, which took no part in training; pinball loss of
+log lengths, answers at their limit known to be at least so long.
+
+| | pinball | coverage of q95 |
+| --- | --- | --- |
+| {parent} | {compared.before:.4f} | {old:.3f} |
+| {version} | {compared.after:.4f} | {new:.3f} |
+| the window alone | {compared.window:.4f} | |
+
+The gain is {compared.before - compared.after:.4f}; with 97.5 % confidence at least
+{compared.surely:.4f}.
+
+---
+
+{(base / "card.md").read_text()}"""

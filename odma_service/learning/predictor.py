@@ -40,6 +40,9 @@ FORMAT = 1
 WINDOW = 100
 """Completions that a History is of, at most."""
 
+RESEARCH = "research-"
+"""What the version of a model starts with that was trained on non-commercial data."""
+
 HISTORY_FIELDS = 3 + len(QUANTILE_LEVELS)
 FILES = ("config.json", "model.onnx", "embeddings.bin", "reference.json", "card.md")
 MOST_BYTES = 64 << 20
@@ -104,9 +107,11 @@ class Predictor:
     ) -> None:
         """Use Predictor.load."""
         self.version = version
+        self.non_commercial = version.startswith(RESEARCH)
         self.wide = wide  # output tokens of the rows that it was trained on
         self._embeddings = embeddings
-        self._name = hashlib.sha256(b"".join(embeddings.arrays[:2])).hexdigest()[:8]
+        row_of, rows, _ = embeddings.arrays
+        self._name = hashlib.sha256(row_of.tobytes() + rows.tobytes()).hexdigest()[:8]
         self._session = session
 
     @classmethod
