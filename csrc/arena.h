@@ -15,9 +15,11 @@
  *   runs.c    address order and free runs
  *   plan.c    where a region goes, and what has to move for it
  *   policy.c  lengths and admission
+ *   shares.c  what tenants hold, may hold and have a claim to
  *   batch.c   operations
  *   learn.c   histograms and completions
  *   report.c  reading and checking
+ *   salvage.c what damaged books still know
  *   limits.c  optimal bucket limits
  */
 #ifndef ODMA_ARENA_H
@@ -42,7 +44,8 @@ enum {
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
     SUB_BINS = 64,       /* longer ones: bins per power of two */
     FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
-    LEARNT_ENOUGH = 32
+    LEARNT_ENOUGH = 32,
+    MOST_OUTPUT_TOKENS = 1 << 24
 };
 
 static const uint32_t NONE = UINT32_MAX;
@@ -57,22 +60,32 @@ struct slot {
     uint32_t start;
     uint32_t length;
     uint32_t used_tokens; /* live: as said in batch `seq`, else it counts as full */
-    uint32_t pad;
+    float overflow_risk;  /* live: accepted for it */
     uint64_t seq;         /* waiting: the completed_seq that frees it */
 };
 
+/* What a region is held for. Its id and its prediction are in arrays of their
+ * own, for few operations look at them. */
 struct request {
-    uint64_t birth;
+    uint64_t birth;       /* order of its allocate in this epoch */
     uint64_t tenant;      /* hash of its name */
     uint32_t prompt_tokens;
     uint32_t generated_tokens;
     uint32_t max_total_tokens;
-    uint32_t class_index;
-    char id[ODMA_ID_BYTES];
-    float quantiles[ODMA_QUANTILES];
-    uint32_t issue;       /* order of its allocate over all epochs, its low half */
+    uint16_t class_index;
+    uint16_t predicted;   /* 1: there is a prediction */
+};
+
+struct cell {
+    struct slot slot;
+    struct request request;
+};
+
+struct prediction {
+    float quantiles[ODMA_QUANTILES]; /* [0] < 0: none */
+    float pad;
     float raw[ODMA_QUANTILES];
-    float overflow_risk;  /* accepted for it */
+    float more_pad;
 };
 
 struct stats {
@@ -81,6 +94,13 @@ struct stats {
     uint64_t pad[2];
     double bins[4][ODMA_BINS]; /* output finished, censored; total finished, censored */
     odma_completion ring[ODMA_RING];
+};
+
+/* An allocate within a guarantee that found no room. */
+struct claim {
+    uint64_t turn;        /* when it was last asked for; 0: no claim */
+    uint32_t blocks;
+    uint32_t request;     /* hash of its id */
 };
 
 struct books {
@@ -92,20 +112,23 @@ struct books {
     char boot_id[ODMA_BOOT_BYTES];
     uint32_t class_count;
     uint32_t description_bytes;
-    uint64_t pad[5];
+    uint64_t turns;       /* batches and unary calls */
+    uint64_t pad[3];
     odma_engine engine;
     odma_counters counters;
-    odma_policy policy;
+    odma_policy policy;   /* from here on a batch marks only what it changes */
+    struct claim claims[ODMA_TENANTS]; /* of the policy's tenants */
     char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
     uint8_t description[ODMA_DESCRIPTION_BYTES];
     struct stats stats[STATS];
-    /* then table_size slots, then table_size requests */
+    /* then table_size cells, as many request ids, as many predictions */
 };
 
 _Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
-_Static_assert(sizeof(struct request) % GRANULE_BYTES == 0, "requests are whole granules");
+_Static_assert(sizeof(struct request) == GRANULE_BYTES, "a request is one granule");
+_Static_assert(sizeof(struct prediction) % GRANULE_BYTES == 0, "predictions are whole granules");
 _Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
-_Static_assert(sizeof(struct books) % LINE_BYTES == 0, "slots and requests begin a cache line");
+_Static_assert(sizeof(struct books) % LINE_BYTES == 0, "cells, ids and predictions are cache lines");
 
 /* --- indexes in process memory --- */
 
@@ -133,6 +156,15 @@ struct run {
 struct entry {
     uint32_t slot;         /* NONE: nothing */
     uint32_t hash;
+};
+
+/* What one tenant holds in live regions. */
+struct account {
+    uint64_t tenant;       /* hash of its name */
+    uint32_t blocks;
+    uint32_t regions;
+    uint32_t owner;        /* index in the policy, NOT_NAMED; NO_ACCOUNT: nothing */
+    uint32_t pad;
 };
 
 /* A slot that the batch in hand has moved, and where it was before. */
@@ -166,8 +198,9 @@ struct odma_arena {
     bool rescale;                /* some histogram's weights have grown too large */
 
     struct books *books;
-    struct slot *slots;
-    struct request *requests;
+    struct cell *cells;
+    char (*request_ids)[ODMA_ID_BYTES];
+    struct prediction *predictions;
 
     uint32_t *dirty;             /* granules changed since the last commit */
     uint32_t dirty_count;
@@ -186,6 +219,10 @@ struct odma_arena {
     uint32_t waits_first;
     struct entry *ids;           /* of request ids, open addressing */
     uint32_t ids_mask;
+    struct account *accounts;    /* by tenant, open addressing, while it `limits` any */
+    uint32_t accounts_mask, account_count;
+    uint32_t named[ODMA_TENANTS]; /* places of the policy's tenants among them */
+    bool limits;                 /* the policy limits tenants */
     uint32_t bin_upper[ODMA_BINS];
 
     /* the batch in hand */
@@ -193,10 +230,12 @@ struct odma_arena {
     uint32_t safety_blocks;      /* that admission must leave free */
     uint64_t batch_seq;          /* used_tokens said in it hold; UINT64_MAX: none */
     uint32_t *hashes;            /* of its allocates' request ids */
+    uint32_t *freed_slots;       /* by it, as far as can be seen: at most max_ops */
     struct move *moved;          /* at most max_copies */
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */
     uint32_t pins;
+    uint32_t held_up;            /* bit i: an operation of the policy's tenant i was refused */
     bool places_changed;         /* since they were put into results */
     uint32_t copy_tokens_left;
     odma_result *results;
@@ -232,8 +271,11 @@ static inline void mark_granule(odma_arena *arena, uint32_t granule) {
 }
 void mark(odma_arena *arena, const void *object, size_t bytes);
 void put(odma_arena *arena, void *object, const void *from, size_t bytes);
+static inline uint32_t granule_of_slot(uint32_t slot) {
+    return (uint32_t)((sizeof(struct books) + slot * sizeof(struct cell)) / GRANULE_BYTES);
+}
 static inline void mark_slot(odma_arena *arena, uint32_t slot) {
-    mark_granule(arena, (uint32_t)(sizeof(struct books) / GRANULE_BYTES) + slot);
+    mark_granule(arena, granule_of_slot(slot));
 }
 odma_status commit(odma_arena *arena);
 odma_status commit_batch(odma_arena *arena, uint64_t seq, const uint64_t fingerprint[2],
@@ -243,6 +285,17 @@ odma_status enter(odma_arena *arena);
 odma_status leave(odma_arena *arena, odma_status status);
 odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* A damaged file in memory of its own, as long as its geometry says: what it lacks
+ * is zero. A commit that was not finished is. */
+struct remains {
+    uint8_t *file;        /* to be freed */
+    const uint8_t *books; /* in it */
+    uint64_t books_bytes; /* that the file had */
+    bool proven;          /* the sum of the books is right */
+};
+odma_status take_remains(const odma_arena *arena, const void *bytes, uint64_t size,
+                         struct remains *remains);
 void pad_boot_id(char into[ODMA_BOOT_BYTES], const char *boot_id);
 uint64_t hash_bytes(const void *bytes, size_t count);
 
@@ -278,6 +331,29 @@ uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, u
 bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]);
 uint32_t blocks_of(const odma_arena *arena, uint32_t tokens);
 
+/* --- shares.c --- */
+/* A tenant, in blocks, as it stands before an operation. */
+struct standing {
+    uint64_t tenant;      /* hash of its name */
+    uint32_t index;       /* in the policy; NONE: not named there */
+    uint32_t held, guaranteed, maximum;
+};
+const char *tenants_fault(const odma_policy *policy);
+void count_accounts(odma_arena *arena);
+const char *accounts_fault(odma_arena *arena);
+void credit_region(odma_arena *arena, uint32_t slot);
+void debit_region(odma_arena *arena, uint32_t slot);
+void resize_region(odma_arena *arena, uint32_t slot, uint32_t before);
+uint64_t tenant_hash(const char name[ODMA_NAME_BYTES]);
+struct standing standing_of(const odma_arena *arena, uint64_t tenant);
+bool is_covered(const struct standing *tenant, uint32_t more);
+bool may_borrow(const odma_arena *arena, const struct standing *tenant);
+void set_claim(odma_arena *arena, const struct standing *tenant, uint32_t request,
+               uint32_t blocks);
+void end_claim(odma_arena *arena, const struct standing *tenant, uint32_t request);
+uint64_t borrower(odma_arena *arena, const struct standing *asker);
+uint64_t youngest(odma_arena *arena, const struct standing *asker);
+
 /* --- plan.c --- */
 struct plan_refusal {
     uint32_t reason;
@@ -297,6 +373,7 @@ static inline struct note *note_of(odma_arena *arena, uint32_t slot) {
     if (note->tick != arena->tick) *note = (struct note){.tick = arena->tick};
     return note;
 }
+uint64_t handle_of(const odma_arena *arena, uint32_t slot);
 void set_place(odma_arena *arena, uint32_t slot);
 void set_waiting(odma_arena *arena, uint32_t slot);
 void forget_books(odma_arena *arena);
@@ -305,7 +382,9 @@ void forget_books(odma_arena *arena);
 void bins_init(odma_arena *arena);
 uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]);
 uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]);
-void learn(odma_arena *arena, const struct request *request, uint32_t output_tokens, bool censored);
+void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored);
+void recount(odma_arena *arena, struct stats *stats, uint32_t completions);
+double decay_growth(void);
 odma_status rescale(odma_arena *arena);
 
 /* --- report.c --- */

@@ -9,7 +9,7 @@
 
 #include "arena.h"
 
-enum { MOST_OUTPUT_TOKENS = 1 << 24, MOST_WANT_TOKENS = 1 << 28 };
+enum { MOST_WANT_TOKENS = 1 << 28 };
 
 /* Regions of which all that is known stays in the processor's cache; beyond it
  * memory is asked for before it is needed, this many operations ahead. */
@@ -18,13 +18,13 @@ enum { CACHED_REGIONS = 1024, AHEAD = 6 };
 /* --- small things --- */
 
 void set_place(odma_arena *arena, uint32_t slot) {
-    arena->slots[slot].start = arena->runs[slot].start;
-    arena->slots[slot].length = arena->runs[slot].length;
+    arena->cells[slot].slot.start = arena->runs[slot].start;
+    arena->cells[slot].slot.length = arena->runs[slot].length;
     mark_slot(arena, slot);
 }
 
 static void clear_slot(odma_arena *arena, uint32_t slot) {
-    arena->slots[slot] = (struct slot){.generation = arena->slots[slot].generation};
+    arena->cells[slot].slot = (struct slot){.generation = arena->cells[slot].slot.generation};
     mark_slot(arena, slot);
     give_slot(arena, slot);
 }
@@ -42,8 +42,8 @@ void set_waiting(odma_arena *arena, uint32_t slot) {
         clear_slot(arena, slot);
         return;
     }
-    arena->slots[slot] = (struct slot){.state = ODMA_REGION_WAITING,
-                                       .generation = arena->slots[slot].generation,
+    arena->cells[slot].slot = (struct slot){.state = ODMA_REGION_WAITING,
+                                       .generation = arena->cells[slot].slot.generation,
                                        .seq = arena->batch_seq};
     set_place(arena, slot);
     arena->waits[(arena->waits_first + arena->waiting) % arena->layout.table_size] = slot;
@@ -54,7 +54,7 @@ void set_waiting(odma_arena *arena, uint32_t slot) {
 static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
     while (arena->waiting > 0) {
         uint32_t slot = arena->waits[arena->waits_first];
-        if (arena->slots[slot].seq > completed_seq) return;
+        if (arena->cells[slot].slot.seq > completed_seq) return;
         arena->waits_first = (arena->waits_first + 1) % arena->layout.table_size;
         arena->waiting--;
         arena->waiting_blocks -= arena->runs[slot].length;
@@ -63,8 +63,8 @@ static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
     }
 }
 
-static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
-    return (uint64_t)arena->slots[slot].generation << SLOT_BITS | slot;
+uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
+    return (uint64_t)arena->cells[slot].slot.generation << SLOT_BITS | slot;
 }
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
@@ -72,11 +72,11 @@ static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule
     uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
-        generation > arena->slots[slot].generation)
+        generation > arena->cells[slot].slot.generation)
         return NONE;
     *rule = ODMA_RULE_HANDLE_DEAD;
-    if (arena->slots[slot].state != ODMA_REGION_LIVE ||
-        generation != arena->slots[slot].generation)
+    if (arena->cells[slot].slot.state != ODMA_REGION_LIVE ||
+        generation != arena->cells[slot].slot.generation)
         return NONE;
     *rule = ODMA_RULE_NONE;
     return (uint32_t)slot;
@@ -87,11 +87,11 @@ static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule
 void forget_books(odma_arena *arena) {
     struct books *books = arena->books;
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (arena->slots[i].generation == 0 && arena->slots[i].state == SLOT_FREE) continue;
-        arena->slots[i] = (struct slot){0};
+        if (arena->cells[i].slot.generation == 0 && arena->cells[i].slot.state == SLOT_FREE) continue;
+        arena->cells[i].slot = (struct slot){0};
         mark_slot(arena, i);
     }
-    books->epoch = books->seq = books->completed_seq = books->births = 0;
+    books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
     memset(&books->engine, 0, sizeof books->engine);
     if (books->policy.version == 0)
@@ -102,8 +102,10 @@ void forget_books(odma_arena *arena) {
                                       .step_tokens = 64,
                                       .growth = 1,
                                       .tenant_share = 1};
+    memset(books->claims, 0, sizeof books->claims);
     mark(arena, books, offsetof(struct books, class_names));
     runs_reset(arena);
+    count_accounts(arena);
 }
 
 /* --- results --- */
@@ -137,19 +139,9 @@ static void invalid(const odma_arena *arena, uint32_t rule, odma_result *result)
     refused(arena, unknown ? ODMA_REASON_NOT_FOUND : ODMA_REASON_INVALID, rule, result);
 }
 
-/* The youngest region that could make way: never the oldest, never pinned. */
-static uint64_t youngest(odma_arena *arena) {
-    uint64_t oldest = UINT64_MAX, birth = 0;
-    uint32_t found = NONE;
-    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE) continue;
-        const struct request *request = &arena->requests[id];
-        if (request->birth < oldest) oldest = request->birth;
-        if (request->birth < birth || note_of(arena, id)->pinned) continue;
-        birth = request->birth;
-        found = id;
-    }
-    return found == NONE || birth == oldest ? 0 : handle_of(arena, found);
+/* A tenant's own requests keep their order, whatever its guarantee. */
+static void hold_up(odma_arena *arena, const struct standing *tenant) {
+    if (tenant->index != NONE) arena->held_up |= (uint32_t)1 << tenant->index;
 }
 
 /* --- free, trim, extend --- */
@@ -168,14 +160,14 @@ static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
     }
     will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
-    const struct request *request = &arena->requests[slot];
     if (op->end == ODMA_END_FINISHED || op->end == ODMA_END_HIT_LIMIT)
-        learn(arena, request, op->output_tokens, op->end == ODMA_END_HIT_LIMIT);
+        learn(arena, slot, op->output_tokens, op->end == ODMA_END_HIT_LIMIT);
     counters->finished += op->end == ODMA_END_FINISHED;
     counters->hit_limit += op->end == ODMA_END_HIT_LIMIT;
     counters->preempted += op->end == ODMA_END_PREEMPTED;
     counters->frees++;
     drop_id(arena, slot);
+    debit_region(arena, slot);
     arena->live--;
     set_waiting(arena, slot);
     *result = (odma_result){.outcome = ODMA_FREED};
@@ -208,6 +200,7 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
         set_waiting(arena, tail);
     }
     set_place(arena, slot);
+    resize_region(arena, slot, length);
     arena->books->counters.trims++;
     placed(arena, slot, result);
 }
@@ -222,10 +215,19 @@ static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint
     return true;
 }
 
+/* Name who makes way for a region that cannot grow by `more` blocks: as far as
+ * its tenant's guarantee goes those that borrow, else the youngest. */
+static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_result *result) {
+    struct standing tenant = standing_of(arena, arena->cells[slot].request.tenant);
+    if (is_covered(&tenant, more)) result->preempt_handle = borrower(arena, &tenant);
+    if (result->preempt_handle == 0) result->preempt_handle = youngest(arena, &tenant);
+    hold_up(arena, &tenant);
+}
+
 static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result) {
     uint32_t rule, slot = slot_of(arena, op->handle, &rule);
     if (slot != NONE) {
-        uint32_t most = blocks_of(arena, arena->requests[slot].max_total_tokens);
+        uint32_t most = blocks_of(arena, arena->cells[slot].request.max_total_tokens);
         if (op->least_tokens < 1 || blocks_of(arena, op->least_tokens) > most)
             rule = ODMA_RULE_LEAST_TOKENS;
         else if (op->want_tokens != 0 &&
@@ -238,8 +240,8 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
     }
     will_change(arena, slot);
     odma_counters *counters = &arena->books->counters;
-    uint32_t least = blocks_of(arena, op->least_tokens);
-    if (least > arena->runs[slot].length) {
+    uint32_t least = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
+    if (least > length) {
         uint32_t aim = growth_blocks(arena, slot, op->least_tokens, op->want_tokens);
         struct plan_refusal refusal = {0};
         bool done = grow_in_place(arena, slot, least, aim) || make_room(arena, slot, aim, &refusal);
@@ -251,10 +253,11 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             make_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
             result->copy_tokens_needed = refusal.copy_tokens_needed;
-            result->preempt_handle = youngest(arena);
+            advise_growth(arena, slot, least - length, result);
             counters->refused_extends++;
             return;
         }
+        resize_region(arena, slot, length);
         if (arena->live > 1 && arena->free_blocks < arena->safety_blocks)
             counters->safety_hits_growth++;
     }
@@ -282,57 +285,73 @@ static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32
     return rule == ODMA_RULE_NONE ? quantiles_rule(op->raw) : rule;
 }
 
-static bool over_quota(const odma_arena *arena, uint64_t tenant, uint32_t length) {
-    double share = arena->books->policy.tenant_share;
-    if (share >= 1) return false;
-    uint64_t held = length;
-    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next)
-        if (!is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE &&
-            arena->requests[id].tenant == tenant)
-            held += arena->runs[id].length;
-    return (double)held > share * arena->geometry.blocks;
+static bool is_predicted(const odma_op *op) {
+    return op->quantiles[0] >= 0 || op->raw[ODMA_QUANTILES - 1] > 0; /* they ascend */
 }
 
+/* Births and allocates are counted together: the one tells the other. */
 static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, uint32_t max_total,
                           uint64_t tenant) {
-    struct request *request = &arena->requests[slot], next;
-    next.birth = ++arena->books->births;
-    next.tenant = tenant;
-    next.prompt_tokens = op->prompt_tokens;
-    next.generated_tokens = op->generated_tokens;
-    next.max_total_tokens = max_total;
-    next.class_index = class_for(arena, op->request_class);
-    memcpy(next.quantiles, op->quantiles, sizeof next.quantiles);
-    next.issue = (uint32_t)(arena->books->counters.allocates + 1);
-    memcpy(next.raw, op->raw, sizeof next.raw);
-    next.overflow_risk = (float)accepted_risk(arena, op);
-    put(arena, &request->birth, &next.birth, offsetof(struct request, id));
-    put(arena, request->id, op->request_id, sizeof request->id);
-    put(arena, request->quantiles, next.quantiles, 2 * GRANULE_BYTES);
+    bool predicted = is_predicted(op);
+    arena->books->counters.allocates++;
+    arena->cells[slot].request = (struct request){
+        .birth = ++arena->books->births,
+        .tenant = tenant,
+        .prompt_tokens = op->prompt_tokens,
+        .generated_tokens = op->generated_tokens,
+        .max_total_tokens = max_total,
+        .class_index = (uint16_t)class_for(arena, op->request_class),
+        .predicted = predicted};
+    mark_granule(arena, granule_of_slot(slot) + 1);
+    put(arena, arena->request_ids[slot], op->request_id, ODMA_ID_BYTES);
+    if (!predicted) return;
+    struct prediction *prediction = &arena->predictions[slot];
+    memcpy(prediction->quantiles, op->quantiles, sizeof prediction->quantiles);
+    memcpy(prediction->raw, op->raw, sizeof prediction->raw);
+    mark(arena, prediction, sizeof *prediction);
 }
 
-static void begin_region(odma_arena *arena, uint32_t slot, uint32_t hash) {
-    struct slot *region = &arena->slots[slot];
+static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t hash) {
+    struct slot *region = &arena->cells[slot].slot;
     bool batch = arena->batch_seq != UINT64_MAX;
     *region = (struct slot){.state = ODMA_REGION_LIVE,
                             .generation = region->generation + 1,
+                            .overflow_risk = risk,
                             .seq = batch ? arena->batch_seq : 0};
     set_place(arena, slot);
     arena->runs[slot].note = (struct note){.tick = arena->tick};
     add_id(arena, slot, hash);
     arena->live++;
+    credit_region(arena, slot);
 }
 
 /* Why an allocate has to wait before anybody looks for a place, or none. */
-static uint32_t admission(const odma_arena *arena, uint32_t length, uint64_t tenant,
+static uint32_t admission(const odma_arena *arena, uint32_t length, const struct standing *tenant,
                           bool unsure) {
     if (arena->live == arena->geometry.max_regions || arena->spare_slot_count == 0)
         return ODMA_REASON_TABLE_FULL;
-    if (over_quota(arena, tenant, length)) return ODMA_REASON_QUOTA;
+    if (tenant->maximum < arena->geometry.blocks &&
+        (uint64_t)tenant->held + length > tenant->maximum)
+        return ODMA_REASON_QUOTA;
+    if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
     if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
         arena->free_blocks - length < arena->safety_blocks)
         return ODMA_REASON_SAFETY_SHARE;
     return ODMA_REASON_NONE;
+}
+
+/* An allocate was refused that its tenant's guarantee covers: it has a claim,
+ * and unless room is on its way somebody who borrows should make way. */
+static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
+                        const struct standing *tenant, odma_result *result) {
+    set_claim(arena, tenant, request, length);
+    uint64_t coming = (uint64_t)arena->free_blocks + arena->waiting_blocks;
+    bool short_of = coming < (uint64_t)length + arena->safety_blocks;
+    if (result->reason == ODMA_REASON_FRAGMENTED ||
+        (result->reason == ODMA_REASON_TABLE_FULL && arena->waiting == 0) ||
+        (short_of && (result->reason == ODMA_REASON_NO_SPACE ||
+                      result->reason == ODMA_REASON_SAFETY_SHARE)))
+        result->preempt_handle = borrower(arena, tenant);
 }
 
 static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
@@ -346,7 +365,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
     uint32_t rule = allocate_rule(arena, op, max_total);
     uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
     if (alive != NONE) {
-        const struct request *request = &arena->requests[alive];
+        const struct request *request = &arena->cells[alive].request;
         if (request->prompt_tokens == op->prompt_tokens &&
             request->generated_tokens == op->generated_tokens &&
             request->max_total_tokens == max_total) {
@@ -359,28 +378,33 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
         invalid(arena, rule, result);
         return;
     }
-    if (skip) {
+    uint32_t length = first_blocks(arena, op, max_total);
+    uint64_t name = tenant_hash(op->tenant);
+    struct standing tenant = standing_of(arena, name);
+    bool covered = tenant.index != NONE && is_covered(&tenant, length);
+    if (skip && !(covered && (arena->held_up >> tenant.index & 1) == 0)) {
         refused(arena, ODMA_REASON_SKIPPED, ODMA_RULE_NONE, result);
+        hold_up(arena, &tenant);
         return;
     }
-    uint32_t length = first_blocks(arena, op, max_total);
-    uint64_t tenant = op->tenant[0] == 0 ? 0 : hash_bytes(op->tenant, sizeof op->tenant);
     bool unsure = is_unsure(arena, op->quantiles);
-    struct plan_refusal refusal = {.reason = admission(arena, length, tenant, unsure)};
+    struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, unsure)};
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !place_new(arena, slot, length, &refusal)) {
         if (slot != NONE) give_slot(arena, slot);
         make_hole(arena, NONE, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
+        if (covered) press_claim(arena, hash, length, &tenant, result);
+        hold_up(arena, &tenant);
         arena->books->counters.refused_allocates++;
         return;
     }
-    write_request(arena, slot, op, max_total, tenant);
+    end_claim(arena, &tenant, hash);
+    write_request(arena, slot, op, max_total, name);
     if (arena->live > 0 && arena->free_blocks < arena->safety_blocks)
         arena->books->counters.safety_hits_unsure++;
-    begin_region(arena, slot, hash);
-    arena->books->counters.allocates++;
+    begin_region(arena, slot, (float)accepted_risk(arena, op), hash);
     placed(arena, slot, result);
 }
 
@@ -422,21 +446,21 @@ static size_t feed_name(struct digest *digest, const char *name, size_t bytes) {
 /* Ask for what is known of a slot, in memory and in the file. Always inlined: to
  * the compiler a function that only prefetches does nothing. */
 static inline __attribute__((always_inline)) void fetch_region(const odma_arena *arena,
-                                                               uint64_t slot) {
-    if (slot >= arena->layout.table_size) return;
+                                                               uint32_t slot) {
     const uint8_t *books = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
-    size_t region = (size_t)((const uint8_t *)&arena->slots[slot] - books);
-    size_t request = (size_t)((const uint8_t *)&arena->requests[slot] - books);
+    size_t cell = (size_t)((const uint8_t *)&arena->cells[slot] - books);
     __builtin_prefetch(&arena->runs[slot], 1);
-    __builtin_prefetch(books + region, 1);
-    __builtin_prefetch(file + region, 1);
-    __builtin_prefetch(books + request, 1);
-    __builtin_prefetch(file + request, 1);
-    __builtin_prefetch(books + request + LINE_BYTES, 1);
-    __builtin_prefetch(books + request + 2 * LINE_BYTES, 1);
-    __builtin_prefetch(file + request + LINE_BYTES, 1);
-    __builtin_prefetch(file + request + 2 * LINE_BYTES, 1);
+    __builtin_prefetch(books + cell, 1);
+    __builtin_prefetch(file + cell, 1);
+}
+
+/* The same of its request id, which only an allocate writes. */
+static inline __attribute__((always_inline)) void fetch_id(const odma_arena *arena, uint32_t slot) {
+    const char *id = arena->request_ids[slot];
+    size_t at = (size_t)((const uint8_t *)id - (const uint8_t *)arena->books);
+    __builtin_prefetch(id, 1);
+    __builtin_prefetch(arena->map + arena->layout.books_offset + at, 1);
 }
 
 static void feed_allocate(struct digest *digest, const odma_op *op) {
@@ -453,21 +477,46 @@ static void feed_allocate(struct digest *digest, const odma_op *op) {
     feed(digest, words);
 }
 
+/* Which slots a batch is going to take, as far as can be seen: first those that it
+ * has freed itself, then spare ones. */
+struct foresight {
+    uint32_t spare;  /* slots left, 0: nothing is asked for */
+    uint32_t freed;  /* of arena->freed_slots */
+    bool frees_at_once;
+};
+
+static void foresee_allocate(odma_arena *arena, struct foresight *foresight, uint32_t hash) {
+    if (foresight->spare == 0) return;
+    __builtin_prefetch(&arena->ids[hash & arena->ids_mask], 1);
+    if (foresight->freed > 0) { /* its region was asked for then */
+        fetch_id(arena, arena->freed_slots[--foresight->freed]);
+        return;
+    }
+    uint32_t slot = arena->spare_slots[--foresight->spare];
+    fetch_region(arena, slot);
+    fetch_id(arena, slot);
+}
+
+static void foresee_other(odma_arena *arena, struct foresight *foresight, const odma_op *op) {
+    uint64_t slot = op->handle & HANDLE_SLOT;
+    if (foresight->spare == 0 || slot >= arena->layout.table_size) return;
+    fetch_region(arena, (uint32_t)slot);
+    if (op->kind == ODMA_OP_FREE && foresight->frees_at_once)
+        arena->freed_slots[foresight->freed++] = (uint32_t)slot;
+}
+
 /* Feed an operation's own digest, so that those of several operations are worked
  * out at once. While it is in hand, hash its id, and ask for the memory that it
- * will need unless `spare`, how many slots are left to take, is 0. */
+ * will need. */
 static void feed_op(odma_arena *arena, struct digest *digest, const odma_op *op, uint32_t i,
-                    uint32_t *spare) {
+                    struct foresight *foresight) {
     struct digest own = {.low = (uint64_t)op->kind << 32 | op->end, .high = op->kind};
     if (op->kind == ODMA_OP_ALLOCATE) {
         arena->hashes[i] = id_hash(op->request_id);
-        if (*spare > 0) {
-            __builtin_prefetch(&arena->ids[arena->hashes[i] & arena->ids_mask], 1);
-            fetch_region(arena, arena->spare_slots[--*spare]);
-        }
+        foresee_allocate(arena, foresight, arena->hashes[i]);
         feed_allocate(&own, op);
     } else {
-        if (*spare > 0) fetch_region(arena, op->handle & HANDLE_SLOT);
+        foresee_other(arena, foresight, op);
         feed(&own, op->handle);
         feed(&own, (uint64_t)op->output_tokens << 32 | op->least_tokens);
         feed(&own, op->want_tokens);
@@ -487,9 +536,11 @@ static void fingerprint_of(odma_arena *arena, const odma_batch *batch, uint64_t 
         feed(&digest, batch->used[i].handle);
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
     }
-    uint32_t spare = arena->live > CACHED_REGIONS ? arena->spare_slot_count : 0;
+    struct foresight foresight = {
+        .spare = arena->live > CACHED_REGIONS ? arena->spare_slot_count : 0,
+        .frees_at_once = arena->books->engine.single_ordered_stream != 0};
     for (uint32_t i = 0; i < batch->op_count; i++)
-        feed_op(arena, &digest, &batch->ops[i], i, &spare);
+        feed_op(arena, &digest, &batch->ops[i], i, &foresight);
     fingerprint[0] = mix(digest.low);
     fingerprint[1] = mix(digest.high);
 }
@@ -554,14 +605,15 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
     arena->batch_seq = seq;
     arena->copy_tokens_left = copy_tokens;
     arena->copy_count = arena->place_count = arena->moved_count = arena->moves = arena->pins = 0;
+    arena->held_up = 0;
     arena->places_changed = false;
 }
 
 static void take_used(odma_arena *arena, const odma_batch *batch) {
     for (uint32_t i = 0; i < batch->used_count; i++) {
         uint32_t rule, slot = slot_of(arena, batch->used[i].handle, &rule);
-        arena->slots[slot].used_tokens = batch->used[i].used_tokens;
-        arena->slots[slot].seq = batch->seq;
+        arena->cells[slot].slot.used_tokens = batch->used[i].used_tokens;
+        arena->cells[slot].slot.seq = batch->seq;
         mark_slot(arena, slot);
         note_of(arena, slot)->pinned = batch->used[i].pinned != 0;
         arena->pins += batch->used[i].pinned != 0;
@@ -597,7 +649,7 @@ static void finish_places(odma_arena *arena, uint32_t results) {
     for (uint32_t i = 0; i < arena->moved_count; i++) {
         uint32_t slot = arena->moved[i].slot;
         struct note *note = note_of(arena, slot);
-        if (arena->slots[slot].state != ODMA_REGION_LIVE || !note->moved || note->placed ||
+        if (arena->cells[slot].slot.state != ODMA_REGION_LIVE || !note->moved || note->placed ||
             arena->moved[i].first_start == arena->runs[slot].start)
             continue;
         note->placed = true;
@@ -611,6 +663,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     struct books *books = arena->books;
     books->seq = batch->seq;
     books->completed_seq = batch->completed_seq;
+    books->turns++;
     free_waiting_up_to(arena, batch->completed_seq);
     take_used(arena, batch);
     bool stopped = false, large = arena->live > CACHED_REGIONS;
@@ -623,7 +676,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     }
     finish_places(arena, batch->op_count);
     books->counters.batches++;
-    mark(arena, books, offsetof(struct books, class_names));
+    mark(arena, books, offsetof(struct books, policy));
 }
 
 static void write_answer(const odma_arena *arena, const odma_batch *batch, odma_answer *answer) {
@@ -687,8 +740,9 @@ odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *o
     begin_batch(arena, UINT64_MAX, 0);
     odma_result outcome;
     uint32_t hash = op->kind == ODMA_OP_ALLOCATE ? id_hash(op->request_id) : 0;
+    arena->books->turns++;
     do_op(arena, op, hash, false, &outcome);
-    mark(arena, arena->books, offsetof(struct books, class_names));
+    mark(arena, arena->books, offsetof(struct books, policy));
     status = commit(arena);
     if (status == ODMA_OK) *result = outcome;
     return leave(arena, status);
@@ -713,9 +767,10 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
     }
     *freed_count = 0;
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (arena->slots[i].state != ODMA_REGION_LIVE || note_of(arena, i)->listed) continue;
+        if (arena->cells[i].slot.state != ODMA_REGION_LIVE || note_of(arena, i)->listed) continue;
         freed[(*freed_count)++] = handle_of(arena, i);
         drop_id(arena, i);
+        debit_region(arena, i);
         arena->live--;
         set_waiting(arena, i);
         books->counters.frees++;
@@ -728,7 +783,7 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
                                .start = slot == NONE ? 0 : arena->runs[slot].start,
                                .length = slot == NONE ? 0 : arena->runs[slot].length};
     }
-    mark(arena, books, offsetof(struct books, class_names));
+    mark(arena, books, offsetof(struct books, policy));
     return leave(arena, commit(arena));
 }
 

@@ -13,6 +13,9 @@
 static const double HALF_LIFE_COMPLETIONS = 512;
 static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
 
+/* How much heavier a completion counts than the one before it. */
+double decay_growth(void) { return exp2(1 / HALF_LIFE_COMPLETIONS); }
+
 enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
 
 /* Upper ends: multiples of a block for half of the bins, then geometric up to
@@ -73,40 +76,55 @@ static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, 
     mark(arena, bin, sizeof *bin);
 }
 
-static odma_completion completion_of(const odma_arena *arena, const struct request *request,
+/* Count a completion in bins; the next one will weigh more. */
+static void count(odma_arena *arena, struct stats *stats, uint32_t prompt_tokens,
+                  uint32_t output_tokens, bool censored) {
+    if (stats->increment == 0) stats->increment = 1;
+    count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
+    count_in_bin(arena, stats, TOTAL + censored, (uint64_t)prompt_tokens + output_tokens);
+    stats->increment *= decay_growth();
+}
+
+static odma_completion completion_of(const odma_arena *arena, uint32_t slot,
                                      uint32_t output_tokens, bool censored) {
+    const struct request *request = &arena->cells[slot].request;
     uint64_t allocates = arena->books->counters.allocates;
-    odma_completion entry = {.overflow_risk = request->overflow_risk,
+    odma_completion entry = {.quantiles = {-1},
+                             .overflow_risk = arena->cells[slot].slot.overflow_risk,
                              .prompt_tokens = request->prompt_tokens,
                              .output_tokens = output_tokens,
                              .censored = censored,
-                             .issue = allocates - (uint32_t)((uint32_t)allocates - request->issue),
+                             .issue = allocates - (arena->books->births - request->birth),
                              .until = allocates};
-    memcpy(entry.quantiles, request->quantiles, sizeof entry.quantiles);
-    memcpy(entry.raw, request->raw, sizeof entry.raw);
+    if (request->predicted == 0) return entry;
+    memcpy(entry.quantiles, arena->predictions[slot].quantiles, sizeof entry.quantiles);
+    memcpy(entry.raw, arena->predictions[slot].raw, sizeof entry.raw);
     return entry;
 }
 
-static void learn_in(odma_arena *arena, struct stats *stats, const struct request *request,
-                     uint32_t output_tokens, bool censored) {
-    if (stats->increment == 0) stats->increment = 1;
-    uint64_t total = (uint64_t)request->prompt_tokens + output_tokens;
-    count_in_bin(arena, stats, OUTPUT + censored, output_tokens);
-    count_in_bin(arena, stats, TOTAL + censored, total);
+static void learn_in(odma_arena *arena, struct stats *stats, uint32_t slot, uint32_t output_tokens,
+                     bool censored) {
+    count(arena, stats, arena->cells[slot].request.prompt_tokens, output_tokens, censored);
     odma_completion *entry = &stats->ring[stats->completions % ODMA_RING];
-    *entry = completion_of(arena, request, output_tokens, censored);
+    *entry = completion_of(arena, slot, output_tokens, censored);
     mark(arena, entry, sizeof *entry);
     stats->completions++;
-    stats->increment *= exp2(1 / HALF_LIFE_COMPLETIONS);
     if (stats->increment > LARGEST_INCREMENT) arena->rescale = true;
     mark(arena, stats, offsetof(struct stats, bins));
 }
 
-void learn(odma_arena *arena, const struct request *request, uint32_t output_tokens,
-           bool censored) {
+void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored) {
     struct stats *stats = arena->books->stats;
-    learn_in(arena, &stats[request->class_index], request, output_tokens, censored);
-    learn_in(arena, &stats[ODMA_CLASS_POOL], request, output_tokens, censored);
+    learn_in(arena, &stats[arena->cells[slot].request.class_index], slot, output_tokens, censored);
+    learn_in(arena, &stats[ODMA_CLASS_POOL], slot, output_tokens, censored);
+}
+
+/* Fill empty bins from the first `completions` of a ring, oldest first. */
+void recount(odma_arena *arena, struct stats *stats, uint32_t completions) {
+    for (uint32_t i = 0; i < completions; i++) {
+        const odma_completion *entry = &stats->ring[i];
+        count(arena, stats, entry->prompt_tokens, entry->output_tokens, entry->censored != 0);
+    }
 }
 
 /* Scale the bins whose weights have grown too large: a commit for each class,
@@ -185,7 +203,7 @@ odma_status odma_arena_histogram(odma_arena *arena, uint32_t class_index,
     const struct stats *stats = &arena->books->stats[class_index];
     double *into[4] = {histogram->output_finished, histogram->output_censored,
                        histogram->total_finished, histogram->total_censored};
-    double newest = stats->increment / exp2(1 / HALF_LIFE_COMPLETIONS);
+    double newest = stats->increment / decay_growth();
     for (uint32_t kind = 0; kind < 4; kind++)
         for (uint32_t i = 0; i < ODMA_BINS; i++)
             into[kind][i] = stats->completions == 0 ? 0 : stats->bins[kind][i] / newest;
@@ -223,15 +241,15 @@ odma_status odma_arena_running(odma_arena *arena, uint32_t class_index, odma_com
     if (status != ODMA_OK) return status;
     *count = 0;
     for (uint32_t id = arena->first_run; id != NONE && *count < room; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE) continue;
-        const struct slot *slot = &arena->slots[id];
-        const struct request *request = &arena->requests[id];
+        if (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE) continue;
+        const struct slot *slot = &arena->cells[id].slot;
+        const struct request *request = &arena->cells[id].request;
         if (class_index != ODMA_CLASS_POOL && class_index != request->class_index) continue;
         uint32_t generated = request->generated_tokens;
         bool told = slot->seq == last_batch(arena->books);
         if (told && slot->used_tokens > request->prompt_tokens + generated)
             generated = slot->used_tokens - request->prompt_tokens;
-        running[(*count)++] = completion_of(arena, request, generated, true);
+        running[(*count)++] = completion_of(arena, id, generated, true);
     }
     return leave(arena, ODMA_OK);
 }

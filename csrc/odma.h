@@ -36,14 +36,18 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    ODMA_LAYOUT_VERSION = 3,
+    ODMA_LAYOUT_VERSION = 4,
     ODMA_ID_BYTES = 64,          /* request ids, padded with zero bytes */
     ODMA_NAME_BYTES = 32,        /* classes and tenants, padded with zero bytes */
     ODMA_BOOT_BYTES = 40,        /* boot ids, as text */
     ODMA_REASON_BYTES = 256,
+    ODMA_WHY_BYTES = 104,
+    ODMA_MAX_PARTS = 208,        /* of a salvage: six, and three of each class, other, pool */
     ODMA_DESCRIPTION_BYTES = 8192,
     ODMA_QUANTILES = 7,          /* .1 .25 .5 .75 .9 .95 .99 of output tokens */
     ODMA_LIMITS = 16,
+    ODMA_TENANTS = 16,           /* tenants with shares of their own */
+    ODMA_CLAIM_TURNS = 64,       /* batches and unary calls that a claim stands for */
     ODMA_CLASSES = 64,           /* request classes with statistics of their own */
     ODMA_CLASS_POOL = 64,        /* index of all classes together */
     ODMA_CLASS_OTHER = 65,       /* index of the classes beyond ODMA_CLASSES */
@@ -117,6 +121,19 @@ typedef enum odma_overflow {
     ODMA_OVERFLOW_COMPACT = 3
 } odma_overflow;
 
+/* What one tenant is sure of and what it may hold, as shares of the blocks.
+ *
+ * What a guarantee leaves idle is lent to anybody. An allocate that its
+ * tenant's guarantee covers and that finds no room is a claim: its refusal names
+ * a region of a tenant that holds more than its guarantee, and until it is let
+ * in nobody else is admitted beyond a guarantee. A claim lapses once it was not
+ * asked for again in ODMA_CLAIM_TURNS batches and unary calls. */
+typedef struct odma_tenant {
+    char name[ODMA_NAME_BYTES];   /* not empty, named once */
+    double guaranteed_share;      /* 0 to maximum_share */
+    double maximum_share;         /* that it may be admitted to, (0, 1] */
+} odma_tenant;
+
 /* The policy record: how long a region is, who is admitted, what may move.
  *
  * A length starts from `start`: the request's maximum; or the quantile of its
@@ -138,7 +155,10 @@ typedef struct odma_policy {
     double safety_share;          /* 0 to 0.9 of the blocks are closed to admission */
     double unsure_ratio;          /* q95/q50 above it is unsure; 0: never, else >= 1 */
     double growth;                /* 1 to 4 */
-    double tenant_share;          /* of the blocks one tenant may hold, (0, 1] */
+    double tenant_share;          /* maximum of a tenant that is not named, (0, 1] */
+    uint32_t tenant_count;        /* 0 to ODMA_TENANTS */
+    uint32_t pad;
+    odma_tenant tenants[ODMA_TENANTS]; /* guarantees + safety_share: at most 1 */
 } odma_policy;
 
 typedef struct odma_used {
@@ -213,7 +233,8 @@ typedef enum odma_reason {
     ODMA_REASON_PINNED = 8,
     ODMA_REASON_NOT_FOUND = 9,
     ODMA_REASON_INVALID = 10,
-    ODMA_REASON_SKIPPED = 11
+    ODMA_REASON_SKIPPED = 11,
+    ODMA_REASON_CLAIMED = 12
 } odma_reason;
 
 /* The rule that an INVALID or NOT_FOUND operation, or an ODMA_INVALID batch,
@@ -325,6 +346,17 @@ typedef struct odma_report {
     odma_counters counters;
 } odma_report;
 
+/* What one named tenant holds, in blocks. */
+typedef struct odma_tenant_use {
+    char name[ODMA_NAME_BYTES];
+    uint32_t regions;             /* live */
+    uint32_t held;                /* by them; more than guaranteed is borrowed */
+    uint32_t guaranteed;
+    uint32_t maximum;
+    uint32_t claimed;             /* that it waits for, 0: no claim stands */
+    uint32_t pad;
+} odma_tenant_use;
+
 typedef enum odma_region_state {
     ODMA_REGION_LIVE = 1,
     ODMA_REGION_WAITING = 2
@@ -365,6 +397,27 @@ typedef struct odma_histogram {
     double total_finished[ODMA_BINS];
     double total_censored[ODMA_BINS];
 } odma_histogram;
+
+/* Parts of the books that outlive epochs, and the regions, which never do. */
+typedef enum odma_part {
+    ODMA_PART_EPOCH = 1,          /* the number of the last one */
+    ODMA_PART_DESCRIPTION = 2,
+    ODMA_PART_POLICY = 3,
+    ODMA_PART_COUNTERS = 4,
+    ODMA_PART_CLASS = 5,          /* its name; without it what it learnt is lost too */
+    ODMA_PART_HISTOGRAM = 6,
+    ODMA_PART_COMPLETIONS = 7,    /* remembered one by one */
+    ODMA_PART_REGIONS = 8
+} odma_part;
+
+/* What became of one part of damaged books. */
+typedef struct odma_salvaged {
+    uint32_t part;                /* odma_part */
+    uint32_t class_index;         /* class, histogram, completions: in the fresh books */
+    uint32_t kept, lost;          /* completions and regions; of other parts 1 and 0, or 0 and 1 */
+    char name[ODMA_NAME_BYTES];   /* of the class, as it was found */
+    char why[ODMA_WHY_BYTES];     /* lost > 0: a sentence */
+} odma_salvaged;
 
 typedef struct odma_arena odma_arena;
 
@@ -452,6 +505,9 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
 
 odma_status odma_arena_report(odma_arena *arena, odma_report *report);
 
+/* What each tenant of the policy holds, in its order; room for ODMA_TENANTS. */
+odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_t *count);
+
 /* List entries in address order from block `from`: at most `room` of them. */
 odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *regions,
                                uint32_t room, uint32_t *count);
@@ -459,6 +515,33 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
 /* Whether the books keep every rule, memory and file alike: ODMA_OK, or
  * ODMA_CORRUPT with the broken rule in `reason`. */
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
+
+/* The geometry that a file says it has, from its content. Any bytes will do.
+ *
+ * Fails     ODMA_MISMATCH for another layout version; ODMA_CORRUPT for what is
+ *           no arena, is shorter than a header, or whose header is damaged.
+ */
+odma_status odma_file_geometry(const void *bytes, uint64_t size, odma_geometry *geometry,
+                               char reason[ODMA_REASON_BYTES]);
+
+/* Take what a damaged file of the same geometry still knows into a fresh arena,
+ * which was just created: the number of its last epoch, the policy, counters and
+ * what was learnt, each value only if it can be. Any bytes will do. Regions are
+ * never taken over and no epoch is running afterwards, so no handle of the old
+ * books is valid again. `description`: what is known of it otherwise, or NULL.
+ *
+ * Promise   parts[0 .. *count) say what was kept and lost; there is room for
+ *           ODMA_MAX_PARTS. If *proven is 1 the sum of the old books was right:
+ *           what is kept is what was committed. If 0, it is what can be, and the
+ *           last epoch counts as no earlier than `least_epoch`.
+ * Fails     ODMA_INVALID unless the arena is fresh and least_epoch is below
+ *           2^53; ODMA_NO_SPACE without memory for a copy of the file;
+ *           ODMA_BROKEN. The fresh arena may then have taken over a part.
+ */
+odma_status odma_arena_salvage(odma_arena *arena, const void *bytes, uint64_t size,
+                               const void *description, uint32_t description_bytes,
+                               uint64_t least_epoch, odma_salvaged *parts, uint32_t *count,
+                               uint32_t *proven);
 
 /* Name of a class by its index; ODMA_NOT_FOUND if there is none. */
 odma_status odma_arena_class(odma_arena *arena, uint32_t index, char name[ODMA_NAME_BYTES]);

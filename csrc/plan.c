@@ -37,7 +37,7 @@ size_t side_bytes(void) { return sizeof(struct side); }
 
 /* Tokens of a live region that have to be kept. */
 uint32_t used_of(const odma_arena *arena, uint32_t slot) {
-    const struct slot *region = &arena->slots[slot];
+    const struct slot *region = &arena->cells[slot].slot;
     if (region->seq == arena->batch_seq) return region->used_tokens;
     return region->length * arena->geometry.block_tokens;
 }
@@ -77,7 +77,7 @@ static bool within_budget(const odma_arena *arena, const struct cost *cost) {
 }
 
 static bool may_move(odma_arena *arena, uint32_t run, bool ignore_pins) {
-    return run < arena->layout.table_size && arena->slots[run].state == ODMA_REGION_LIVE &&
+    return run < arena->layout.table_size && arena->cells[run].slot.state == ODMA_REGION_LIVE &&
            (ignore_pins || !note_of(arena, run)->pinned);
 }
 
@@ -90,7 +90,7 @@ static uint32_t allowed(const odma_arena *arena) {
 
 static void copy(odma_arena *arena, uint32_t slot, uint64_t from, uint64_t to, uint64_t tokens) {
     uint64_t shift = from > to ? from - to : to - from;
-    const struct slot *region = &arena->slots[slot];
+    const struct slot *region = &arena->cells[slot].slot;
     arena->copies[arena->copy_count++] =
         (odma_copy){.handle = (uint64_t)region->generation << SLOT_BITS | slot,
                     .from_token = (uint32_t)from,
@@ -130,8 +130,8 @@ static void note_move(odma_arena *arena, uint32_t slot) {
  * full means as long as it was. */
 void fix_used(odma_arena *arena, uint32_t slot) {
     if (arena->batch_seq == UINT64_MAX) return;
-    arena->slots[slot].used_tokens = used_of(arena, slot);
-    arena->slots[slot].seq = arena->batch_seq;
+    arena->cells[slot].slot.used_tokens = used_of(arena, slot);
+    arena->cells[slot].slot.seq = arena->batch_seq;
 }
 
 static void shift(odma_arena *arena, uint32_t slot, uint32_t to) {
@@ -217,7 +217,7 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
 static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
     uint32_t sum = 0;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        bool held = !is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE;
+        bool held = !is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE;
         sum = held ? 0 : sum + arena->runs[id].length;
         if (sum >= length) return true;
     }
@@ -360,7 +360,7 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
         return ODMA_REASON_PINNED;
     uint32_t behind = 0;
     for (uint32_t id = arena->runs[slot].next;
-         id != NONE && (is_free_run(arena, id) || arena->slots[id].state != ODMA_REGION_LIVE);
+         id != NONE && (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE);
          id = arena->runs[id].next)
         behind += arena->runs[id].length;
     bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->batch_seq != UINT64_MAX;
@@ -412,7 +412,7 @@ struct stretch {
 /* Add the next run, unless it is a region that cannot go anywhere. */
 static bool take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
     uint32_t length = arena->runs[id].length;
-    if (!is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE) {
+    if (!is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE) {
         if (stretch->count == MOST_EVACUATED || !may_move(arena, id, false) ||
             note_of(arena, id)->moved || best_fit(arena, length) == NONE)
             return false;
@@ -458,7 +458,7 @@ void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
     struct stretch best = {.price = INFINITY};
     if (!may_send_away(arena) || refusal->reason != ODMA_REASON_FRAGMENTED) return;
     for (uint32_t first = arena->first_run; first != NONE; first = arena->runs[first].next) {
-        if (!is_free_run(arena, first) && arena->slots[first].state == ODMA_REGION_LIVE) continue;
+        if (!is_free_run(arena, first) && arena->cells[first].slot.state == ODMA_REGION_LIVE) continue;
         uint32_t start = arena->runs[first].start, id = first;
         struct stretch stretch = {.low = start, .high = start};
         while (id != NONE && id != slot && stretch.high - start < length &&

@@ -30,7 +30,7 @@ const char *policy_fault(const odma_policy *policy) {
         return "unsure_ratio: 0, or at least 1";
     if (!within(policy->growth, 1, 4)) return "growth: 1 to 4";
     if (!within(policy->tenant_share, 1e-9, 1)) return "tenant_share: above 0, at most 1";
-    return NULL;
+    return tenants_fault(policy);
 }
 
 uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {
@@ -99,7 +99,7 @@ uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_t
 
 /* Blocks that a live region which has to hold `least` tokens should grow to. */
 uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want) {
-    uint32_t max_total = arena->requests[slot].max_total_tokens;
+    uint32_t max_total = arena->cells[slot].request.max_total_tokens;
     uint32_t most = blocks_of(arena, max_total);
     if (want != 0) return blocks_of(arena, want) < most ? blocks_of(arena, want) : most;
     uint32_t blocks = rounded(arena, least * arena->books->policy.growth, max_total);

@@ -42,10 +42,10 @@ const char *engine_fault(const odma_engine *engine) {
 }
 
 static const char *region_fault(const odma_arena *arena, uint32_t i) {
-    const struct slot *slot = &arena->slots[i];
-    const struct request *request = &arena->requests[i];
+    const struct slot *slot = &arena->cells[i].slot;
+    const struct request *request = &arena->cells[i].request;
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
-    if (request->id[0] == 0) return "a region has no request id";
+    if (arena->request_ids[i][0] == 0) return "a region has no request id";
     if (request->max_total_tokens < 1 || request->max_total_tokens > capacity)
         return "a region's maximum is impossible";
     if (slot->length > blocks_of(arena, request->max_total_tokens))
@@ -53,6 +53,7 @@ static const char *region_fault(const odma_arena *arena, uint32_t i) {
     if (request->class_index >= arena->books->class_count &&
         request->class_index != ODMA_CLASS_OTHER)
         return "a region's class does not exist";
+    if (request->predicted > 1) return "a region's prediction is impossible";
     if (request->birth < 1 || request->birth > arena->books->births)
         return "a region's birth is impossible";
     if (slot->used_tokens > (uint64_t)slot->length * arena->geometry.block_tokens)
@@ -62,7 +63,7 @@ static const char *region_fault(const odma_arena *arena, uint32_t i) {
 }
 
 static const char *slot_fault(const odma_arena *arena, uint32_t i) {
-    const struct slot *slot = &arena->slots[i];
+    const struct slot *slot = &arena->cells[i].slot;
     if (slot->state == SLOT_FREE) return NULL;
     if (slot->state > ODMA_REGION_WAITING) return "a slot has an unknown state";
     if (arena->books->epoch == 0) return "a region is held though no epoch is running";
@@ -91,8 +92,12 @@ const char *books_fault(const odma_arena *arena) {
     if (books->epoch != 0 && books->epoch != books->last_epoch) return "the epoch is impossible";
     if (books->last_epoch >= MAX_WIRE || books->seq >= MAX_WIRE) return "a counter is too large";
     if (books->completed_seq > books->seq) return "more is completed than was answered";
+    if (books->births > books->counters.allocates) return "more were born than allocated";
     if (books->class_count > ODMA_CLASSES) return "there are too many classes";
     if (books->description_bytes > ODMA_DESCRIPTION_BYTES) return "the description is too long";
+    for (uint32_t i = 0; i < ODMA_TENANTS; i++)
+        if (books->claims[i].turn > books->turns || books->claims[i].blocks > arena->geometry.blocks)
+            return "a claim is impossible";
     const char *fault = books->epoch == 0 ? NULL : engine_fault(&books->engine);
     if (fault == NULL) fault = policy_fault(&books->policy);
     for (uint32_t i = 0; i < STATS && fault == NULL; i++) fault = stats_fault(&books->stats[i]);
@@ -108,10 +113,10 @@ static const char *run_fault(const odma_arena *arena, uint32_t id, uint32_t star
         if (is_free_run(arena, prev)) return "two neighbours are free";
         return NULL;
     }
-    const struct slot *slot = &arena->slots[id];
+    const struct slot *slot = &arena->cells[id].slot;
     if (slot->state == SLOT_FREE || slot->start != run->start || slot->length != run->length)
         return "a run and its slot disagree";
-    const char *name = arena->requests[id].id;
+    const char *name = arena->request_ids[id];
     if (slot->state == ODMA_REGION_LIVE && find_id(arena, name, id_hash(name)) != id)
         return "a request id leads elsewhere";
     return NULL;
@@ -126,7 +131,7 @@ static const char *runs_fault(const odma_arena *arena) {
         if (is_free_run(arena, id)) {
             free_runs++;
             free_blocks += arena->runs[id].length;
-        } else if (arena->slots[id].state == ODMA_REGION_LIVE) {
+        } else if (arena->cells[id].slot.state == ODMA_REGION_LIVE) {
             live++;
         } else {
             waiting++;
@@ -138,7 +143,7 @@ static const char *runs_fault(const odma_arena *arena) {
         return "the counts of runs are wrong";
     uint32_t held = 0;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
-        held += arena->slots[i].state != SLOT_FREE;
+        held += arena->cells[i].slot.state != SLOT_FREE;
     return held == live + waiting ? NULL : "a slot is held by no run";
 }
 
@@ -161,6 +166,7 @@ odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]) 
     if (fault == NULL) fault = books_fault(arena);
     if (fault == NULL) fault = runs_fault(arena);
     if (fault == NULL) fault = bins_fault(arena);
+    if (fault == NULL) fault = accounts_fault(arena);
     if (fault != NULL) status = refuse(reason, ODMA_CORRUPT, "%s", fault);
     return leave(arena, status);
 }
@@ -212,8 +218,12 @@ odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
     odma_policy next = *policy;
     next.version = books->policy.version + 1;
     for (uint32_t i = next.limit_count; i < ODMA_LIMITS; i++) next.limits_tokens[i] = 0;
+    for (uint32_t i = next.tenant_count; i < ODMA_TENANTS; i++) next.tenants[i] = (odma_tenant){0};
+    if (memcmp(next.tenants, books->policy.tenants, sizeof next.tenants) != 0)
+        memset(books->claims, 0, sizeof books->claims);
     books->policy = next;
-    mark(arena, &books->policy, sizeof books->policy);
+    mark(arena, &books->policy, sizeof books->policy + sizeof books->claims);
+    count_accounts(arena);
     status = commit(arena);
     if (status == ODMA_OK) policy->version = next.version;
     return leave(arena, status);
@@ -247,20 +257,20 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
     report->reserved_blocks = arena->geometry.blocks - arena->free_blocks - arena->waiting_blocks;
     arena->batch_seq = last_batch(books); /* as it said */
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next)
-        if (!is_free_run(arena, id) && arena->slots[id].state == ODMA_REGION_LIVE)
+        if (!is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE)
             report->used_tokens += used_of(arena, id);
     arena->batch_seq = UINT64_MAX;
     return leave(arena, ODMA_OK);
 }
 
 static odma_region region_at(const odma_arena *arena, uint32_t id) {
-    const struct slot *slot = &arena->slots[id];
+    const struct slot *slot = &arena->cells[id].slot;
     odma_region region = {.state = slot->state, .start = slot->start, .length = slot->length};
     if (slot->state == ODMA_REGION_WAITING) {
         region.awaits_seq = slot->seq;
         return region;
     }
-    const struct request *request = &arena->requests[id];
+    const struct request *request = &arena->cells[id].request;
     region.handle = (uint64_t)slot->generation << SLOT_BITS | id;
     region.birth = request->birth;
     region.used_tokens = used_of(arena, id);
@@ -268,7 +278,7 @@ static odma_region region_at(const odma_arena *arena, uint32_t id) {
     region.generated_tokens = request->generated_tokens;
     region.max_total_tokens = request->max_total_tokens;
     region.class_index = request->class_index;
-    memcpy(region.request_id, request->id, sizeof region.request_id);
+    memcpy(region.request_id, arena->request_ids[id], sizeof region.request_id);
     return region;
 }
 

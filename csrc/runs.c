@@ -246,7 +246,7 @@ uint32_t take_slot(odma_arena *arena) {
 
 /* A slot whose generations are used up is never given out again. */
 void give_slot(odma_arena *arena, uint32_t slot) {
-    if (arena->slots[slot].generation != UINT32_MAX)
+    if (arena->cells[slot].slot.generation != UINT32_MAX)
         arena->spare_slots[arena->spare_slot_count++] = slot;
 }
 
@@ -268,7 +268,7 @@ uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t
     for (uint32_t i = hash & arena->ids_mask;; i = (i + 1) & arena->ids_mask) {
         struct entry entry = arena->ids[i];
         if (entry.slot == NONE ||
-            (entry.hash == hash && memcmp(arena->requests[entry.slot].id, id, ODMA_ID_BYTES) == 0))
+            (entry.hash == hash && memcmp(arena->request_ids[entry.slot], id, ODMA_ID_BYTES) == 0))
             return entry.slot;
     }
 }
@@ -307,7 +307,7 @@ void runs_reset(odma_arena *arena) {
     for (uint32_t i = table; i < 2 * table + 2; i++) arena->runs[i].bin_next = i + 1;
     arena->spare_slot_count = 0;
     for (uint32_t i = table; i-- > 0;)
-        if (arena->slots[i].state == SLOT_FREE) give_slot(arena, i);
+        if (arena->cells[i].slot.state == SLOT_FREE) give_slot(arena, i);
     add_free(arena, 0, arena->geometry.blocks, NONE, NONE);
 }
 
@@ -327,7 +327,7 @@ static const char *link_slots(odma_arena *arena, const struct key *keys, uint32_
     arena->first_run = arena->last_run = NONE;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t id = keys[i].slot;
-        const struct slot *slot = &arena->slots[id];
+        const struct slot *slot = &arena->cells[id].slot;
         if (slot->start < at) return "two regions overlap";
         if (slot->start > at) prev = add_free(arena, at, slot->start - at, prev, NONE);
         arena->runs[id].start = slot->start;
@@ -347,27 +347,28 @@ const char *runs_rebuild(odma_arena *arena) {
     runs_reset(arena);
     struct key *keys = (struct key *)(void *)arena->sides; /* scratch, larger than this */
     for (uint32_t i = 0; i < table; i++)
-        if (arena->slots[i].state != SLOT_FREE)
-            keys[count++] = (struct key){.value = arena->slots[i].start, .slot = i};
+        if (arena->cells[i].slot.state != SLOT_FREE)
+            keys[count++] = (struct key){.value = arena->cells[i].slot.start, .slot = i};
     qsort(keys, count, sizeof *keys, by_value);
     const char *fault = link_slots(arena, keys, count);
     if (fault != NULL) return fault;
 
     uint32_t waits = 0;
     for (uint32_t i = 0; i < table; i++) {
-        if (arena->slots[i].state == ODMA_REGION_LIVE) {
-            uint32_t hash = id_hash(arena->requests[i].id);
-            if (find_id(arena, arena->requests[i].id, hash) != NONE)
+        if (arena->cells[i].slot.state == ODMA_REGION_LIVE) {
+            uint32_t hash = id_hash(arena->request_ids[i]);
+            if (find_id(arena, arena->request_ids[i], hash) != NONE)
                 return "two regions have one id";
             if (++arena->live > arena->geometry.max_regions) return "too many regions are live";
             add_id(arena, i, hash);
-        } else if (arena->slots[i].state == ODMA_REGION_WAITING) {
-            keys[waits++] = (struct key){.value = arena->slots[i].seq, .slot = i};
-            arena->waiting_blocks += arena->slots[i].length;
+        } else if (arena->cells[i].slot.state == ODMA_REGION_WAITING) {
+            keys[waits++] = (struct key){.value = arena->cells[i].slot.seq, .slot = i};
+            arena->waiting_blocks += arena->cells[i].slot.length;
         }
     }
     qsort(keys, waits, sizeof *keys, by_value);
     for (uint32_t i = 0; i < waits; i++) arena->waits[i] = keys[i].slot;
     arena->waiting = waits;
+    count_accounts(arena);
     return NULL;
 }

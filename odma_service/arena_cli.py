@@ -1,21 +1,16 @@
 """`odma arena`: look into a pool's file, without the service and without changing it.
 
-Attaching takes the writer's lock and finishes what was half done. So all is done on a private
-copy, made when two readings of the file agreed.
+All is done on a private copy, made when two readings of the file agreed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple, cast
 
 import typer
@@ -23,8 +18,10 @@ from rich.console import Console
 
 from odma_service import status
 from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
-from odma_service.errors import BooksCorruptError, BooksError, BooksMismatchError, OdmaError
+from odma_service.errors import BooksError, BooksMismatchError
 from odma_service.pool import PoolSpec
+from odma_service.pool_file import FileError, attached, failing_in_one_line, is_locked, opened, read
+from odma_service.repair_cli import repair_command
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.reports import policy_to, region_to
@@ -33,15 +30,12 @@ READINGS = 50
 """Of a file in use, until two agree: a commit takes much less time than a reading."""
 
 IN_USE = ", and a process has it open for writing now"
-ANYBODY_ELSE = stat.S_IRWXG | stat.S_IRWXO
-
-app = typer.Typer(no_args_is_help=True, help="Check a pool's file, or show what is in it.")
+app = typer.Typer(
+    no_args_is_help=True, help="Check a pool's file, show what is in it, or repair it."
+)
+app.command("repair")(repair_command)
 
 File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
-
-
-class FileError(OdmaError):
-    """A file that cannot be read as it is."""
 
 
 class Copy(NamedTuple):
@@ -54,7 +48,7 @@ class Copy(NamedTuple):
 @app.command()
 def check(file: File) -> None:
     """Say whether the books keep every rule. Exit code 1: a broken rule; 2: unusable."""
-    with _failing_in_one_line("check"), _copied(file) as copy:
+    with failing_in_one_line("check"), _copied(file) as copy:
         copy.arena.check()
         report = copy.arena.report()
         told = f"ok: {report.live:,} regions, epoch {report.epoch}, seq {report.seq}"
@@ -70,7 +64,7 @@ def dump(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is in the books, as a picture or as JSON."""
-    with _failing_in_one_line("dump"), _copied(file) as copy:
+    with failing_in_one_line("dump"), _copied(file) as copy:
         if as_json:
             typer.echo(json.dumps(_as_object(file, copy)))
             return
@@ -80,15 +74,6 @@ def dump(
         console.print(status.list_of_regions(regions))
 
 
-@contextmanager
-def _failing_in_one_line(command: str) -> Iterator[None]:
-    try:
-        yield
-    except OdmaError as error:
-        typer.echo(f"odma arena {command}: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, BooksCorruptError) else 2) from None
-
-
 # The copy
 
 
@@ -96,65 +81,28 @@ def _failing_in_one_line(command: str) -> Iterator[None]:
 def _copied(file: Path) -> Iterator[Copy]:
     """Attach a copy of a file. Raises FileError or why the copy cannot be used."""
     content, in_use = _snapshot(file)
-    with TemporaryDirectory(prefix="odma-arena-") as directory:
-        path = Path(directory) / file.name
-        path.touch(mode=0o600)
-        path.write_bytes(content)
-        try:
-            arena = Arena.attach(path)
-        except BooksError as error:
-            words = str(error).replace(str(path), str(file))
-            raise type(error)(words + IN_USE * in_use) from None
-        with arena:
+    try:
+        with attached(file, content) as arena:
             yield Copy(arena, in_use)
+    except BooksError as error:
+        raise type(error)(str(error) + IN_USE * in_use) from None
 
 
 def _snapshot(file: Path) -> tuple[bytes, bool]:
     """Return a file's content as of one moment, and whether it was locked then."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise FileError(f"{file}: {error.strerror}") from None
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise FileError(f"{file}: it is not a regular file")
-        if mode & ANYBODY_ELSE:
-            allowed = f"{stat.S_IMODE(mode):o}"
-            raise FileError(f"{file}: others than its owner may use it (mode {allowed})")
-        return _steady(file, descriptor), _is_locked(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_locked(descriptor: int) -> bool:
-    """Ask for the writer's lock without taking it."""
-    lock = struct.Struct("hhqqi")
-    asked = lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    told = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
-    return bool(lock.unpack(told)[0] != fcntl.F_UNLCK)
+    with opened(file, os.O_RDONLY) as descriptor:
+        return _steady(file, descriptor), is_locked(descriptor)
 
 
 def _steady(file: Path, descriptor: int) -> bytes:
     """Return a content that nobody changed while it was read."""
-    size = os.fstat(descriptor).st_size
     last = b""
     for _ in range(READINGS):
-        content = _read(descriptor, size)
+        content = read(descriptor)
         if content == last:
             return content
         last = content
     raise FileError(f"{file}: it changes too fast to be copied; stop its engine, or look again")
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    content = bytearray()
-    while len(content) < size:
-        part = os.pread(descriptor, size - len(content), len(content))
-        if not part:
-            break
-        content += part
-    return bytes(content)
 
 
 # What is in it

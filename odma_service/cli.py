@@ -1,9 +1,8 @@
-"""The command `odma`: serve, look, demonstrate. A failure is one line on stderr, exit code 2."""
+"""The commands of `odma`: serve, look, demonstrate. What runs them is in __main__.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,14 +24,11 @@ from odma_service import (
 )
 from odma_service.connect import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
 from odma_service.demo.command import demo_command
-from odma_service.errors import OdmaError, ServiceError
+from odma_service.health_cli import health_command
 from odma_service.replay_cli import replay_command, tune_command
 from odma_service.reproduce_cli import reproduce_command
 from odma_service.top import top_command
 from odma_service.watch_cli import watch_command
-
-UsageError: Any = typer.BadParameter.__base__
-"""What a wrong command line raises; typer does not export it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,30 +41,12 @@ app.add_typer(arena_cli.app, name="arena")
 app.add_typer(lpddr_cli.app, name="lpddr")
 app.add_typer(predictor_cli.app, name="predictor")
 app.command("demo")(demo_command)
+app.command("health")(health_command)
 app.command("replay")(replay_command)
 app.command("tune")(tune_command)
 app.command("reproduce")(reproduce_command)
 app.command("watch")(watch_command)
 app.command("top")(top_command)
-
-
-def main() -> None:
-    """Run the command that sys.argv asks for, and exit."""
-    try:
-        code = app(standalone_mode=False)
-    except OdmaError as error:
-        code = _fail(str(error))
-    except UsageError as error:
-        code = _fail(error.format_message())
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
-
-
-def _fail(message: str) -> int:
-    if message:  # there is none where the help was printed
-        typer.echo(f"odma: {' '.join(message.split())}", err=True)
-    return 2
 
 
 def _print_version(wanted: bool) -> None:
@@ -195,27 +173,3 @@ def _dict(message: Message) -> dict[str, Any]:
     return MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-
-
-@app.command()
-def health(
-    target: Target = DEFAULT_TARGET,
-    service: Annotated[
-        str, typer.Option(help="A service, or odma.alive; empty: all together.")
-    ] = "",
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-) -> None:
-    """Exit with 0 if the service is serving, else with 1: it drains, or does not answer.
-
-    odma.alive is serving while the service drains, too.
-    """
-    try:
-        with connect(target, ca, cert, key) as client:
-            serving = client.is_serving(service)
-    except ServiceError as error:
-        typer.echo(f"odma health: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo("serving" if serving else "not serving")
-    raise typer.Exit(0 if serving else 1)

@@ -2,8 +2,8 @@
 
 A scrape holds a pool for as long as it takes to copy a few numbers out of its books; what is
 computed from them is computed after that. So no call waits for a scrape longer than for another
-call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets by 16; no label has
-a value that a client may choose beyond those.
+call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
+a policy names by 16; no label has a value that a client may choose beyond those.
 
 docs/observability.md has the list; a test compares it with a real scrape.
 """
@@ -34,7 +34,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from odma_service._native import CLASS_OTHER, ArenaReport, Completion
+from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.policy import PolicyRecord
 from odma_service.pool import ClassHistory, PoolSpec
@@ -63,6 +63,7 @@ class Reading(NamedTuple):
     bucket_regions: list[int]
     completions: list[Completion]
     classes: list[ClassHistory]
+    tenants: list[TenantUse]
     tally: Tally
 
 
@@ -148,6 +149,36 @@ LABELLED_GAUGES: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
         ("request_class", "level"),
         lambda r: _class_quantiles(r.classes),
     ),
+    (
+        "tenant_held_tokens",
+        "Reserved by the regions of a tenant that the policy names.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.held_tokens),
+    ),
+    (
+        "tenant_guaranteed_tokens",
+        "What it is sure of.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.guaranteed_tokens),
+    ),
+    (
+        "tenant_maximum_tokens",
+        "Up to what its requests are admitted.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.maximum_tokens),
+    ),
+    (
+        "tenant_borrowed_tokens",
+        "What it holds beyond its guarantee.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.borrowed_tokens),
+    ),
+    (
+        "tenant_claimed_tokens",
+        "What it waits for though its guarantee covers it; 0: no claim stands.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.claimed_tokens),
+    ),
 )
 
 LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
@@ -194,6 +225,12 @@ REFUSABLE: list[tuple[str, Reason]] = [
 
 def _numbered(values: Iterable[float]) -> Iterator[tuple[tuple[str, ...], float]]:
     return (((str(i),), value) for i, value in enumerate(values, 1))
+
+
+def _by_tenant(
+    reading: Reading, value: Callable[[TenantUse], float]
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    return (((use.name,), value(use)) for use in reading.tenants)
 
 
 def _class_quantiles(
@@ -258,7 +295,7 @@ class PoolCollector(Collector):
     def _read(self, name: str) -> Reading:
         with self._registry.viewed(name) as view:
             pool, report, policy = view.pool, view.pool.report(), view.pool.policy()
-            bucket_regions = pool.bucket_regions()
+            bucket_regions, tenants = pool.bucket_regions(), pool.tenants()
         with self._registry.viewed(name) as again:
             completions = again.pool.completions()
         classes = []
@@ -276,6 +313,7 @@ class PoolCollector(Collector):
             bucket_regions,
             completions,
             classes,
+            tenants,
             self._witness.tally(name),
         )
 

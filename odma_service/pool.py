@@ -23,6 +23,7 @@ from odma_service._native import (
     EngineRecord,
     Histogram,
     RegionEntry,
+    TenantUse,
 )
 from odma_service.errors import (
     BooksMismatchError,
@@ -145,7 +146,7 @@ class PoolSpec:
             values["device"] = Device(*values["device"])
             values["moves"] = Moves(values["moves"])
             return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BooksMismatchError(f"the books describe no pool: {error}") from None
 
 
@@ -351,6 +352,10 @@ class Pool:
     def regions(self, from_token: int = 0, room: int = 1000) -> list[RegionEntry]:
         """List what starts at or after `from_token` in address order, at most `room`."""
         return self._arena.regions(from_token, room)
+
+    def tenants(self) -> list[TenantUse]:
+        """Return what each tenant of the policy holds, in the policy's order."""
+        return self._arena.tenants()
 
     def bucket_regions(self) -> list[int]:
         """Count the live regions under each limit of the policy, rounded up to blocks."""

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.errors import InvalidError
+from odma_service.policy import TenantShare
 
 SHARED_MEMORY = Path("/dev/shm")
 TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
@@ -66,6 +67,10 @@ def replay_command(
         str | None,
         typer.Option(help="live, history, model, exact or lognormal:SIGMA, for all that predict."),
     ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=GUARANTEED[:MAXIMUM], shares of the pool; repeat it for others."),
+    ] = None,
     parameters: Annotated[
         Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
     ] = None,
@@ -78,6 +83,7 @@ def replay_command(
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
+    shares = tuple(map(tenant_of, tenant or ()))
     serving = replay.Serving(
         device,
         peak_flops_per_second=peak_tflops * 1e12,
@@ -96,6 +102,7 @@ def replay_command(
                 rate=rate or 1.0,
                 predictor=predictor,
                 seeds=seeds,
+                tenants=shares,
             )
             with progress_bar(as_json) as progress:
                 watch = _watch(progress, len(load))
@@ -116,6 +123,20 @@ def policies_of(names: str) -> list[str]:
         return [replay.check_name(name.strip()) for name in names.split(",")]
     except InvalidError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def tenant_of(text: str) -> TenantShare:
+    """Return the shares of an option.
+
+    >>> tenant_of("chat=0.4")
+    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
+    """
+    name, _, shares = text.rpartition("=")
+    guaranteed, _, maximum = shares.partition(":")
+    try:
+        return TenantShare(name, float(guaranteed), float(maximum or 1))
+    except ValueError:
+        raise typer.BadParameter(f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
 @contextmanager
@@ -179,6 +200,8 @@ def show(comparison: replay.Comparison) -> None:
     for line in lines:
         console.print(Text(line), soft_wrap=True)
     console.print(_table(facts))
+    if any("tenants" in row for row in facts["policies"].values()):
+        console.print(_tenant_table(facts))
     for line in replay.remarks(comparison):
         console.print(Text(line), soft_wrap=True)
 
@@ -216,6 +239,23 @@ def _table(facts: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name, row in facts["policies"].items():
         table.add_row(*(cell(name, row) for _, cell in replay.COLUMNS))
+    return table
+
+
+def _tenant_table(facts: dict[str, Any]) -> Table:
+    table = Table("policy", "tenant")
+    for heading in ("requests", "tokens/s", "TTFT p50/p99 s", "preempted"):
+        table.add_column(heading, justify="right")
+    for name, row in facts["policies"].items():
+        for tenant, got in row["tenants"].items():
+            table.add_row(
+                name,
+                Text(tenant),
+                f"{got['requests']:,.0f}",
+                f"{got['tokens_per_s']:,.1f}",
+                f"{got['ttft_p50_s']:.2f} / {got['ttft_p99_s']:.1f}",
+                f"{got['preemptions']:,.0f}",
+            )
     return table
 
 

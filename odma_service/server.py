@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -70,7 +70,7 @@ ALIVE = "odma.alive"
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
-"""Callers are told UNAVAILABLE for so long; what comes later gRPC only answers CANCELLED."""
+"""Callers are told UNAVAILABLE for so long at least; then so long answers may be on their way."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -160,8 +160,11 @@ def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> Non
         registry.close()
         memory.streams.end_all(draining())
         registry.witness.events.end()
-        time.sleep(min(NOTICE_SECONDS, settings.drain_seconds))
-        server.stop(settings.drain_seconds).wait()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        time.sleep(notice_seconds)
+        # From stop() on nothing is answered, not even a question for the health.
+        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()
     calls.shutdown()

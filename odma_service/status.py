@@ -48,6 +48,8 @@ def picture(
     tables = [_memory(pool), _policy(pool.policy), _counters(pool)]
     if pool.buckets:
         tables.append(_buckets(pool))
+    if pool.tenants:
+        tables.append(_tenants(pool))
     if pool.classes:
         tables.append(_classes(pool))
     return Group(
@@ -186,6 +188,15 @@ def _buckets(pool: pool_pb.GetPoolResponse) -> Table:
     table = _facts_table("buckets", "live regions")
     for bucket in pool.buckets:
         table.add_row(f"to {bucket.limit_tokens:,} tokens", f"{bucket.regions:,}")
+    return table
+
+
+def _tenants(pool: pool_pb.GetPoolResponse) -> Table:
+    names = ("regions", "held", "guaranteed", "maximum", "borrowed", "claimed")
+    table = _facts_table("tenants", *names)
+    for tenant in pool.tenants:
+        tokens = [getattr(tenant, f"{name}_tokens") for name in names[1:]]
+        table.add_row(Text(tenant.name), *(f"{n:,}" for n in (tenant.regions, *tokens)))
     return table
 
 

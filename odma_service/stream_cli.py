@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,13 @@ from odma_service.replay.stream import AHEAD, RECOVERED, Kind, Phase, phase_of, 
 from predictor_onnx.rows import Rows, read_rows
 
 END_BYTES = 4_096
-HEADINGS = ("phase", "requests", "coverage", "reserved/actual", "first 100", "recovery", "window")
+HEADINGS = ("phase", "requests", "coverage", "reserved/actual", "first 100", "window", "recovery")
+FIGURES = {
+    "coverage": ".3f",
+    "reserved_over_actual": ".2f",
+    "first_100_coverage": ".2f",
+    "window_share": ".0%",
+}
 
 
 def stream_command(
@@ -154,15 +161,16 @@ def _run_object(delay: float, by_seed: Sequence[Sequence[Phase]]) -> dict[str, A
 
 
 def _phase_object(seeds: Sequence[Phase]) -> dict[str, Any]:
-    def mean(values: Sequence[float]) -> float:
-        return round(sum(values) / len(values), 4)
+    def mean(values: Sequence[float]) -> float | None:
+        found = sum(values) / len(values)
+        return None if math.isnan(found) else round(found, 4)
 
     recoveries = [phase.recovery_requests for phase in seeds]
     return {
         "phase": seeds[0].name,
         "requests": seeds[0].requests,
         "coverage": mean([phase.coverage for phase in seeds]),
-        "coverage_worst_seed": round(min(phase.coverage for phase in seeds), 4),
+        "coverage_worst_seed": mean([min(phase.coverage for phase in seeds)]),
         "reserved_over_actual": mean([phase.reserved_over_actual for phase in seeds]),
         "first_100_coverage": mean([phase.first_coverage for phase in seeds]),
         "recovery_requests": None if None in recoveries else mean([r or 0 for r in recoveries]),
@@ -182,10 +190,10 @@ def _show(facts: dict[str, Any]) -> None:
             table.add_row(
                 row["phase"],
                 f"{row['requests']:,}",
-                f"{row['coverage']:.3f}",
-                f"{row['reserved_over_actual']:.2f}",
-                f"{row['first_100_coverage']:.2f}",
+                *(
+                    "-" if row[name] is None else format(row[name], form)
+                    for name, form in FIGURES.items()
+                ),
                 "never" if recovery is None else f"{recovery:.0f}",
-                f"{row['window_share']:.0%}",
             )
         console.print(table)

@@ -33,6 +33,7 @@ class Reason(IntEnum):
     NOT_FOUND = 9
     INVALID = 10
     SKIPPED = 11
+    CLAIMED = 12
 
 
 class Moves(IntEnum):

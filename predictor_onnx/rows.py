@@ -65,6 +65,8 @@ def read_rows(file: Path, split: str | None = None, without: str | None = None) 
         raise OdmaError("parquet needs pyarrow: pip install 'odma-service[trace]'") from None
     try:
         table = pq.read_table(file)
+    except FileNotFoundError:
+        raise InvalidError(str(file), "no such file") from None
     except (OSError, ValueError) as problem:
         raise InvalidError(str(file), f"not a parquet file: {problem}") from None
     missing = [name for name in COLUMNS if name not in table.column_names]

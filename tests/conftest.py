@@ -69,9 +69,10 @@ class Server:
         return self.listen
 
     def kill(self) -> None:
-        """End the process as a crash does."""
-        self.process.kill()
-        self.process.communicate()
+        """End the process as a crash does, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
 
     def terminate(self) -> int:
         """Ask the process to end; return its exit code."""

@@ -40,13 +40,15 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True):
                 generated[run.number] = written(run) - run.request.prompt_tokens
                 ended.append(Ended(run, End.PREEMPTED, generated[run.number]))
                 queue.insert(0, run.number)
-                history.preemptions += 1
+                history.preempted.append(run.number)
                 if prices.swapped_token_ps:
                     step_copies += written(run) * prices.swapped_token_ps
                 else:
                     history.recomputed_tokens += written(run)
                 stalled = [r for r in stalled if r is not run]
             for placed, entry in zip(decision.placed, asked, strict=False):
+                if placed is None:
+                    break
                 births += 1
                 run = Run(entry.number, entry.request, births)
                 run.handle, run.room, cached = placed

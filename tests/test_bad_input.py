@@ -509,6 +509,26 @@ BAD_POLICIES = {
     "tenant share zero": ({"tenant_share": 0}, "tenant_share"),
     "tenant share above": ({"tenant_share": 1.1}, "tenant_share"),
     "tenant share NaN": ({"tenant_share": NAN}, "tenant_share"),
+    "tenant without name": ({"tenants": [{}]}, "tenants[0].name"),
+    "tenant named twice": ({"tenants": [{"name": "t"}, {"name": "t"}]}, "tenants[1].name"),
+    "guarantee NaN": (
+        {"tenants": [{"name": "t", "guaranteed_share": NAN}]},
+        "tenants[0].guaranteed_share",
+    ),
+    "guarantee above maximum": (
+        {"tenants": [{"name": "t", "guaranteed_share": 0.6, "maximum_share": 0.5}]},
+        "tenants[0].guaranteed_share",
+    ),
+    "maximum zero": (
+        {"tenants": [{"name": "t", "maximum_share": 0}]},
+        "tenants[0].maximum_share",
+    ),
+    "too much guaranteed": (
+        {"safety_share": 0.1, "tenants": [{"name": "t", "guaranteed_share": 0.91}]},
+        "tenants",
+    ),
+    "too many tenants": ({"tenants": [{"name": str(i)} for i in range(17)]}, "tenants"),
+    "tenants and none": ({"tenants": [{"name": "t"}], "clear_tenants": True}, "clear_tenants"),
 }
 
 

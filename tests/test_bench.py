@@ -36,6 +36,7 @@ def test_each_size_is_measured_beside_malloc(figures, size, live):
     assert 0 <= told["full_95"]["refused_share"] < 0.1
     assert told["full_95"]["refused_share_compacting"] == 0
     assert told["planning"]["without_p50_us"] > 0
+    assert told["planning_99"]["without_p50_us"] > 0
 
 
 def test_attaching_is_measured(figures):
@@ -57,8 +58,8 @@ def test_a_decode_step_is_measured_beside_an_echo():
     run = odma("bench", "rpc", "--steps", "10", "--repeats", "1", "--json")
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
-    measured = [*told["apply"].values(), *told["predicted"].values()]
-    assert len(measured) == 5
+    measured = [one for group in ("apply", "predicted", "traced") for one in told[group].values()]
+    assert len(measured) == 7
     assert isinstance(told["tls"], dict) == bool(shutil.which("openssl"))
     measured += told["tls"].values() if shutil.which("openssl") else []
     for ways in [*measured, {"unary": told["allocate"]}]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -284,7 +288,7 @@ def test_a_model_is_asked_only_where_the_policy_needs_it(open_learner):
         model = Model(lambda prompt: 100)
         learner = open_learner(model, policy)
         serve(learner, 3)
-        batch = Batch(1, 0, [], [Allocate("a", 20), Allocate("b", 20)])
+        batch = Batch(1, 0, [], [Allocate("a", 20), Allocate("b", 21)])
         learner.apply(EPOCH, batch)
         assert model.asked == (5 if used else 0)
         assert (learner.asks(batch.ops) is not None) == used
@@ -300,6 +304,30 @@ def test_a_batch_that_was_answered_asks_no_model(open_learner):
     assert learner.asks(batch.ops, batch.seq) is None
     assert learner.apply(EPOCH, batch) == first._replace(replayed=True)
     assert model.asked == asked
+
+
+def test_a_request_that_is_asked_for_again_costs_the_model_nothing(open_learner):
+    model, other = Model(lambda prompt: 100), Model(lambda prompt: 3000)
+    learner = open_learner(model)
+    serve(learner, 40)
+    waiting = [Allocate("a", 20, text="hello"), Allocate("b", 20, text="good-bye")]
+
+    def asked(*ops):
+        before = model.asked
+        answers = learner.asks(ops).answers()
+        return model.asked - before, answers
+
+    first, answers = asked(*waiting)
+    assert first == 2
+    assert asked(*reversed(waiting)) == (0, answers[::-1])
+    assert asked(waiting[0])[0] == 0
+    assert asked(*waiting) == (1, answers)  # only the last question is remembered
+    assert asked(waiting[0]._replace(prompt_tokens=30))[0] == 1
+    serve(learner, 5, output=200)  # another history
+    assert asked(waiting[0])[0] == 1
+    learner._model = lambda: other
+    learner.asks(waiting).answers()
+    assert other.asked == 2
 
 
 def test_a_model_alone_is_noted_but_not_trusted(open_learner):
@@ -350,3 +378,23 @@ def test_what_was_learnt_is_the_same_for_another_learner(open_learner):
     assert answers[1].quantiles[0] >= 50
     assert answers[2].quantiles[2] == pytest.approx(9)
     assert answers[2].source is Source.GUESS
+
+
+def test_the_command_serves_a_stream_and_leaves_out_its_warm_up(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    files = [str(tmp_path / f"{name}.parquet") for name in ("short", "long")]
+    for file, tokens in zip(files, (40, 400), strict=True):
+        column = {"prompt_tokens": [20] * 150, "output_tokens": [tokens] * 150}
+        column |= {"prompt": [f"how long, {i}?" for i in range(150)], "model": ["m"] * 150}
+        parquet.write_table(pyarrow.table(column), file)
+    command = [sys.executable, "-m", "odma_service", "predictor", "stream", *files]
+    command += ["--delay", "0", "--seeds", "1", "--warmup", "160", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    short, long = json.loads(done.stdout)["runs"][0]["phases"]
+    assert (short["requests"], short["coverage"]) == (0, None)
+    assert long["requests"] == 140
+    assert long["coverage"] > 0.9
+    assert long["recovery_requests"] == 0

@@ -212,11 +212,12 @@ def test_a_decision_log_is_a_trace_for_the_replay(logging_server, log, name):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
         for i, (prompt, output) in enumerate(lengths):
-            place = pool.allocate(f"r{i}", prompt, request_class=f"c{i % 2}")
+            place = pool.allocate(f"r{i}", prompt, request_class=f"c{i % 2}", tenant=f"t{i}")
             pool.free(place.handle, End.FINISHED, output)
         pool.free(pool.allocate("aborted", 100).handle, End.ABORTED, 5)
     records(log, 4)
     trace = read_trace(log)
+    assert trace.tenant == ("t0", "t1", "t2")
     pairs = zip(trace.input_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
     assert list(pairs) == lengths
     assert trace.request_class == ("c0", "c1", "c0")

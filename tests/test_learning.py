@@ -32,7 +32,7 @@ from odma_service.learning.expected import (
 )
 from odma_service.learning.recalibration import Lengths, limits_report, uncensored
 from odma_service.learning.safety import LEAST_SHARE, MOST_SHARE, adapted_share
-from odma_service.policy import named
+from odma_service.policy import TenantShare, named
 from odma_service.pool import Pool, PoolSpec
 from odma_service.values import Allocate, Batch, End, Free, Moves, Place, Reason
 
@@ -394,3 +394,11 @@ def test_odma_finds_its_limits_when_lengths_are_known_and_again_when_they_drift(
     assert learner.pool.policy().version == version, "nothing drifted"
     complete(learner, [300] * 640)
     assert learner.pool.policy().limits_tokens != second
+
+
+def test_the_safety_share_leaves_guarantees_alone(open_learner):
+    learner = open_learner("elastic")
+    tenants = [TenantShare("sure", 0.94)]
+    learner.set_policy(learner.pool.policy().with_changes(safety_share=0.055, tenants=tenants))
+    complete(learner, [16] * 128, end=End.PREEMPTED)
+    assert learner.pool.policy().safety_share == pytest.approx(0.06)

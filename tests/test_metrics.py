@@ -275,7 +275,9 @@ def documented() -> set[str]:
 
 
 def test_the_page_lists_what_there_is_and_nothing_else(scraped, service, name):
-    pool = open_pool(service, name, policy=types.PolicyChange(name="odma", limits_tokens=[4096]))
+    tenants = [types.TenantShare(name="t")]
+    change = types.PolicyChange(name="odma", limits_tokens=[4096], tenants=tenants)
+    pool = open_pool(service, name, policy=change)
     for i in range(40):
         place = pool.allocate(f"r{i}", 16, predicted_output_tokens=10)
         pool.free(place.handle, End.FINISHED, 5)

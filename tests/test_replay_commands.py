@@ -77,6 +77,31 @@ def test_a_report_is_one_page_that_needs_nothing_else(trace, tmp_path):
     assert not re.findall(r"(?:src|href)=.(?!data:)", page)
 
 
+def test_replay_tells_tenants_apart_and_gives_them_shares(trace, tmp_path):
+    load = traces.read_trace(trace)
+    shared = tmp_path / "shared.parquet"
+    tenants = tuple("ab"[i % 3 == 0] for i in range(len(load)))
+    traces.write_trace(replace(load, tenant=tenants), shared)
+    options = ("--policy", "elastic", "--capacity-tokens", 12_000, "--rate", 2)
+    ran = odma("replay", shared, trace, *options, "--tenant", "a=0.4:0.6", "--tenant", "b=0.5",
+               "--json", "--report", tmp_path / "report")  # fmt: skip
+    assert ran.exit_code == 0, ran.exception
+    several, one = json.loads(ran.stdout.splitlines()[-1])["traces"]
+    told = several["policies"]["elastic"]["tenants"]
+    assert {"a", "b"} == told.keys()
+    assert sum(tenant["requests"] for tenant in told.values()) <= 200
+    assert several["assumptions"]["tenants"][0] == {
+        "name": "a",
+        "guaranteed_share": 0.4,
+        "maximum_share": 0.6,
+    }
+    assert "tenants" not in one["policies"]["elastic"]
+    ran = odma("replay", shared, *options, "--tenant", "a=0.4")
+    assert re.search(r"elastic +│ a +│", ran.stdout)
+    for wrong in ("a", "a=", "a=x", "a=0.4:x"):
+        assert odma("replay", shared, "--tenant", wrong).exit_code == 2
+
+
 def test_training_rows_are_not_quoted_as_a_test(trace, tmp_path):
     named = tmp_path / f"{next(iter(TRAINED_ON))}.parquet"
     load = traces.read_trace(trace)

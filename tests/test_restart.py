@@ -8,8 +8,9 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import grpc
 import pytest
@@ -21,6 +22,8 @@ from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, Una
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.server import NOTICE_SECONDS
 from odma_service.values import End
 
 
@@ -205,36 +208,57 @@ def test_a_terminated_server_ends_with_0_and_says_so(restarted, service):
     assert books(service, "p") == before
 
 
+@contextmanager
+def call_under_way(target):
+    """Keep a call under way: its message does not come while the context lasts."""
+    stop = threading.Event()
+
+    def never():
+        stop.wait()
+        yield from ()
+
+    with grpc.insecure_channel(target) as channel:
+        call = channel.stream_unary("/odma.v1.MemoryService/Apply")
+        hung = call.future(never())
+        # A call that comes later is taken later.
+        PoolServiceStub(channel).ListPools(pool_pb.ListPoolsRequest())
+        try:
+            yield
+        finally:
+            hung.cancel()
+            stop.set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_watchers_of_its_health_see_it_go(servers, number):
-    server = servers("--drain-seconds", "20")
-    seen = []
+def test_watchers_of_its_health_see_it_go_and_it_is_alive_to_the_end(servers, number):
+    server = servers("--drain-seconds", "60")
+    alive = health_pb2.HealthCheckRequest(service="odma.alive")
+    status = health_pb2.HealthCheckResponse
     with grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
-        seen.append(next(watch).status)
-        server.process.send_signal(number)
-        seen.append(next(watch).status)
-        alive = health.Check(health_pb2.HealthCheckRequest(service="odma.alive"))
-        watch.cancel()
-    assert alive.status == health_pb2.HealthCheckResponse.SERVING
-    assert seen == [
-        health_pb2.HealthCheckResponse.SERVING,
-        health_pb2.HealthCheckResponse.NOT_SERVING,
-    ]
-    server.process.communicate(timeout=15)  # before the drain time is over
-    assert server.process.returncode == 0
+        assert next(watch).status == status.SERVING
+        with call_under_way(server.target):
+            server.process.send_signal(number)
+            assert next(watch).status == status.NOT_SERVING
+            asked = time.monotonic()
+            while time.monotonic() < asked + 4 * NOTICE_SECONDS:
+                assert health.Check(alive).status == status.SERVING
+            with Client(server.target, retry_seconds=0) as late:
+                assert not late.is_serving()
+                with pytest.raises(UnavailableError, match="draining"):
+                    late.get_pool("p")
+        server.process.communicate(timeout=30)  # no watcher keeps it for all its drain time
+        assert server.process.returncode == 0
 
 
 def test_a_second_signal_ends_it_at_once(servers):
     server = servers("--drain-seconds", "60")
-    with grpc.insecure_channel(server.target) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        next(watch)
+    with call_under_way(server.target):
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "draining" in server.log.read_text(), "draining")
         server.process.send_signal(signal.SIGTERM)
-        server.process.communicate(timeout=15)
+        server.process.communicate(timeout=30)
     assert server.process.returncode == -signal.SIGTERM
 
 
@@ -349,3 +373,12 @@ def test_health_as_a_command_is_an_exit_code(restarted):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     assert health("--target", f"127.0.0.1:{port}") == 1
+
+
+def test_the_health_command_imports_nothing_of_the_service(restarted):
+    command = [sys.executable, "-X", "importtime", "-m", "odma_service", "health"]
+    command += ["--target", restarted.target]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "odma_service.client" in imported
+    assert not imported & {"numpy", "onnxruntime", "odma_service.cli", "odma_service.server"}

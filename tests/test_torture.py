@@ -25,6 +25,8 @@ def test_nothing_is_forgotten_when_processes_are_killed():
     assert told["kills"] == told["service"]["kills"] + told["arena"]["kills"] == 60
     assert [told[kind] for kind in KINDS] == [0, 0, 0, 0]
     assert told["in_batch"] > 0
+    assert told["service"]["at_stores"]["in_batch"] > 0
+    assert told["service"]["acknowledged"].keys() >= {"Apply", "Allocate", "Free", "Reconcile"}
     assert told["acknowledged"] > 60
 
 

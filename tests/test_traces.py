@@ -113,9 +113,10 @@ def test_a_trace_cannot_be_built_wrong(t_seconds, inputs, outputs, complaint):
         trace_of(t_seconds, inputs, outputs)
 
 
-def test_a_trace_has_a_class_for_each_request_or_none_at_all():
-    with pytest.raises(TraceError, match="request_class"):
-        trace_of([0, 1], [1, 1], [1, 1], request_class=("chat",))
+@pytest.mark.parametrize("column", ["request_class", "tenant"])
+def test_a_trace_has_a_class_and_a_tenant_for_each_request_or_none_at_all(column):
+    with pytest.raises(TraceError, match=column):
+        trace_of([0, 1], [1, 1], [1, 1], **{column: ("chat",)})
 
 
 # Files
@@ -136,6 +137,7 @@ def test_what_is_written_is_read_again(data, rows):
         column(tokens),
         label=data.draw(st.text("aé中 =1", min_size=1)),
         request_class=data.draw(classes),
+        tenant=data.draw(classes),
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.parquet"
@@ -143,6 +145,7 @@ def test_what_is_written_is_read_again(data, rows):
         again = read_trace(path)
     assert values(again) == values(trace)
     assert again.request_class == trace.request_class
+    assert again.tenant == trace.tenant
     assert again.label == trace.label
     assert again.notes == ()
 
@@ -189,11 +192,13 @@ def test_rows_that_cannot_be_replayed_are_dropped_and_counted(written):
                 "output_tokens": [1, 0, 0, 4, 5],
                 "output_recorded": [True, True, True, False, True],
                 "request_class": ["a", "b", "c", "d", "e"],
+                "tenant": ["v", "w", "x", "y", "z"],
             }
         )
     )
     assert values(trace) == ([0, 4], [1, 5], [1, 5])
     assert trace.request_class == ("a", "e")
+    assert trace.tenant == ("v", "z")
     assert trace.notes == (
         "dropped 1 row without a recorded output",
         "dropped 2 rows with 0 output tokens",
@@ -284,6 +289,7 @@ def test_a_wrong_jsonl_is_refused_by_row_and_column(written, old, new, complaint
         ({"t_seconds": pa.array([0, 1], pa.timestamp("s"))}, "column 't_seconds' is timestamp["),
         ({"request_class": ["a", None]}, "column 'request_class' is string"),
         ({"request_class": [1, 2]}, "column 'request_class' is int64"),
+        ({"tenant": ["a", None]}, "column 'tenant' is string"),
         ({"output_recorded": [True, None]}, "column 'output_recorded' is bool"),
         ({"output_recorded": [False, False]}, "no row can be replayed: dropped 2 rows without"),
     ],

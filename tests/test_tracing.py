@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from concurrent import futures
 
 import grpc
 import pytest
-from conftest import open_pool, wait_for
+from conftest import GEOMETRY, open_pool, wait_for
 
 from odma_service.client import Client, allocate, free
+from odma_service.client.aio import AsyncClient
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -24,6 +26,7 @@ collector_pb = pytest.importorskip(
 )
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc  # noqa: E402
 from opentelemetry.proto.trace.v1 import trace_pb2  # noqa: E402
+from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
 
 SERVER, ERROR = trace_pb2.Span.SPAN_KIND_SERVER, trace_pb2.Status.STATUS_CODE_ERROR
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -141,6 +144,26 @@ def test_a_call_continues_the_callers_trace(traced, collector, name):
     assert span.parent_span_id.hex() == CALLER
 
 
+def test_our_clients_say_which_span_they_call_in(traced, collector, name):
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("engine")
+
+    async def steps() -> None:
+        async with AsyncClient(traced.target) as client:
+            pool = await client.open_pool(
+                name, geometry=GEOMETRY, capacity_tokens=1024, moves=types.MOVES_ANY
+            )
+            await pool.apply()
+
+    with tracer.start_as_current_span("step") as span:
+        asyncio.run(steps())
+        with Client(traced.target) as client:
+            open_pool(client, name, take_over=True).apply()
+    caller = span.get_span_context()
+    for sent in collector.of_pool("Apply", name, 2):
+        assert int(sent.trace_id.hex(), 16) == caller.trace_id
+        assert int(sent.parent_span_id.hex(), 16) == caller.span_id
+
+
 def test_a_caller_that_is_not_sampled_is_left_alone(traced, collector, name):
     metadata = (("traceparent", f"00-{TRACE}-{CALLER}-00"),)
     with Client(traced.target) as client:
@@ -229,7 +252,6 @@ def test_a_watch_is_sent_when_it_ends_and_probes_never(traced, collector, name):
 
 
 def test_the_wait_for_a_pool_is_a_part(tmp_path):
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -320,7 +342,7 @@ def test_another_protocol_is_refused(tmp_path, variable):
 def test_without_the_extra_it_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "from odma_service.cli import main\n"
+        "from odma_service.__main__ import main\n"
         f"sys.argv = ['odma', 'serve', '--traces', '--pool-dir', {str(tmp_path / 'pools')!r}]\n"
         "main()"
     )

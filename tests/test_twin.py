@@ -29,6 +29,7 @@ from odma_service._native import (
     ArenaGeometry,
     EngineRecord,
     PolicyRecord,
+    TenantShare,
 )
 from odma_service.errors import (
     EpochError,
@@ -139,7 +140,7 @@ class World:
             max_copy_tokens=self.one_of(2**31, 2**31, self.roll(self.capacity), 0),
         )
         if self.roll(2):
-            return replace(
+            policy = replace(
                 policy,
                 start=Start.STEP,
                 overflow=self.one_of(Overflow.COMPACT, Overflow.COMPACT, Overflow.RELOCATE),
@@ -149,7 +150,18 @@ class World:
                 growth=1.0,
                 tenant_share=1.0,
             )
-        return policy
+        return replace(policy, tenants=self.some_tenants(1 - policy.safety_share))
+
+    def some_tenants(self, share):
+        """Return no tenants, or some that are guaranteed at most `share` together."""
+        names = ("one", "other", "third")[: self.one_of(0, 0, 1, 2, 3)]
+        tenants = []
+        for name in names:
+            guaranteed = self.one_of(0.0, 0.25, 0.5, 1.0, self.roll(65) / 64) * share
+            share -= guaranteed
+            maximum = self.one_of(1.0, 1.0, guaranteed, guaranteed + (1 - guaranteed) / 2)
+            tenants.append(TenantShare(name, guaranteed, max(maximum, 1 / 64, guaranteed)))
+        return tuple(tenants)
 
     # operations
 
@@ -228,7 +240,7 @@ class World:
             generated_tokens=generated,
             max_total_tokens=0 if self.rarely(60) else maximum,
             request_class=self.one_of("", "chat", "code", f"class {self.roll(90)}"),
-            tenant=self.one_of("", "one", "other"),
+            tenant=self.one_of("", "one", "other", "third"),
             overflow_risk=self.one_of(None, None, self.roll(65) / 64, 1.0, 0.0, 0.1 + self.roll(9)),
             predicted_output_tokens=self.one_of(None, 1 + self.roll(100)),
             text=self.one_of(None, None, "words", "other words"),
@@ -310,7 +322,7 @@ class World:
 
     def books(self):
         report = self.arena.report()._replace(rebooted=False)
-        return report, self.entries(), self.arena.policy()
+        return report, self.entries(), self.arena.policy(), self.arena.tenants()
 
     def must_fail(self, error, batch, epoch=None):
         before = self.books()
@@ -421,7 +433,7 @@ class World:
             with pytest.raises(VersionError):
                 self.arena.set_policy(policy, version + 1)
         assert self.arena.set_policy(policy, self.one_of(0, version)) == version + 1
-        self.twin.policy = self.arena.policy()
+        self.twin.set_policy(self.arena.policy())
         assert self.twin.policy == policy.__class__(
             **{field: getattr(policy, field) for field in policy.__slots__ if field != "version"},
             version=version + 1,
@@ -483,6 +495,7 @@ class World:
         assert report.epoch == self.epoch
         self.twin.check_report(report)
         self.twin.check_entries(self.entries())
+        self.twin.check_tenants(self.arena.tenants())
 
     def check_learnt(self):
         indexes = {None: CLASS_POOL, "(other)": CLASS_OTHER}

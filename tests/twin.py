@@ -41,6 +41,7 @@ FREE = 0  # an owner; a handle owns what it holds, and -n is a run that waits fo
 FUZZ = 1e-9  # of the last digits of a product or a logarithm
 CLASSES, RING = 64, 256
 MISTAKES = (Reason.INVALID, Reason.NOT_FOUND)
+CLAIM_TURNS = 64
 
 
 @dataclass
@@ -213,6 +214,9 @@ class Walk:
         self.owner = list(twin.owner)
         self.regions = {handle: shallow(region) for handle, region in twin.regions.items()}
         self.issued, self.births = set(twin.issued), twin.births
+        self.turns = twin.turns
+        self.claims = dict(twin.claims)
+        self.held_up = set()  # tenants of which an operation was refused
         self.known = True  # the places
         self.lost = False  # not even the lengths
         self.refused = False
@@ -367,8 +371,8 @@ class Walk:
         if result.reason != Reason.COPY_BUDGET:
             assert result.copy_tokens_needed == 0, "it needs no copies"
         assert bool(result.field) == (result.reason in MISTAKES), "a field for no mistake"
-        if result.reason in MISTAKES or not isinstance(op, Extend):
-            assert result.preempt_handle == 0, "nobody should be preempted for this"
+        advised = isinstance(op, Extend | Allocate) and result.reason not in MISTAKES
+        assert advised or result.preempt_handle == 0, "nobody should be preempted for this"
 
     def is_mistaken(self, result, rules):
         """Whether the operation breaks rules; then the result has to tell one of them."""
@@ -448,6 +452,8 @@ class Walk:
         elif isinstance(op, Extend):
             self.counts["refused_extends"] += result.reason not in MISTAKES
             self.refused |= result.reason not in MISTAKES
+            if result.reason not in MISTAKES:
+                self.held_up.add(region.op.tenant)
 
     # extend
 
@@ -582,17 +588,29 @@ class Walk:
             return
         if self.is_mistaken(result, self.allocate_rules(op, prediction)):
             return
-        if self.refused and not self.pass_refused:
-            assert isinstance(result, Refusal), "it should have been skipped"
-            assert result.reason == Reason.SKIPPED, "it should have been skipped"
-            return
         sizes = first_blocks(self.policy, op, prediction, self.maximum_of(op), self.unit)
+        covered = self.is_covered(op.tenant, *sizes)
+        if self.is_skipped(op, result, covered):
+            return
         if isinstance(result, Refusal):
-            self.check_allocate_refused(op, prediction, sizes, result)
+            self.check_allocate_refused(op, prediction, sizes, result, covered)
         else:
             assert isinstance(result, Place)
             assert result.handle not in self.issued, "the handle was used before"
             self.check_placed(i, op, prediction, sizes, result)
+
+    def is_skipped(self, op, result, covered):
+        """Whether it stands behind a refused one; a guarantee is ahead of other tenants'."""
+        skipped = isinstance(result, Refusal) and result.reason == Reason.SKIPPED
+        if self.refused and not self.pass_refused and op.tenant not in self.held_up:
+            assert covered is None or skipped == (not covered), f"{skipped=} though {covered=}"
+        else:
+            due = self.refused and not self.pass_refused
+            assert skipped == due, f"{skipped=} though {due=}"
+        if skipped:
+            assert result.preempt_handle == 0, "nobody should be preempted for this"
+            self.held_up.add(op.tenant)
+        return skipped
 
     def is_asked_again(self, op, prediction, result):
         """Whether its request lives: then it gets that region, or asks with other numbers."""
@@ -616,7 +634,12 @@ class Walk:
             length = sizes[0]
         assert length in sizes, f"{sizes} blocks by the policy, not {length}"
         assert len(self.regions) < self.geometry.max_regions, "the table is full"
-        assert self.lost or self.over_quota(op, length) <= FUZZ, "the tenant has its share"
+        assert self.lost or not self.over_quota(op, length), "the tenant has its share"
+        if not self.lost and not self.is_covered(op.tenant, length):
+            assert not self.claims_of_others(op.tenant, sure=True), "it overtakes a claim"
+        _, claimed, request_id = self.claims.get(op.tenant, (0, 0, ""))
+        if request_id == op.request_id and claimed is not None:
+            del self.claims[op.tenant]
         if self.counted:
             assert self.free >= length, "too few are free"
             admitted = self.free - length >= self.safety_blocks or not self.regions
@@ -643,24 +666,111 @@ class Walk:
             return False
         return prediction[5] / max(1, prediction[2]) > self.policy.unsure_ratio
 
-    def over_quota(self, op, length):
+    # tenants
+
+    def share(self, share):
+        """Return the blocks of a share."""
+        return int(share * self.geometry.blocks)
+
+    def held(self, tenant):
         regions = self.regions.values()
-        held = sum(region.length for region in regions if region.op.tenant == op.tenant)
-        return held + length - self.policy.tenant_share * self.geometry.blocks
+        return sum(region.length for region in regions if region.op.tenant == tenant)
+
+    def guaranteed(self, tenant):
+        shares = {name: self.share(guaranteed) for name, guaranteed, _ in self.policy.tenants}
+        return shares.get(tenant, 0)
+
+    def over_quota(self, op, length):
+        shares = {name: maximum for name, _, maximum in self.policy.tenants}
+        most = self.share(shares.get(op.tenant, self.policy.tenant_share))
+        return most < self.geometry.blocks and self.held(op.tenant) + length > most
+
+    def is_covered(self, tenant, *sizes):
+        """Whether its guarantee covers so many blocks more; None: not known."""
+        if not self.guaranteed(tenant):
+            return False
+        covered = {self.held(tenant) + size <= self.guaranteed(tenant) for size in sizes}
+        return None if self.lost or len(covered) > 1 else covered.pop()
+
+    def claimed(self, tenant):
+        """Return the blocks of its claim, 0 if none stands, None if that is not known."""
+        turn, blocks, _ = self.claims.get(tenant, (-CLAIM_TURNS, 0, ""))
+        if self.turns - turn >= CLAIM_TURNS:
+            return 0
+        if self.lost or blocks is None:
+            return None
+        return blocks if self.held(tenant) + blocks <= self.guaranteed(tenant) else 0
+
+    def claims_of_others(self, tenant, *, sure):
+        """Whether others' claims stand: surely, or perhaps."""
+        others = [self.claimed(name) for name, _, _ in self.policy.tenants if name != tenant]
+        return any(blocks or (blocks is None and not sure) for blocks in others)
+
+    def borrowers(self, asker):
+        """Return the regions of tenants other than the asker that hold more than is guaranteed."""
+        over = {
+            tenant
+            for tenant in {region.op.tenant for region in self.regions.values()}
+            if tenant != asker and self.held(tenant) > self.guaranteed(tenant)
+        }
+        return [region for region in self.regions.values() if region.op.tenant in over]
+
+    def youngest(self, regions):
+        """Return the handle of the youngest that is not pinned, 0 if there is none."""
+        free = [region for region in regions if region.handle not in self.pinned]
+        return max(free, key=lambda region: region.birth).handle if free else 0
+
+    def advice_for_growth(self, region, more):
+        oldest = min(self.regions.values(), key=lambda region: region.birth)
+        if not self.policy.tenants:
+            return self.youngest(r for r in self.regions.values() if r is not oldest)
+        tenant = region.op.tenant
+        others = self.borrowers(tenant)
+        own = [region for region in self.regions.values() if region.op.tenant == tenant]
+        first = self.youngest(others) if self.is_covered(tenant, more) else 0
+        return first or self.youngest(r for r in own + others if r is not oldest)
+
+    def check_claim(self, op, result, length, covered):
+        """Check whom a refused allocate names, and remember its claim."""
+        if covered is None:
+            self.claims[op.tenant] = (self.turns, None, op.request_id)
+            return
+        expected = 0
+        if covered:
+            self.claims[op.tenant] = (self.turns, length, op.request_id)
+            coming = result.free_tokens + result.awaiting_completion_tokens
+            short = coming < (length + self.safety_blocks) * self.unit
+            named = {Reason.FRAGMENTED}
+            if not result.awaiting_completion_tokens:
+                named.add(Reason.TABLE_FULL)
+            if short:
+                named |= {Reason.NO_SPACE, Reason.SAFETY_SHARE}
+            if result.reason in named:
+                expected = self.youngest(self.borrowers(op.tenant))
+        assert result.preempt_handle == expected, f"{expected} should make way"
 
     # refusals
 
-    def check_allocate_refused(self, op, prediction, sizes, result):
+    def check_allocate_refused(self, op, prediction, sizes, result, covered):
         self.refused = True
+        self.held_up.add(op.tenant)
         self.counts["refused_allocates"] += 1
+        if covered is not False or not self.lost:
+            self.check_claim(op, result, sizes[0], covered)
         if len(set(sizes)) > 1:
             return
         length = sizes[0]
+        if result.reason not in (Reason.TABLE_FULL, Reason.QUOTA, Reason.CLAIMED):
+            behind = covered is False and self.claims_of_others(op.tenant, sure=True)
+            assert not behind, "a claim is ahead of it"
         if result.reason == Reason.TABLE_FULL:
             full = len(self.regions) >= self.geometry.max_regions
             assert full or not self.known or self.waiting, "it is not full"
         elif result.reason == Reason.QUOTA:
-            assert self.lost or self.over_quota(op, length) > -FUZZ, "its share would do"
+            assert self.lost or self.over_quota(op, length), "its share would do"
+        elif result.reason == Reason.CLAIMED:
+            assert not covered, "its guarantee covers it"
+            assert self.claims_of_others(op.tenant, sure=False), "nobody else has a claim"
         elif result.reason == Reason.SAFETY_SHARE:
             assert self.regions, "it would be the only one"
             assert not self.is_unsure(prediction), "the safety pool is for it"
@@ -672,9 +782,10 @@ class Walk:
     def check_extend_refused(self, region, least, result):
         self.refused = True
         self.counts["refused_extends"] += 1
-        _, *younger = sorted(self.regions.values(), key=lambda region: region.birth)
-        advice = [other.handle for other in younger if other.handle not in self.pinned]
-        assert result.preempt_handle == (advice[-1] if advice else 0), f"not the last of {advice}"
+        self.held_up.add(region.op.tenant)
+        if not (self.lost and self.policy.tenants):
+            advice = self.advice_for_growth(region, least - region.length)
+            assert result.preempt_handle == advice, f"{advice} should make way"
         if result.reason == Reason.TABLE_FULL:
             assert self.waits, "nothing waits"
             assert not self.known or self.waiting, "nothing waits"
@@ -749,7 +860,13 @@ class Twin:
         self.memory = Memory(self.geometry.blocks * self.unit)
         self.owner = [FREE] * self.geometry.blocks
         self.regions, self.issued, self.written = {}, set(), Counter()
-        self.seq = self.completed_seq = self.births = 0
+        self.seq = self.completed_seq = self.births = self.turns = 0
+        self.claims = {}  # by tenant: turn, blocks (None: not known), request id
+
+    def set_policy(self, policy):
+        if policy.tenants != self.policy.tenants:
+            self.claims = {}
+        self.policy = policy
 
     @property
     def safety_blocks(self):
@@ -786,6 +903,7 @@ class Twin:
     def begin(self, batch):
         """Do what comes before the operations, and let the engine write what it calls used."""
         self.seq, self.completed_seq = batch.seq, batch.completed_seq
+        self.turns += 1
         self.owner = [FREE if -self.completed_seq <= who < FREE else who for who in self.owner]
         said = {used.handle: used.used_tokens for used in batch.used}
         for handle, region in self.regions.items():
@@ -897,6 +1015,7 @@ class Twin:
     def take_over(self, walk, entries):
         self.owner = self.owners(entries)
         self.regions, self.issued, self.births = walk.regions, walk.issued, walk.births
+        self.claims = walk.claims
         self.counters.update(walk.counts)
         for name in walk.class_names:
             if name not in self.class_names:
@@ -914,6 +1033,7 @@ class Twin:
 
     def unary(self, op, prediction, result, entries):
         """Check a unary call, which copies nothing, and take it over."""
+        self.turns += 1
         walk = Walk(self, [op], [result], [prediction], unary=True).run()
         assert walk.known, "it may not move anything"
         assert self.owners(entries) == walk.owner
@@ -960,6 +1080,22 @@ class Twin:
                 self.counters[cause] = counted[cause]
         for name in counted.keys() - {"relocations", "compactions"}:
             assert counted[name] == self.counters[name], f"{name}: {counted}, not {self.counters}"
+
+    def check_tenants(self, uses):
+        """Compare what the arena says of the policy's tenants with a recount."""
+        walk = Walk(self, [], [], [])
+        assert [use.name for use in uses] == [name for name, _, _ in self.policy.tenants]
+        for use, (_, _, maximum) in zip(uses, self.policy.tenants, strict=True):
+            regions = [r for r in self.regions.values() if r.op.tenant == use.name]
+            claimed = walk.claimed(use.name)
+            expected = (
+                len(regions),
+                sum(region.length for region in regions) * self.unit,
+                walk.guaranteed(use.name) * self.unit,
+                walk.share(maximum) * self.unit,
+                use.claimed_tokens if claimed is None else claimed * self.unit,
+            )
+            assert use[1:] == expected, f"{use}, not {expected}"
 
     def check_entries(self, entries):
         assert self.owners(entries) == self.owner

@@ -90,6 +90,9 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "unsure_ratio": (0.0, 4.0),
     "growth": (1.0, 1.5),
     "tenant_share": (0.5, 1.0),
+    "guaranteed_share": (0.0, 0.3),
+    "maximum_share": (0.5, 1.0),
+    "clear_tenants": (False,),
     "window": (0, 16),
     "expected_version": (1, 2),
 }

@@ -1,6 +1,12 @@
 """libodma as Python classes. No cdata leaves this package."""
 
-from odma_service._native.arena import CLASS_OTHER, CLASS_POOL, Arena, optimal_limits
+from odma_service._native.arena import (
+    CLASS_OTHER,
+    CLASS_POOL,
+    Arena,
+    file_geometry,
+    optimal_limits,
+)
 from odma_service._native.records import (
     ArenaGeometry,
     ArenaReport,
@@ -8,9 +14,13 @@ from odma_service._native.records import (
     Counters,
     EngineRecord,
     Histogram,
+    Part,
     PolicyRecord,
     Recovery,
     RegionEntry,
+    Salvaged,
+    TenantShare,
+    TenantUse,
 )
 
 __all__ = [
@@ -23,8 +33,13 @@ __all__ = [
     "Counters",
     "EngineRecord",
     "Histogram",
+    "Part",
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
+    "Salvaged",
+    "TenantShare",
+    "TenantUse",
+    "file_geometry",
     "optimal_limits",
 ]

@@ -31,9 +31,13 @@ from odma_service._native.records import (
     Counters,
     EngineRecord,
     Histogram,
+    Part,
     PolicyRecord,
     Recovery,
     RegionEntry,
+    Salvaged,
+    TenantShare,
+    TenantUse,
 )
 from odma_service.errors import (
     BooksCorruptError,
@@ -77,6 +81,7 @@ CLASS_OTHER: int = lib.ODMA_CLASS_OTHER
 """Index of the request classes beyond the 64th."""
 
 OTHER_CLASS_NAME = "(other)"
+POOL_CLASS_NAME = "(pool)"
 
 _BOOKS_ERRORS: dict[int, type[BooksError]] = {
     lib.ODMA_LOCKED: BooksLockedError,
@@ -218,6 +223,10 @@ class Arena:
             growth=policy.growth,
             tenant_share=policy.tenant_share,
             max_copy_tokens=policy.max_copy_tokens,
+            tenants=tuple(
+                TenantShare(_text(tenant.name), tenant.guaranteed_share, tenant.maximum_share)
+                for tenant in policy.tenants[0 : policy.tenant_count]
+            ),
             version=policy.version,
         )
 
@@ -241,6 +250,8 @@ class Arena:
                 "unsure_ratio": policy.unsure_ratio,
                 "growth": policy.growth,
                 "tenant_share": policy.tenant_share,
+                "tenant_count": len(policy.tenants),
+                "tenants": [(name.encode(), *shares) for name, *shares in policy.tenants],
             },
         )
         status = lib.odma_arena_set_policy(self._arena, record, expected_version)
@@ -370,6 +381,23 @@ class Arena:
             counters=Counters(*_values(report.counters, Counters)),
         )
 
+    def tenants(self) -> list[TenantUse]:
+        """Return what each tenant of the policy holds, in the policy's order."""
+        uses, count = ffi.new("odma_tenant_use[]", lib.ODMA_TENANTS), ffi.new("uint32_t *")
+        self._insist(lib.odma_arena_tenants(self._arena, uses, count))
+        unit = self._block_tokens
+        return [
+            TenantUse(
+                _text(use.name),
+                use.regions,
+                use.held * unit,
+                use.guaranteed * unit,
+                use.maximum * unit,
+                use.claimed * unit,
+            )
+            for use in uses[0 : count[0]]
+        ]
+
     def regions(self, from_token: int = 0, room: int = 1000) -> list[RegionEntry]:
         """List entries that start at or after `from_token` in address order, at most `room`."""
         entries = ffi.new("odma_region[]", room)
@@ -393,6 +421,36 @@ class Arena:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
         reason = _reason()
         self._insist(lib.odma_arena_check(self._arena, reason), reason=reason)
+
+    # --- damaged books ---
+
+    def salvage(
+        self, content: bytes, description: bytes | None = None, least_epoch: int = 0
+    ) -> tuple[list[Salvaged], bool]:
+        """Take what the content of a damaged file still knows; this arena is fresh.
+
+        Return what became of each part, and whether what was kept is proven to be what was
+        committed. Else it is only possible, and the last epoch counts as no earlier than
+        `least_epoch`. `description`: what is known of it otherwise. Raises PoolLimitError,
+        InvalidError.
+        """
+        parts = ffi.new("odma_salvaged[]", lib.ODMA_MAX_PARTS)
+        count, proven = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        given = ffi.NULL if description is None else ffi.from_buffer(description)
+        status = lib.odma_arena_salvage(
+            self._arena,
+            ffi.from_buffer(content),
+            len(content),
+            given,
+            len(description or b""),
+            least_epoch,
+            parts,
+            count,
+            proven,
+        )
+        self._insist(status, invalid="salvage")
+        self._class_names.clear()
+        return [_salvaged(part) for part in parts[0 : count[0]]], bool(proven[0])
 
     # --- what was learnt ---
 
@@ -585,6 +643,21 @@ def optimal_limits(
     if status != lib.ODMA_OK:
         raise InvalidError("upper", "ascending, 1 to 4,096 bins, for 1 to 16 limits")
     return tuple(limits[0 : found[0]]), waste[0]
+
+
+def file_geometry(content: bytes) -> ArenaGeometry:
+    """Return the geometry that the content of a file says. Raises a BooksError."""
+    geometry, reason = ffi.new("odma_geometry *"), _reason()
+    status = lib.odma_file_geometry(ffi.from_buffer(content), len(content), geometry, reason)
+    if status != lib.ODMA_OK:
+        raise _BOOKS_ERRORS.get(status, BooksError)(ffi.string(reason).decode())
+    return ArenaGeometry(*_values(geometry, ArenaGeometry))
+
+
+def _salvaged(part: Any) -> Salvaged:
+    unnamed = {CLASS_POOL: POOL_CLASS_NAME, CLASS_OTHER: OTHER_CLASS_NAME}
+    name = unnamed.get(part.class_index) or _text(part.name)
+    return Salvaged(Part(part.part), part.kept, part.lost, name, _text(part.why))
 
 
 def _file_error(status: int, path: Path, reason: Any) -> OdmaError:

@@ -17,12 +17,13 @@ from odma_service.errors import InvalidError
 from odma_service.values import Moves, Overflow, Quantiles, Start
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
 LARGEST_STEP_TOKENS = 2**20
 MOST_LIMITS = 16
+MOST_TENANTS = 16
 NAME_BYTES = 32
 UINT32_MAX = 2**32 - 1
 
@@ -53,6 +54,14 @@ class EngineRecord(NamedTuple):
     token_seconds: float
 
 
+class TenantShare(NamedTuple):
+    """What one tenant is sure of and what it may hold, as shares of the capacity."""
+
+    name: str
+    guaranteed_share: float = 0.0
+    maximum_share: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyRecord:
     """How long a region is, who is admitted and what may move.
@@ -72,6 +81,7 @@ class PolicyRecord:
     growth: float = 1.0
     tenant_share: float = 1.0
     max_copy_tokens: int = UINT32_MAX - 1
+    tenants: tuple[TenantShare, ...] = ()
     version: int = 0
 
     def __post_init__(self) -> None:
@@ -87,9 +97,15 @@ class PolicyRecord:
             ("growth", 1 <= self.growth <= 4, "1 to 4"),
             ("tenant_share", 0 < self.tenant_share <= 1, "above 0, at most 1"),
             ("max_copy_tokens", _is_count(self.max_copy_tokens, 0, UINT32_MAX), "0 to 2^32 - 1"),
+            *_tenant_rules(self.tenants, self.safety_share),
         ):
             if not holds:
                 raise InvalidError(field, rule)
+
+    @property
+    def unguaranteed_share(self) -> float:
+        """The share that is guaranteed to nobody: the most that the safety share may be."""
+        return 1 - sum(tenant.guaranteed_share for tenant in self.tenants)
 
     def with_changes(
         self,
@@ -103,10 +119,14 @@ class PolicyRecord:
         growth: float | None = None,
         tenant_share: float | None = None,
         max_copy_tokens: int | None = None,
+        tenants: Sequence[TenantShare] = (),
+        clear_tenants: bool = False,
     ) -> PolicyRecord:
         """Return the record with the given fields changed; None and () keep a field."""
         if clear_limits and limits_tokens:
             raise InvalidError("clear_limits", "not together with limits_tokens")
+        if clear_tenants and tenants:
+            raise InvalidError("clear_tenants", "not together with tenants")
         given = {
             "step_tokens": step_tokens,
             "limits_tokens": () if clear_limits else tuple(limits_tokens) or None,
@@ -116,9 +136,28 @@ class PolicyRecord:
             "growth": growth,
             "tenant_share": tenant_share,
             "max_copy_tokens": max_copy_tokens,
+            "tenants": () if clear_tenants else tuple(tenants) or None,
         }
         changes = {field: value for field, value in given.items() if value is not None}
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _tenant_rules(
+    tenants: tuple[TenantShare, ...], safety_share: float
+) -> Iterator[tuple[str, bool, str]]:
+    """Yield field, whether it keeps its rule, and the rule."""
+    yield "tenants", len(tenants) <= MOST_TENANTS, f"at most {MOST_TENANTS} tenants"
+    for i, (name, guaranteed, maximum) in enumerate(tenants):
+        field = f"tenants[{i}]"
+        rule = f"1 to {NAME_BYTES} bytes without NUL"
+        yield f"{field}.name", 1 <= len(name.encode()) <= NAME_BYTES and "\0" not in name, rule
+        known = {tenant.name for tenant in tenants[:i]}
+        yield f"{field}.name", name not in known, "each tenant once"
+        yield f"{field}.maximum_share", 1e-9 <= maximum <= 1, "above 0, at most 1"
+        yield f"{field}.guaranteed_share", 0 <= guaranteed <= maximum, "0 to maximum_share"
+    guaranteed = sum(tenant.guaranteed_share for tenant in tenants)
+    rule = "guaranteed_share of all and safety_share: at most 1 together"
+    yield "tenants", not tenants or guaranteed + safety_share <= 1 + 1e-9, rule
 
 
 def _is_count(value: object, least: int, most: int) -> bool:
@@ -186,6 +225,22 @@ class ArenaReport(NamedTuple):
     counters: Counters
 
 
+class TenantUse(NamedTuple):
+    """What one tenant of the policy holds; claimed_tokens 0: it waits for nothing it is sure of."""
+
+    name: str
+    regions: int
+    held_tokens: int
+    guaranteed_tokens: int
+    maximum_tokens: int
+    claimed_tokens: int
+
+    @property
+    def borrowed_tokens(self) -> int:
+        """What it holds beyond its guarantee."""
+        return max(self.held_tokens - self.guaranteed_tokens, 0)
+
+
 class RegionEntry(NamedTuple):
     """One entry of the books: a live region, or (not live) a run that waits for a completion."""
 
@@ -225,6 +280,32 @@ COMPLETION = np.dtype(
     ]
 )
 """odma_completion as numpy has it. quantiles[0] < 0, or raw all 0: none."""
+
+
+class Part(IntEnum):
+    """Parts of the books that outlive epochs, and the regions, which never do."""
+
+    EPOCH = 1
+    DESCRIPTION = 2
+    POLICY = 3
+    COUNTERS = 4
+    CLASS = 5
+    HISTOGRAM = 6
+    COMPLETIONS = 7
+    REGIONS = 8
+
+
+class Salvaged(NamedTuple):
+    """What became of one part of damaged books. lost > 0: `why` is a sentence.
+
+    request_class: of a class, histogram or completions, as it was found.
+    """
+
+    part: Part
+    kept: int
+    lost: int
+    request_class: str
+    why: str
 
 
 class Histogram(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,25 @@ def compile_program(name: str, directory: Path) -> Path:
     if built.returncode != 0:
         raise BenchError(f"{sources[0]} does not compile: {built.stderr[:1000]}")
     return program
+
+
+def compile_fused_extension(directory: Path) -> Path:
+    """Compile the extension so that it calls bench/fuse.c before each store to a pool's file."""
+    source, extension = directory / "_odma.c", directory / "_odma.so"
+    emit = "import sys; from odma_service._native.build import ffibuilder as ffi"
+    emit += "; ffi.emit_c_code(sys.argv[1])"
+    program = [ROOT / "bench" / "fuse.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    include = (f"-I{ROOT / 'csrc'}", f"-I{sysconfig.get_path('include')}")
+    compiler = ("cc", *FLAGS, "-shared", "-DODMA_STORE_HOOK=burn_fuse")
+    commands: tuple[list[str | Path], ...] = (
+        [sys.executable, "-c", emit, source],
+        [*compiler, *include, source, *program, "-o", extension, "-lm", "-pthread"],
+    )
+    for command in commands:
+        built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        if built.returncode != 0:
+            raise BenchError(f"the extension does not compile: {built.stderr[-1000:]}")
+    return extension
 
 
 @contextmanager

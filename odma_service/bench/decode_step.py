@@ -109,7 +109,7 @@ class DecodeStep:
             f"request-{self._serial}",
             1 if shortest else length - STEP,
             max_total_tokens=STEP if shortest else None,
-            text=TEXT if self._predicted else None,
+            text=f"{self._serial}. {TEXT}" if self._predicted else None,  # never the same twice
         )
 
     def _batch(self, ops: list[pb.Op]) -> pb.ApplyRequest:

@@ -4,6 +4,7 @@
 
 STYLE is `threads` (as the service), `asyncio`, or `executor` (asyncio, work in threads). It
 prints its address. What the service takes beyond this server is what the service itself costs.
+In threads it also answers whatever it does not know with an empty message: a collector of traces.
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ class InThreads(MemoryServiceServicer):
         return place_for(request)
 
 
+class Anything(grpc.GenericRpcHandler):
+    """Takes every message of every rpc."""
+
+    def service(self, handler_call_details: object) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.unary_unary_rpc_method_handler(lambda _request, _context: b"")
+
+
 class InLoop(MemoryServiceServicer):
     """All calls share one thread."""
 
@@ -105,6 +113,7 @@ def main(style: str, *pair: str) -> None:
     if style == "threads":
         server = grpc.server(ThreadPoolExecutor(THREADS), options=OPTIONS)
         add_MemoryServiceServicer_to_server(InThreads(), server)  # type: ignore[abstract]
+        server.add_generic_rpc_handlers((Anything(),))
         print(f"127.0.0.1:{_bind(server, credentials)}", flush=True)  # noqa: T201
         server.start()
         server.wait_for_termination()

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -79,6 +80,11 @@ def measure(directory: Path, steps: int, repeats: int, watch: Callable[[], None]
                 "echo": resident_bytes(echo.process.pid),
             },
         }
+        figures["traced"] = "not measured: the extra otel is missing"
+        if find_spec("opentelemetry"):
+            to_echo = service_of(directory / "traced", collector=echo.target)
+            traced = stack.enter_context(to_echo)
+            figures["traced"] = {n: runs.of_apply(traced, echo, n) for n in OPERATIONS[1:]}
     pair = certificate(directory)
     figures["tls"] = "not measured: there is no command openssl"
     if pair:
@@ -235,7 +241,8 @@ def _show(figures: Figures) -> None:
     table = Table("microseconds", "ops", title="beside a bare echo", box=None)
     for name in ("p50", "echo", "ratio", "goal", "p99", "echo", "ratio", "CPU", "echo"):
         table.add_column(name, justify="right", no_wrap=True)
-    for title, group in (("", "apply"), (", predicted", "predicted"), (", TLS", "tls")):
+    kinds = ("", "apply"), (", predicted", "predicted"), (", traced", "traced"), (", TLS", "tls")
+    for title, group in kinds:
         told = figures[group]
         if isinstance(told, str):
             table.add_row(f"Apply{title}", told)

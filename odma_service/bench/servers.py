@@ -28,6 +28,7 @@ class Server(NamedTuple):
 
     process: subprocess.Popen[str]
     client: Client
+    target: str
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of its threads so far."""
@@ -59,14 +60,20 @@ def certificate(directory: Path) -> Pair | None:
 
 
 @contextmanager
-def service_of(directory: Path, pair: Pair | None = None) -> Iterator[Server]:
-    """Run the service with its pools in a directory."""
+def service_of(
+    directory: Path, pair: Pair | None = None, *, collector: str | None = None
+) -> Iterator[Server]:
+    """Run the service with its pools in a directory, and its traces going to an address."""
     directory.mkdir()
-    flags = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key)) if pair else ()
-    process, target = start(directory, flags=flags)
+    flags = ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key)] if pair else []
+    environment = {}
+    if collector:
+        flags.append("--traces")
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{collector}"
+    process, target = start(directory, flags=flags, environment=environment)
     try:
         with _connected(target, pair) as client:
-            yield Server(process, client)
+            yield Server(process, client, target)
     finally:
         stop(process)
 
@@ -82,7 +89,7 @@ def echo_of(style: str, pair: Pair | None = None) -> Iterator[Server]:
         if not target:
             raise BenchError("the echo did not start")
         with _connected(target, pair) as client:
-            yield Server(process, client)
+            yield Server(process, client, target)
     finally:
         process.kill()
         process.communicate()

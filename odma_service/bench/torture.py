@@ -1,7 +1,8 @@
 """`odma bench torture`: processes killed at random moments, and what they forgot: nothing.
 
-One kill in ten hits a real server under load, the others a process that does little else than
-commit, so that many hit a commit that is half done. A kill counts as in a batch if the next
+One kill in ten hits a real server under load, every other of these at a store into a pool's file;
+the others hit a process that does little else than commit, so that many hit a commit that is half
+done. A kill counts as in a batch if the next
 attach found something to drop or to do again.
 """
 
@@ -70,7 +71,7 @@ def torture(
         "in_batch": server.in_batch + sum(part.in_batch for part in arenas),
         **{kind: getattr(findings, kind) for kind in KINDS},
         "acknowledged": server.acknowledged + sum(part.acknowledged for part in arenas),
-        "service": {"kills": server.kills, "in_batch": server.in_batch},
+        "service": server.figures(),
         "arena": {
             "kills": sum(part.kills for part in arenas),
             "in_batch": sum(part.in_batch for part in arenas),

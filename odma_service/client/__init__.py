@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +24,13 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2
-from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
-from odma_service import errors
+from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
+from odma_service.client.headers import Caller, Headers
 from odma_service.client.owner import Owner
 from odma_service.client.streaming import ApplyStream
-from odma_service.errors import OdmaError, ServiceError, UnavailableError
+from odma_service.errors import OdmaError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import predictor_service_pb2 as predictor_pb
@@ -40,19 +38,8 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.rpc.v1.predictor_service_pb2_grpc import PredictorServiceStub
-from odma_service.values import Reason, Refusal
 
-DOMAIN = "odma"
-FIRST_PAUSE_SECONDS = 0.02
-LONGEST_PAUSE_SECONDS = 0.5
 PAGE_REGIONS = 10_000
-
-NO_ANSWER = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,  # by a service that stopped waiting for it at shutdown
-}
-PERHAPS_DONE = NO_ANSWER | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -188,7 +175,8 @@ class Client:
 
     `timeout_seconds` bounds one attempt of a call, `retry_seconds` all attempts together.
     `target` is host:port or unix:/path. Without `tls` the connection is plain. `token` is sent
-    with every call of this class; calls made with its stubs need `metadata` for it.
+    with every call of this class, and so is the current OpenTelemetry span (as traceparent), if
+    there is one; calls made with its stubs need `metadata` for both.
     """
 
     def __init__(
@@ -202,7 +190,7 @@ class Client:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._caller = Caller(token)
         self._channel = (
             grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -223,6 +211,11 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def metadata(self) -> Headers | None:
+        """What goes along with a call made now."""
+        return self._caller.metadata
 
     def close(self) -> None:
         """Close the connection. Pools stay as they are."""
@@ -275,19 +268,17 @@ class Client:
         answer says that events are missing. Closing the generator ends the stream.
         """
         request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
-        give_up: float | None = None
+        patience: Patience | None = None
         while True:
-            stream = self._pools.Watch(request, metadata=self.metadata or None)
+            stream = self._pools.Watch(request, metadata=self.metadata)
             try:
                 for answer in stream:
                     request.cursor, request.incarnation = answer.cursor, answer.incarnation
-                    give_up = None
+                    patience = None
                     yield answer
             except grpc.RpcError as error:
-                give_up = give_up or time.monotonic() + self._retry_seconds
-                if error.code() not in NO_ANSWER or time.monotonic() > give_up:
-                    raise error_from(error) from None
-                time.sleep(LONGEST_PAUSE_SECONDS)
+                patience = patience or Patience(self._retry_seconds, LONGEST_PAUSE_SECONDS)
+                time.sleep(patience.pause_after(error))
             finally:
                 cast("grpc.Call", stream).cancel()
 
@@ -301,18 +292,12 @@ class Client:
         self, method: Callable[..., Answer], request: Message, *, retry: bool = True
     ) -> Answer:
         """Return the answer to `request`, sent again unchanged while nobody answers."""
-        give_up = time.monotonic() + (self._retry_seconds if retry else 0.0)
-        pause_seconds = FIRST_PAUSE_SECONDS
+        patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
-                return method(
-                    request, timeout=self._timeout_seconds, metadata=self.metadata or None
-                )
+                return method(request, timeout=self._timeout_seconds, metadata=self.metadata)
             except grpc.RpcError as error:
-                if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > give_up:
-                    raise error_from(error) from None
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                time.sleep(patience.pause_after(error))
 
 
 class PoolClient(Owner):
@@ -415,68 +400,3 @@ class PoolClient(Owner):
     def close_pool(self) -> None:
         """End the epoch. Promises that no enqueued work uses the pool's memory."""
         self._client.call(self._client.memory.ClosePool, pb.ClosePoolRequest(pool=self.ref))
-
-
-_REASONS = {reason.value for reason in Reason}
-
-
-def _refused(details: Sequence[Any]) -> OdmaError:
-    message = types.Refusal()
-    if not any(detail.Unpack(message) for detail in details) or message.reason not in _REASONS:
-        return ServiceError("refused, for a reason that this client does not know")
-    return errors.RefusedError(
-        Refusal(
-            Reason(message.reason),
-            message.free_tokens,
-            message.largest_run_tokens,
-            message.awaiting_completion_tokens,
-            message.copy_tokens_needed,
-            message.preempt_handle,
-            message.field,
-        )
-    )
-
-
-_ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
-    "INVALID": lambda m, _: errors.InvalidError(m["field"], m["rule"]),
-    "POOL_NOT_FOUND": lambda m, _: errors.PoolNotFoundError(m["name"]),
-    "POOL_OWNED": lambda m, _: errors.PoolOwnedError(m["name"], float(m["idle_seconds"])),
-    "EPOCH_OVER": lambda m, _: errors.EpochError(m["name"], int(m["epoch"])),
-    "SEQ_CHANGED": lambda m, _: errors.SeqChangedError(int(m["seq"])),
-    "SEQ_OLD": lambda m, _: errors.SeqOldError(int(m["seq"]), int(m["expected"]) - 1),
-    "SEQ_GAP": lambda m, _: errors.SeqGapError(int(m["seq"]), int(m["expected"]) - 1),
-    "VERSION": lambda m, _: errors.VersionError(int(m["expected"]), int(m["actual"])),
-    "HANDLE": lambda m, _: errors.HandleError(int(m["handle"]), m["rule"]),
-    "NOTHING_LEARNT": lambda _, text: errors.NothingLearntError(text),
-    "POOL_LIMIT": lambda _, text: errors.PoolLimitError(text),
-    "STREAM_LIMIT": lambda _, text: errors.StreamLimitError(text),
-    "STREAM_REPLACED": lambda m, _: errors.StreamReplacedError(m["name"]),
-    "IDENTITY": lambda _, text: errors.IdentityError(text),
-    "ROLE": lambda m, _: errors.RoleError(m["rpc"], m["role"]),
-    "POOL_FOREIGN": lambda m, _: errors.PoolForeignError(m["name"]),
-    "BUSY": lambda _, text: errors.BusyError(text),
-    "MESSAGE_SIZE": lambda _, text: errors.MessageSizeError(text),
-    "UNIMPLEMENTED": lambda _, text: errors.UnimplementedError(text),
-    "BOOKS": lambda _, text: errors.BooksError(text),
-    "BOOKS_LOCKED": lambda _, text: UnavailableError(text),
-    "DRAINING": lambda _, text: UnavailableError(text),
-}
-"""How to build an error again from the reason, metadata and message of its ErrorInfo."""
-
-
-def error_from(error: grpc.RpcError) -> OdmaError:
-    """Return the error that a failed call stands for."""
-    status = rpc_status.from_call(cast("grpc.Call", error))
-    return error_of(error.code(), error.details() or "", status)
-
-
-def error_of(code: grpc.StatusCode, text: str, status: Status | None) -> OdmaError:
-    """Return the error that a status, its message and its details stand for."""
-    info = error_details_pb2.ErrorInfo()
-    if status is not None and any(detail.Unpack(info) for detail in status.details):
-        if info.reason == "REFUSED":
-            return _refused(status.details)
-        if info.domain == DOMAIN and info.reason in _ERRORS:
-            return _ERRORS[info.reason](info.metadata, text)
-    kind = UnavailableError if code in PERHAPS_DONE else ServiceError
-    return kind(f"{code.name}: {text}")

@@ -4,14 +4,15 @@
         pool = await service.open_pool("main", moves=MOVES_ANY, geometry=..., capacity_tokens=...)
         answer = await pool.apply(ops=[allocate("request-1", prompt_tokens=700)])
 
-A batch that is cancelled while it waits has no answer yet: resume() it. Streams and what only
-operators need are with the synchronous client.
+A batch that is cancelled while it waits has no answer yet: resume() it. What only operators need
+is with the synchronous client.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,17 +21,16 @@ from google.protobuf.message import Message
 
 from odma_service.client import (
     CHANNEL_OPTIONS,
-    FIRST_PAUSE_SECONDS,
-    LONGEST_PAUSE_SECONDS,
-    NO_ANSWER,
     Tls,
     allocate,
-    error_from,
     extend,
     free,
     open_request,
 )
+from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
+from odma_service.client.headers import Caller
 from odma_service.client.owner import Owner
+from odma_service.client.streaming import AsyncApplyStream
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -52,7 +52,7 @@ class AsyncClient:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
+        self._caller = Caller(token)
         self._channel = (
             grpc.aio.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -84,19 +84,38 @@ class AsyncClient:
         )
         return answer
 
+    async def watch(
+        self, name: str = "", cursor: int = 0, incarnation: str = ""
+    ) -> AsyncIterator[pool_pb.WatchResponse]:
+        """As Client.watch. Leave it by contextlib.aclosing(), or the stream ends some time later.
+
+        Events are read as they are asked for: who is slow is told, by `lost`, what it missed.
+        """
+        request = pool_pb.WatchRequest(name=name, cursor=cursor, incarnation=incarnation)
+        patience: Patience | None = None
+        while True:
+            stream = self._pools.Watch(request, metadata=self._caller.metadata)
+            try:
+                async for answer in stream:
+                    request.cursor, request.incarnation = answer.cursor, answer.incarnation
+                    patience = None
+                    yield answer
+            except grpc.RpcError as error:
+                patience = patience or Patience(self._retry_seconds, LONGEST_PAUSE_SECONDS)
+                await asyncio.sleep(patience.pause_after(error))
+            finally:
+                stream.cancel()
+
     async def call(self, method: Callable[..., Any], request: Message) -> Any:
         """Return the answer to `request`, sent again unchanged while nobody answers."""
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + self._retry_seconds
-        pause_seconds = FIRST_PAUSE_SECONDS
+        patience = Patience(self._retry_seconds)
         while True:
             try:
-                return await method(request, timeout=self._timeout_seconds, metadata=self._metadata)
+                return await method(
+                    request, timeout=self._timeout_seconds, metadata=self._caller.metadata
+                )
             except grpc.RpcError as error:
-                if error.code() not in NO_ANSWER or loop.time() + pause_seconds > give_up:
-                    raise error_from(error) from None
-            await asyncio.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                await asyncio.sleep(patience.pause_after(error))
 
 
 class AsyncPoolClient(Owner):
@@ -105,6 +124,7 @@ class AsyncPoolClient(Owner):
     def __init__(self, client: AsyncClient, response: pb.OpenPoolResponse) -> None:
         super().__init__(response)
         self._client = client
+        self._stream: AsyncApplyStream | None = None
 
     async def apply(
         self,
@@ -122,8 +142,19 @@ class AsyncPoolClient(Owner):
     async def resume(self) -> pb.ApplyResponse:
         """Send the batch without an answer again, and return its answer."""
         with self.waiting() as request:
-            answer: pb.ApplyResponse = await self._client.call(self._client.memory.Apply, request)
+            method = self._stream or self._client.memory.Apply
+            answer: pb.ApplyResponse = await self._client.call(method, request)
         return answer
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[Self]:
+        """As PoolClient.stream."""
+        self._stream = AsyncApplyStream(self._client.memory)
+        try:
+            yield self
+        finally:
+            self._stream.close()
+            self._stream = None
 
     async def keep_alive(self) -> pb.KeepAliveResponse:
         """As PoolClient.keep_alive."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,16 +47,28 @@ def _exit(number: int, _frame: FrameType | None) -> None:
 
 
 def start(
-    directory: Path, listen: str = "127.0.0.1:0", flags: Sequence[str] = ()
+    directory: Path,
+    listen: str = "127.0.0.1:0",
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "odma_service"),
 ) -> tuple[subprocess.Popen[str], str]:
-    """Start a server that keeps pools and log in `directory`; return it and its address."""
+    """Start a server that keeps pools and log in `directory`; return it and its address.
+
+    `program`: what Python runs as `odma`.
+    """
     log = directory / "server.log"
-    command = [sys.executable, "-m", "odma_service", "serve", "--listen", listen]
+    command = [sys.executable, *program, "serve", "--listen", listen]
     command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", "", *flags]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
     assert process.stdout is not None
     deadline = Timer(START_SECONDS, process.kill)

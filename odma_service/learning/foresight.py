@@ -13,6 +13,7 @@ model is asked, and corrected by what was noted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -88,16 +89,51 @@ class Asked(NamedTuple):
     guess: int | None
 
 
+Key = tuple[bytes | None, int, int]
+"""Digest of the text, prompt tokens and the identity of the history, which is cheaper than it."""
+
+
+class Recent:
+    """What the model said of the requests that it was last asked about. Any thread may ask.
+
+    A request that was refused is asked for again, unchanged, in step after step, and in a small
+    batch the model takes longer than all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Model | None, dict[Key, tuple[History, Quantiles]]] = None, {}
+
+    def predict(self, model: Model, prompts: Sequence[PromptInput]) -> list[Quantiles]:
+        """Return what the model says of each prompt."""
+        of, last = self._last
+        said = last if of is model else {}
+        keys = [_key(prompt) for prompt in prompts]
+        new = {key: one for key, one in zip(keys, prompts, strict=True) if key not in said}
+        if new:
+            answers = zip(new.items(), model.predict(list(new.values())), strict=True)
+            said = said | {key: (one.history, answer) for (key, one), answer in answers}
+        now = {key: said[key] for key in keys}
+        self._last = model, now
+        return [now[key][1] for key in keys]
+
+
+def _key(prompt: PromptInput) -> Key:
+    digest = None if prompt.text is None else blake2b(prompt.text, digest_size=16).digest()
+    return digest, prompt.prompt_tokens, id(prompt.history)
+
+
 class Question(NamedTuple):
     """What was noted under the lock. `answers` needs no lock. None: no sound request."""
 
     predictor: Model | None
     asked: Sequence[Asked | None]
+    recent: Recent
 
     def answers(self) -> list[Foreseen | None]:
         """Return what is foreseen for each request, None where there is none."""
         prompts = [one.prompt for one in self.asked if one is not None and one.prompt is not None]
-        said = iter(self.predictor.predict(prompts) if self.predictor and prompts else ())
+        model = self.predictor if prompts else None
+        said = iter(() if model is None else self.recent.predict(model, prompts))
         return [
             None if one is None else _foreseen(one, None if one.prompt is None else next(said))
             for one in self.asked
@@ -114,13 +150,15 @@ class Foresight:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._bases: dict[str | None, Known] = {}
+        self._recent = Recent()
 
     def question(
         self, predictor: Model | None, ops: Sequence[Allocate | None], steps: int = 1
     ) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
         bases: dict[str, Basis] = {}
-        return Question(predictor, [self._asked(predictor, op, bases, steps) for op in ops])
+        asked = [self._asked(predictor, op, bases, steps) for op in ops]
+        return Question(predictor, asked, self._recent)
 
     def basis(self, request_class: str, steps: int = 1) -> Basis:
         """Return what is known about a class, or about all where it has fewer than 32."""

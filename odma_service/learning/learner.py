@@ -266,6 +266,7 @@ class Learner:
             self._adapting = policy
         preempted, completed = (now - then for now, then in zip(self._counted, before, strict=True))
         share = adapted_share(self._adapting.safety_share, preempted, completed)
+        share = min(share, policy.unguaranteed_share)
         self._adapting = replace(self._adapting, safety_share=share)
         if abs(share - policy.safety_share) >= LEAST_SHARE_CHANGE:
             self._install(

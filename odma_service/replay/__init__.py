@@ -17,7 +17,9 @@ from odma_service.replay.compare import (
     compare,
     run_policy,
 )
-from odma_service.replay.load import Limits, limits_for, load_of
+from odma_service.replay.load import Limits, Load, limits_for, load_of
+from odma_service.replay.loop import History
+from odma_service.replay.measure import Window, by_tenant, interval, measure
 from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
 from odma_service.replay.prices import Serving
 from odma_service.replay.report import COLUMNS, remarks, write_report
@@ -29,18 +31,24 @@ __all__ = [
     "NAMES",
     "TUNED",
     "Comparison",
+    "History",
     "Limits",
+    "Load",
     "Serving",
     "Setting",
     "Tuner",
     "Tuning",
     "Watch",
+    "Window",
     "as_object",
+    "by_tenant",
     "check_name",
     "compare",
+    "interval",
     "limits_for",
     "load_of",
     "marked",
+    "measure",
     "read_tuning",
     "remarks",
     "reproduce",

@@ -140,7 +140,7 @@ class ArenaMemory:
         )
         frees, fulls = len(step.ended), len(step.full)
         self._grow(step, answer.results[frees : frees + fulls], decision)
-        self._admit(answer.results[frees + fulls :], decision)
+        self._admit(step, answer.results[frees + fulls :], decision)
         # What has ended teaches from the next batch on, and shorter regions may fit then.
         decision.again |= self._predicts and bool(step.ended)
         if self._pool.policy().version != version:
@@ -163,6 +163,7 @@ class ArenaMemory:
             asked.generated_tokens,
             maximum,
             request.request_class,
+            request.tenant,
             text=request.text,
         )
 
@@ -194,16 +195,28 @@ class ArenaMemory:
                 victims[handle] = by_handle[handle]
         decision.victims = list(victims.values())
 
-    def _admit(self, results: list[Result], decision: Decision) -> None:
+    def _admit(self, step: Step, results: list[Result], decision: Decision) -> None:
+        refused = False
         for result in results:
             if isinstance(result, Place):
                 decision.placed.append(Placed(result.handle, result.length_tokens))
                 continue
             assert isinstance(result, Refusal)
+            decision.placed.append(None)
+            if result.preempt_handle:  # its tenant's guarantee is lent out
+                self._call_in(step, result.preempt_handle, decision)
+            if refused:
+                continue
+            refused = True
             # Skipped: a region could not grow, and nobody looked for room for this one.
             passing = result.reason in PASSING or result.reason is Reason.SKIPPED
             decision.again |= passing or result.awaiting_completion_tokens > 0
-            break
+
+    def _call_in(self, step: Step, handle: int, decision: Decision) -> None:
+        """Preempt a region for a claim; one that is younger than this batch in the next."""
+        named = [run for run in step.running.values() if run.handle == handle]
+        decision.victims += [run for run in named if run not in decision.victims]
+        decision.again |= not named
 
 
 def _geometry(serving: Serving) -> Geometry:

@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from odma_service.policy import TenantShare
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
 from odma_service.replay.loop import History, serve
@@ -20,7 +21,9 @@ from odma_service.replay.measure import (
     MEMORY_BOUND_RATIO,
     Interval,
     Measures,
+    TenantMeasures,
     Window,
+    by_tenant,
     interval,
     measure,
     window_of,
@@ -55,6 +58,7 @@ class Setting:
     rate: float = 1.0
     predictor: str | None = None
     seeds: int = 1
+    tenants: tuple[TenantShare, ...] = ()
 
 
 class Safety(NamedTuple):
@@ -75,6 +79,7 @@ class Outcome:
     safety: Safety
     events: list[PolicyEvent] = field(default_factory=list)
     measures: Measures | None = None
+    tenants: dict[str, TenantMeasures] = field(default_factory=dict)  # where there are several
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,8 @@ def compare(
         window = window_of(run.history for run in runs[1:])
         for run in runs[1:]:
             run.measures = measure(run.history, window, setting.limits.capacity_tokens, lengths)
+            if len({request.tenant for request in load.requests}) > 1:
+                run.tenants = by_tenant(run.history, window, load.requests)
             outcomes[run.policy].append(run)
         windows.append(window)
     mean = sum(ratios) / len(ratios)
@@ -175,6 +182,7 @@ def run_policy(
         predictor_name=setting.predictor,
         seed=seed,
         batch_cap=setting.batch_cap,
+        tenants=setting.tenants,
     ) as memory:
         history = serve(
             load,
@@ -249,6 +257,7 @@ def assumptions(setting: Setting) -> dict[str, Any]:
         "prefill": "whole prompts",
         "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
+        "tenants": [tenant._asdict() for tenant in setting.tenants],
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
 
@@ -291,8 +300,26 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
     shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
     shown["prefix_cache"] = PREFIX_REUSE if name in PREFIX_POLICIES else NO_PREFIX_REUSE
+    if runs[0].tenants:
+        shown["tenants"] = {tenant: _tenant_object(runs, tenant) for tenant in runs[0].tenants}
     shown["parameters"] = dict(comparison.tuning.of(name))
     return shown
+
+
+def _tenant_object(runs: Sequence[Outcome], tenant: str) -> dict[str, float]:
+    got = [run.tenants[tenant] for run in runs if tenant in run.tenants]
+
+    def mean(name: str) -> float:
+        pick = attrgetter(name)
+        return _whole(round(sum(float(pick(one)) for one in got) / len(got), 3))
+
+    return {
+        "requests": mean("requests"),
+        "tokens_per_s": mean("tokens_per_s"),
+        "ttft_p50_s": mean("ttft_s.p50"),
+        "ttft_p99_s": mean("ttft_s.p99"),
+        "preemptions": mean("preemptions"),
+    }
 
 
 def _unlimited_over_ideal(

@@ -40,6 +40,7 @@ class Request(NamedTuple):
     request_class: str
     prefix_ids: tuple[int, ...] = ()
     text: str | None = None
+    tenant: str = ""
 
     @property
     def output_tokens(self) -> int:
@@ -97,8 +98,18 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
     classes = trace.request_class or ("",) * len(trace)
     prefixes = trace.prefix_ids or ((),) * len(trace)
     texts = trace.texts or (None,) * len(trace)
+    tenants = trace.tenant or ("",) * len(trace)
     requests = tuple(
-        Request(prompt, total, maximum, at_limit, classes[row], prefixes[row], texts[row])
+        Request(
+            prompt,
+            total,
+            maximum,
+            at_limit,
+            classes[row],
+            prefixes[row],
+            texts[row],
+            tenants[row],
+        )
         for row, prompt, total, maximum, at_limit in zip(
             kept.tolist(),
             prompts[kept].tolist(),

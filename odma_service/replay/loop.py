@@ -1,4 +1,4 @@
-"""The loop: continuous batching, first come first served, over any memory.
+"""The loop: continuous batching, over any memory; of each tenant first come first served.
 
     give back what has ended, grow what is full, admit from the queue      one decision
     copy; prefill the admitted; a token of every request that has room     the step
@@ -13,9 +13,9 @@ that it had written is copied to the host and back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from odma_service.replay.memory import Asked, Decision, Ended, Memory, Run, Step
 from odma_service.replay.prices import PICOSECONDS, Prices
 from odma_service.values import End
 
-ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
+ADMISSIONS = 8  # of a tenant asked for in one step: after a refusal the rest would be skipped
 PATIENCE_STEPS = 1_000
 FOREVER = 2**62
 
@@ -66,12 +66,38 @@ class History:
     emptied: int | None = None
     steps: int = 0
     decisions: int = 0
-    preemptions: int = 0
+    preempted: list[int] = field(default_factory=list)  # their numbers
     recomputed_tokens: int = 0
     swapped_tokens: int = 0  # out and in
     cached_tokens: int = 0  # of prompts that were not prefilled
     copies: int = 0
     copied_tokens: int = 0
+
+    @property
+    def preemptions(self) -> int:
+        """How many there were."""
+        return len(self.preempted)
+
+
+class Queue:
+    """Who waits: a line for each tenant."""
+
+    def __init__(self, load: Load) -> None:
+        self._requests = load.requests
+        self._lines: dict[str, deque[int]] = {r.tenant: deque() for r in load.requests}
+        self.is_shared = len(self._lines) > 1
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return sum(map(len, self._lines.values()))
+
+    def line(self, number: int) -> deque[int]:
+        """Return the line that a request stands in."""
+        return self._lines[self._requests[number].tenant]
+
+    def heads(self, most: int) -> Iterator[int]:
+        """Return the first of each line, at most `most`, the earliest of two heads first."""
+        return merge(*(islice(line, most) for line in self._lines.values()))
 
 
 def serve(
@@ -106,11 +132,14 @@ class Loop:
         self._prices = prices
         self._cap = batch_cap
         self._closed = closed
-        self._queue = deque(range(count)) if closed else deque()
+        self._queue = Queue(load)
         self._arrivals = [round(s * PICOSECONDS) for s in load.arrivals_seconds]
         self._next = count if closed else 0  # the next to arrive
         if closed:
-            self.history.arrived_ps[0] = 0
+            for number in range(count):
+                self._queue.line(number).append(number)
+            for number in self._queue.heads(1):
+                self.history.arrived_ps[number] = 0
         else:
             self.history.arrived_ps = self._arrivals
         self._generated: dict[int, int] = {}
@@ -138,7 +167,7 @@ class Loop:
         prefill_ps = copy_ps = 0
         fresh: list[Run] = []
         full = self._full()
-        asked = self._asked()
+        asked = self._asked(deciding=bool(full))
         if self._ended or full or asked:
             swapped = self.history.swapped_tokens
             decision = self._decide(full, asked)
@@ -160,7 +189,7 @@ class Loop:
 
     def _arrive(self) -> None:
         while self._next < len(self._arrivals) and self._arrivals[self._next] <= self._sums.now_ps:
-            self._queue.append(self._next)
+            self._queue.line(self._next).append(self._next)
             self._next += 1
 
     def _full(self) -> list[Run]:
@@ -169,15 +198,16 @@ class Loop:
         self._stalled, self._filled = [], []
         return full
 
-    def _asked(self) -> list[Asked]:
+    def _asked(self, *, deciding: bool) -> list[Asked]:
+        """Return who asks. Where tenants share, in every batch: a claim has to be renewed."""
         if self._ended:
             self._blocked = False
-        if self._blocked or not self._queue:
+        if not self._queue or (self._blocked and not (deciding and self._queue.is_shared)):
             return []
-        most = min(ADMISSIONS, self._room())
+        room = self._room()
         return [
             Asked(number, self._load.requests[number], self._generated.get(number, 0))
-            for number in islice(self._queue, most)
+            for number in islice(self._queue.heads(ADMISSIONS), room)
         ]
 
     def _room(self) -> int:
@@ -203,7 +233,8 @@ class Loop:
         history.decisions += 1
         history.copies += decision.copies
         history.copied_tokens += decision.copied_tokens
-        self._blocked = len(decision.placed) < len(asked) and not (
+        admitted = sum(placed is not None for placed in decision.placed)
+        self._blocked = admitted < len(asked) and not (
             decision.again or decision.copies or decision.victims
         )
         return decision
@@ -216,8 +247,8 @@ class Loop:
             self._remove(run)
             self._ended.append(Ended(run, End.PREEMPTED, generated))
             self._generated[run.number] = generated
-            self._queue.appendleft(run.number)
-            self.history.preemptions += 1
+            self._queue.line(run.number).appendleft(run.number)
+            self.history.preempted.append(run.number)
             if self._prices.swapped_token_ps:
                 self.history.swapped_tokens += written
             else:
@@ -228,9 +259,10 @@ class Loop:
         """Return who was let in, and how long their prefill takes."""
         fresh, prefill_ps = [], 0
         arrived, prices = self.history.arrived_ps, self._prices
-        for (handle, room, cached), (number, request, generated) in zip(
-            decision.placed, asked, strict=False
-        ):
+        for placed, (number, request, generated) in zip(decision.placed, asked, strict=False):
+            if placed is None:
+                continue
+            handle, room, cached = placed
             held = request.prompt_tokens + generated
             if prices.swapped_token_ps and number in self._generated:
                 self.history.swapped_tokens += held
@@ -246,9 +278,10 @@ class Loop:
             self._reserved += room
             self._schedule(run)
             fresh.append(run)
-            self._queue.popleft()
-            if self._closed and self._queue and arrived[self._queue[0]] < 0:
-                arrived[self._queue[0]] = self._sums.now_ps
+            line = self._queue.line(number)
+            line.popleft()
+            if self._closed and line and arrived[line[0]] < 0:
+                arrived[line[0]] = self._sums.now_ps
         return fresh, prefill_ps
 
     def _schedule(self, run: Run) -> None:

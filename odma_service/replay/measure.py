@@ -9,12 +9,14 @@ window's; events (preemptions, copies, safety hits) are counted over the whole r
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from odma_service.replay.load import Request
 from odma_service.replay.loop import History
 from odma_service.replay.prices import PICOSECONDS
 
@@ -120,6 +122,37 @@ def measure(
         steps=history.steps,
         decisions=history.decisions,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantMeasures:
+    """What one tenant got: output of those finished in the window, waiting for a first token."""
+
+    requests: int
+    tokens_per_s: float
+    ttft_s: Spread
+    preemptions: int
+
+
+def by_tenant(
+    history: History, window: Window, requests: Sequence[Request]
+) -> dict[str, TenantMeasures]:
+    """Return the measures of each tenant in a window, by name."""
+    begin = history.sums[window.first - 1].now_ps if window.first else 0
+    seconds = (history.sums[window.last - 1].now_ps - begin) / PICOSECONDS
+    preempted = Counter(requests[number].tenant for number in history.preempted)
+    finished: dict[str, list[int]] = {}
+    for number in history.finished[window.first : window.last]:
+        finished.setdefault(requests[number].tenant, []).append(number)
+    return {
+        tenant: TenantMeasures(
+            len(numbers),
+            sum(requests[number].output_tokens for number in numbers) / seconds,
+            _spread([history.first_ps[i] - history.arrived_ps[i] for i in numbers]),
+            preempted[tenant],
+        )
+        for tenant, numbers in sorted(finished.items())
+    }
 
 
 class Interval(NamedTuple):

@@ -68,12 +68,13 @@ class Placed(NamedTuple):
 class Decision:
     """What was decided. Runs that were full have their new room already, or are stalled.
 
-    placed    the admitted, a prefix of those who asked
+    placed    by those who asked, up to the last admitted: None was refused. One tenant's are
+              admitted in their order
     victims   runs to preempt; their memory is given back as that of ended ones
     again     the next step may bring what was refused now, though nothing is freed in it
     """
 
-    placed: list[Placed] = field(default_factory=list)
+    placed: list[Placed | None] = field(default_factory=list)
     stalled: list[Run] = field(default_factory=list)
     victims: list[Run] = field(default_factory=list)
     again: bool = False

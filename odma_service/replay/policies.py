@@ -27,7 +27,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import PolicyRecord, equal_limits, longest_tokens, named, rising_limits
+from odma_service.policy import (
+    PolicyRecord,
+    TenantShare,
+    equal_limits,
+    longest_tokens,
+    named,
+    rising_limits,
+)
 from odma_service.replay.arena import ArenaMemory, EngineKind
 from odma_service.replay.extents import ExtentMemory
 from odma_service.replay.load import BLOCK_TOKENS, Limits, Load
@@ -145,8 +152,12 @@ def memory_of(
     predictor_name: str | None = None,
     seed: int = 0,
     batch_cap: int = 256,
+    tenants: tuple[TenantShare, ...] = (),
 ) -> Iterator[Memory]:
-    """Give the memory of a policy for one run; an arena's file lies in `directory`."""
+    """Give the memory of a policy for one run; an arena's file lies in `directory`.
+
+    Only policies over an arena know of tenants' shares.
+    """
     capacity = load.limits.capacity_tokens
     if name == UNLIMITED:
         yield PagedMemory(UNLIMITED_TOKENS, PAGES[0], 0.0)
@@ -168,7 +179,7 @@ def memory_of(
         directory,
         load.limits,
         serving,
-        record_of(name, load.limits, parameters),
+        replace(record_of(name, load.limits, parameters), tenants=tenants),
         policy.kind,
         predictor(chosen, load, seed),
         exact_lengths=policy.exact_lengths,

@@ -85,6 +85,8 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
         for facts in objects
         for name, figures in facts["policies"].items()
     ]
+    for row in rows:
+        row.pop("tenants", None)  # those of all traces have the same columns
     with (directory / "report.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

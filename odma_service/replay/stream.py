@@ -69,7 +69,7 @@ class Phase(NamedTuple):
     """What one phase shows.
 
     recovery_requests: after how many requests the AHEAD next ones are covered to RECOVERED;
-    None: never. window_share: how often lengths alone were used.
+    None: never. window_share: how often lengths alone were used. Of no requests all is NaN.
     """
 
     name: str
@@ -137,6 +137,8 @@ def phase_of(served: Served, phase: int, name: str, warmup: int = 0) -> Phase:
     """Return what a phase shows, without the first `warmup` requests of the whole stream."""
     chosen = np.flatnonzero(served.phases == phase)
     chosen = chosen[chosen >= warmup]
+    if not len(chosen):
+        return Phase(name, 0, np.nan, np.nan, np.nan, None, np.nan)
     covered = served.covered[chosen]
     ahead: Any = (
         np.convolve(covered, np.ones(AHEAD), "valid") / AHEAD if len(covered) >= AHEAD else []

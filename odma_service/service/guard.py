@@ -2,7 +2,7 @@
 
 It refuses with the same details as every other error, also where gRPC's own answer has none:
 for an rpc that is not served and for a message that cannot be parsed. What it refuses before the
-message is read takes none of the threads that answer calls, nor does the health service.
+message is read takes none of the threads that answer calls, nor do health and reflection.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
     ("grpc.max_receive_message_length", 2 * LARGEST_MESSAGE_BYTES),  # gRPC itself refuses more
     ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),  # between the two it is up to chance
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
+MOST_SILENT = 15
+"""Questions for the health whose message has not come; each holds a thread."""
 CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -49,24 +52,51 @@ class Calls(ThreadPoolExecutor):
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
-        self._lock = Lock()
-        self.count = 0
+        self._under_way: set[Future[Any]] = set()
+
+    @property
+    def count(self) -> int:
+        """How many calls are under way."""
+        return len(self._under_way)
+
+    def under_way(self) -> set[Future[Any]]:
+        """Return the calls under way, to be waited for."""
+        return self._under_way.copy()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a call as soon as a thread is free."""
-        with self._lock:
-            self.count += 1
-        try:
-            future = super().submit(fn, *args, **kwargs)
-        except BaseException:
-            self._done()
-            raise
-        future.add_done_callback(self._done)
+        future = super().submit(fn, *args, **kwargs)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
         return future
 
-    def _done(self, _future: Future[Any] | None = None) -> None:
+
+class Silent:
+    """Calls whose message has not come, each with a thread that waits for it.
+
+    One that is too many costs the oldest its place, so that with one thread more than `most`
+    every call is read.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = Lock()
+        self._waiting: list[grpc.ServicerContext] = []
+
+    def first(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """Return a call's message, None if none came."""
         with self._lock:
-            self.count -= 1
+            self._waiting.append(context)
+            for oldest in self._waiting[: -self._most]:
+                oldest.cancel()
+        try:
+            return next(requests, None)
+        except grpc.RpcError as gone:
+            gone.__traceback__ = None  # for the reason that Streams tells
+            return None
+        finally:
+            with self._lock:
+                self._waiting.remove(context)
 
 
 class _Unusable(NamedTuple):
@@ -83,7 +113,9 @@ class Guard(grpc.ServerInterceptor):
         self._calls = calls
         self._most_calls = most_calls
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
-        self._open = ThreadPoolExecutor(2, thread_name_prefix="open")
+        self._reflecting = ThreadPoolExecutor(2, thread_name_prefix="reflect")
+        self._probing = ThreadPoolExecutor(MOST_SILENT + 1, thread_name_prefix="probe")
+        self._silent = Silent(MOST_SILENT)
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(
@@ -158,17 +190,21 @@ class Guard(grpc.ServerInterceptor):
         form: Any
         guarded: Any
         at_once = getattr(answer, "experimental_non_blocking", False)  # it sends by itself
+        own_pool = getattr(answer, "experimental_thread_pool", None)
         if at_once and handler.request_streaming:
             form, guarded = grpc.stream_stream_rpc_method_handler, self._lending(rpc, answer)
-        elif handler.request_streaming:
+        elif handler.request_streaming:  # reflection
+            own_pool = own_pool or self._reflecting
             form, guarded = grpc.stream_stream_rpc_method_handler, self._exchanging(rpc, answer)
         elif handler.response_streaming:
             form, guarded = grpc.unary_stream_rpc_method_handler, self._telling(rpc, answer)
+        elif access.is_open(rpc):
+            form, guarded = grpc.stream_stream_rpc_method_handler, self._probed(answer)
+            at_once, own_pool = True, self._probing
         else:
             form, guarded = grpc.unary_unary_rpc_method_handler, self._answering(rpc, answer)
-        own_pool = getattr(answer, "experimental_thread_pool", None)
         guarded.experimental_non_blocking = at_once
-        guarded.experimental_thread_pool = own_pool or (self._open if access.is_open(rpc) else None)
+        guarded.experimental_thread_pool = own_pool
         made: Handler = form(
             guarded, _parser(handler.request_deserializer), handler.response_serializer
         )
@@ -182,6 +218,21 @@ class Guard(grpc.ServerInterceptor):
                 return answer(request, context)
 
         return answering
+
+    def _probed(self, answer: Answer) -> Answer:
+        """Answer one message, as _answering does, of a caller that may be silent."""
+
+        def probed(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
+            request = self._silent.first(requests, context)
+            if request is None:
+                context.set_code(grpc.StatusCode.CANCELLED)
+            else:
+                with _refusing(context):
+                    _insist_usable(request)
+                    send(answer(request, context))
+            send(None)
+
+        return probed
 
     def _telling(self, rpc: str, answer: Answer) -> Answer:
         def telling(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:

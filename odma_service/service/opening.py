@@ -15,7 +15,7 @@ from odma_service.geometry import (
     device,
     from_model_config,
 )
-from odma_service.policy import PolicyRecord, named
+from odma_service.policy import PolicyRecord, TenantShare, named
 from odma_service.pool import MOST_CAPACITY_TOKENS, PoolSpec
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -69,8 +69,14 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
 
 
 def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
-    """Return `base`, or the record that the change names, with its fields changed."""
+    """Return `base`, or the record that the change names, with its fields changed.
+
+    Tenants are no part of what a name stands for: those of `base` are kept.
+    """
     has = change.HasField
+    tenants = tuple(map(_tenant_from, change.tenants))
+    if not tenants and not change.clear_tenants:
+        tenants = base.tenants
     with _inside("policy"):
         if change.name:
             base = _named(change.name, spec)
@@ -84,7 +90,14 @@ def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpe
             growth=change.growth if has("growth") else None,
             tenant_share=change.tenant_share if has("tenant_share") else None,
             max_copy_tokens=change.max_copy_tokens if has("max_copy_tokens") else None,
+            tenants=tenants,
+            clear_tenants=change.clear_tenants,
         )
+
+
+def _tenant_from(message: types.TenantShare) -> TenantShare:
+    maximum = message.maximum_share if message.HasField("maximum_share") else 1.0
+    return TenantShare(message.name, message.guaranteed_share, maximum)
 
 
 def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from odma_service._native import Counters, RegionEntry
+from odma_service._native import Counters, RegionEntry, TenantUse
 from odma_service.geometry import Geometry
 from odma_service.learning import Learner, Source
 from odma_service.policy import PolicyRecord
@@ -70,6 +70,7 @@ def pool_to(view: View) -> pb.GetPoolResponse:
         total_histogram=_bins(upper, histogram.total_finished, histogram.total_censored),
         output_histogram=_bins(upper, histogram.output_finished, histogram.output_censored),
         model_version=view.learner.model_version,
+        tenants=map(_tenant_to, pool.tenants()),
     )
 
 
@@ -88,6 +89,10 @@ def policy_to(policy: PolicyRecord) -> types.Policy:
         growth=policy.growth,
         tenant_share=policy.tenant_share,
         max_copy_tokens=policy.max_copy_tokens,
+        tenants=[
+            types.TenantShare(name=name, guaranteed_share=guaranteed, maximum_share=maximum)
+            for name, guaranteed, maximum in policy.tenants
+        ],
     )
 
 
@@ -129,6 +134,10 @@ def _state(view: View) -> pb.PoolState.ValueType:
 
 def _counters_to(counters: Counters) -> pb.Counters:
     return pb.Counters(**counters._asdict())
+
+
+def _tenant_to(use: TenantUse) -> pb.TenantReport:
+    return pb.TenantReport(**use._asdict(), borrowed_tokens=use.borrowed_tokens)
 
 
 def _buckets(pool: Pool) -> list[pb.BucketUse]:

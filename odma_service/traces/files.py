@@ -2,15 +2,15 @@
 
 A file's first bytes say what it is; its name does not matter for reading.
 
-    parquet          t_seconds (optional), input_tokens, output_tokens; request_class (optional);
-                     output_recorded (optional): rows where it is false are dropped;
+    parquet          t_seconds (optional), input_tokens, output_tokens; request_class and tenant
+                     (optional); output_recorded (optional): rows where it is false are dropped;
                      hash_ids (optional): see Trace.prefix_ids. Or a set of prompts: prompt,
                      prompt_tokens, output_tokens; model, reasoning_hidden, split (optional)
     Azure CSV        TIMESTAMP, ContextTokens, GeneratedTokens, as published in 2023 and 2024;
                      times then count from the earliest request
     Mooncake JSONL   timestamp (milliseconds), input_length, output_length; hash_ids (optional)
     decision log     as `odma serve --decision-log` writes it: asked, prompt_tokens, output_tokens,
-                     request_class; times then count from the earliest request
+                     request_class, tenant; times then count from the earliest request
 
 Values that cannot be true (negative, fractional, missing, not a number) are an error that
 names the file, the row and the column. Rows count from 1, without header and empty lines.
@@ -44,6 +44,7 @@ DECISION_COLUMNS = ("asked", "prompt_tokens", "output_tokens")
 DECISION_START = '{"odma":'
 ENDED_BY_ITSELF = {"FINISHED", "HIT_LIMIT"}
 PARQUET_COLUMNS = ("t_seconds", "input_tokens", "output_tokens")
+TEXT_COLUMNS = ("request_class", "tenant")
 PREFIX_COLUMN = "hash_ids"
 PROMPT_COLUMNS = ("prompt", "prompt_tokens", "output_tokens")
 UNTRAINED = "val"
@@ -82,8 +83,9 @@ def write_trace(trace: Trace, path: str | Path) -> None:
         raise TraceError(f"{path}: traces are written as parquet, so name the file *.parquet")
     arrow, parquet = arrow_modules(path)
     columns: dict[str, Any] = {name: getattr(trace, name) for name in PARQUET_COLUMNS}
-    if trace.request_class is not None:
-        columns["request_class"] = arrow.array(trace.request_class, type=arrow.string())
+    for name in TEXT_COLUMNS:
+        if getattr(trace, name) is not None:
+            columns[name] = arrow.array(getattr(trace, name), type=arrow.string())
     if trace.prefix_ids is not None:
         columns[PREFIX_COLUMN] = arrow.array(trace.prefix_ids, type=arrow.list_(arrow.int64()))
     label = trace.label.encode("utf-8", errors="replace")
@@ -114,6 +116,7 @@ class _Table:
     prefix_ids: list[tuple[int, ...]] | None = None
     notes: tuple[str, ...] = ()
     texts: list[str] | None = None
+    tenant: NDArray[np.object_] | None = None
 
 
 def _trace_of(path: Path, table: _Table) -> Trace:
@@ -142,6 +145,7 @@ def _trace_of(path: Path, table: _Table) -> Trace:
         tuple(notes),
         None if table.prefix_ids is None else tuple(table.prefix_ids[row] for row in in_time),
         None if table.texts is None else tuple(table.texts[row] for row in in_time),
+        None if table.tenant is None else tuple(table.tenant[in_time].tolist()),
     )
 
 
@@ -256,6 +260,7 @@ def _records(path: Path, rows: int | None) -> Iterator[tuple[int, dict[str, Any]
 def _read_decisions(path: Path, rows: int | None) -> _Table:
     """Return the requests that ended by themselves, in the order in which they ended."""
     classes: list[str] = []
+    tenants: list[str] = []
     unended = unasked = 0
 
     def ended() -> Iterator[tuple[float, float, float]]:
@@ -274,6 +279,7 @@ def _read_decisions(path: Path, rows: int | None) -> _Table:
                     _value(path, row, name, _number, record.get(name)) for name in DECISION_COLUMNS
                 )
                 classes.append(str(record.get("request_class", "")))
+                tenants.append(str(record.get("tenant") or ""))
                 yield at, into, out
 
     seconds, inputs, outputs = _columns(ended())
@@ -295,6 +301,7 @@ def _read_decisions(path: Path, rows: int | None) -> _Table:
         outputs,
         np.array(classes, object),
         notes=tuple(notes),
+        tenant=np.array(tenants, object) if any(tenants) else None,
     )
 
 
@@ -345,7 +352,7 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
             schema = file.schema_arrow
             if set(PROMPT_COLUMNS) <= set(schema.names):
                 return _prompts_of(path, file.read(), rows)
-            optional = {"t_seconds", "request_class", "output_recorded", PREFIX_COLUMN}
+            optional = {"t_seconds", *TEXT_COLUMNS, "output_recorded", PREFIX_COLUMN}
             optional &= set(schema.names)
             wanted = sorted({"input_tokens", "output_tokens"} | optional)
             for name in wanted:
@@ -360,7 +367,7 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
         if name not in arrays:
             return None
         values = arrays[name]
-        mixed = name == "request_class" and not all(isinstance(v, str) for v in values)
+        mixed = name in TEXT_COLUMNS and not all(isinstance(v, str) for v in values)
         if mixed or values.dtype.kind not in dtype_kinds:
             kind = schema.field(name).type
             raise TraceError(f"{path}: column '{name}' is {kind}, but must be {rule}")
@@ -376,6 +383,7 @@ def _read_parquet(path: Path, rows: int | None) -> _Table:
         column("request_class", "O", "text in every row"),
         column("output_recorded", "b", "true or false in every row"),
         prefixes and [_ids(path, row, ids) for row, ids in enumerate(prefixes, 1)],
+        tenant=column("tenant", "O", "text in every row"),
     )
 
 

@@ -42,6 +42,7 @@ class Trace:
     output_tokens  answer length, int64, at least 1; at a cap it means "at least"
     label          the trace's name, or "synthetic seed=..."
     request_class  each request's class, where the trace has classes
+    tenant         whose each request is, where the trace knows
     texts          each prompt, where the file is a set of prompts
     prefix_ids     of each prompt, the ids of its blocks of PREFIX_TOKENS tokens from the start
                    on, where the trace has them: same id, same tokens up to there
@@ -56,6 +57,7 @@ class Trace:
     notes: tuple[str, ...] = ()
     prefix_ids: tuple[tuple[int, ...], ...] | None = None
     texts: tuple[str, ...] | None = None
+    tenant: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
@@ -67,11 +69,12 @@ class Trace:
                 )
         if len(self) == 0:
             raise TraceError(f"{self.label}: a trace has at least one request")
-        if self.request_class is not None and len(self.request_class) != len(self):
-            raise TraceError(
-                f"{self.label}: column 'request_class' must be {len(self)} values,"
-                f" not {len(self.request_class)}"
-            )
+        for name in ("request_class", "tenant"):
+            texts = getattr(self, name)
+            if texts is not None and len(texts) != len(self):
+                raise TraceError(
+                    f"{self.label}: column '{name}' must be {len(self)} values, not {len(texts)}"
+                )
         if self.prefix_ids is not None and len(self.prefix_ids) != len(self):
             raise TraceError(f"{self.label}: column 'hash_ids' must be {len(self)} lists")
         check_seconds(self.label, "t_seconds", self.t_seconds)
@@ -103,6 +106,7 @@ class Trace:
         """Return these rows in this order, which has to be in time unless times are given."""
         picked = rows.tolist()
         classes, prefixes, texts = self.request_class, self.prefix_ids, self.texts
+        tenants = self.tenant
         return Trace(
             self.t_seconds[rows] if t_seconds is None else t_seconds,
             self.input_tokens[rows],
@@ -112,6 +116,7 @@ class Trace:
             self.notes,
             None if prefixes is None else tuple(prefixes[row] for row in picked),
             None if texts is None else tuple(texts[row] for row in picked),
+            None if tenants is None else tuple(tenants[row] for row in picked),
         )
 
 

@@ -289,6 +289,7 @@ static void a_null_is_invalid(void) {
     odma_region region;
     odma_place place;
     odma_result result;
+    odma_tenant_use use;
     uint64_t handle = 1;
     uint32_t count = 0, limits[ODMA_LIMITS];
     double weight = 1, waste;
@@ -336,6 +337,9 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_regions(NULL, 0, &region, 1, &count));
     GIVES(ODMA_INVALID, odma_arena_regions(arena, 0, NULL, 1, &count));
     GIVES(ODMA_INVALID, odma_arena_regions(arena, 0, &region, 1, NULL));
+    GIVES(ODMA_INVALID, odma_arena_tenants(NULL, &use, &count));
+    GIVES(ODMA_INVALID, odma_arena_tenants(arena, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_tenants(arena, &use, NULL));
     GIVES(ODMA_INVALID, odma_arena_check(NULL, reason));
     OK(odma_arena_check(arena, NULL));
     GIVES(ODMA_INVALID, odma_arena_class(NULL, 0, description));
@@ -428,11 +432,24 @@ static void a_bad_engine_or_epoch_changes_nothing(void) {
     odma_arena_close(arena);
 }
 
+/* Tenants 0 to 2 are named: the first two are sure of a part of what is not
+ * kept back. */
+static void name_tenants(odma_policy *policy) {
+    const double shares[][2] = {{0.5, 0.75}, {0.25, 1}, {0, 0.5}};
+    policy->tenant_count = 3;
+    for (uint32_t i = 0; i < policy->tenant_count; i++) {
+        odma_tenant *tenant = &policy->tenants[i];
+        snprintf(tenant->name, sizeof tenant->name, "tenant %u", i);
+        tenant->guaranteed_share = shares[i][0] * (1 - policy->safety_share);
+        tenant->maximum_share = shares[i][1];
+    }
+}
+
 static void a_bad_policy_is_not_installed(void) {
     odma_arena *arena = fresh();
     odma_policy before, after;
     OK(odma_arena_policy(arena, &before));
-    for (int i = 0; i < 24; i++) {
+    for (int i = 0; i < 34; i++) {
         odma_policy bad = POLICY;
         if (i == 0) bad.start = 0;
         if (i == 1) bad.start = 4;
@@ -461,6 +478,17 @@ static void a_bad_policy_is_not_installed(void) {
         if (i == 21) bad.tenant_share = 0;
         if (i == 22) bad.tenant_share = 1.1;
         if (i == 23) bad.tenant_share = (double)NAN;
+        if (i > 23) name_tenants(&bad);
+        if (i == 24) bad.tenant_count = ODMA_TENANTS + 1;
+        if (i == 25) bad.tenants[1].name[0] = 0;
+        if (i == 26) bad.tenants[1] = bad.tenants[0];
+        if (i == 27) bad.tenants[0].guaranteed_share = 0.76; /* above its maximum */
+        if (i == 28) bad.tenants[0].guaranteed_share = -0.1;
+        if (i == 29) bad.tenants[0].guaranteed_share = (double)NAN;
+        if (i == 30) bad.tenants[2].maximum_share = 0;
+        if (i == 31) bad.tenants[2].maximum_share = 1.1;
+        if (i == 32) bad.tenants[2].maximum_share = (double)NAN;
+        if (i == 33) bad.safety_share = 0.26; /* 0.75 are guaranteed */
         GIVES(ODMA_INVALID, odma_arena_set_policy(arena, &bad, 0));
     }
     odma_policy good = POLICY;
@@ -777,6 +805,7 @@ static odma_op random_op(void) {
     snprintf(id, sizeof id, "request %u", names++);
     odma_op op = allocate_op(id, 1 + below(400));
     snprintf(op.request_class, sizeof op.request_class, "class %u", below(80));
+    snprintf(op.tenant, sizeof op.tenant, "tenant %u", names % 4);
     return op;
 }
 
@@ -809,6 +838,7 @@ static void begin_random(odma_arena *arena, uint32_t number) {
     policy.safety_share = number % 5 * 0.1;
     policy.limit_count = number % 4;
     for (uint32_t i = 0; i < policy.limit_count; i++) policy.limits_tokens[i] = 100 * (i + 1);
+    if (number % 3 != 2) name_tenants(&policy);
     OK(odma_arena_open_epoch(arena, 2 + number, &engine, "boot", NULL, 0));
     OK(odma_arena_set_policy(arena, &policy, 0));
 }
@@ -1004,6 +1034,111 @@ static void batches_on_many_regions_keep_every_rule(void) {
     odma_arena_close(arena);
 }
 
+/* --- tenants --- */
+
+static odma_op tenant_op(const char *id, uint32_t prompt_tokens, uint32_t tenant) {
+    odma_op op = allocate_op(id, prompt_tokens);
+    op.max_total_tokens = prompt_tokens;
+    snprintf(op.tenant, sizeof op.tenant, "tenant %u", tenant);
+    return op;
+}
+
+static odma_result ask(odma_arena *arena, odma_op op) {
+    odma_result result;
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    checked(arena);
+    return result;
+}
+
+static odma_tenant_use use_of(odma_arena *arena, uint32_t tenant) {
+    odma_tenant_use uses[ODMA_TENANTS];
+    uint32_t count;
+    OK(odma_arena_tenants(arena, uses, &count));
+    CHECK(tenant < count);
+    return uses[tenant];
+}
+
+/* Tenant 2 and one without a name fill the arena between them. */
+static odma_arena *lent_out(uint64_t *named, uint64_t *other) {
+    odma_arena *arena = fresh();
+    odma_policy policy = POLICY;
+    policy.start = ODMA_START_MAXIMUM;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    *named = ask(arena, tenant_op("named", 128 * 16, 2)).handle;
+    *other = ask(arena, tenant_op("other", 128 * 16, 9)).handle;
+    CHECK(*named != 0 && *other != 0 && report_of(arena).free_blocks == 0);
+    return arena;
+}
+
+static void who_is_sure_of_it_gets_it_back(void) {
+    uint64_t named, other;
+    odma_arena *arena = lent_out(&named, &other);
+    odma_result result = ask(arena, tenant_op("mine", 100 * 16, 0));
+    CHECK(result.reason == ODMA_REASON_NO_SPACE && result.preempt_handle == other);
+    CHECK(use_of(arena, 0).claimed == 100 && use_of(arena, 2).held == 128);
+    CHECK(ask(arena, free_op(named, 0)).outcome == ODMA_FREED);
+    odma_arena_close(arena);
+
+    arena = attached(); /* the claim stands, and what is free is for it */
+    CHECK(ask(arena, tenant_op("late", 16, 2)).reason == ODMA_REASON_CLAIMED);
+    CHECK(ask(arena, tenant_op("later", 16, 9)).reason == ODMA_REASON_CLAIMED);
+    CHECK(ask(arena, tenant_op("sure", 28 * 16, 1)).outcome == ODMA_PLACED);
+    CHECK(ask(arena, tenant_op("more", 65 * 16, 1)).reason == ODMA_REASON_CLAIMED);
+    CHECK(ask(arena, tenant_op("mine", 100 * 16, 0)).outcome == ODMA_PLACED);
+    CHECK(use_of(arena, 0).claimed == 0 && use_of(arena, 0).held == 100);
+    CHECK(ask(arena, free_op(other, 0)).outcome == ODMA_FREED);
+    CHECK(ask(arena, tenant_op("late", 16, 2)).outcome == ODMA_PLACED);
+    CHECK(ask(arena, tenant_op("most", 93 * 16, 0)).reason == ODMA_REASON_QUOTA);
+    CHECK(ask(arena, tenant_op("most", 92 * 16, 0)).outcome == ODMA_PLACED);
+    odma_arena_close(arena);
+}
+
+static void a_claim_that_nobody_renews_lapses(void) {
+    uint64_t named, other;
+    odma_arena *arena = lent_out(&named, &other);
+    CHECK(ask(arena, tenant_op("mine", 100 * 16, 0)).outcome == ODMA_REFUSED);
+    CHECK(ask(arena, free_op(named, 0)).outcome == ODMA_FREED);
+    for (int i = 2; i < ODMA_CLAIM_TURNS; i++)
+        CHECK(ask(arena, tenant_op("late", 16, 2)).reason == ODMA_REASON_CLAIMED);
+    CHECK(ask(arena, tenant_op("late", 16, 2)).outcome == ODMA_PLACED);
+    odma_arena_close(arena);
+}
+
+static void other_tenants_end_a_claim_and_the_same_ones_keep_it(void) {
+    uint64_t named, other;
+    odma_arena *arena = lent_out(&named, &other);
+    CHECK(ask(arena, tenant_op("mine", 100 * 16, 0)).outcome == ODMA_REFUSED);
+    odma_policy policy;
+    OK(odma_arena_policy(arena, &policy));
+    policy.growth = 2;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    CHECK(use_of(arena, 0).claimed == 100);
+    policy.tenants[1].maximum_share = 0.9;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    CHECK(use_of(arena, 0).claimed == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+/* More tenants come and go than there are accounts. */
+static void accounts_are_kept_for_any_number_of_tenants(void) {
+    odma_arena *arena = fresh();
+    odma_policy policy = POLICY;
+    policy.start = ODMA_START_MAXIMUM;
+    policy.tenant_share = 0.5;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    for (uint32_t i = 0; i < 2000; i++) {
+        char id[ODMA_ID_BYTES];
+        snprintf(id, sizeof id, "%u", i);
+        odma_result first = ask(arena, tenant_op(id, 100 * 16, i));
+        CHECK(first.outcome == ODMA_PLACED);
+        CHECK(ask(arena, tenant_op("more", 29 * 16, i)).reason == ODMA_REASON_QUOTA);
+        CHECK(ask(arena, free_op(first.handle, 0)).outcome == ODMA_FREED);
+    }
+    odma_arena_close(arena);
+}
+
 /* --- dying between two stores --- */
 
 static int stores_to_live = -1;
@@ -1055,6 +1190,9 @@ static bool is_compacting(void) {
 /* The answer and the books are those of a process that did not die. */
 static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
     odma_arena *arena = fresh();
+    odma_policy policy = POLICY;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, &policy, 0));
     char saved[sizeof path + 8];
     snprintf(saved, sizeof saved, "%s.saved", path);
     int steps = 0;
@@ -1111,6 +1249,8 @@ struct view {
     odma_policy policy;
     odma_region regions[ROOM];
     uint32_t count;
+    odma_tenant_use uses[ODMA_TENANTS];
+    uint32_t tenants;
 };
 
 static void look(odma_arena *arena, struct view *view) {
@@ -1119,6 +1259,7 @@ static void look(odma_arena *arena, struct view *view) {
     view->report.recovery = 0;
     OK(odma_arena_policy(arena, &view->policy));
     OK(odma_arena_regions(arena, 0, view->regions, ROOM, &view->count));
+    OK(odma_arena_tenants(arena, view->uses, &view->tenants));
 }
 
 static void allocates_alone(odma_arena *arena) {
@@ -1126,6 +1267,13 @@ static void allocates_alone(odma_arena *arena) {
     odma_op op = allocate_op("alone", 20);
     OK(odma_arena_unary(arena, 1, &op, &result));
     CHECK(result.outcome == ODMA_PLACED);
+}
+
+static void claims_alone(odma_arena *arena) {
+    odma_result result;
+    odma_op op = tenant_op("claim", 128 * 16, 0);
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    CHECK(result.outcome == ODMA_REFUSED && use_of(arena, 0).claimed > 0);
 }
 
 static void frees_alone(odma_arena *arena) {
@@ -1172,14 +1320,25 @@ static bool dies_while_it(void (*acts)(odma_arena *), int number) {
 }
 
 static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
-    void (*const acts[])(odma_arena *) = {allocates_alone, frees_alone,    reconciles,
-                                          sets_a_policy,   ends_its_epoch, opens_another_epoch};
+    void (*const acts[])(odma_arena *) = {
+        allocates_alone, claims_alone,   frees_alone,        reconciles,
+        sets_a_policy,   ends_its_epoch, opens_another_epoch};
     odma_arena *arena = fresh();
     for (int i = 0; i < 12; i++) {
         random_step(arena);
         OK(run_step(arena));
     }
     for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
+    odma_policy policy = POLICY;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    list_regions(arena);
+    for (uint32_t i = 0; use_of(arena, 0).held > 0; i++) ask(arena, free_op(regions[i].handle, 0));
+    while (report_of(arena).largest_run > 12) {
+        char id[ODMA_ID_BYTES];
+        snprintf(id, sizeof id, "lent %u", report_of(arena).live);
+        ask(arena, tenant_op(id, (report_of(arena).largest_run - 12) * 16, 9));
+    }
     list_regions(arena);
     odma_arena_close(arena);
     char saved[sizeof path + 8];
@@ -1506,6 +1665,10 @@ static const struct {
     FACT(a_plan_that_keeps_the_budget_is_found),
     FACT(neighbours_make_way_for_a_region_that_grows),
     FACT(batches_on_many_regions_keep_every_rule),
+    FACT(who_is_sure_of_it_gets_it_back),
+    FACT(a_claim_that_nobody_renews_lapses),
+    FACT(other_tenants_end_a_claim_and_the_same_ones_keep_it),
+    FACT(accounts_are_kept_for_any_number_of_tenants),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
     FACT(the_largest_arena_is_usable),

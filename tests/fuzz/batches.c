@@ -94,6 +94,12 @@ static void any_policy(struct engine *engine, struct input *input) {
                           .tenant_share = 1 - take(input, 9) / 8.0};
     for (uint32_t i = 0; i < ODMA_LIMITS; i++)
         policy.limits_tokens[i] = (i == 0 ? 0 : policy.limits_tokens[i - 1]) + take(input, 300);
+    policy.tenant_count = take(input, 2);
+    for (uint32_t i = 0; i < policy.tenant_count; i++) {
+        policy.tenants[i].name[0] = (char)(1 + i);
+        policy.tenants[i].guaranteed_share = take(input, 65) / 128.0;
+        policy.tenants[i].maximum_share = take(input, 129) / 128.0;
+    }
     odma_arena_set_policy(engine->arena, &policy, take(input, 8) == 0 ? take(input, 4) : 0);
 }
 

@@ -340,7 +340,9 @@ class Alloc(_message.Message):
     share one. Up to 32 bytes; empty is a class too.
     """
     tenant: _builtins.str
-    """Up to 32 bytes. Counts against the policy's tenant_share."""
+    """Up to 32 bytes. Whose shares of the policy count: those of `tenants` under
+    this name, else tenant_share; empty is a tenant too.
+    """
     overflow_risk: _builtins.float
     """Accepted probability of outgrowing the region, 0 to 1. Unset: the policy's."""
     predicted_output_tokens: _builtins.int

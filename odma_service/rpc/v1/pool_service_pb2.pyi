@@ -403,6 +403,49 @@ class Bin(_message.Message):
 Global___Bin: _TypeAlias = Bin  # noqa: Y015
 
 @_typing.final
+class TenantReport(_message.Message):
+    """TenantReport is what one tenant of the policy holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    GUARANTEED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAXIMUM_TOKENS_FIELD_NUMBER: _builtins.int
+    BORROWED_TOKENS_FIELD_NUMBER: _builtins.int
+    CLAIMED_TOKENS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    regions: _builtins.int
+    """Live regions, and the tokens reserved by them."""
+    held_tokens: _builtins.int
+    guaranteed_tokens: _builtins.int
+    """Its shares of the capacity."""
+    maximum_tokens: _builtins.int
+    borrowed_tokens: _builtins.int
+    """What it holds beyond its guarantee."""
+    claimed_tokens: _builtins.int
+    """What it waits for though its guarantee covers it. 0: no claim stands."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        regions: _builtins.int = ...,
+        held_tokens: _builtins.int = ...,
+        guaranteed_tokens: _builtins.int = ...,
+        maximum_tokens: _builtins.int = ...,
+        borrowed_tokens: _builtins.int = ...,
+        claimed_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed_tokens", b"borrowed_tokens", "claimed_tokens", b"claimed_tokens", "guaranteed_tokens", b"guaranteed_tokens", "held_tokens", b"held_tokens", "maximum_tokens", b"maximum_tokens", "name", b"name", "regions", b"regions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantReport: _TypeAlias = TenantReport  # noqa: Y015
+
+@_typing.final
 class GetPoolResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -430,6 +473,7 @@ class GetPoolResponse(_message.Message):
     TOTAL_HISTOGRAM_FIELD_NUMBER: _builtins.int
     OUTPUT_HISTOGRAM_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     block_tokens: _builtins.int
     model_length_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -471,6 +515,10 @@ class GetPoolResponse(_message.Message):
     def output_histogram(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bin]:
         """The same of output tokens."""
 
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantReport]:
+        """The policy's tenants, in its order."""
+
     def __init__(
         self,
         *,
@@ -498,10 +546,11 @@ class GetPoolResponse(_message.Message):
         total_histogram: _abc.Iterable[Global___Bin] | None = ...,
         output_histogram: _abc.Iterable[Global___Bin] | None = ...,
         model_version: _builtins.str = ...,
+        tenants: _abc.Iterable[Global___TenantReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "policy", b"policy", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "model_version", b"model_version", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reserved_tokens", b"reserved_tokens", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "model_version", b"model_version", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reserved_tokens", b"reserved_tokens", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "tenants", b"tenants", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

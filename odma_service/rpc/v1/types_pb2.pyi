@@ -47,7 +47,7 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """Allocate only: the rest is the safety pool, kept back for growth. Wait."""
     REFUSAL_REASON_QUOTA: _RefusalReason.ValueType  # 5
     """Allocate only: the tenant holds all that the policy lets it. Wait for one
-    of its own regions to be freed.
+    of its own regions to be freed. Growth is never refused for this.
     """
     REFUSAL_REASON_TABLE_FULL: _RefusalReason.ValueType  # 6
     """max_regions are live, or too many vacated runs wait. Wait."""
@@ -68,7 +68,12 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_SKIPPED: _RefusalReason.ValueType  # 11
     """An earlier allocate or extend of the batch was refused, for another reason
     than INVALID or NOT_FOUND, and pass_refused is not set. Ask again in the
-    next step.
+    next step. An allocate that its tenant's guarantee covers is skipped only
+    after one of its own tenant's.
+    """
+    REFUSAL_REASON_CLAIMED: _RefusalReason.ValueType  # 12
+    """Allocate only: another tenant waits for room that it is guaranteed, and
+    this one would go beyond its own guarantee. Wait.
     """
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
@@ -93,7 +98,7 @@ REFUSAL_REASON_SAFETY_SHARE: RefusalReason.ValueType  # 4
 """Allocate only: the rest is the safety pool, kept back for growth. Wait."""
 REFUSAL_REASON_QUOTA: RefusalReason.ValueType  # 5
 """Allocate only: the tenant holds all that the policy lets it. Wait for one
-of its own regions to be freed.
+of its own regions to be freed. Growth is never refused for this.
 """
 REFUSAL_REASON_TABLE_FULL: RefusalReason.ValueType  # 6
 """max_regions are live, or too many vacated runs wait. Wait."""
@@ -114,7 +119,12 @@ REFUSAL_REASON_INVALID: RefusalReason.ValueType  # 10
 REFUSAL_REASON_SKIPPED: RefusalReason.ValueType  # 11
 """An earlier allocate or extend of the batch was refused, for another reason
 than INVALID or NOT_FOUND, and pass_refused is not set. Ask again in the
-next step.
+next step. An allocate that its tenant's guarantee covers is skipped only
+after one of its own tenant's.
+"""
+REFUSAL_REASON_CLAIMED: RefusalReason.ValueType  # 12
+"""Allocate only: another tenant waits for room that it is guaranteed, and
+this one would go beyond its own guarantee. Wait.
 """
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
@@ -353,7 +363,11 @@ class Refusal(_message.Message):
     """COPY_BUDGET: what the cheapest plan found would copy."""
     preempt_handle: _builtins.int
     """Refused Extend: the youngest region by order of its Allocate, possibly the
-    asker's own, never the oldest and never a pinned one. 0: nobody.
+    asker's own, never the oldest and never a pinned one. 0: nobody. Where the
+    policy names tenants it is of the asker's tenant or of one that holds more
+    than its guarantee; as far as the asker's guarantee goes first the youngest
+    of another that does, be it the oldest of all. Refused Allocate: 0, unless
+    its tenant's guarantee covers it: then the latter, if room is not on its way.
     """
     retry_after_ms: _builtins.int
     """A hint for clients that poll. 0: no better advice than the next step."""
@@ -508,6 +522,48 @@ class ModelConfig(_message.Message):
 Global___ModelConfig: _TypeAlias = ModelConfig  # noqa: Y015
 
 @_typing.final
+class TenantShare(_message.Message):
+    """TenantShare is what one tenant is sure of and what it may hold. What a
+    guarantee leaves idle is lent to anybody. An Allocate that its tenant's
+    guarantee covers and that finds no room is a claim: it names whom to preempt,
+    and until it is let in no Allocate beyond a guarantee is, but its own
+    tenant's. A claim lapses when it was not asked for again in 64 batches and
+    unary calls.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GUARANTEED_SHARE_FIELD_NUMBER: _builtins.int
+    MAXIMUM_SHARE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """1 to 32 bytes without NUL. Each tenant once."""
+    guaranteed_share: _builtins.float
+    """Share of the capacity it is sure of, 0 to maximum_share. All of them and
+    safety_share are at most 1 together.
+    """
+    maximum_share: _builtins.float
+    """Share of the capacity up to which its requests are admitted, above 0, at
+    most 1. Unset: 1. Growth may go beyond it.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        guaranteed_share: _builtins.float = ...,
+        maximum_share: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum_share", b"_maximum_share", "maximum_share", b"maximum_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum_share", b"_maximum_share", "guaranteed_share", b"guaranteed_share", "maximum_share", b"maximum_share", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__maximum_share: _TypeAlias = _typing.Literal["maximum_share"]  # noqa: Y015
+    _WhichOneofArgType__maximum_share: _TypeAlias = _typing.Literal["_maximum_share", b"_maximum_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum_share) -> _WhichOneofReturnType__maximum_share | None: ...
+
+Global___TenantShare: _TypeAlias = TenantShare  # noqa: Y015
+
+@_typing.final
 class Policy(_message.Message):
     """Policy is the record that decides lengths and admission. See SetPolicy."""
 
@@ -525,6 +581,7 @@ class Policy(_message.Message):
     GROWTH_FIELD_NUMBER: _builtins.int
     TENANT_SHARE_FIELD_NUMBER: _builtins.int
     MAX_COPY_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The record this one was made from: static, s3, odma or elastic."""
     version: _builtins.int
@@ -544,12 +601,18 @@ class Policy(_message.Message):
     growth: _builtins.float
     """After an overflow lengths start from least_tokens x growth, 1 to 4."""
     tenant_share: _builtins.float
-    """Share of the capacity one tenant may hold, above 0, at most 1."""
+    """Share of the capacity that a tenant not among `tenants` may hold, above 0,
+    at most 1. Nothing is guaranteed to it.
+    """
     max_copy_tokens: _builtins.int
     """Copies of one batch, in tokens, where the batch does not say. 0: none."""
     @_builtins.property
     def limits_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Bucket limits in total tokens, ascending, at most 16. Empty: no buckets."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantShare]:
+        """Tenants with shares of their own, at most 16."""
 
     def __init__(
         self,
@@ -566,10 +629,11 @@ class Policy(_message.Message):
         growth: _builtins.float = ...,
         tenant_share: _builtins.float = ...,
         max_copy_tokens: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["growth", b"growth", "limits_tokens", b"limits_tokens", "max_copy_tokens", b"max_copy_tokens", "name", b"name", "overflow", b"overflow", "overflow_risk", b"overflow_risk", "safety_share", b"safety_share", "start", b"start", "step_tokens", b"step_tokens", "tenant_share", b"tenant_share", "unsure_ratio", b"unsure_ratio", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["growth", b"growth", "limits_tokens", b"limits_tokens", "max_copy_tokens", b"max_copy_tokens", "name", b"name", "overflow", b"overflow", "overflow_risk", b"overflow_risk", "safety_share", b"safety_share", "start", b"start", "step_tokens", b"step_tokens", "tenant_share", b"tenant_share", "tenants", b"tenants", "unsure_ratio", b"unsure_ratio", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -579,6 +643,8 @@ Global___Policy: _TypeAlias = Policy  # noqa: Y015
 class PolicyChange(_message.Message):
     """PolicyChange is a policy to install: a named record with some of its fields
     changed. Rules as in Policy; a field that breaks one is INVALID_ARGUMENT.
+    Tenants stay as they are, whatever record is named, unless the change says
+    otherwise.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -593,6 +659,8 @@ class PolicyChange(_message.Message):
     GROWTH_FIELD_NUMBER: _builtins.int
     TENANT_SHARE_FIELD_NUMBER: _builtins.int
     MAX_COPY_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    CLEAR_TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """static, s3, odma or elastic. Empty: the record in force (OpenPool: elastic
     where moves is ANY, else odma).
@@ -606,9 +674,15 @@ class PolicyChange(_message.Message):
     growth: _builtins.float
     tenant_share: _builtins.float
     max_copy_tokens: _builtins.int
+    clear_tenants: _builtins.bool
+    """Removes the tenants."""
     @_builtins.property
     def limits_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Replaces the limits if there are any. See clear_limits."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantShare]:
+        """Replaces the tenants if there are any. See clear_tenants."""
 
     def __init__(
         self,
@@ -623,10 +697,12 @@ class PolicyChange(_message.Message):
         growth: _builtins.float | None = ...,
         tenant_share: _builtins.float | None = ...,
         max_copy_tokens: _builtins.int | None = ...,
+        tenants: _abc.Iterable[Global___TenantShare] | None = ...,
+        clear_tenants: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_growth", b"_growth", "_max_copy_tokens", b"_max_copy_tokens", "_overflow_risk", b"_overflow_risk", "_safety_share", b"_safety_share", "_step_tokens", b"_step_tokens", "_tenant_share", b"_tenant_share", "_unsure_ratio", b"_unsure_ratio", "growth", b"growth", "max_copy_tokens", b"max_copy_tokens", "overflow_risk", b"overflow_risk", "safety_share", b"safety_share", "step_tokens", b"step_tokens", "tenant_share", b"tenant_share", "unsure_ratio", b"unsure_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_growth", b"_growth", "_max_copy_tokens", b"_max_copy_tokens", "_overflow_risk", b"_overflow_risk", "_safety_share", b"_safety_share", "_step_tokens", b"_step_tokens", "_tenant_share", b"_tenant_share", "_unsure_ratio", b"_unsure_ratio", "clear_limits", b"clear_limits", "growth", b"growth", "limits_tokens", b"limits_tokens", "max_copy_tokens", b"max_copy_tokens", "name", b"name", "overflow_risk", b"overflow_risk", "safety_share", b"safety_share", "step_tokens", b"step_tokens", "tenant_share", b"tenant_share", "unsure_ratio", b"unsure_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_growth", b"_growth", "_max_copy_tokens", b"_max_copy_tokens", "_overflow_risk", b"_overflow_risk", "_safety_share", b"_safety_share", "_step_tokens", b"_step_tokens", "_tenant_share", b"_tenant_share", "_unsure_ratio", b"_unsure_ratio", "clear_limits", b"clear_limits", "clear_tenants", b"clear_tenants", "growth", b"growth", "limits_tokens", b"limits_tokens", "max_copy_tokens", b"max_copy_tokens", "name", b"name", "overflow_risk", b"overflow_risk", "safety_share", b"safety_share", "step_tokens", b"step_tokens", "tenant_share", b"tenant_share", "tenants", b"tenants", "unsure_ratio", b"unsure_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__growth: _TypeAlias = _typing.Literal["growth"]  # noqa: Y015
     _WhichOneofArgType__growth: _TypeAlias = _typing.Literal["_growth", b"_growth"]  # noqa: Y015
