@@ -50,7 +50,7 @@ class Tuning:
     batch: int = 256
     rate: float = 1e-3
     weight_decay: float = 1e-4
-    anchor: float = 1e-3  # of the squared distance from the model that it was made from
+    anchor: float = 1e-4  # of the squared distance from the model that it was made from
     text_dropped: float = 0.1
     history_dropped: float = 0.05
     history_short: float = 0.3
