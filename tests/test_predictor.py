@@ -265,7 +265,7 @@ def test_files_that_cannot_be_scored_are_named(tmp_path, shipped):
     write_rows(tmp_path / "training.parquet", 100, split="train")
     for name, complaint in (
         ("no", "not a parquet file"),
-        ("missing", "not a parquet file"),
+        ("missing", "no such file"),
         ("lacking", "no column prompt_tokens, output_tokens, model"),
         ("training", "no rows but those for training"),
     ):
