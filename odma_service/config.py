@@ -123,6 +123,10 @@ class Settings(BaseSettings):
             "every other second. shipped: our own; none: the live histograms.",
         ),
     ] = "shipped"
+    non_commercial_model: Annotated[
+        bool,
+        Field(description="Serve a model, too, that was trained on non-commercial data."),
+    ] = False
     drain_seconds: Annotated[
         float,
         Field(ge=0, le=600, allow_inf_nan=False, description="Wait so long for calls at shutdown."),
@@ -140,6 +144,13 @@ class Settings(BaseSettings):
         int,
         Field(ge=4096, le=2**40, description="Size at which the decision log's file is rotated."),
     ] = 64 * 1024 * 1024
+    decision_log_sketches: Annotated[
+        bool,
+        Field(
+            description="Put what the model makes of each prompt into the decision log, for "
+            "training. Short prompts can be read from it: see docs/security.md."
+        ),
+    ] = False
     traces: Annotated[
         bool,
         Field(description="Send OpenTelemetry traces where the OTEL_* variables say (extra otel)."),

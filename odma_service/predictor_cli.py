@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.table import Table
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import Predictor, default_model
 from odma_service.stream_cli import stream_command
+
+if TYPE_CHECKING:
+    from predictor_onnx.tuning import Comparison
 
 app = typer.Typer(no_args_is_help=True, help="Train, score and look at length predictors.")
 app.command("stream")(stream_command)
@@ -98,7 +101,8 @@ def _scores(report: dict[str, Any]) -> Table:
 @app.command()
 def train(
     files: Annotated[
-        list[Path], typer.Argument(help="Parquet files as for `evaluate`, one set each.")
+        list[Path],
+        typer.Argument(help="Parquet files as for `evaluate`, one set each, or decision logs."),
     ],
     out: Annotated[Path, typer.Option(help="Where the model directory is written.")],
     name: Annotated[str, typer.Option(help="What the model's version starts with.")] = "own",
@@ -107,15 +111,49 @@ def train(
     licence: Annotated[
         str, typer.Option(help="What the card says of the licences of these rows.")
     ] = "not stated",
+    base: Annotated[
+        Path | None, typer.Option(help="The model that learns on from logs; without it our own.")
+    ] = None,
 ) -> None:
-    """Train a model on the rows marked for training, and prove that it is served as trained."""
+    """Train a model on the rows marked for training, or one that learns on from decision logs.
+
+    It is proved to be served as trained. From logs it is written only if it predicts the latest
+    requests in them better than the model that it was made from; exit code 1 if it does not.
+    """
     try:
+        from predictor_onnx.decisions import is_log
         from predictor_onnx.making import make
         from predictor_onnx.train import Recipe
+        from predictor_onnx.tuning import Tuning, tune
     except ImportError as error:
         raise OdmaError(f"training needs {error.name}: pip install 'odma-service[train]'") from None
+    logs = [is_log(file) for file in files]
+    if any(logs):
+        if not all(logs):
+            raise InvalidError("files", "parquet files or decision logs, not both at once")
+        tuning = Tuning() if steps is None else replace(Tuning(), steps=steps)
+        compared, tuned = tune(files, base or default_model(), out, name, seed, tuning, _heard)
+        typer.echo(_told(compared))
+        if tuned is None:
+            typer.echo("not better than chance: nothing is written")
+            raise typer.Exit(1)
+        typer.echo(f"better: wrote {tuned.version} to {out}")
+        return
     recipe = Recipe()
     if steps is not None:
         recipe = replace(recipe, steps=steps, fold_steps=max(1, steps // 3))
-    served = make(files, out, name, seed, recipe, licence, lambda told: typer.echo(told, err=True))
+    served = make(files, out, name, seed, recipe, licence, _heard)
     typer.echo(f"wrote {served.version} to {out}")
+
+
+def _heard(told: str) -> None:
+    typer.echo(told, err=True)
+
+
+def _told(compared: Comparison) -> str:
+    return (
+        f"pinball on the last {compared.rows:,} requests: {compared.before:.4f} before,"
+        f" {compared.after:.4f} after, {compared.window:.4f} by the window alone;"
+        f" gain at least {compared.surely:.4f} (97.5 %);"
+        f" coverage of q95 {compared.coverage_95_before:.3f}, {compared.coverage_95_after:.3f}"
+    )

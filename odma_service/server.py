@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from odma_service.config import UNIX, Settings
-from odma_service.errors import OdmaError
+from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import default_model
 from odma_service.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.rpc.v1 import (
@@ -88,9 +88,11 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
-    models = Models(_model_directory(settings.predictor_model))
+    models = Models(
+        _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
+    )
     traces = _traces(settings)
-    witness = Witness(decisions=_decision_log(settings), spans=traces)
+    witness = Witness(decisions=_decision_log(settings, models), spans=traces)
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -216,10 +218,15 @@ def _listening(
             path.unlink(missing_ok=True)
 
 
-def _decision_log(settings: Settings) -> DecisionLog | None:
+def _decision_log(settings: Settings, models: Models) -> DecisionLog | None:
     if settings.decision_log is None:
+        if settings.decision_log_sketches:
+            raise InvalidError("decision-log-sketches", "there is no decision-log to put them in")
         return None
-    return DecisionLog(settings.decision_log, settings.decision_log_bytes)
+    bytes_ = settings.decision_log_bytes
+    if settings.decision_log_sketches:
+        return DecisionLog(settings.decision_log, bytes_, sketcher=models.now)
+    return DecisionLog(settings.decision_log, bytes_)
 
 
 def _traces(settings: Settings) -> Traces | None:

@@ -7,6 +7,7 @@ of that name it would quantise the inputs too, and what is answered would be off
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from odma_service._native.features import GROUPS, STATS
+from odma_service.errors import InvalidError
 from odma_service.learning.predictor import HISTORY_FIELDS, WINDOW
 from predictor_onnx.network import CLIP, DIMS, LEAST_SPREAD, Scale
 
 OPSET, IR_VERSION = 18, 10
 LARGE = ("w0", "w1", "w2")
+STEPS = "_steps"
+UNNAMED = re.compile("c[0-9]+")
 PARTS = (GROUPS * DIMS, GROUPS, STATS, 1, HISTORY_FIELDS)
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -39,9 +43,9 @@ class Graph:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
-    def constant(self, values: Any, kind: Any = np.float32) -> str:
-        """Keep an array and return its name."""
-        name = f"c{len(self.constants)}"
+    def constant(self, values: Any, kind: Any = np.float32, name: str = "") -> str:
+        """Keep an array and return its name. What was trained has a name that it is read by."""
+        name = name or f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(values, kind), name))
         return name
 
@@ -67,31 +71,36 @@ class Graph:
 
     def layer(self, of: str, weights: Arrays, name: str) -> str:
         """Return a dense layer."""
-        matrix: Any = weights[name]
+        bias = self.constant(weights[f"{name}_bias"], name=f"{name}_bias")
         if name in LARGE:
-            whole, scales = quantised(matrix)
-            matrix = self.add("Cast", self.constant(whole, np.int8), to=TensorProto.FLOAT)
-            matrix = self.add("Mul", matrix, scales)
-        return str(self.add("Add", self.add("MatMul", of, matrix), weights[f"{name}_bias"]))
+            whole, steps = quantised(weights[name])
+            whole_name = self.constant(whole, np.int8, name)
+            matrix = self.add("Cast", whole_name, to=TensorProto.FLOAT)
+            matrix = self.add("Mul", matrix, self.constant(steps, name=f"{name}{STEPS}"))
+        else:
+            matrix = self.constant(weights[name], name=name)
+        return str(self.add("Add", self.add("MatMul", of, matrix), bias))
 
 
 def build(weights: Arrays, scale: Scale) -> bytes:
     """Return the network as a model: inputs [n, width] to quantiles [n, 7] of log lengths."""
     g = Graph()
+    names: Any = [g.constant(np.atleast_1d(v), name=k) for k, v in scale._asdict().items()]
+    fixed = Scale(*names)
     sizes = g.constant(PARTS, np.int64)
     pooled, known, stats, text, history = g.add("Split", "inputs", sizes, outputs=5, axis=1)
     count = g.columns(history, 9, 10)
     is_told = g.add("Greater", count, [0.0])
     told = g.add("Cast", is_told, to=TensorProto.FLOAT)
-    mean = g.add("Where", is_told, g.columns(history, 0, 1), [scale.wide_mean])
+    mean = g.add("Where", is_told, g.columns(history, 0, 1), fixed.wide_mean)
     at_least = g.add("Max", g.columns(history, 1, 2), [LEAST_SPREAD])
-    spread = g.add("Where", is_told, at_least, [scale.wide_sd])
-    window = g.add("Where", is_told, g.columns(history, 2, 9), scale.wide)
-    standard = g.add("Div", g.add("Sub", stats, scale.stats_mean), scale.stats_sd)
+    spread = g.add("Where", is_told, at_least, fixed.wide_sd)
+    window = g.add("Where", is_told, g.columns(history, 2, 9), fixed.wide)
+    standard = g.add("Div", g.add("Sub", stats, fixed.stats_mean), fixed.stats_sd)
     standard = g.add("Clip", standard, np.float32(-CLIP), np.float32(CLIP))
     tokens = g.columns(standard, 0, 1)
     experience = g.add("Div", g.add("Log", g.add("Add", count, [1.0])), [np.log1p(WINDOW)])
-    level = g.add("Mul", g.add("Sub", mean, [scale.wide_mean]), told)
+    level = g.add("Mul", g.add("Sub", mean, fixed.wide_mean), told)
     log_spread = g.add("Mul", g.add("Log", spread), told)
     shape = g.add("Mul", g.add("Div", g.add("Sub", window, mean), spread), told)
     of_text = g.add("Mul", g.columns(standard, 1, STATS), text)
@@ -125,11 +134,35 @@ def build(weights: Arrays, scale: Scale) -> bytes:
     return _model(g)
 
 
+def trained_in(model: bytes) -> tuple[dict[str, NDArray[np.float32]], Scale]:
+    """Return the weights and the scale that a model was built of, as they are stored.
+
+    Raises InvalidError for a model without their names.
+    """
+    constants = {
+        each.name: numpy_helper.to_array(each)
+        for each in onnx.load_from_string(model).graph.initializer
+    }
+    try:
+        wide = [constants.pop(name) for name in Scale._fields]
+        for name in LARGE:
+            constants[name] = constants[name] * constants.pop(f"{name}{STEPS}")
+    except KeyError as missing:
+        raise InvalidError(
+            "model", f"model.onnx does not name what was trained: {missing}"
+        ) from None
+    scale = Scale(wide[0], wide[1], wide[2], float(wide[3][0]), float(wide[4][0]))
+    return {
+        name: each for name, each in constants.items() if UNNAMED.fullmatch(name) is None
+    }, scale
+
+
 def _normalised(g: Graph, pooled: str, weights: Arrays) -> Any:
     centred = g.add("Sub", pooled, g.mean(pooled))
     variance = g.mean(g.add("Mul", centred, centred))
     unit = g.add("Div", centred, g.add("Sqrt", g.add("Add", variance, [1e-5])))
-    return g.add("Add", g.add("Mul", unit, weights["norm_scale"]), weights["norm_shift"])
+    scale, shift = (g.constant(weights[name], name=name) for name in ("norm_scale", "norm_shift"))
+    return g.add("Add", g.add("Mul", unit, scale), shift)
 
 
 def _norms(g: Graph, pooled: str) -> Any:

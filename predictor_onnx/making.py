@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from odma_service.errors import InvalidError
-from odma_service.learning.predictor import Predictor, PromptInput
-from predictor_onnx.evaluate import evaluate
+from odma_service.learning.predictor import RESEARCH, Predictor, PromptInput
+from predictor_onnx.evaluate import NON_COMMERCIAL, evaluate
 from predictor_onnx.export import Proof, export
 from predictor_onnx.rows import Rows, histories, read_rows, running
 from predictor_onnx.train import Recipe, Say, train
 
 PROVED = 1_000
 WORTH_TRAINING = 200
+NOT_FOR_BUSINESS = "**NON-COMMERCIAL.** For research alone: some of its data may not be used else."
 
 
 def make(
@@ -32,8 +33,14 @@ def make(
 ) -> Predictor:
     """Train on the rows marked for training (all rows, where none is marked) and export.
 
-    Raises InvalidError for files that cannot be used, OdmaError if the export differs.
+    Raises InvalidError for files that cannot be used, or may be only under a name that says
+    so; OdmaError if the export differs.
     """
+    restricted = [file.stem for file in files if file.stem in NON_COMMERCIAL]
+    if restricted and not name.startswith(RESEARCH):
+        raise InvalidError(
+            "name", f"{', '.join(restricted)}: non-commercial; a name in {RESEARCH}... says so"
+        )
     sets = [_training_rows(file) for file in files]
     trained = train(sets, seed, recipe, say)
     served, proof = export(trained, out, name, _examples(sets))
@@ -77,6 +84,7 @@ def _card(
         f"Made on {dt.datetime.now(dt.UTC).date().isoformat()}. Predicts how many tokens an",
         "answer will have, from the prompt and the last lengths of the same model, as quantiles.",
         "",
+        *([NOT_FOR_BUSINESS, ""] if version.startswith(RESEARCH) else []),
         f"**Licences of the data.** {licence}",
         "",
         "## Data",

@@ -217,3 +217,15 @@ def test_a_server_does_not_start_with_a_model_it_cannot_use(tmp_path):
 
     address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "pools")
     assert "model" in fail_to_serve(*address, "--predictor-model", tmp_path / "nothing")
+
+
+def test_a_research_model_is_served_only_where_it_may_be(servers, model_dir, tmp_path):
+    from test_restart import fail_to_serve
+
+    rename(model_dir, "research-1")
+    flags = ("--predictor-model", str(model_dir))
+    address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "pools")
+    assert "--non-commercial-model" in fail_to_serve(*address, *flags)
+    with Client(servers(*flags, "--non-commercial-model").target) as service:
+        open_pool(service, "p")
+        assert version(service) == "research-1"

@@ -331,6 +331,21 @@ def test_the_same_rows_and_seed_make_the_same_weights(made):
         assert (weights == two.weights[name]).all()
 
 
+def test_non_commercial_rows_make_a_model_only_under_a_name_that_says_so(tmp_path):
+    pytest.importorskip("jax", reason="the train extra is not installed")
+    from predictor_onnx.making import NOT_FOR_BUSINESS, make
+    from predictor_onnx.train import Recipe
+
+    file = write_rows(tmp_path / "code_alpaca.parquet", 300, split="train")
+    refused = odma("predictor", "train", file, "--out", tmp_path / "model")
+    assert refused.returncode == 2
+    assert "code_alpaca: non-commercial" in refused.stderr
+    recipe = Recipe(steps=2, batch=32, folds=0, least_prompts=4)
+    model = make([file], tmp_path / "model", "research-a", 1, recipe, "NC", lambda told: None)
+    assert model.non_commercial
+    assert NOT_FOR_BUSINESS in (tmp_path / "model" / "card.md").read_text()
+
+
 # --- commands
 
 

@@ -55,14 +55,14 @@ class Embeddings:
         if row_of.shape != (BUCKETS,) or (known.size and int(known.max()) >= n):
             raise InvalidError("row_of", f"one of the rows or {NO_ROW} for {BUCKETS:,} buckets")
         self.dims: int = dims
-        self._arrays = (
+        self.arrays = (
             np.ascontiguousarray(row_of, np.uint16),
             np.ascontiguousarray(rows, np.int8),
             np.ascontiguousarray(scales, np.float32),
         )
         kinds = ("uint16_t[]", "int8_t[]", "float[]")
         self._buffers = [
-            ffi.from_buffer(kind, array) for kind, array in zip(kinds, self._arrays, strict=True)
+            ffi.from_buffer(kind, array) for kind, array in zip(kinds, self.arrays, strict=True)
         ]
         self._embeddings = ffi.new("odma_embeddings *", (*self._buffers, n, dims))
 

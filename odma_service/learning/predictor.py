@@ -15,6 +15,7 @@ A model is a directory that describes itself:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import onnxruntime
 
 from odma_service._native import features
 from odma_service.errors import ModelError
+from odma_service.learning.sketch import features_of, sketched
 from odma_service.values import QUANTILE_LEVELS, Quantiles
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 WINDOW = 100
 """Completions that a History is of, at most."""
+
+RESEARCH = "research-"
+"""What the version of a model starts with that was trained on non-commercial data."""
 
 HISTORY_FIELDS = 3 + len(QUANTILE_LEVELS)
 FILES = ("config.json", "model.onnx", "embeddings.bin", "reference.json", "card.md")
@@ -102,8 +107,11 @@ class Predictor:
     ) -> None:
         """Use Predictor.load."""
         self.version = version
+        self.non_commercial = version.startswith(RESEARCH)
         self.wide = wide  # output tokens of the rows that it was trained on
         self._embeddings = embeddings
+        row_of, rows, _ = embeddings.arrays
+        self._name = hashlib.sha256(row_of.tobytes() + rows.tobytes()).hexdigest()[:8]
         self._session = session
 
     @classmethod
@@ -142,6 +150,27 @@ class Predictor:
                 row[width] = 1
             row[width + 1 :] = (history.mean, history.sd, *history.quantiles, history.count)
         return rows
+
+    def sketch(self, text: bytes, prompt_tokens: int) -> str:
+        """Return what it makes of a prompt, for a model with the same embeddings to learn from."""
+        row = np.zeros(self._embeddings.width, np.float32)
+        self._embeddings.embed(text, prompt_tokens, row)
+        return sketched(row, self._embeddings.arrays[2], self._name)
+
+    def seen(self, sketch: str) -> NDArray[np.float32] | None:
+        """Return the features that a sketch stands for, None if it is of other embeddings."""
+        return features_of(sketch, self._embeddings.arrays[2], self._name)
+
+    @property
+    def width(self) -> int:
+        """How many numbers the features of a prompt are."""
+        return self._embeddings.width
+
+    @property
+    def embeddings(self) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+        """The embeddings, (rows, dims), and the row of each bucket."""
+        row_of, rows, scales = self._embeddings.arrays
+        return rows * scales, row_of
 
     def _check_reference(self, directory: Path) -> None:
         file = directory / "reference.json"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
@@ -66,6 +66,7 @@ class Life:
     guess_tokens: int | None = None
     overflow_risk: float | None = None
     with_text: bool | None = None
+    sketch: str | None = None
     quantiles_tokens: Quantiles | None = None
     granted_tokens: int = 0
     last_tokens: int = 0
@@ -87,13 +88,31 @@ class Noted(NamedTuple):
     copies: Sequence[Copy]
     ended: Sequence[int] = ()
     living: Iterable[tuple[int, Life]] = ()
+    sketches: Sequence[str | None] | None = None
+
+
+class Sketcher(Protocol):
+    """What a Predictor offers here: what it makes of a prompt."""
+
+    def sketch(self, text: bytes, prompt_tokens: int) -> str:
+        """Return it as one word."""
 
 
 class DecisionLog:
-    """The log of one service. Raises OdmaError if its file cannot be written."""
+    """The log of one service. Raises OdmaError if its file cannot be written.
 
-    def __init__(self, path: Path, most_bytes: int, wall: Callable[[], float] = time.time) -> None:
+    `sketcher` gives the model that sketches prompts, None for no sketch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        most_bytes: int,
+        wall: Callable[[], float] = time.time,
+        sketcher: Callable[[], Sketcher | None] = lambda: None,
+    ) -> None:
         self._wall = wall
+        self._sketcher = sketcher
         self._file = RotatedFile(path, most_bytes)
         self._lock = Lock()
         self._noted: deque[Noted] = deque()
@@ -146,7 +165,10 @@ class DecisionLog:
     ) -> None:
         """Put down what a call decided."""
         if ops:
-            self._put(pool, list(map(_without_text, ops)), predictions, results, copies)
+            model = self._sketcher()
+            sketches = [_sketch(model, op) for op in ops] if model else None
+            ops = list(map(_without_text, ops))
+            self._put(pool, ops, predictions, results, copies, sketches=sketches)
 
     def reconciled(self, pool: Pool, freed: Sequence[int]) -> None:
         """Put down the handles that a Reconcile freed."""
@@ -167,6 +189,7 @@ class DecisionLog:
         *,
         ended: Sequence[int] = (),
         living: Sequence[tuple[int, Life]] = (),
+        sketches: Sequence[str | None] | None = None,
     ) -> None:
         size = len(ops) + len(ended) + len(living)
         noted = Noted(
@@ -179,6 +202,7 @@ class DecisionLog:
             copies,
             ended,
             living,
+            sketches,
         )
         with self._lock:
             if self._queued + size > MOST_QUEUED:
@@ -242,7 +266,8 @@ class PoolLives:
         for i, (op, result) in enumerate(zip(noted.ops, noted.results, strict=True)):
             if isinstance(op, Allocate):
                 prediction = noted.predictions[i] if noted.predictions else None
-                self._asked(op, prediction, result, noted.unix_seconds)
+                sketch = noted.sketches[i] if noted.sketches else None
+                self._asked(op, prediction, sketch, result, noted.unix_seconds)
             elif isinstance(op, Extend):
                 self._extended(op, result)
             elif isinstance(op, Free) and isinstance(result, Freed):
@@ -265,7 +290,12 @@ class PoolLives:
         return records
 
     def _asked(
-        self, op: Allocate, prediction: Quantiles | None, result: Result, unix_seconds: float
+        self,
+        op: Allocate,
+        prediction: Quantiles | None,
+        sketch: str | None,
+        result: Result,
+        unix_seconds: float,
     ) -> None:
         if isinstance(result, Place) and result.handle in self._living:
             return  # asked again for what it has
@@ -281,6 +311,7 @@ class PoolLives:
         life.max_total_tokens = op.max_total_tokens
         life.guess_tokens, life.overflow_risk = op.predicted_output_tokens, op.overflow_risk
         life.with_text = op.text is not None
+        life.sketch = sketch or life.sketch
         if prediction is not None:
             life.quantiles_tokens = prediction
         if isinstance(result, Place):
@@ -317,6 +348,12 @@ class PoolLives:
         if life.quantiles_tokens is not None:
             record["quantiles_tokens"] = [round(q, 1) for q in life.quantiles_tokens]
         return REQUEST_START + json.dumps(record, separators=(",", ":"))[1:] + "\n"
+
+
+def _sketch(model: Sketcher, op: Op) -> str | None:
+    if not isinstance(op, Allocate) or op.text is None:
+        return None
+    return model.sketch(op.text.encode(errors="replace"), op.prompt_tokens)
 
 
 def _without_text(op: Op) -> Op:

@@ -13,7 +13,7 @@ from threading import Event, Thread
 
 import structlog
 
-from odma_service.errors import OdmaError
+from odma_service.errors import ModelError, OdmaError
 from odma_service.learning.predictor import Predictor
 
 LOOK_SECONDS = 2.0
@@ -27,12 +27,16 @@ Look = tuple[str, tuple[tuple[str, int, int], ...]]
 class Models:
     """The model of a directory, None: no model. Any thread may ask for `now`."""
 
-    def __init__(self, directory: Path | None) -> None:
-        """Load the first model. Raises InvalidError if it cannot be used."""
+    def __init__(self, directory: Path | None, *, non_commercial: bool = False) -> None:
+        """Load the first model. Raises InvalidError if it cannot be used.
+
+        non_commercial: whether it may be one that was trained on non-commercial data.
+        """
         self._directory = directory
+        self._non_commercial = non_commercial
         self._stopped = Event()
         self._loaded = self._seen = _look(directory) if directory else None
-        self._model = Predictor.load(directory) if directory else None
+        self._model = self._load(directory) if directory else None
 
     def now(self) -> Predictor | None:
         """Return the model of the moment."""
@@ -60,7 +64,7 @@ class Models:
             return  # gone, known, or still being written
         self._loaded = self._seen
         try:
-            model = Predictor.load(self._directory.resolve())
+            model = self._load(self._directory.resolve())
         except (OdmaError, OSError) as error:
             log.error("new model refused", directory=str(self._directory), reason=str(error))
             return
@@ -71,6 +75,15 @@ class Models:
             version=model.version,
             before=old.version if old else "",
         )
+
+    def _load(self, directory: Path) -> Predictor:
+        model = Predictor.load(directory)
+        if model.non_commercial and not self._non_commercial:
+            raise ModelError(
+                directory / "config.json",
+                f"{model.version} was trained on non-commercial data: --non-commercial-model",
+            )
+        return model
 
 
 def _look(directory: Path) -> Look | None:
