@@ -166,7 +166,8 @@ class DecisionLog:
         """Put down what a call decided."""
         if ops:
             model = self._sketcher()
-            sketches = [_sketch(model, op) for op in ops] if model else None
+            granted = zip(ops, results, strict=True)
+            sketches = [_sketch(model, op, result) for op, result in granted] if model else None
             ops = list(map(_without_text, ops))
             self._put(pool, ops, predictions, results, copies, sketches=sketches)
 
@@ -350,8 +351,9 @@ class PoolLives:
         return REQUEST_START + json.dumps(record, separators=(",", ":"))[1:] + "\n"
 
 
-def _sketch(model: Sketcher, op: Op) -> str | None:
-    if not isinstance(op, Allocate) or op.text is None:
+def _sketch(model: Sketcher, op: Op, result: Result) -> str | None:
+    """Return the sketch of a prompt that was given a place: a refused one is asked for again."""
+    if not isinstance(op, Allocate) or op.text is None or not isinstance(result, Place):
         return None
     return model.sketch(op.text.encode(errors="replace"), op.prompt_tokens)
 
