@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
 from itertools import chain
 
 import grpc
@@ -10,6 +12,7 @@ import pytest
 from conftest import wait_for
 from descriptors import RPCS, error_info, invoke
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from wire_fuzz import ALL, fuzz
 
@@ -176,6 +179,67 @@ def test_an_error_is_short_whatever_was_sent(server):
     assert error.code() == Code.INVALID_ARGUMENT
     assert error_info(error).metadata["field"] == "device.preset"
     assert len(error.details()) <= 200
+
+
+@pytest.fixture(scope="module")
+def tidy(tmp_path_factory):
+    """Return a server that never looks for garbage: what is in a cycle stays."""
+    from conftest import Server
+
+    directory = tmp_path_factory.mktemp("tidy")
+    (directory / "sitecustomize.py").write_text("import gc\n\ngc.disable()\n")
+    tokens = directory / "tokens.toml"
+    tokens.touch(mode=0o600)
+    tokens.write_text('[[identity]]\nname = "e"\nrole = "engine"\ntoken = "token-of-the-engine"\n')
+    flags = ("--reflection", "--token-file", str(tokens))
+    paths = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": paths}
+    running = Server(directory / "pools", flags, environment=environment).start()
+    yield running
+    running.kill()
+
+
+def cancelled(call) -> None:
+    """End a stream after its first answer."""
+    next(call)
+    call.cancel()
+
+
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+LIST = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+NO_MESSAGE = b"\xff\xff\xff"
+APPLY, STREAM = ("/odma.v1.MemoryService/Apply", "/odma.v1.MemoryService/Stream")
+TOKEN = [("authorization", "Bearer token-of-the-engine")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda channel: channel.unary_unary(APPLY)(b"", metadata=TOKEN),
+        lambda channel: channel.unary_unary(APPLY)(NO_MESSAGE, metadata=TOKEN),
+        lambda channel: channel.unary_unary(APPLY)(b""),
+        lambda channel: channel.unary_unary("/odma.v1.MemoryService/Nothing")(b"", metadata=TOKEN),
+        lambda channel: list(channel.stream_stream(STREAM)(iter([b""]), metadata=TOKEN)),
+        lambda channel: list(channel.stream_stream(STREAM)(iter([NO_MESSAGE]), metadata=TOKEN)),
+        lambda channel: list(channel.stream_stream(REFLECTION)(iter([NO_MESSAGE]))),
+        lambda channel: cancelled(channel.stream_stream(REFLECTION)(chain([LIST], never_more()))),
+    ],
+    ids=["error", "garbage", "token", "rpc", "stream", "stream-garbage", "reflection", "gone"],
+)
+def test_a_call_that_has_ended_gives_its_place_in_the_connection_back(tidy, call):
+    with grpc.insecure_channel(tidy.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        for _ in range(80):  # a connection has 32 places
+            with suppress(grpc.RpcError):
+                call(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary(APPLY)(b"", metadata=TOKEN, timeout=10)
+        assert error.value.code() is Code.INVALID_ARGUMENT
+
+
+def never_more():
+    """Yield nothing, and not yet the end."""
+    threading.Event().wait(0.2)
+    yield from ()
 
 
 def test_random_and_mutated_messages_find_nothing():

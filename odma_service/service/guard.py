@@ -100,9 +100,14 @@ class Silent:
 
 
 class _Unusable(NamedTuple):
-    """What a message that is none is parsed to."""
+    """What a message that is none is parsed to.
 
-    error: OdmaError
+    Each error is made when it is raised: one that belonged to the message, with a traceback that
+    holds the message, would keep the call and its place in the connection until Python looks for
+    garbage.
+    """
+
+    error: Callable[[], OdmaError]
 
 
 class Guard(grpc.ServerInterceptor):
@@ -175,6 +180,7 @@ class Guard(grpc.ServerInterceptor):
 
     def _refusal(self, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every kind, that ends the call at once."""
+        error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError):
@@ -274,6 +280,8 @@ def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
     """End the call with the status of an error, also of one that a servicer leaves to gRPC."""
     try:
         yield
+    except grpc.RpcError as gone:
+        gone.__traceback__ = None  # for the reason that Streams tells
     except OdmaError as error:
         abort(context, status_of(error))
     except NotImplementedError:  # by the base class of a servicer
@@ -282,7 +290,7 @@ def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
 
 def _insist_usable(request: object) -> None:
     if type(request) is _Unusable:
-        raise request.error
+        raise request.error()
 
 
 def _parser(parse: Parse | None) -> Parse:
@@ -293,7 +301,7 @@ def _parser(parse: Parse | None) -> Parse:
     def parse_usable(content: bytes) -> Any:
         if len(content) > LARGEST_MESSAGE_BYTES:
             return _Unusable(
-                MessageSizeError(
+                lambda: MessageSizeError(
                     f"the message has {len(content):,} bytes, at most "
                     f"{LARGEST_MESSAGE_BYTES:,} are taken"
                 )
@@ -301,6 +309,6 @@ def _parser(parse: Parse | None) -> Parse:
         try:
             return parse(content)
         except DecodeError:
-            return _Unusable(InvalidError("message", "the encoding of the rpc's request"))
+            return _Unusable(lambda: InvalidError("message", "the encoding of the rpc's request"))
 
     return parse_usable
