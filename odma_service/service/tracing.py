@@ -148,7 +148,18 @@ class _RpcTraces(CallObserver):
         return _Steps(span, self._tracer, rpc) if handler.request_streaming else span
 
 
-class _Span:
+class _Unwatched:
+    def asked(self) -> None:
+        pass
+
+    def answered(self) -> None:
+        pass
+
+    def ended(self, code: grpc.StatusCode) -> None:
+        pass
+
+
+class _Span(_Unwatched):
     """A span of a call, and the one that what happens in this thread belongs to."""
 
     def __init__(
@@ -169,12 +180,6 @@ class _Span:
             links,
         )
         self._token = contexts.attach(trace.set_span_in_context(self.span, parent))
-
-    def asked(self) -> None:
-        pass
-
-    def answered(self) -> None:
-        pass
 
     def ended(self, code: grpc.StatusCode) -> None:
         self.span.set_attribute("rpc.response.status_code", code.name)
@@ -209,17 +214,6 @@ class _Steps:
         if self._step is not None:
             self._step.ended(code)
             self._step = None
-
-
-class _Unwatched:
-    def asked(self) -> None:
-        pass
-
-    def answered(self) -> None:
-        pass
-
-    def ended(self, code: grpc.StatusCode) -> None:
-        pass
 
 
 class _ToLog(logging.Handler):
