@@ -21,7 +21,6 @@ from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
 from odma_service.errors import BooksError, BooksMismatchError
 from odma_service.pool import PoolSpec
 from odma_service.pool_file import FileError, attached, failing_in_one_line, is_locked, opened, read
-from odma_service.repair_cli import repair_command
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.reports import policy_to, region_to
@@ -30,10 +29,7 @@ READINGS = 50
 """Of a file in use, until two agree: a commit takes much less time than a reading."""
 
 IN_USE = ", and a process has it open for writing now"
-app = typer.Typer(
-    no_args_is_help=True, help="Check a pool's file, show what is in it, or repair it."
-)
-app.command("repair")(repair_command)
+app = typer.Typer(no_args_is_help=True, help="Check a pool's file, or show what is in it.")
 
 File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
 

@@ -32,7 +32,6 @@ FLOORS = {
         "lpddr_cli",
         "pool_file",
         "predictor_cli",
-        "repair_cli",
         "replay_cli",
         "reproduce_cli",
         "status",
