@@ -20,7 +20,7 @@ SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 def test_the_c_engine_runs_under_the_sanitizers(tmp_path):
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler, "a C compiler builds the package, so there is one"
-    sources = [ROOT / "examples" / "c" / "engine.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    sources = [ROOT / "examples" / "c" / "engine.c", ROOT / "csrc" / "odma.c"]
     engine = tmp_path / "engine"
     run(compiler, "-std=c11", *SANITIZED, "-I", ROOT / "csrc", *sources, "-lm", "-o", engine)
     told = run(engine, tmp_path / "books")

@@ -24,8 +24,8 @@ class BenchError(OdmaError):
 
 def compile_program(name: str, directory: Path) -> Path:
     """Compile bench/NAME.c with the library. Raises BenchError without sources or compiler."""
-    sources = [ROOT / "bench" / f"{name}.c", *sorted((ROOT / "csrc").glob("*.c"))]
-    if not sources[0].exists() or len(sources) == 1:
+    sources = [ROOT / "bench" / f"{name}.c", ROOT / "csrc" / "odma.c"]
+    if not all(source.exists() for source in sources):
         raise BenchError(f"no C sources in {ROOT}: run this from a source tree, not a package")
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -51,7 +51,7 @@ def compile_fused_extension(directory: Path) -> Path:
     source, extension = directory / "_odma.c", directory / "_odma.so"
     emit = "import sys; from odma_service._native.build import ffibuilder as ffi"
     emit += "; ffi.emit_c_code(sys.argv[1])"
-    program = [ROOT / "bench" / "fuse.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    program = [ROOT / "bench" / "fuse.c", ROOT / "csrc" / "odma.c"]
     include = (f"-I{ROOT / 'csrc'}", f"-I{sysconfig.get_path('include')}")
     compiler = ("cc", *FLAGS, "-shared", "-DODMA_STORE_HOOK=burn_fuse")
     commands: tuple[list[str | Path], ...] = (
