@@ -26,7 +26,7 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.values import End
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "observability.md"
+PAGE = ROOT / "docs" / "reference" / "observability.md"
 QUANTILES = 7
 
 

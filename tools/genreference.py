@@ -1,4 +1,4 @@
-"""Generates docs/api.md from the comments of proto/, or with --check tells whether it is stale."""
+"""Generates docs/reference/api.md from the comments of proto/; --check tells if it is stale."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 
-REFERENCE = ROOT / "docs" / "api.md"
+REFERENCE = ROOT / "docs" / "reference" / "api.md"
 OPENING = """\
 # The API
 
-Generated from `proto/odma/v1` by `make proto`. The [engine author's guide](engine-guide.md) says
-how to use it.
+Generated from `proto/odma/v1` by `make proto`. The
+[engine author's guide](../guides/engine.md) says how to use it.
 """
 
 # Numbers of the fields of descriptor.proto, of which the path of a comment consists.
@@ -80,7 +80,7 @@ def main() -> int:
     if not parser.parse_args().check:
         REFERENCE.write_text(fresh)
     elif not REFERENCE.exists() or REFERENCE.read_text() != fresh:
-        print("stale: docs/api.md; run `make proto`", file=sys.stderr)
+        print("stale: docs/reference/api.md; run `make proto`", file=sys.stderr)
         return 1
     return 0
 
