@@ -46,7 +46,7 @@ class File:
         }
         self.messages = {message.name: i for i, message in enumerate(proto.message_type)}
         self.asked = {
-            type_name(name)
+            type_name(name): f"{service.name}{method.name}"
             for service in proto.service
             for method in service.method
             for name in (method.input_type, method.output_type)
@@ -147,7 +147,7 @@ def fields(file: File, i: int) -> Iterator[str]:
             about = file.cell(MESSAGES, i, ONEOFS, group)
             yield f"| *one of `{message.oneof_decl[group].name}`* | | {about} |"
         about = file.cell(MESSAGES, i, FIELDS, k)
-        yield f"| `{field.name}` = {field.number} | {kind(message, field)} | {about} |"
+        yield f"| `{field.name}` = {field.number} | {kind(file, message, field)} | {about} |"
     yield ""
 
 
@@ -156,7 +156,7 @@ def in_group(field: FieldDescriptorProto) -> bool:
     return field.HasField("oneof_index") and not field.proto3_optional
 
 
-def kind(message: DescriptorProto, field: FieldDescriptorProto) -> str:
+def kind(file: File, message: DescriptorProto, field: FieldDescriptorProto) -> str:
     """Return the type of a field, with a link to where it is described."""
     label = {field.LABEL_REPEATED: "repeated "}.get(field.label, "")
     if field.proto3_optional:
@@ -165,7 +165,7 @@ def kind(message: DescriptorProto, field: FieldDescriptorProto) -> str:
         label = f"{message.oneof_decl[field.oneof_index].name}: "
     if field.type_name:
         name = type_name(field.type_name)
-        return f"{label}[{name}](#{name.lower()})"
+        return f"{label}[{name}](#{file.asked.get(name, name).lower()})"
     return label + field.Type.Name(field.type).removeprefix("TYPE_").lower()
 
 
