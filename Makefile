@@ -61,7 +61,7 @@ format: .venv/.installed  ## Format Python and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/api.md from proto
+proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/reference/api.md from proto
 	$(BIN)/python tools/genproto.py
 	$(BIN)/python tools/genreference.py
 

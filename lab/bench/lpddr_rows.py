@@ -1,7 +1,7 @@
 """Reference rows: what another simulator found, and the same configuration played here.
 
 A row names its configuration in one word: `[24x_]lpddr5-6400[_x16]_frfcfs_q32_refab_open`.
-docs/lpddr.md has the grammar.
+docs/guides/lpddr.md has the grammar.
 """
 
 from __future__ import annotations

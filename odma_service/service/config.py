@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     ] = ""
     decision_log: Annotated[
         Path | None,
-        Field(description="File for one JSON line about each request that ends; see the docs."),
+        Field(description="File for one JSON line about each request that ends."),
     ] = None
     decision_log_bytes: Annotated[
         int,
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         bool,
         Field(
             description="Put what the model makes of each prompt into the decision log, for "
-            "training. Short prompts can be read from it: see docs/security.md."
+            "training. Short prompts can be read from it: see docs/guides/security.md."
         ),
     ] = False
     traces: Annotated[
@@ -171,7 +171,8 @@ class Settings(BaseSettings):
         Path | None, Field(description="PEM file: clients need a certificate signed by one of it.")
     ] = None
     token_file: Annotated[
-        Path | None, Field(description="TOML file of who may call what; see docs/security.md.")
+        Path | None,
+        Field(description="TOML file of who may call what; see docs/guides/security.md."),
     ] = None
     allow_insecure: Annotated[
         bool, Field(description="Listen beyond the loopback without TLS or without identities.")

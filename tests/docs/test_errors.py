@@ -1,4 +1,4 @@
-"""Every error has its status, its details and its row in docs/errors.md."""
+"""Every error has its status, its details and its row in docs/reference/errors.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.rpc.statuses import INTERNAL, status_of
 from odma_service.values import Reason, Refusal
 
-TABLE = Path(__file__).parents[2] / "docs" / "errors.md"
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 
 SAMPLES = (
     errors.InvalidError("field", "a rule"),

@@ -1,4 +1,4 @@
-"""The engine author's guide is complete: see docs/engine-guide.md."""
+"""The engine author's guide is complete: see docs/guides/engine.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from test_conformance import ROOT
 from odma_service.rpc.v1 import memory_service_pb2, pool_service_pb2, types_pb2
 from odma_service.service.rpc import statuses
 
-GUIDE = (ROOT / "docs" / "engine-guide.md").read_text()
+GUIDE = (ROOT / "docs" / "guides" / "engine.md").read_text()
 PROTOS = (memory_service_pb2, pool_service_pb2, types_pb2)
 REASONS = types_pb2.RefusalReason.DESCRIPTOR.values_by_name
 

@@ -113,7 +113,7 @@ def test_operators_cannot_touch_the_places_of_a_pool():
 
 
 def test_the_page_on_security_names_every_rpc():
-    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "security.md").read_text()
     assert [rpc for rpc in ROLES if rpc.rpartition("/")[2] not in page] == []
 
 

@@ -22,7 +22,7 @@ from odma_service.service.watch.decisions import DecisionLog, RotatedFile
 from odma_service.traces import TraceError, read_trace
 from odma_service.values import End, Moves
 
-PAGE = Path(__file__).parents[2] / "docs" / "decision-log.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "decision-log.md"
 SECRET = "my mother's maiden name is Szymborska"
 
 

@@ -111,7 +111,7 @@ def test_a_health_call_without_a_message_ends(server):
         assert call.code() == Code.CANCELLED
 
 
-# --- what gRPC itself refuses, as docs/errors.md has it ---
+# --- what gRPC itself refuses, as docs/reference/errors.md has it ---
 
 
 def refused_by_grpc(call):

@@ -26,7 +26,7 @@ from odma_service.service import config
 from odma_service.values import End
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "observability.md"
+PAGE = ROOT / "docs" / "reference" / "observability.md"
 QUANTILES = 7
 
 

@@ -1,4 +1,6 @@
-"""Decision log: one JSON line for each request, written when it ends. See docs/decision-log.md.
+"""Decision log: one JSON line for each request, written when it ends.
+
+docs/reference/decision-log.md has its fields.
 
 A call only puts down what it decided; a thread of the log's own makes records of it and writes
 them. What is put down has a bound: beyond it, decisions are dropped and counted, and no call

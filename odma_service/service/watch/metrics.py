@@ -5,7 +5,7 @@ computed from them is computed after that. So no call waits for a scrape longer 
 call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
 a policy names by 16; no label has a value that a client may choose beyond those.
 
-docs/observability.md has the list; a test compares it with a real scrape.
+docs/reference/observability.md has the list; a test compares it with a real scrape.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A call continues the trace that its metadata name (W3C traceparent). A batch of 
 for its request has no metadata: it begins a trace of its own, linked to the span of the stream,
 which may last for days, and is sampled by itself.
 
-What is in a span: docs/observability.md. Where spans go, and how many, is set by the OTEL_*
-variables that all of OpenTelemetry reads. The extra `otel` has to be installed.
+What is in a span: docs/reference/observability.md. Where spans go, and how many, is set by the
+OTEL_* variables that all of OpenTelemetry reads. The extra `otel` has to be installed.
 """
 
 from __future__ import annotations
