@@ -4,7 +4,6 @@ from odma_service._native.arena import (
     CLASS_OTHER,
     CLASS_POOL,
     Arena,
-    file_geometry,
     optimal_limits,
 )
 from odma_service._native.records import (
@@ -14,11 +13,9 @@ from odma_service._native.records import (
     Counters,
     EngineRecord,
     Histogram,
-    Part,
     PolicyRecord,
     Recovery,
     RegionEntry,
-    Salvaged,
     TenantShare,
     TenantUse,
 )
@@ -33,13 +30,10 @@ __all__ = [
     "Counters",
     "EngineRecord",
     "Histogram",
-    "Part",
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
-    "Salvaged",
     "TenantShare",
     "TenantUse",
-    "file_geometry",
     "optimal_limits",
 ]
