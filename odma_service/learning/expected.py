@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from odma_service._native import optimal_limits
-from odma_service.policy import longest_tokens
+from odma_service.pool.policy import longest_tokens
 from odma_service.values import QUANTILE_LEVELS
 
 if TYPE_CHECKING:
