@@ -47,9 +47,11 @@ class Model:
     def __init__(self, median):
         self.median = median
         self.asked = 0
+        self.history = None
 
     def predict(self, prompts):
         self.asked += len(prompts)
+        self.history = prompts[-1].history
         return [
             tuple(part * self.median(prompt.prompt_tokens) for part in SPREAD) for prompt in prompts
         ]
@@ -267,10 +269,10 @@ def open_learner(tmp_path):
     """Return a function that opens a pool with a policy and a learner with a model."""
     pools = []
 
-    def open_with(model, policy="odma"):
+    def open_with(model, policy="odma", **others):
         record = named(policy, SPEC.model_length_tokens, SPEC.capacity_tokens)
         pools.append(Pool.create(tmp_path / f"{len(pools)}.books", SPEC, EPOCH, "boot", record))
-        return Learner(pools[-1], model=lambda: model)
+        return Learner(pools[-1], model=lambda: model, **others)
 
     yield open_with
     for pool in pools:
@@ -328,6 +330,52 @@ def test_a_request_that_is_asked_for_again_costs_the_model_nothing(open_learner)
     learner._model = lambda: other
     learner.asks(waiting).answers()
     assert other.asked == 2
+
+
+def step(learner, *ops):
+    seq = learner.pool.last_seq + 1
+    learner.apply(EPOCH, Batch(seq, seq - 1, [], list(ops)))
+
+
+def complete(learner, count, output):
+    """Let requests begin and end without asking the learner."""
+    for number in range(count):
+        place = learner.pool.allocate(EPOCH, Allocate(f"r{number}", 20))
+        learner.pool.free(EPOCH, Free(place.handle, End.FINISHED, output))
+
+
+@pytest.mark.parametrize(("stale_steps", "renewed"), [(0, "111111"), (1, "111111"), (3, "001001")])
+@pytest.mark.parametrize("asked_by", ["asks", "question", "apply"])
+def test_what_is_known_of_a_class_is_no_older_than_the_learner_lets_it_be(
+    open_learner, asked_by, stale_steps, renewed
+):
+    model = Model(lambda prompt: 100)
+    learner = open_learner(model, stale_steps=stale_steps)
+    complete(learner, 40, 100)
+    learner.question([Allocate("first", 20)]).answers()
+    step(learner)
+    seen = ""
+    for number, _ in enumerate(renewed):
+        complete(learner, 1, 1000)
+        before, op = model.history, Allocate(f"s{number}", 20 + number)
+        if asked_by == "apply":
+            step(learner, op)
+        else:
+            getattr(learner, asked_by)([op]).answers()
+            step(learner)
+        seen += str(int(model.history != before))
+    assert seen == renewed
+
+
+def test_a_learner_that_may_be_stale_can_be_asked_what_the_books_say_now(open_learner):
+    learner = open_learner(Model(lambda prompt: 100))
+    complete(learner, 40, 100)
+    ops = [Allocate("a", 20)]
+    before = learner.question(ops).answers()
+    step(learner)
+    complete(learner, 40, 1000)
+    assert learner.question(ops).answers() == before
+    assert learner.question(ops, stale_steps=0).answers() != before
 
 
 def test_a_model_alone_is_noted_but_not_trusted(open_learner):

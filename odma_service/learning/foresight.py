@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**32 - 1
 MOST_TEXT_BYTES = 16 * 1024
-REFRESHED_STEPS = 16
-"""Decode steps for which what is known about a class is good: a completion more among a hundred
-changes little, and an engine waits for the answer."""
 MEDIAN = 2  # its index among the quantiles
 SURVIVAL = -np.log(1 - LEVELS)
 
@@ -63,7 +60,10 @@ class Known(NamedTuple):
     basis: Basis
 
     def holds(self, ever: int, seq: int, steps: int) -> bool:
-        """Whether it is as the books are, or `steps` old at most and no first one may be had."""
+        """Whether it is as the books are, or younger than `steps` with nothing to gain.
+
+        There is something to gain where a first calibration has become possible.
+        """
         if seq == self.seq:
             return ever == self.ever
         known = self.basis.calibration is not None or ever < LEARNT_ENOUGH
@@ -144,7 +144,7 @@ class Foresight:
     """Questions about the requests of one pool.
 
     What the books say about a class takes a millisecond. It is computed when it is asked for
-    after they changed, or when it is `steps` batches old.
+    after they changed, but not while it is younger than `stale_steps` batches.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -153,19 +153,19 @@ class Foresight:
         self._recent = Recent()
 
     def question(
-        self, predictor: Model | None, ops: Sequence[Allocate | None], steps: int = 1
+        self, predictor: Model | None, ops: Sequence[Allocate | None], stale_steps: int
     ) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
         bases: dict[str, Basis] = {}
-        asked = [self._asked(predictor, op, bases, steps) for op in ops]
+        asked = [self._asked(predictor, op, bases, stale_steps) for op in ops]
         return Question(predictor, asked, self._recent)
 
-    def basis(self, request_class: str, steps: int = 1) -> Basis:
+    def basis(self, request_class: str, stale_steps: int) -> Basis:
         """Return what is known about a class, or about all where it has fewer than 32."""
         scope, ever = self._pool.scope(request_class, LEARNT_ENOUGH)
         seq = self._pool.last_seq
         known = self._bases.get(scope)
-        if known is None or not known.holds(ever, seq, steps):
+        if known is None or not known.holds(ever, seq, stale_steps):
             known = self._bases[scope] = Known(ever, seq, _basis(self.evidence(scope)))
         return known.basis
 
@@ -174,7 +174,11 @@ class Foresight:
         return Evidence(*self._pool.shown(request_class))
 
     def _asked(
-        self, predictor: Model | None, op: Allocate | None, bases: dict[str, Basis], steps: int
+        self,
+        predictor: Model | None,
+        op: Allocate | None,
+        bases: dict[str, Basis],
+        stale_steps: int,
     ) -> Asked | None:
         if op is None or not _is_sound(op):
             return None
@@ -185,7 +189,7 @@ class Foresight:
         text = None if op.text is None else op.text.encode(errors="replace")
         basis = bases.get(op.request_class)
         if basis is None:
-            basis = bases[op.request_class] = self.basis(op.request_class, steps)
+            basis = bases[op.request_class] = self.basis(op.request_class, stale_steps)
         prompt = PromptInput(text, op.prompt_tokens, basis.history)
         return Asked(prompt, basis, None, op.generated_tokens, guess)
 

@@ -14,7 +14,7 @@ from odma_service.errors import RefusedError
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.expected import cheapest
-from odma_service.learning.foresight import REFRESHED_STEPS, Foreseen, Foresight, Question
+from odma_service.learning.foresight import Foreseen, Foresight, Question
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
     LEARNT_ENOUGH,
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
+STALE_STEPS = 16
+"""A completion more among a hundred changes little, and an engine waits for the answer."""
 
 
 class ClassCoverage(NamedTuple):
@@ -66,7 +68,8 @@ class Learner:
     """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
     What was learnt is in the pool's books: a Learner can be made anew at any time. `model`
-    gives the model of the moment; without one predictions are the live histograms'.
+    gives the model of the moment; without one predictions are the live histograms'. What is
+    known about a class is computed anew once it is `stale_steps` batches old.
     """
 
     def __init__(
@@ -75,10 +78,12 @@ class Learner:
         observer: Observer | None = None,
         *,
         model: Callable[[], Model | None] = lambda: None,
+        stale_steps: int = STALE_STEPS,
     ) -> None:
         self.pool = pool
         self._observer = observer
         self._model = model
+        self._stale_steps = stale_steps
         self._foresight = Foresight(pool)
         self._frees = 0
         self._counted = _ends(pool)
@@ -147,16 +152,20 @@ class Learner:
         new = seq is None or seq == self.pool.last_seq + 1
         if model is None or not new or not any(isinstance(op, Allocate) for op in ops):
             return None
-        return self._foresight.question(model, _allocates(ops), REFRESHED_STEPS)
+        return self._foresight.question(model, _allocates(ops), self._stale_steps)
 
-    def question(self, ops: Sequence[Op]) -> Question:
-        """Return what is known now about those operations that allocate."""
-        return self._foresight.question(self._model(), _allocates(ops))
+    def question(self, ops: Sequence[Op], stale_steps: int | None = None) -> Question:
+        """Return what is known about those operations that allocate.
+
+        `stale_steps` takes the place of the Learner's; 0: what the books say now.
+        """
+        stale = self._stale_steps if stale_steps is None else stale_steps
+        return self._foresight.question(self._model(), _allocates(ops), stale)
 
     def coverage(self, request_class: str) -> ClassCoverage:
         """Return how the predictions for a class fare: of its last completions."""
         evidence = self._foresight.evidence(request_class)
-        calibration = self._foresight.basis(request_class).calibration
+        calibration = self._foresight.basis(request_class, stale_steps=0).calibration
         modelled = self._model() is not None and calibration is not None
         source = calibration.source if modelled and calibration else Source.HISTOGRAM
         if evidence.ever == 0 or not self._uses_predictions():

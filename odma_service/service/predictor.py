@@ -35,7 +35,7 @@ class PredictorService(PredictorServiceServicer):
         name = name_from(request.pool_name, "pool_name")
         ops = list(_ops_from(request))
         with self._registry.viewed(name) as view:
-            question = view.learner.question(ops)
+            question = view.learner.question(ops, stale_steps=0)
         answers = question.answers()  # away from the lock: a model takes its time
         model = question.predictor
         return pb.PredictResponse(
