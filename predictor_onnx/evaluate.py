@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, PromptInput
-from predictor_onnx.rows import LEVELS, Floats, Rows, histories, read_rows, resting, running
+from odma_service.learning.survival import LEVELS
+from predictor_onnx.rows import Floats, Rows, histories, read_rows, resting, running
 
 DELAY = 64
 BATCH = 64

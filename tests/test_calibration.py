@@ -16,7 +16,7 @@ from odma_service.geometry import Geometry, PlaneGroup
 from odma_service.learning import Learner, Source
 from odma_service.learning.calibration import calibrate, coverage
 from odma_service.learning.foresight import longer_than
-from odma_service.learning.history import Evidence, history_of, lately
+from odma_service.learning.history import Evidence, lately
 from odma_service.learning.predictor import History
 from odma_service.policy import named
 from odma_service.pool import Pool, PoolSpec
@@ -84,7 +84,7 @@ def calibrated(ring, running=None):
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=256))
 def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
-    history = history_of(lately(evidence(entries(outputs))))
+    history = History.of_lengths(lately(evidence(entries(outputs))))
     plain = History.of(outputs)
     assert history.count == plain.count
     assert history.mean == pytest.approx(plain.mean)
@@ -94,7 +94,7 @@ def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
 
 def test_without_completions_there_is_no_history():
     assert lately(evidence(entries([]))) is None
-    assert history_of(None) == History()
+    assert History.of([]) == History()
 
 
 def late(lengths, now, tokens_per_request):
@@ -115,10 +115,10 @@ def test_lengths_are_right_though_the_long_ones_end_last():
     lengths = np.exp(np.random.default_rng(1).normal(6, 1, 2000))
     seen = late(lengths, 200, 10)  # the mean answer takes 66 requests
     plain = History.of(seen.ring["output_tokens"].tolist())
-    history = history_of(lately(seen))
+    history = History.of_lengths(lately(seen))
     assert plain.mean < 5.8
     assert abs(history.mean - 6) < 0.15
-    assert abs(history_of(lately(late(lengths, 1500, 10))).mean - 6) < 0.15
+    assert abs(History.of_lengths(lately(late(lengths, 1500, 10))).mean - 6) < 0.15
 
 
 def test_a_shift_to_longer_answers_is_seen_before_the_first_has_ended():
@@ -128,7 +128,7 @@ def test_a_shift_to_longer_answers_is_seen_before_the_first_has_ended():
     assert seen.ring["output_tokens"].max() < 100
     now = lately(seen)
     assert now.unseen > 0.5
-    assert history_of(now).quantiles[5] > np.log(2000)
+    assert History.of_lengths(now).quantiles[5] > np.log(2000)
 
 
 # --- correction ---

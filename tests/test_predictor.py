@@ -25,8 +25,9 @@ from odma_service.learning.predictor import (
     PromptInput,
     default_model,
 )
+from odma_service.learning.survival import LEVELS
 from predictor_onnx.evaluate import evaluate, over_reservation, pinball
-from predictor_onnx.rows import LEVELS, histories, read_rows, resting, running, summarise
+from predictor_onnx.rows import histories, read_rows, resting, running, summarise
 
 PAST = History.of(range(50, 650, 6))
 PROMPT = b"Explain in three sentences why the sky is blue."

@@ -11,7 +11,7 @@ it winds up, and reserves many times the need. A window cannot.
                  (Kolmogorov and Smirnov's test): scores of a change do not outlive it
     censoring    a request that stopped at its limit, or runs, has at least its score: one that
                  runs past its grant is a miss from that moment on
-    delay        the scores are those of a life table (history.py), and what is outstanding
+    delay        the scores are those of a life table (survival.py), and what is outstanding
                  makes a correction more cautious
     clipping     a correction leads to no length beyond the lately longest; while part of the
                  lengths is still unseen (history.py) it may widen a prediction, never narrow it
@@ -33,16 +33,20 @@ from numpy.typing import NDArray
 from odma_service.learning.drift import CRITICAL
 from odma_service.learning.history import (
     Evidence,
-    Floats,
-    Lengths,
     as_logs,
     as_quantiles,
-    life_table,
     period_of,
+)
+from odma_service.learning.survival import (
+    LEVELS,
+    Distribution,
+    Flags,
+    Floats,
+    life_table,
+    outliving,
 )
 from odma_service.values import QUANTILE_LEVELS, Quantiles
 
-LEVELS = np.array(QUANTILE_LEVELS)
 MEDIAN = QUANTILE_LEVELS.index(0.5)
 SCORED = (50, 100, 200)
 """Completions scored: as many of the newest as are of one kind."""
@@ -96,7 +100,7 @@ class Calibration:
         return _ascending(moved)
 
 
-def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
+def calibrate(evidence: Evidence, lengths: Distribution) -> Calibration:
     """Return what the last completions, and the requests running, say about predictions."""
     narrow = lengths.unseen <= UNSEEN
     window = lengths.at(_cautious(LEVELS, lengths.completions))
@@ -184,19 +188,19 @@ def _cautious(levels: Floats, count: int) -> Floats:
     return np.minimum(levels * (count + 1) / max(count, 1), 1.0)
 
 
-def _quantiles(scores: Floats, finished: NDArray[np.bool_]) -> Floats:
+def _quantiles(scores: Floats, finished: Flags) -> Floats:
     """Return the quantile at LEVELS[i] of column i, where unfinished ones are at least theirs."""
     count = len(scores)
     order = np.argsort(scores, axis=0, kind="stable")
     ascending = np.take_along_axis(scores, order, 0)
     at_risk = np.arange(count, 0, -1)[:, None]
-    below = 1 - np.cumprod(1 - finished[order] / at_risk, axis=0)
+    below = 1 - outliving(finished[order], at_risk)
     places = (below < _cautious(LEVELS, count) - 1e-9).sum(axis=0)
     found = ascending[np.minimum(places, count - 1), np.arange(len(LEVELS))]
     return np.asarray(found, np.float64)
 
 
-def _loss(errors: Floats, finished: NDArray[np.bool_]) -> float:
+def _loss(errors: Floats, finished: Flags) -> float:
     """Return the mean pinball loss; an unfinished one counts where it is known to be above."""
     known = finished[:, None] | (errors > 0)
     return float(np.where(known, np.maximum(LEVELS * errors, (LEVELS - 1) * errors), 0).mean())

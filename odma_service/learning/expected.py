@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from odma_service._native import optimal_limits
+from odma_service.learning.survival import kaplan_meier
 from odma_service.policy import longest_tokens
 from odma_service.values import QUANTILE_LEVELS
 
@@ -173,12 +174,8 @@ def output_at(risk: float, quantiles: Floats, most: Floats) -> Floats:
 def _weights(outputs: Floats, censored: NDArray[np.bool_]) -> Floats:
     """Return the share of each times their number; at one length the censored end last."""
     order = np.lexsort((censored, outputs))
-    at_risk = np.arange(len(order), 0, -1)
-    passing = np.where(censored[order], 1.0, 1 - 1 / at_risk)
-    passing[-1] = 0.0  # what is left after all others
-    surviving = np.cumprod(passing)
-    weights = np.empty(len(order))
-    weights[order] = -np.diff(surviving, prepend=1.0) * len(order)
+    weights, stopped = np.empty(len(order)), censored[order].astype(np.float64)
+    weights[order] = kaplan_meier(1 - stopped, stopped)
     return weights
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from odma_service.learning.calibration import LEVELS, Calibration, Source, calibrate
-from odma_service.learning.history import Evidence, as_quantiles, history_of, lately
+from odma_service.learning.calibration import Calibration, Source, calibrate
+from odma_service.learning.history import Evidence, as_quantiles, lately
 from odma_service.learning.predictor import History, PromptInput
 from odma_service.learning.recalibration import LEARNT_ENOUGH
+from odma_service.learning.survival import LEVELS
 from odma_service.values import Allocate, Quantiles
 
 if TYPE_CHECKING:
@@ -199,10 +200,12 @@ _NO_BASIS = Basis(History(), None, 0)
 
 def _basis(evidence: Evidence) -> Basis:
     lengths = lately(evidence)
-    enough = lengths is not None and evidence.ever >= LEARNT_ENOUGH
+    if lengths is None:
+        return _NO_BASIS
+    enough = evidence.ever >= LEARNT_ENOUGH
     return Basis(
-        history_of(lengths),
-        calibrate(evidence, lengths) if enough and lengths is not None else None,
+        History.of_lengths(lengths),
+        calibrate(evidence, lengths) if enough else None,
         len(evidence.ring),
     )
 
