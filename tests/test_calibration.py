@@ -21,7 +21,7 @@ from odma_service.learning.predictor import History
 from odma_service.policy import named
 from odma_service.pool import Pool, PoolSpec
 from odma_service.replay.stream import Kind, phase_of, serve_stream
-from odma_service.values import Allocate, Batch, End, Free, Moves
+from odma_service.values import Allocate, Batch, End, Free, Moves, Text
 
 EPOCH = 1
 SPEC = PoolSpec(
@@ -376,6 +376,13 @@ def test_a_learner_that_may_be_stale_can_be_asked_what_the_books_say_now(open_le
     complete(learner, 40, 1000)
     assert learner.question(ops).answers() == before
     assert learner.question(ops, stale_steps=0).answers() != before
+
+
+def test_a_text_is_too_long_by_its_bytes(open_learner):
+    learner = open_learner(Model(lambda prompt: 100))
+    texts = ("é" * 8192, "é" * 8193, "\ud800", Text(b"x" * 16_384), Text(b"x" * 16_385))
+    answers = learner.question([Allocate("a", 20, text=text) for text in texts]).answers()
+    assert [answer is not None for answer in answers] == [True, False, False, True, False]
 
 
 def test_a_model_alone_is_noted_but_not_trusted(open_learner):

@@ -7,6 +7,7 @@ from odma_service._native.arena import (
     file_geometry,
     optimal_limits,
 )
+from odma_service._native.operations import TEXT_RULE, text_of
 from odma_service._native.records import (
     ArenaGeometry,
     ArenaReport,
@@ -26,6 +27,7 @@ from odma_service._native.records import (
 __all__ = [
     "CLASS_OTHER",
     "CLASS_POOL",
+    "TEXT_RULE",
     "Arena",
     "ArenaGeometry",
     "ArenaReport",
@@ -42,4 +44,5 @@ __all__ = [
     "TenantUse",
     "file_geometry",
     "optimal_limits",
+    "text_of",
 ]

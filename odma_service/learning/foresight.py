@@ -13,23 +13,22 @@ model is asked, and corrected by what was noted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from odma_service._native import text_of
 from odma_service.learning.calibration import Calibration, Source, calibrate
 from odma_service.learning.history import Evidence, as_quantiles, lately
 from odma_service.learning.predictor import History, PromptInput
 from odma_service.learning.recalibration import LEARNT_ENOUGH
 from odma_service.learning.survival import LEVELS
-from odma_service.values import Allocate, Quantiles
+from odma_service.values import Allocate, Quantiles, Text
 
 if TYPE_CHECKING:
     from odma_service.pool import Pool
 
 MOST_TOKENS = 2**32 - 1
-MOST_TEXT_BYTES = 16 * 1024
 MEDIAN = 2  # its index among the quantiles
 SURVIVAL = -np.log(1 - LEVELS)
 
@@ -119,7 +118,7 @@ class Recent:
 
 
 def _key(prompt: PromptInput) -> Key:
-    digest = None if prompt.text is None else blake2b(prompt.text, digest_size=16).digest()
+    digest = None if prompt.text is None else prompt.text.digest
     return digest, prompt.prompt_tokens, id(prompt.history)
 
 
@@ -181,13 +180,13 @@ class Foresight:
         bases: dict[str, Basis],
         stale_steps: int,
     ) -> Asked | None:
-        if op is None or not _is_sound(op):
+        text = None if op is None else text_of(op.text)
+        if op is None or not _is_sound(op, text):
             return None
         guess = op.predicted_output_tokens
         if predictor is None:
             histogram = self._pool.quantiles(op.request_class, op.generated_tokens)
             return Asked(None, _NO_BASIS, histogram, op.generated_tokens, guess)
-        text = None if op.text is None else op.text.encode(errors="replace")
         basis = bases.get(op.request_class)
         if basis is None:
             basis = bases[op.request_class] = self.basis(op.request_class, stale_steps)
@@ -246,12 +245,12 @@ def longer_than(quantiles: Quantiles, tokens: int) -> Quantiles:
     return as_quantiles(np.expm1(np.minimum(np.maximum(moved, here), np.log1p(MOST_TOKENS))))
 
 
-def _is_sound(op: Allocate) -> bool:
+def _is_sound(op: Allocate, text: Text | None) -> bool:
     guess = 1 if op.predicted_output_tokens is None else op.predicted_output_tokens
     numbers = ((op.prompt_tokens, 0), (op.generated_tokens, 0), (guess, 1))
     return (
         type(op.request_class) is str
-        and (op.text is None or (type(op.text) is str and len(op.text) <= MOST_TEXT_BYTES))
+        and (op.text is None or text is not None)
         and all(type(value) is int and least <= value <= MOST_TOKENS for value, least in numbers)
     )
 

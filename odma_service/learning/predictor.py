@@ -30,7 +30,7 @@ from odma_service._native import features
 from odma_service.errors import ModelError
 from odma_service.learning.sketch import features_of, sketched
 from odma_service.learning.survival import Distribution, summaries
-from odma_service.values import QUANTILE_LEVELS, Quantiles
+from odma_service.values import QUANTILE_LEVELS, Quantiles, Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -96,11 +96,19 @@ class History:
 
 
 class PromptInput(NamedTuple):
-    """What is known of a request: its prompt (UTF-8, None: not told), its length, its history."""
+    """What is known of a request: its prompt (None: not told), its length, its history."""
 
-    text: bytes | None
+    text: Text | None
     prompt_tokens: int
     history: History
+
+
+class _Seen(NamedTuple):
+    """The features of a text, and what they were made with."""
+
+    embeddings: features.Embeddings
+    prompt_tokens: int
+    features: NDArray[np.float32]
 
 
 class Predictor:
@@ -150,16 +158,25 @@ class Predictor:
             if text is None:
                 row[width - features.STATS] = math.log1p(max(prompt_tokens, 0))
             else:
-                self._embeddings.embed(text, prompt_tokens, row[:width])
+                row[:width] = self._features(text, prompt_tokens)
                 row[width] = 1
             row[width + 1 :] = (history.mean, history.sd, *history.quantiles, history.count)
         return rows
 
-    def sketch(self, text: bytes, prompt_tokens: int) -> str:
+    def sketch(self, text: Text, prompt_tokens: int) -> str:
         """Return what it makes of a prompt, for a model with the same embeddings to learn from."""
-        row = np.zeros(self._embeddings.width, np.float32)
-        self._embeddings.embed(text, prompt_tokens, row)
-        return sketched(row, self._embeddings.arrays[2], self._name)
+        features = self._features(text, prompt_tokens)
+        return sketched(features, self._embeddings.arrays[2], self._name)
+
+    def _features(self, text: Text, prompt_tokens: int) -> NDArray[np.float32]:
+        """Return the features of a prompt, which its text keeps."""
+        seen = text.seen
+        if isinstance(seen, _Seen) and seen[:2] == (self._embeddings, prompt_tokens):
+            return seen.features
+        features = np.zeros(self._embeddings.width, np.float32)
+        self._embeddings.embed(text.data, prompt_tokens, features)
+        text.seen = _Seen(self._embeddings, prompt_tokens, features)
+        return features
 
     def seen(self, sketch: str) -> NDArray[np.float32] | None:
         """Return the features that a sketch stands for, None if it is of other embeddings."""
@@ -197,7 +214,7 @@ def _prompt(example: dict[str, Any]) -> PromptInput:
     a, b, c, d, e, f, g = map(float, told["quantiles"])
     history = History(float(told["mean"]), float(told["sd"]), (a, b, c, d, e, f, g), told["count"])
     return PromptInput(
-        None if text is None else text.encode(), int(example["prompt_tokens"]), history
+        None if text is None else Text.of(text), int(example["prompt_tokens"]), history
     )
 
 
