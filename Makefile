@@ -6,7 +6,7 @@ PYTHON ?= $(or $(shell which python3.11),python3)
 BIN := .venv/bin
 
 C_SOURCES := $(wildcard csrc/*.c)
-C_CHECKED := $(C_SOURCES) $(wildcard bench/*.c examples/c/*.c tests/c/*.c)
+C_CHECKED := $(C_SOURCES) $(wildcard lab/*/*.c examples/c/*.c tests/arena/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
 LIB_VERSION := 0.1.0
@@ -54,14 +54,14 @@ check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C 
 	set -e; for file in $(C_CHECKED); do $(CC) $(C_STRICT) -c -o /dev/null $$file; done
 	$(BIN)/python tools/genproto.py --check
 	$(BIN)/python tools/genreference.py --check
-	$(BIN)/python -m pytest -q tests/test_floors.py
+	$(BIN)/lint-imports --no-logo
 	tools/node_modules/.bin/buf lint proto
 
 format: .venv/.installed  ## Format Python and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/api.md from proto
+proto: .venv/.installed  ## Regenerate odma_service/rpc and docs/reference/api.md from proto
 	$(BIN)/python tools/genproto.py
 	$(BIN)/python tools/genreference.py
 
@@ -69,10 +69,10 @@ fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/
 	sh tools/fuzz.sh $(or $(SECONDS),60)
 
 fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
-	$(BIN)/python tests/wire_fuzz.py --seconds $(or $(SECONDS),60)
+	$(BIN)/python tests/robustness/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
 tsan: .venv/.compiled  ## Look for races of threads on one arena
-	$(BIN)/python -m pytest -q tests/test_c.py -k race
+	$(BIN)/python -m pytest -q tests/arena/test_c.py -k race
 
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh
@@ -80,7 +80,6 @@ coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corp
 bench: .venv/.compiled  ## Run every benchmark; each prints JSON
 	$(BIN)/odma bench arena --json
 	$(BIN)/odma bench rpc --json
-	set -e; for file in $(wildcard bench/*.py); do $(BIN)/python $$file; done
 
 torture: .venv/.compiled  ## Kill 1,000 processes at work and miss nothing (ARGS="--kills 9999")
 	$(BIN)/odma bench torture $(ARGS)

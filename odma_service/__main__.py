@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from odma_service.cli import app
 from odma_service.errors import OdmaError
 
 UsageError: Any = typer.BadParameter.__base__
@@ -16,7 +17,7 @@ UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run the command that sys.argv asks for, and exit."""
     try:
-        code = _commands()(standalone_mode=False)
+        code = app(standalone_mode=False)
     except OdmaError as error:
         code = _fail(str(error))
     except UsageError as error:
@@ -24,15 +25,6 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
-
-
-def _commands() -> typer.Typer:
-    """Return the commands: of a probe only that, for all of them take half a second to import."""
-    if sys.argv[1:2] == ["health"]:
-        from odma_service.health_cli import app
-    else:
-        from odma_service.cli import app
-    return app
 
 
 def _fail(message: str) -> int:

@@ -21,8 +21,8 @@ import pytest
 from odma_service.client import Client, PoolClient
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.service.opening import first_policy, spec_from
-from odma_service.service.registry import Opened, Registry
+from odma_service.service.pools.registry import Opened, Registry
+from odma_service.service.rpc.opening import first_policy, spec_from
 
 READY = "odma ready on "
 PATIENCE_SECONDS = 30

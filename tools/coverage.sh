@@ -5,18 +5,18 @@ set -eu
 work=$PWD/build/coverage
 rm -rf "$work"
 mkdir -p "$work/scratch"
-flags="-std=c11 -O0 -g --coverage -DODMA_STORE_HOOK=before_store -Icsrc -Itests/fuzz"
+flags="-std=c11 -O0 -g --coverage -DODMA_STORE_HOOK=before_store -Icsrc -Itests/arena/fuzz"
 echo 'void before_store(void); void before_store(void) {}' >"$work/hook.c"
 for source in csrc/*.c; do
     ${CC:-gcc} $flags -c "$source" -o "$work/$(basename "$source" .c).o"
 done
 objects=$(ls "$work"/*.o)
-${CC:-gcc} $flags tests/c/test_arena.c $objects -o "$work/facts" -lm -pthread
+${CC:-gcc} $flags tests/arena/c/test_arena.c $objects -o "$work/facts" -lm -pthread
 for fact in $("$work/facts"); do "$work/facts" "$work/scratch" "$fact"; done
 for target in batches files; do
-    ${CC:-gcc} $flags "tests/fuzz/$target.c" tests/fuzz/driver.c "$work/hook.c" $objects \
+    ${CC:-gcc} $flags "tests/arena/fuzz/$target.c" tests/arena/fuzz/driver.c "$work/hook.c" $objects \
         -o "$work/$target" -lm -pthread
-    "$work/$target" tests/fuzz/corpus/$target/*.hex >/dev/null
+    "$work/$target" tests/arena/fuzz/corpus/$target/*.hex >/dev/null
 done
 for source in csrc/*.c; do
     gcov -b -o "$work" "$work/$(basename "$source" .c).o"

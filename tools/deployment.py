@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from odma_service.client import Client, allocate, free
-from odma_service.demo.server import start, stop
+from odma_service.client.local import start, stop
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from predictor_onnx.rows import read_rows

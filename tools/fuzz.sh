@@ -12,8 +12,8 @@ for target in batches features files; do
     work=build/fuzz/$target
     mkdir -p "$work/corpus"
     "$clang" -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        -Icsrc -Itests/fuzz "tests/fuzz/$target.c" csrc/*.c -o "$work/fuzz" -lm -pthread
-    for hex in tests/fuzz/corpus/"$target"/*.hex; do
+        -Icsrc -Itests/arena/fuzz "tests/arena/fuzz/$target.c" csrc/*.c -o "$work/fuzz" -lm -pthread
+    for hex in tests/arena/fuzz/corpus/"$target"/*.hex; do
         python3 -c 'import sys; sys.stdout.buffer.write(bytes.fromhex(sys.stdin.read()))' \
             <"$hex" >"$work/corpus/$(basename "$hex" .hex)"
     done

@@ -1,4 +1,4 @@
-"""Generates docs/api.md from the comments of proto/, or with --check tells whether it is stale."""
+"""Generates docs/reference/api.md from the comments of proto/; --check tells if it is stale."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 
-REFERENCE = ROOT / "docs" / "api.md"
+REFERENCE = ROOT / "docs" / "reference" / "api.md"
 OPENING = """\
 # The API
 
-Generated from `proto/odma/v1` by `make proto`. The [engine author's guide](engine-guide.md) says
-how to use it.
+Generated from `proto/odma/v1` by `make proto`. The
+[engine author's guide](../guides/engine.md) says how to use it.
 """
 
 # Numbers of the fields of descriptor.proto, of which the path of a comment consists.
@@ -46,7 +46,7 @@ class File:
         }
         self.messages = {message.name: i for i, message in enumerate(proto.message_type)}
         self.asked = {
-            type_name(name)
+            type_name(name): f"{service.name}{method.name}"
             for service in proto.service
             for method in service.method
             for name in (method.input_type, method.output_type)
@@ -80,7 +80,7 @@ def main() -> int:
     if not parser.parse_args().check:
         REFERENCE.write_text(fresh)
     elif not REFERENCE.exists() or REFERENCE.read_text() != fresh:
-        print("stale: docs/api.md; run `make proto`", file=sys.stderr)
+        print("stale: docs/reference/api.md; run `make proto`", file=sys.stderr)
         return 1
     return 0
 
@@ -147,7 +147,7 @@ def fields(file: File, i: int) -> Iterator[str]:
             about = file.cell(MESSAGES, i, ONEOFS, group)
             yield f"| *one of `{message.oneof_decl[group].name}`* | | {about} |"
         about = file.cell(MESSAGES, i, FIELDS, k)
-        yield f"| `{field.name}` = {field.number} | {kind(message, field)} | {about} |"
+        yield f"| `{field.name}` = {field.number} | {kind(file, message, field)} | {about} |"
     yield ""
 
 
@@ -156,7 +156,7 @@ def in_group(field: FieldDescriptorProto) -> bool:
     return field.HasField("oneof_index") and not field.proto3_optional
 
 
-def kind(message: DescriptorProto, field: FieldDescriptorProto) -> str:
+def kind(file: File, message: DescriptorProto, field: FieldDescriptorProto) -> str:
     """Return the type of a field, with a link to where it is described."""
     label = {field.LABEL_REPEATED: "repeated "}.get(field.label, "")
     if field.proto3_optional:
@@ -165,7 +165,7 @@ def kind(message: DescriptorProto, field: FieldDescriptorProto) -> str:
         label = f"{message.oneof_decl[field.oneof_index].name}: "
     if field.type_name:
         name = type_name(field.type_name)
-        return f"{label}[{name}](#{name.lower()})"
+        return f"{label}[{name}](#{file.asked.get(name, name).lower()})"
     return label + field.Type.Name(field.type).removeprefix("TYPE_").lower()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from odma_service._native import optimal_limits
 from odma_service.learning.survival import kaplan_meier
-from odma_service.policy import longest_tokens
+from odma_service.pool.policy import longest_tokens
 from odma_service.values import QUANTILE_LEVELS
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from odma_service.learning.foresight import Model
     from odma_service.learning.observer import Observer
-    from odma_service.policy import PolicyRecord
     from odma_service.pool import Pool
+    from odma_service.pool.policy import PolicyRecord
     from odma_service.values import (
         Answer,
         Batch,

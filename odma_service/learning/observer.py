@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from odma_service.policy import PolicyRecord
+    from odma_service.pool.policy import PolicyRecord
     from odma_service.values import Copy, Op, Quantiles, Result
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from odma_service._native import optimal_limits
 from odma_service.errors import InvalidError, NothingLearntError
 from odma_service.learning.survival import kaplan_meier
-from odma_service.policy import longest_tokens
+from odma_service.pool.policy import longest_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

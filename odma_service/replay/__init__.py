@@ -23,7 +23,6 @@ from odma_service.replay.measure import Window, by_tenant, interval, measure
 from odma_service.replay.policies import NAMES, TUNED, Tuning, check_name, read_tuning
 from odma_service.replay.prices import Serving
 from odma_service.replay.report import COLUMNS, remarks, write_report
-from odma_service.replay.reproduce import reproduce
 from odma_service.replay.tune import Tuner, marked, training_traces
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "measure",
     "read_tuning",
     "remarks",
-    "reproduce",
     "run_policy",
     "training_traces",
     "write_report",

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from odma_service.geometry import Geometry, PlaneGroup
 from odma_service.learning import Learner
-from odma_service.policy import PolicyRecord
 from odma_service.pool import Pool, PoolSpec
+from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.policy import PolicyRecord
 from odma_service.replay.load import BLOCK_TOKENS, Limits
 from odma_service.replay.memory import Asked, Decision, Placed, Run, Step
 from odma_service.replay.predict import Predictor

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from odma_service.policy import TenantShare
+from odma_service.pool.policy import TenantShare
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
 from odma_service.replay.loop import History, serve

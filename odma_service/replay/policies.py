@@ -27,7 +27,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from odma_service.errors import InvalidError
-from odma_service.policy import (
+from odma_service.pool.policy import (
     PolicyRecord,
     TenantShare,
     equal_limits,
@@ -36,13 +36,13 @@ from odma_service.policy import (
     rising_limits,
 )
 from odma_service.replay.arena import ArenaMemory, EngineKind
-from odma_service.replay.extents import ExtentMemory
 from odma_service.replay.load import BLOCK_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
-from odma_service.replay.paging import UNLIMITED_TOKENS, PagedMemory
 from odma_service.replay.predict import predictor
-from odma_service.replay.prefix import PrefixMemory
 from odma_service.replay.prices import Serving
+from odma_service.replay.rivals.extents import ExtentMemory
+from odma_service.replay.rivals.paging import UNLIMITED_TOKENS, PagedMemory
+from odma_service.replay.rivals.prefix import PrefixMemory
 from odma_service.values import Moves, Overflow
 
 TUNED = Path(__file__).with_name("tuned.json")

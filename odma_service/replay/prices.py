@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from odma_service.geometry import Device
 from odma_service.lpddr import COPY, LpddrDevice, bandwidth, read_device
+from odma_service.pool.geometry import Device
 
 PICOSECONDS = 10**12
 

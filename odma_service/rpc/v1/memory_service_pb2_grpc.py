@@ -50,7 +50,7 @@ class MemoryServiceStub:
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
@@ -142,7 +142,7 @@ class MemoryServiceServicer:
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
@@ -387,7 +387,7 @@ class MemoryService:
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 

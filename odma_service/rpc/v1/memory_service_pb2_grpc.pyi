@@ -53,7 +53,7 @@ class MemoryServiceStub:
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
@@ -194,7 +194,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 
@@ -331,7 +331,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every error has a google.rpc.ErrorInfo of the domain "odma". Its reason tells
     apart what shares a status, and its metadata holds the numbers, `expected` of
-    SEQ_GAP for one. docs/errors.md lists them all. INVALID_ARGUMENT has a
+    SEQ_GAP for one. docs/reference/errors.md lists them all. INVALID_ARGUMENT has a
     BadRequest too, a refused unary call the Refusal and a RetryInfo.
     """
 

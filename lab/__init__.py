@@ -1,0 +1,1 @@
+"""What proves and measures ODMA. It needs a source tree and is in no package."""

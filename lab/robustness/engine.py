@@ -1,0 +1,211 @@
+"""An engine under load that remembers what it was told, and holds the books against it."""
+
+from __future__ import annotations
+
+import uuid
+from random import Random
+from typing import Any
+
+from lab.robustness.load import Load
+from lab.robustness.model import Findings, Held, Model, Outcome
+from odma_service import client
+from odma_service.client import Client, PoolClient
+from odma_service.errors import UnavailableError
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import (
+    Allocate,
+    Batch,
+    Copy,
+    Extend,
+    Free,
+    Freed,
+    Op,
+    Place,
+    Reason,
+    Refusal,
+    Result,
+    Trim,
+)
+
+CAPACITY_TOKENS = 32_768
+GEOMETRY = types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=512)])
+
+
+class Engine:
+    """One engine: its load, its model, and the last answer it acknowledged."""
+
+    def __init__(
+        self,
+        service: Client,
+        name: str,
+        seed: int,
+        *,
+        single_stream: bool,
+        take_over: bool = False,
+        ttl_seconds: int = 0,
+    ) -> None:
+        self.name = name
+        self.acknowledged = 0
+        self._random = Random(seed)
+        self._load = Load(self._random, CAPACITY_TOKENS)
+        self._model = Model()
+        self._how: dict[str, Any] = {
+            "moves": types.MOVES_ANY,
+            "geometry": GEOMETRY,
+            "capacity_tokens": CAPACITY_TOKENS,
+            "single_ordered_stream": single_stream,
+            "copies_may_overlap": single_stream,
+            "ttl_seconds": ttl_seconds,
+            "open_id": uuid.uuid4().hex,
+        }
+        self.pool = service.open_pool(name, take_over=take_over, **self._how)
+        self._asked: Batch | None = None  # not answered yet
+        self._last: tuple[pb.ApplyRequest, pb.ApplyResponse] | None = None
+
+    def work(self, target: str) -> None:
+        """Apply batches until there is no answer."""
+        with Client(target, retry_seconds=0) as service:
+            self.use(service)
+            try:
+                while True:
+                    self.step()
+            except UnavailableError:
+                return
+
+    def use(self, service: Client) -> None:
+        """Go on over another connection."""
+        moved = PoolClient(service, self.pool.response)
+        moved.seq, moved.completed_seq = self.pool.seq, self.pool.completed_seq
+        moved.pending = self.pool.pending
+        self.pool = moved
+
+    def step(self) -> None:
+        """Do one batch."""
+        self.prepare()
+        self.settle()
+
+    def prepare(self) -> pb.ApplyRequest:
+        """Make the next batch, not sent yet."""
+        batch = self._asked = self._load.batch(self._model, self.pool.seq + 1)
+        self.pool.pending = pb.ApplyRequest(
+            pool=self.pool.ref,
+            seq=batch.seq,
+            completed_seq=max(batch.completed_seq, self.pool.completed_seq),
+            pass_refused=batch.pass_refused,
+            used=[client.used(*entry) for entry in batch.used],
+            ops=[_op_to(op) for op in batch.ops],
+        )
+        return self.pool.pending
+
+    def settle(self) -> None:
+        """Have the batch answered that is not yet, if there is one."""
+        if self.pool.pending is not None:
+            self._acknowledge(self.pool.pending, self.pool.resume())
+
+    def forget(self, service: Client, findings: Findings) -> None:
+        """Lose all but the handles of some regions; open with the same open_id and reconcile."""
+        kept = {h: held for h, held in self._model.held.items() if self._random.random() < 0.5}
+        gone = self._model.held.keys() - kept
+        self.pool = service.open_pool(self.name, **self._how)
+        answer = self.pool.reconcile(list(kept))
+        where = f"pool {self.name}, reconciled after seq {answer.last_seq}"
+        for place, held in zip(answer.kept, kept.values(), strict=False):
+            if _place_from(place) != held[1:]:
+                findings.note("lost", f"{where}: {held} is at {place}")
+        if answer.unknown or set(answer.freed) != gone:
+            findings.note("lost", f"{where}: {answer.unknown} unknown, {answer.freed} freed")
+        self._model = Model(kept)
+
+    def _acknowledge(self, request: pb.ApplyRequest, answer: pb.ApplyResponse) -> None:
+        assert self._asked is not None
+        self._model = self._model.after(self._asked.ops, _outcome_from(answer))
+        self._asked = None
+        self._last = request, answer
+        self.acknowledged += 1
+
+    def examine(self, service: Client, findings: Findings) -> None:
+        """Hold the books of a service that was started again against the model."""
+        self.use(service)
+        where = f"pool {self.name}, after seq {self.pool.seq}"
+        facts = service.get_pool(self.name)
+        pending = self.pool.pending
+        if pending is not None and facts.last_seq == pending.seq:
+            answer = self.pool.resume()
+            if not answer.replayed:
+                findings.note("wrong_replays", f"{where}: seq {answer.seq} was done twice")
+            self._acknowledge(pending, answer)
+        if facts.last_seq != self.pool.seq:
+            findings.note("lost", f"{where}: the books are at seq {facts.last_seq}")
+            return
+        self._compare(where, facts, service.list_regions(self.name), findings)
+        self._ask_again(where, service, findings)
+        if pending is not None and self.pool.pending is not None:
+            self._acknowledge(pending, self.pool.resume())
+
+    def _compare(
+        self,
+        where: str,
+        facts: pool_pb.GetPoolResponse,
+        regions: list[pool_pb.Region],
+        findings: Findings,
+    ) -> None:
+        live = [
+            Held(region.request_id, *_place_from(region.place))
+            for region in regions
+            if region.state == pool_pb.REGION_STATE_LIVE
+        ]
+        not_held = facts.summary.free_tokens + facts.awaiting_completion_tokens
+        findings.compare(where, self._model, live, CAPACITY_TOKENS - not_held)
+
+    def _ask_again(self, where: str, service: Client, findings: Findings) -> None:
+        if self._last is None:
+            return
+        request, answer = self._last
+        again = service.call(service.memory.Apply, request)
+        if not again.replayed:
+            findings.note("wrong_replays", f"{where}: seq {request.seq} was done twice")
+        again.replayed = answer.replayed
+        if again != answer:
+            findings.note("wrong_replays", f"{where}: seq {request.seq} was answered otherwise")
+
+
+# Messages
+
+
+def _op_to(op: Op) -> pb.Op:
+    match op:
+        case Free():
+            return client.free(*op)
+        case Trim():
+            return client.trim(*op)
+        case Extend():
+            return client.extend(*op)
+        case Allocate():
+            return client.allocate(
+                op.request_id, op.prompt_tokens, max_total_tokens=op.max_total_tokens
+            )
+
+
+def _outcome_from(answer: pb.ApplyResponse) -> Outcome:
+    return Outcome(
+        tuple(map(_result_from, answer.results)),
+        tuple(
+            Copy(copy.handle, copy.from_token, copy.to_token, copy.tokens, copy.overlaps)
+            for copy in answer.copies
+        ),
+        tuple(map(_place_from, answer.moved)),
+    )
+
+
+def _result_from(result: pb.Result) -> Result:
+    if result.HasField("place"):
+        return _place_from(result.place)
+    if result.HasField("refusal"):
+        return Refusal(Reason(result.refusal.reason))
+    return Freed()
+
+
+def _place_from(place: types.Place) -> Place:
+    return Place(place.handle, place.start_token, place.length_tokens)

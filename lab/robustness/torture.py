@@ -1,0 +1,93 @@
+"""`odma bench torture`: processes killed at random moments, and what they forgot: nothing.
+
+One kill in ten hits a real server under load, every other of these at a store into a pool's file;
+the others hit a process that does little else than commit, so that many hit a commit that is half
+done. A kill counts as in a batch if the next
+attach found something to drop or to do again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from lab.bench.building import compile_program
+from lab.robustness import killed_arena, killed_service
+from lab.robustness.model import Findings
+from odma_service.replay.workplace import workplace
+
+ENOUGH_KILLS = 100  # for the share in a batch to mean something
+LEAST_IN_BATCH = 0.2
+KINDS = ("lost", "doubled", "leaked", "wrong_replays")
+
+
+SOURCE = Path(__file__).with_name("torture.c")
+
+app = typer.Typer()
+
+
+@app.command()
+def command(
+    kills: Annotated[int, typer.Option(min=1, max=1_000_000, help="Processes to kill.")] = 1_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the loads and the moments.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Kill processes at work and compare what is left with what was acknowledged.
+
+    Exits with 1 if anything was lost, doubled, leaked or answered otherwise the second time,
+    or if fewer than a fifth of 100 or more kills hit a batch. Stops at the first such thing.
+    """
+    with workplace() as directory, _progress(quiet=as_json) as progress:
+        task = progress.add_task("kills", total=kills)
+        outcome, findings = torture(directory, kills, seed, lambda: progress.advance(task))
+    for words in findings.words:
+        typer.echo(f"odma bench torture: {words}", err=True)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+    else:
+        for name, value in outcome.items():
+            typer.echo(f"{name:14} {value}")
+    rare = kills >= ENOUGH_KILLS and outcome["in_batch"] < LEAST_IN_BATCH * outcome["kills"]
+    if findings.words or rare:
+        raise typer.Exit(1)
+
+
+def torture(
+    directory: Path, kills: int, seed: int, watch: Callable[[], None]
+) -> tuple[dict[str, Any], Findings]:
+    """Share the kills among the parts, and return what came of them all."""
+    begun = time.monotonic()
+    findings = Findings()
+    served = -(-kills // 10)
+    server = killed_service.torture(directory, served, seed, findings, watch)
+    program = compile_program(SOURCE, directory)
+    arenas = []
+    for i, engine in enumerate(killed_arena.ENGINES):
+        share = (kills - served + i) // len(killed_arena.ENGINES)
+        subject = killed_arena.Subject(program, directory / f"{i}.pool", engine, seed, findings)
+        arenas.append(subject.torture(share, watch))
+    return {
+        "kills": server.kills + sum(part.kills for part in arenas),
+        "in_batch": server.in_batch + sum(part.in_batch for part in arenas),
+        **{kind: getattr(findings, kind) for kind in KINDS},
+        "acknowledged": server.acknowledged + sum(part.acknowledged for part in arenas),
+        "service": server.figures(),
+        "arena": {
+            "kills": sum(part.kills for part in arenas),
+            "in_batch": sum(part.in_batch for part in arenas),
+            "copying_share": round(sum(part.copying for part in arenas) / len(arenas), 3),
+        },
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
+    }, findings
+
+
+def _progress(*, quiet: bool) -> Progress:
+    return Progress(disable=quiet, console=Console(stderr=True))

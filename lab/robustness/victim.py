@@ -1,0 +1,189 @@
+"""An engine of a server that is killed: it makes every kind of call that changes books.
+
+What it asked and was not answered is in doubt: the books must show it done wholly or not at all,
+and asked again it is answered as if it had been asked once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+
+from lab.robustness.engine import Engine, _place_from
+from lab.robustness.model import Findings, Held, Model
+from odma_service.client import Client
+from odma_service.errors import RefusedError, UnavailableError
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.values import Allocate, Extend, Free, Op, Trim
+
+ALONE_SHARE, RECONCILE_SHARE, OPEN_SHARE = 0.3, 0.06, 0.02  # of all calls; the rest are batches
+MOST_LEFT_OUT = 3  # by a reconciliation
+
+
+@dataclass(frozen=True)
+class Reconcile:
+    """All other regions are freed."""
+
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Open:
+    """A new epoch. A second time, the same one."""
+
+    open_id: str
+
+
+Call = Op | Reconcile | Open
+
+
+class Victim(Engine):
+    """An engine that is in doubt of at most one call."""
+
+    def __init__(self, service: Client, name: str, seed: int, *, single_stream: bool) -> None:
+        super().__init__(service, name, seed, single_stream=single_stream)
+        self.calls: Counter[str] = Counter()  # that were answered
+        self._doubt: Call | None = None
+
+    def work(self, target: str) -> None:
+        """Make calls until there is no answer."""
+        with Client(target, retry_seconds=0) as service:
+            self.use(service)
+            try:
+                while True:
+                    self._next(service)
+            except UnavailableError:
+                return
+
+    def _next(self, service: Client) -> None:
+        chance = self._random.random()
+        if chance < OPEN_SHARE:
+            self._make(service, Open(uuid.uuid4().hex))
+        elif chance < OPEN_SHARE + RECONCILE_SHARE:
+            held = list(self._model.held)
+            gone = set(self._random.sample(held, min(len(held), MOST_LEFT_OUT)))
+            self._make(service, Reconcile(tuple(handle for handle in held if handle not in gone)))
+        elif chance < OPEN_SHARE + RECONCILE_SHARE + ALONE_SHARE:
+            op = self._load.alone(self._model)
+            if not isinstance(op, Trim):  # which only a batch can do
+                self._make(service, op)
+        else:
+            self.step()
+            self.calls["Apply"] += 1
+
+    def _make(self, service: Client, call: Call) -> object:
+        """Make a call and believe the answer, which is returned for comparison."""
+        self._doubt = call
+        answer = self._ask(service, call)
+        self._doubt = None
+        self.acknowledged += 1
+        self.calls[type(call).__name__] += 1
+        return answer
+
+    def _ask(self, service: Client, call: Call) -> object:
+        held = self._model.held
+        try:
+            match call:
+                case Allocate():
+                    how = {"max_total_tokens": call.max_total_tokens}
+                    answer = self.pool.allocate(call.request_id, call.prompt_tokens, **how)
+                    place = Held(call.request_id, *_place_from(answer))
+                    self._model = Model({**held, place.handle: place})
+                    return place
+                case Extend():
+                    answer = self.pool.extend(call.handle, call.least_tokens)
+                    place = Held(held[call.handle].request_id, *_place_from(answer))
+                    self._model = Model({**held, place.handle: place})
+                    return place
+                case Free():
+                    again = self.pool.free(*call)
+                    self._model = Model({h: held[h] for h in held if h != call.handle})
+                    return again
+                case Reconcile():
+                    told = self.pool.reconcile(list(call.kept))
+                    self._model = Model({handle: held[handle] for handle in call.kept})
+                    places = [Held(held[p.handle].request_id, *_place_from(p)) for p in told.kept]
+                    return places, set(told.freed)
+                case Open():
+                    self._how["open_id"] = call.open_id
+                    self.pool = service.open_pool(self.name, take_over=True, **self._how)
+                    self._model, self._last = Model(), None
+                    return self.pool.ref.epoch
+        except RefusedError:
+            return None
+        raise TypeError(call)
+
+    # After a kill
+
+    def examine(self, service: Client, findings: Findings) -> None:
+        """Hold the books of a service that was started again against the model."""
+        call, self._doubt = self._doubt, None
+        if call is None:
+            super().examine(service, findings)
+            return
+        self.use(service)
+        facts, regions = service.get_pool(self.name), service.list_regions(self.name)
+        where = f"pool {self.name}, {type(call).__name__} after seq {self.pool.seq}"
+        live = self._live(regions)
+        before, epoch = self._model, self.pool.ref.epoch
+        if isinstance(call, Open) and facts.summary.pool.epoch != epoch:
+            self._model, expected_seq = Model(), 0
+        else:
+            self._model, expected_seq = _done(before, call, live), self.pool.seq
+        done = self._model is not before
+        if facts.last_seq != expected_seq:
+            findings.note("lost", f"{where}: the books are at seq {facts.last_seq}")
+            return
+        self._compare(where, facts, regions, findings)
+        if not isinstance(call, Open):
+            self._ask_again(where, service, findings)
+        expected = _answer(call, before, self._model, facts, done=done)
+        if isinstance(call, Reconcile):
+            self._model = before  # whose words the answer is told in
+        answer = self._make(service, call)
+        if (done or isinstance(call, Free | Reconcile)) and answer != expected:
+            findings.note("wrong_replays", f"{where}: {call} again: {answer}, not {expected}")
+
+    def _live(self, regions: list[pool_pb.Region]) -> dict[int, Held]:
+        live = [region for region in regions if region.state == pool_pb.REGION_STATE_LIVE]
+        held = [Held(region.request_id, *_place_from(region.place)) for region in live]
+        return {region.handle: region for region in held}
+
+
+def _done(model: Model, call: Call, live: dict[int, Held]) -> Model:
+    """Return the model after a call if the books show it done, else the model itself."""
+    held = model.held
+    match call:
+        case Allocate():
+            new = {h: place for h, place in live.items() if place.request_id == call.request_id}
+            return Model({**held, **new}) if new else model
+        case Extend():
+            now = live.get(call.handle)
+            if now is None or now.length_tokens <= held[call.handle].length_tokens:
+                return model
+            grown = held[call.handle]._replace(length_tokens=now.length_tokens)
+            return Model({**held, call.handle: grown})
+        case Free() if call.handle not in live:
+            return Model({h: held[h] for h in held if h != call.handle})
+        case Reconcile() if not (held.keys() - set(call.kept)) & live.keys():
+            return Model({handle: held[handle] for handle in call.kept})
+    return model
+
+
+def _answer(
+    call: Call, before: Model, now: Model, facts: pool_pb.GetPoolResponse, *, done: bool
+) -> object:
+    """Return what a call is answered that is asked again; of some only where it was done."""
+    match call:
+        case Free():
+            return done
+        case Reconcile():
+            places = [before.held[handle] for handle in call.kept]
+            return places, set() if done else before.held.keys() - set(call.kept)
+        case Allocate():
+            return next((p for p in now.held.values() if p.request_id == call.request_id), None)
+        case Extend():
+            return now.held[call.handle]
+        case _:
+            return facts.summary.pool.epoch

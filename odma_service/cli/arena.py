@@ -1,0 +1,203 @@
+"""`odma arena`: look into a pool's file, without the service and without changing it.
+
+All is done on a private copy, made when two readings of the file agreed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, cast
+
+import typer
+from rich.console import Console
+
+from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
+from odma_service.cli import view as status
+from odma_service.cli.repair import repair_command
+from odma_service.errors import BooksError, BooksMismatchError
+from odma_service.pool import PoolSpec
+from odma_service.pool.books import (
+    FileError,
+    attached,
+    failing_in_one_line,
+    is_locked,
+    opened,
+    read,
+)
+from odma_service.rpc.v1 import pool_service_pb2 as pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.service.rpc.reports import policy_to, region_to
+
+READINGS = 50
+"""Of a file in use, until two agree: a commit takes much less time than a reading."""
+
+IN_USE = ", and a process has it open for writing now"
+app = typer.Typer(
+    no_args_is_help=True, help="Check a pool's file, show what is in it, or repair it."
+)
+app.command("repair")(repair_command)
+
+File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
+
+
+class Copy(NamedTuple):
+    """A file's books as of one moment. in_use: a process has them open for writing."""
+
+    arena: Arena
+    in_use: bool
+
+
+@app.command()
+def check(file: File) -> None:
+    """Say whether the books keep every rule. Exit code 1: a broken rule; 2: unusable."""
+    with failing_in_one_line("check"), _copied(file) as copy:
+        copy.arena.check()
+        report = copy.arena.report()
+        told = f"ok: {report.live:,} regions, epoch {report.epoch}, seq {report.seq}"
+        typer.echo(told + IN_USE * copy.in_use)
+        if report.recovery:
+            word = report.recovery.name.lower()
+            typer.echo(f"half done: a commit was cut short; the next attach has it {word}")
+
+
+@app.command()
+def dump(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what is in the books, as a picture or as JSON."""
+    with failing_in_one_line("dump"), _copied(file) as copy:
+        if as_json:
+            typer.echo(json.dumps(_as_object(file, copy)))
+            return
+        console = Console()
+        regions = [region_to(entry) for entry in _entries(copy.arena)]
+        console.print(status.picture(_as_message(file, copy.arena), regions, console.width))
+        console.print(status.list_of_regions(regions))
+
+
+# The copy
+
+
+@contextmanager
+def _copied(file: Path) -> Iterator[Copy]:
+    """Attach a copy of a file. Raises FileError or why the copy cannot be used."""
+    content, in_use = _snapshot(file)
+    try:
+        with attached(file, content) as arena:
+            yield Copy(arena, in_use)
+    except BooksError as error:
+        raise type(error)(str(error) + IN_USE * in_use) from None
+
+
+def _snapshot(file: Path) -> tuple[bytes, bool]:
+    """Return a file's content as of one moment, and whether it was locked then."""
+    with opened(file, os.O_RDONLY) as descriptor:
+        return _steady(file, descriptor), is_locked(descriptor)
+
+
+def _steady(file: Path, descriptor: int) -> bytes:
+    """Return a content that nobody changed while it was read."""
+    last = b""
+    for _ in range(READINGS):
+        content = read(descriptor)
+        if content == last:
+            return content
+        last = content
+    raise FileError(f"{file}: it changes too fast to be copied; stop its engine, or look again")
+
+
+# What is in it
+
+
+def _entries(arena: Arena) -> list[Any]:
+    return list(arena.regions(0, 2 * arena.geometry.max_regions))
+
+
+def _as_object(file: Path, copy: Copy) -> dict[str, Any]:
+    arena = copy.arena
+    report = arena.report()
+    counters = report.counters._asdict()
+    return {
+        "file": str(file),
+        "in_use": copy.in_use,
+        "geometry": arena.geometry._asdict(),
+        "description": arena.description().decode(errors="replace"),
+        **report._asdict(),
+        "recovery": report.recovery.name,
+        "counters": counters,
+        "engine": arena.engine._asdict() if report.epoch else None,
+        "policy": asdict(arena.policy()),
+        "regions": [entry._asdict() for entry in _entries(arena)],
+        "classes": _classes(arena),
+    }
+
+
+def _classes(arena: Arena) -> list[dict[str, Any]]:
+    """Return what was learnt, of all requests together first."""
+    named = [(CLASS_POOL, "(pool)"), *enumerate(arena.class_names()), (CLASS_OTHER, "(other)")]
+    classes = []
+    for index, name in named:
+        histogram, known = arena.histogram(index), arena.quantiles(index)
+        if histogram.completions or index < CLASS_POOL:
+            classes.append(
+                {
+                    "name": name,
+                    "completions": histogram.completions,
+                    "finished": float(histogram.output_finished.sum()),
+                    "hit_limit": float(histogram.output_censored.sum()),
+                    "output_quantiles_tokens": known and list(known[0]),
+                }
+            )
+    return classes
+
+
+def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
+    """Return what `odma status` would show of a pool, as far as a file tells."""
+    report, geometry = arena.report(), arena.geometry
+    engine = arena.engine if report.epoch else None
+    return pb.GetPoolResponse(
+        summary=pb.PoolSummary(
+            pool=types.PoolRef(name=file.name, epoch=report.last_epoch),
+            state=pb.POOL_STATE_OPEN if report.epoch else pb.POOL_STATE_CLOSED,
+            capacity_tokens=geometry.blocks * geometry.block_tokens,
+            free_tokens=report.free_tokens,
+            regions=report.live,
+        ),
+        block_tokens=geometry.block_tokens,
+        bytes_per_token=_bytes_per_token(arena),
+        moves=cast("types.Moves.ValueType", int(engine.moves) if engine else 0),
+        single_ordered_stream=bool(engine and engine.single_ordered_stream),
+        copies_may_overlap=bool(engine and engine.copies_may_overlap),
+        last_seq=report.seq,
+        policy=policy_to(arena.policy()),
+        reserved_tokens=report.reserved_tokens,
+        used_tokens=report.used_tokens,
+        awaiting_completion_tokens=report.awaiting_completion_tokens,
+        largest_run_tokens=report.largest_run_tokens,
+        free_runs=report.free_runs,
+        safety_tokens=report.safety_tokens,
+        counters=pb.Counters(**report.counters._asdict()),
+        classes=[
+            pb.ClassReport(
+                request_class=entry["name"],
+                finished=entry["finished"],
+                hit_limit=entry["hit_limit"],
+                output_quantiles_tokens=entry["output_quantiles_tokens"] or (),
+            )
+            for entry in _classes(arena)
+        ],
+    )
+
+
+def _bytes_per_token(arena: Arena) -> int:
+    """Return what the service wrote down; an engine's own file need not tell."""
+    try:
+        return PoolSpec.from_json(arena.description()).geometry.bytes_per_token
+    except BooksMismatchError:
+        return 0

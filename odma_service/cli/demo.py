@@ -1,0 +1,210 @@
+"""`odma demo`: a real server, an engine that plays against it, and what came of it.
+
+It exits with 1 when a token was not where it should be, when a request or a token is
+missing, when the books do not balance, and when the synthetic load, which is made to be short
+of memory, was not. A trace or an option that cannot be used exits with 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from odma_service.cli.options import Ca, Cert, Key, connect
+from odma_service.client import Client
+from odma_service.client.local import own_server
+from odma_service.demo.engine import EngineKind, Tally
+from odma_service.demo.play import play
+from odma_service.demo.report import Outcome, as_object, table_of
+from odma_service.errors import OdmaError
+from odma_service.traces import Trace, TraceError, generate, read_trace
+from odma_service.values import Moves
+
+POLICIES = ("static", "s3", "odma", "elastic")
+SYNTHETIC_ROWS = 1_000
+BAR_STEPS = 64  # the progress bar moves once in so many
+
+USUAL = EngineKind()
+
+
+class MovesChoice(StrEnum):
+    """Moves, as a word on the command line."""
+
+    ANY = "any"
+    OWN_GROWTH = "own-growth"
+    NONE = "none"
+
+
+class StreamsChoice(StrEnum):
+    """On how many streams the engine runs copies and kernels."""
+
+    SINGLE = "single"
+    SEVERAL = "several"
+
+
+app = typer.Typer()
+
+
+@app.command()
+def command(
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Parquet, Azure CSV or Mooncake JSONL. Without it: a synthetic load."),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Requests to play. Default: all; synthetic {SYNTHETIC_ROWS}."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the synthetic load.")] = 1,
+    policy: Annotated[
+        str, typer.Option(help=f"One or more of {', '.join(POLICIES)}, divided by commas.")
+    ] = "static,odma,elastic",
+    target: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a server. Without it: one of its own.")
+    ] = None,
+    capacity_tokens: Annotated[
+        int, typer.Option(min=1_024, max=2**24, help="Size of the pool.")
+    ] = USUAL.capacity_tokens,
+    max_output: Annotated[
+        int, typer.Option(min=1, max=2**24, help="Most tokens of an answer.")
+    ] = USUAL.max_output_tokens,
+    model_length: Annotated[
+        int, typer.Option(min=2, max=2**24, help="Most tokens of prompt and answer together.")
+    ] = USUAL.model_length_tokens,
+    batch_cap: Annotated[
+        int, typer.Option(min=1, max=1_024, help="Most requests running at once.")
+    ] = USUAL.batch_cap,
+    moves: Annotated[
+        MovesChoice, typer.Option(help="What the engine lets the service move.")
+    ] = MovesChoice.ANY,
+    streams: Annotated[
+        StreamsChoice, typer.Option(help="With several, completions are known a step late.")
+    ] = StreamsChoice.SINGLE,
+    overlap: Annotated[
+        bool, typer.Option(help="The engine's copies have the meaning of memmove.")
+    ] = True,
+    overtake: Annotated[
+        int,
+        typer.Option(min=0, max=256, help="Requests that may pass one that waits. 0: none."),
+    ] = USUAL.overtake,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, as the last line.")
+    ] = False,
+) -> None:
+    """Play an engine against a real server, over gRPC, and check every token it keeps."""
+    kind = EngineKind(
+        capacity_tokens=capacity_tokens,
+        max_output_tokens=max_output,
+        model_length_tokens=model_length,
+        batch_cap=batch_cap,
+        moves=Moves[moves.name],
+        single_stream=streams is StreamsChoice.SINGLE,
+        copies_may_overlap=overlap,
+        overtake=overtake,
+        drop_copy=drop_copy,
+    )
+    policies = _policies(policy)
+    with _failing_in_one_line():
+        load = _load(trace, rows, seed, kind)
+        server = own_server() if target is None else nullcontext(target)
+        with server as address, connect(address, ca, cert, key, retry_seconds=30) as service:
+            outcomes = _play(load, policies, kind, service, quiet=as_json)
+    _show(load, kind, outcomes, as_json=as_json)
+    strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
+    flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
+    flaws += [
+        omission
+        for outcome in outcomes
+        if strict and outcome.policy == "elastic"
+        for omission in outcome.omissions()
+    ]
+    for flaw in flaws:
+        typer.echo(f"odma demo: {flaw}", err=True)
+    if flaws:
+        raise typer.Exit(1)
+
+
+def _policies(names: str) -> list[str]:
+    policies = [name.strip() for name in names.split(",")]
+    for name in policies:
+        if name not in POLICIES:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(POLICIES)}")
+    return list(dict.fromkeys(policies))
+
+
+def _load(path: Path | None, rows: int | None, seed: int, kind: EngineKind) -> Trace:
+    """Return the trace to play; a made one is cut by the engine, not by its maker."""
+    if path is not None:
+        return read_trace(path, rows)
+    return generate(rows or SYNTHETIC_ROWS, seed, max_output_tokens=kind.model_length_tokens)
+
+
+def _play(
+    load: Trace, policies: list[str], kind: EngineKind, service: Client, *, quiet: bool
+) -> list[Outcome]:
+    with _progress(quiet) as progress:
+        outcomes = []
+        for policy in policies:
+            task = progress.add_task(policy, total=len(load))
+            outcomes.append(play(service, load, policy, kind, _mover(progress, task)))
+            progress.update(task, completed=len(load))
+    return outcomes
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not (sys.stdout.isatty() and sys.stderr.isatty()),
+    )
+
+
+def _mover(progress: Progress, task: TaskID) -> Callable[[Tally], None]:
+    def watch(tally: Tally) -> None:
+        if tally.steps % BAR_STEPS == 0:
+            progress.update(task, completed=tally.finished)
+
+    return watch
+
+
+def _show(load: Trace, kind: EngineKind, outcomes: list[Outcome], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(as_object(outcomes)))
+        return
+    for note in load.notes:
+        typer.echo(f"note: {note}")
+    title = f"{load.label}: {len(load):,} requests, {kind.capacity_tokens:,} tokens of memory"
+    Console().print(table_of(outcomes, title))
+
+
+@contextmanager
+def _failing_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OdmaError as error:
+        typer.echo(f"odma demo: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, TraceError) else 1) from None

@@ -1,0 +1,253 @@
+"""`odma replay`: what each policy would give on a trace. A failure is one line, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from odma_service import replay, traces
+from odma_service.errors import InvalidError
+from odma_service.pool.policy import TenantShare
+from odma_service.replay.workplace import workplace
+
+TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
+DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
+
+
+app = typer.Typer()
+
+
+@app.command()
+def command(
+    trace: Annotated[list[Path], typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    policy: Annotated[
+        str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
+    ] = DEFAULT_POLICIES,
+    rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
+    ] = 1,
+    capacity_tokens: Annotated[
+        int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
+    ] = 111_000,
+    max_output: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of an answer. Default: the longest, at least 4,096."),
+    ] = None,
+    model_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
+    ] = "mlu370-x4",
+    peak_tflops: Annotated[
+        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+    ] = 96.0,
+    batch_cap: Annotated[
+        int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
+    ] = 256,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
+    ] = None,
+    swap_gbytes: Annotated[
+        float,
+        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+    ] = 0.0,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="live, history, model, exact or lognormal:SIGMA, for all that predict."),
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=GUARANTEED[:MAXIMUM], shares of the pool; repeat it for others."),
+    ] = None,
+    parameters: Annotated[
+        Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, as the last line.")
+    ] = False,
+) -> None:
+    """Serve traces in simulated time under every policy, and compare what they give."""
+    names = policies_of(policy)
+    shares = tuple(map(tenant_of, tenant or ()))
+    serving = replay.Serving(
+        device,
+        peak_flops_per_second=peak_tflops * 1e12,
+        swap_bytes_per_second=swap_gbytes * 1e9,
+    )
+    tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
+    compared = []
+    with workplace() as directory:
+        for path in trace:
+            load = replay.marked(traces.read_trace(path, rows), skip)
+            setting = replay.Setting(
+                replay.limits_for(load, capacity_tokens, max_output, model_length),
+                serving,
+                batch_cap=batch_cap,
+                closed=rate is None,
+                rate=rate or 1.0,
+                predictor=predictor,
+                seeds=seeds,
+                tenants=shares,
+            )
+            with progress_bar(as_json) as progress:
+                watch = _watch(progress, len(load))
+                comparison = replay.compare(load, names, setting, tuning, directory, watch)
+            compared.append(comparison)
+            if not as_json:
+                show(comparison)
+    if report is not None:
+        for line in (*replay.write_report(compared, report), f"wrote {report}"):
+            typer.echo(line, err=as_json)
+    if as_json:
+        typer.echo(json.dumps(_object(compared)))
+
+
+def policies_of(names: str) -> list[str]:
+    """Return the policies of an option."""
+    try:
+        return [replay.check_name(name.strip()) for name in names.split(",")]
+    except InvalidError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def tenant_of(text: str) -> TenantShare:
+    """Return the shares of an option.
+
+    >>> tenant_of("chat=0.4")
+    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
+    """
+    name, _, shares = text.rpartition("=")
+    guaranteed, _, maximum = shares.partition(":")
+    try:
+        return TenantShare(name, float(guaranteed), float(maximum or 1))
+    except ValueError:
+        raise typer.BadParameter(f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """Return a bar on stderr, which is not drawn where nobody looks."""
+    return Progress(
+        TextColumn("{task.description:22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    )
+
+
+def _watch(progress: Progress, total: int) -> replay.Watch:
+    tasks: dict[str, Any] = {}
+
+    def watch(policy: str, seed: int, finished: int) -> None:
+        name = f"{policy}, seed {seed}"
+        if name not in tasks:
+            for task in tasks.values():
+                progress.update(task, visible=False)
+            tasks[name] = progress.add_task(name, total=total)
+        progress.update(tasks[name], completed=finished)
+
+    return watch
+
+
+def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
+    objects = [replay.as_object(comparison) for comparison in compared]
+    return objects[0] if len(objects) == 1 else {"traces": objects}
+
+
+def show(comparison: replay.Comparison) -> None:
+    """Print a comparison: the class of the load first, then the policies side by side."""
+    facts = replay.as_object(comparison)
+    console = Console()
+    console = Console(width=max(console.width, TABLE_WIDTH))
+    ratio = facts["unlimited_over_ideal_paging"]
+    console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
+    lines = [
+        f"an unlimited pool gives {ratio:.2f} x ideal paging on this one (memory-bound: 1.1)",
+        f"{facts['requests']:,} requests, {facts['dropped']:,} dropped for all: they cannot fit",
+        _sizes(facts),
+        _assumed(facts["assumptions"]),
+        f"parameters {facts['parameter_hash']}, {_windows(facts['windows'])}",
+        *(f"note: {note}" for note in comparison.notes),
+    ]
+    if not comparison.load_class.memory_bound:
+        lines.append("memory is not what this load is short of: its ratios prove little")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    console.print(_table(facts))
+    if any("tenants" in row for row in facts["policies"].values()):
+        console.print(_tenant_table(facts))
+    for line in replay.remarks(comparison):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _sizes(facts: dict[str, Any]) -> str:
+    return (
+        f"maximum = min(input + {facts['max_output_tokens']:,},"
+        f" {facts['model_length_tokens']:,}) tokens, pool {facts['capacity_tokens']:,} tokens"
+    )
+
+
+def _assumed(assumed: dict[str, Any]) -> str:
+    return (
+        f"{assumed['device']}, {assumed['model']}: "
+        f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
+        f"{assumed['bandwidth_bytes_per_second'] / 1e9:g} GB/s x "
+        f"{assumed['sequential_bandwidth_share']:.3f} (copies x "
+        f"{assumed['copy_bandwidth_share']:.3f}), emulated, pages at "
+        + ", ".join(f"{k}: {v:g}" for k, v in assumed["paged_bandwidth_shares"].items())
+        + f" of long runs ({assumed['pages_in_flight']} in flight); "
+        f"batch cap {assumed['batch_cap']}, {assumed['loop']} loop,"
+        f" {assumed['prefix_cache']}"
+    )
+
+
+def _windows(windows: Sequence[dict[str, Any]]) -> str:
+    first = windows[0]
+    kind = "finished requests" if first["steady"] else "the whole run: too few requests,"
+    return f"window: {kind} {first['first']:,} to {first['last']:,}"
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table()
+    for heading, _ in replay.COLUMNS:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, row in facts["policies"].items():
+        table.add_row(*(cell(name, row) for _, cell in replay.COLUMNS))
+    return table
+
+
+def _tenant_table(facts: dict[str, Any]) -> Table:
+    table = Table("policy", "tenant")
+    for heading in ("requests", "tokens/s", "TTFT p50/p99 s", "preempted"):
+        table.add_column(heading, justify="right")
+    for name, row in facts["policies"].items():
+        for tenant, got in row["tenants"].items():
+            table.add_row(
+                name,
+                Text(tenant),
+                f"{got['requests']:,.0f}",
+                f"{got['tokens_per_s']:,.1f}",
+                f"{got['ttft_p50_s']:.2f} / {got['ttft_p99_s']:.1f}",
+                f"{got['preemptions']:,.0f}",
+            )
+    return table

@@ -1,0 +1,241 @@
+"""`odma top`: pools, a map of one of them, rates and events, drawn anew every second.
+
+All but the time of an Apply comes from PoolService; that time is from the metrics, if they can be
+reached. Rates are differences between two looks.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import threading
+import time
+import tty
+import urllib.request
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NamedTuple
+
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from odma_service.cli import view as status
+from odma_service.cli.options import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
+from odma_service.cli.watch import LOST, line_of
+from odma_service.client import Client
+from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+
+EVENTS_SHOWN = 8
+POOLS_SHOWN = 12
+BAR_CELLS = 10
+APPLY = "odma.v1.MemoryService.Apply"
+RATES = (
+    ("batch/s", ("batches",)),
+    ("grant/s", ("allocates",)),
+    ("copy/s", ("copied_tokens",)),
+    ("refuse/s", ("refused_allocates", "refused_extends")),
+    ("preempt/s", ("preempted",)),
+)
+
+
+class Look(NamedTuple):
+    """What one look at a service saw. apply_seconds: cumulative counts by upper bound."""
+
+    at: float
+    pools: list[pool_pb.GetPoolResponse]
+    regions: list[pool_pb.Region]
+    apply_seconds: dict[float, float]
+
+
+app = typer.Typer()
+
+
+@app.command()
+def command(
+    pool: Annotated[str, typer.Argument(help="The pool to map. Without it: the first.")] = "",
+    target: Target = DEFAULT_TARGET,
+    metrics: Annotated[
+        str, typer.Option(help="host:port of the metrics, for the time of an Apply; empty: none.")
+    ] = "127.0.0.1:9464",
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+) -> None:
+    """Show pools and what happens to them, live. q or Ctrl-C ends it."""
+    console = Console()
+    if not (sys.stdin.isatty() and console.is_terminal):
+        raise OdmaError("odma top needs a terminal; see odma status and odma watch")
+    events: deque[str] = deque(maxlen=EVENTS_SHOWN)
+    with connect(target, ca, cert, key) as service, _keys() as keys:
+        threading.Thread(target=_read_events, args=(service, events), daemon=True).start()
+        before: Look | None = None
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                try:
+                    now = look(service, pool, metrics)
+                    shown = picture(now, before, list(events), target, console.width)
+                    before = now
+                except UnavailableError as error:
+                    shown = Text(f"no answer from {target}: {error}", style="red")
+                    before = None
+                live.update(shown, refresh=True)
+                if _quit_pressed(keys, every):
+                    return
+
+
+def look(service: Client, mapped: str, metrics: str) -> Look:
+    """Look at every pool once, and at the regions of the one to map."""
+    pools = []
+    for summary in service.list_pools().pools:
+        try:
+            pools.append(service.get_pool(summary.pool.name))
+        except PoolNotFoundError:
+            continue  # gone since
+    names = [pool.summary.pool.name for pool in pools]
+    if mapped in names:
+        first = names.index(mapped)
+        pools.insert(0, pools.pop(first))
+    try:
+        regions = service.list_regions(pools[0].summary.pool.name) if pools else []
+    except PoolNotFoundError:
+        regions = []
+    return Look(time.monotonic(), pools, regions, _apply_seconds(metrics))
+
+
+def picture(
+    now: Look, before: Look | None, events: list[str], target: str, width: int
+) -> RenderableType:
+    """Return what is shown of a look, with rates since the one before."""
+    headline = Text.assemble(
+        ("odma top", "bold"),
+        f"   {target}   pools {len(now.pools)}   "
+        f"regions {sum(pool.summary.regions for pool in now.pools):,}   "
+        f"Apply p99 {_p99(now, before)}   ",
+        ("q quits", "dim"),
+    )
+    parts: list[RenderableType] = [headline, _pools(now, before)]
+    if now.pools:
+        first = now.pools[0]
+        title = f"{first.summary.pool.name}: {first.free_runs} free runs"
+        cells = max(width - status.MARGIN - 4, 10)
+        parts.append(Panel(status.bar(first, now.regions, cells), title=title, title_align="left"))
+    told = Text("\n".join(events) or "nothing yet", overflow="ellipsis", no_wrap=True)
+    parts.append(Panel(told, title="events", title_align="left"))
+    return Group(*parts)
+
+
+def _pools(now: Look, before: Look | None) -> Table:
+    table = Table("pool", "state", "policy", expand=True, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("memory", no_wrap=True, min_width=BAR_CELLS)
+    for name in ("written", "reserved", "fragm.", *(name for name, _ in RATES)):
+        table.add_column(name, justify="right")
+    earlier = {pool.summary.pool.name: pool for pool in before.pools} if before else {}
+    for pool in now.pools[:POOLS_SHOWN]:
+        summary = pool.summary
+        capacity, free = summary.capacity_tokens, summary.free_tokens
+        written, reserved = pool.used_tokens / capacity, pool.reserved_tokens / capacity
+        then = earlier.get(summary.pool.name)
+        seconds = now.at - before.at if before else 0.0
+        table.add_row(
+            Text(summary.pool.name),
+            status.state(summary),
+            Text(summary.policy),
+            _filled(written, reserved),
+            f"{written:.0%}",
+            f"{reserved:.0%}",
+            f"{1 - pool.largest_run_tokens / free if free else 0:.0%}",
+            *(_rate(pool, then, seconds, fields) for _, fields in RATES),
+        )
+    if len(now.pools) > POOLS_SHOWN:
+        table.add_row(f"and {len(now.pools) - POOLS_SHOWN} more")
+    return table
+
+
+def _filled(written: float, reserved: float) -> Text:
+    full, half = round(written * BAR_CELLS), round(reserved * BAR_CELLS)
+    bar = Text("▇" * full, "green").append("▒" * (half - full), "yellow")
+    return bar.append("·" * (BAR_CELLS - max(full, half)), "dim")
+
+
+def _rate(
+    pool: pool_pb.GetPoolResponse,
+    then: pool_pb.GetPoolResponse | None,
+    seconds: float,
+    fields: tuple[str, ...],
+) -> str:
+    if then is None:
+        return "-"
+    done = sum(getattr(pool.counters, field) - getattr(then.counters, field) for field in fields)
+    return f"{max(done, 0) / seconds:,.0f}"  # the books of a pool that was made anew begin at 0
+
+
+def _apply_seconds(metrics: str) -> dict[float, float]:
+    """Return how many Apply took at most so long, by upper bound; nothing without metrics."""
+    if not metrics:
+        return {}
+    try:
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=1) as page:
+            families = list(text_string_to_metric_families(page.read().decode()))
+    except (OSError, ValueError):
+        return {}
+    return {
+        float(sample.labels["le"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "odma_rpc_duration_seconds_bucket" and sample.labels["rpc"] == APPLY
+    }
+
+
+def _p99(now: Look, before: Look | None) -> str:
+    """Return the bound that 99 of 100 Apply kept since the look before."""
+    earlier = before.apply_seconds if before else {}
+    counts = {le: count - earlier.get(le, 0) for le, count in now.apply_seconds.items()}
+    most = max(counts.values(), default=0)
+    if not most:
+        return "-"
+    bound = min(le for le, count in counts.items() if count >= 0.99 * most)
+    return f"<= {bound * 1000:g} ms"
+
+
+def _read_events(service: Client, events: deque[str]) -> None:
+    """Keep the last events, for as long as there is somebody to show them to."""
+    while True:
+        try:
+            for answer in service.watch():
+                if answer.lost:
+                    events.append(LOST)
+                if answer.HasField("event"):
+                    events.append(line_of(answer.event))
+        except UnavailableError:
+            time.sleep(1)
+        except (OdmaError, ValueError):  # it may not watch, or the view has ended
+            return
+
+
+@contextmanager
+def _keys() -> Iterator[int]:
+    """Read keys as they are pressed, without showing them."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor)
+    try:
+        yield descriptor
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _quit_pressed(keys: int, seconds: float) -> bool:
+    """Wait so long, or for a key; return whether it was q or the end of the input."""
+    readable, _, _ = select.select([keys], [], [], seconds)
+    return bool(readable) and os.read(keys, 1) in {b"q", b"Q", b""}

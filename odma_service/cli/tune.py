@@ -1,0 +1,44 @@
+"""`odma tune`: every policy's free parameters, set by one rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from odma_service import replay
+from odma_service.cli.replay import policies_of
+from odma_service.replay.workplace import workplace
+
+app = typer.Typer()
+
+
+@app.command()
+def command(
+    data: Annotated[
+        Path, typer.Option(help="Folder with the public traces (traces/, servegen/).")
+    ] = Path("../shared/data"),
+    policy: Annotated[
+        str, typer.Option(help="Which to tune, divided by commas. Default: all.")
+    ] = ",".join(replay.NAMES),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = replay.TUNED,
+    capacity_tokens: Annotated[
+        int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
+    ] = 111_000,
+) -> None:
+    """Set every policy's free parameters by one rule, on training traces only."""
+    names = policies_of(policy)
+    tuned = dict(replay.read_tuning(out).parameters) if out.exists() else {}
+    with workplace() as directory:
+        training = replay.training_traces(data)
+        typer.echo("training on: " + "; ".join(trace.label for trace in training))
+        tuner = replay.Tuner(training, capacity_tokens, directory)
+        for name in names:
+            best = tuner.tune(name, typer.echo)
+            if best:
+                tuned[name] = best
+            lines = (f"  {json.dumps(n)}: {json.dumps(p)}" for n, p in sorted(tuned.items()))
+            out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    typer.echo(f"wrote {out}, parameters {replay.read_tuning(out).digest}")

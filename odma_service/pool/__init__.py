@@ -1,0 +1,31 @@
+"""The domain: one pool with its geometry, its policy and its books.
+
+pool      the door, for the service and for an engine that embeds a pool
+geometry  what a token takes in every plane, and how many tokens fit on a device
+policy    the four named policies
+books     a pool's file as an operator finds it
+"""
+
+from odma_service.pool.pool import (
+    MOST_CAPACITY_TOKENS,
+    MOST_EPOCH,
+    NAME,
+    NAME_RULE,
+    OTHER_CLASSES,
+    ClassHistory,
+    Pool,
+    PoolSpec,
+    set_aside,
+)
+
+__all__ = [
+    "MOST_CAPACITY_TOKENS",
+    "MOST_EPOCH",
+    "NAME",
+    "NAME_RULE",
+    "OTHER_CLASSES",
+    "ClassHistory",
+    "Pool",
+    "PoolSpec",
+    "set_aside",
+]

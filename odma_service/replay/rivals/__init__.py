@@ -1,0 +1,1 @@
+"""Memory managers that the policies are compared with."""

@@ -1,0 +1,223 @@
+"""Who may call what: identities, their roles, and whose pools they see.
+
+An identity is a name with a role. A caller shows that it is one by a bearer token or by a name
+in its client certificate; the token file lists them. Without a token file everybody may call
+everything.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from odma_service.errors import IdentityError, OdmaError, PoolForeignError, RoleError
+from odma_service.pool import NAME, NAME_RULE, PoolSpec
+from odma_service.service.door.private import Reloaded, read_file
+
+
+class Role(StrEnum):
+    """What an identity may do. READ_ONLY: look at the pools of the identity of the same name."""
+
+    ENGINE = "engine"
+    OPERATOR = "operator"
+    READ_ONLY = "read-only"
+
+
+_OWN = frozenset({Role.ENGINE})
+_STEER = frozenset({Role.ENGINE, Role.OPERATOR})
+_READ = frozenset(Role)
+
+ROLES: Mapping[str, frozenset[Role]] = {
+    "/odma.v1.MemoryService/OpenPool": _OWN,
+    "/odma.v1.MemoryService/ClosePool": _STEER,
+    "/odma.v1.MemoryService/KeepAlive": _OWN,
+    "/odma.v1.MemoryService/Apply": _OWN,
+    "/odma.v1.MemoryService/Stream": _OWN,
+    "/odma.v1.MemoryService/Allocate": _OWN,
+    "/odma.v1.MemoryService/Extend": _OWN,
+    "/odma.v1.MemoryService/Free": _OWN,
+    "/odma.v1.MemoryService/Reconcile": _OWN,
+    "/odma.v1.MemoryService/Recalibrate": _STEER,
+    "/odma.v1.MemoryService/SetPolicy": _STEER,
+    "/odma.v1.PoolService/ListPools": _READ,
+    "/odma.v1.PoolService/GetPool": _READ,
+    "/odma.v1.PoolService/ListRegions": _READ,
+    "/odma.v1.PoolService/Watch": _READ,
+    "/odma.v1.PredictorService/Predict": _READ,
+    "/odma.v1.EmulatorService/EstimateAccess": _READ,
+}
+"""Every rpc of ours and who may call it; one that is missing here, nobody may."""
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Open to everybody: they tell nothing about pools."""
+
+BEARER = "Bearer "
+TOKEN = re.compile(r"[!-~]{16,512}", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+PROOFS = ("token-sha256", "token", "certificate")
+MOST_IDENTITIES = 4096
+
+Proof = TypeVar("Proof", bytes, str)
+
+
+class Identity(NamedTuple):
+    """Who calls."""
+
+    name: str
+    role: Role
+
+
+CALLER: ContextVar[Identity | None] = ContextVar("caller", default=None)
+"""Who makes the call that this code runs for. None: nobody was asked who he is."""
+
+
+class _Table(NamedTuple):
+    by_digest: dict[bytes, Identity]
+    by_certificate: dict[str, Identity]
+    identities: set[Identity]
+
+
+class Access:
+    """The identities of a token file, as it is now."""
+
+    def __init__(self, file: Path) -> None:
+        """Read the file. Raises OdmaError that names what is wrong in it."""
+        self._table = Reloaded([file], lambda: _read(file))
+
+    @property
+    def takes_certificates(self) -> bool:
+        """Whether an identity is known by the name in its certificate."""
+        return bool(self._table.get().by_certificate)
+
+    def by_token(self, authorization: str) -> Identity:
+        """Return whose token the value of an `authorization` header holds. Raises IdentityError.
+
+        Digests are looked up, not tokens, so how long it takes tells nothing about a token.
+        """
+        token = authorization[len(BEARER) :]
+        if authorization[: len(BEARER)].lower() != BEARER.lower():
+            raise IdentityError("the authorization header is not 'Bearer TOKEN'")
+        digest = sha256(token.encode(errors="replace")).digest()
+        identity = self._table.get().by_digest.get(digest)
+        if identity is None:
+            raise IdentityError("this token is not known here")
+        return identity
+
+    def by_certificate(self, names: Iterable[str]) -> Identity:
+        """Return whose certificate has these names. Raises IdentityError."""
+        table = self._table.get().by_certificate
+        found = {table[name] for name in names if name in table}
+        if len(found) != 1:
+            raise IdentityError(
+                "the certificate names several identities"
+                if found
+                else "send 'authorization: Bearer TOKEN', or a certificate that is known here"
+            )
+        return found.pop()
+
+    def knows(self, identity: Identity) -> bool:
+        """Return whether the file still has this identity, by whatever proof."""
+        return identity in self._table.get().identities
+
+
+def is_open(rpc: str) -> bool:
+    """Return whether `rpc`, as "/package.Service/Method", asks nobody who he is."""
+    return rpc.startswith(OPEN_SERVICES)
+
+
+def insist_role(rpc: str, identity: Identity) -> None:
+    """Raise RoleError unless the identity's role may call `rpc`."""
+    if identity.role not in ROLES.get(rpc, ()):
+        raise RoleError(rpc.rpartition("/")[2], identity.role)
+
+
+def may_see(spec: PoolSpec) -> bool:
+    """Return whether the caller may know of the pool: its owner, an operator, or unasked."""
+    return may_see_of(spec.owner)
+
+
+def may_see_of(owner: str) -> bool:
+    """Return whether the caller may know of what belongs to `owner`."""
+    caller = CALLER.get()
+    return caller is None or caller.role is Role.OPERATOR or caller.name == owner
+
+
+def claimed(spec: PoolSpec, before: PoolSpec | None) -> PoolSpec:
+    """Return `spec` as that of the caller, who opens a pool that was `before`'s.
+
+    A pool stays its owner's when it is closed; one opened when nobody was asked is anybody's.
+    Raises PoolForeignError.
+    """
+    caller, owner = CALLER.get(), before.owner if before else ""
+    if caller is None:
+        return replace(spec, owner=owner)
+    if owner not in {"", caller.name}:
+        raise PoolForeignError(spec.name)
+    return replace(spec, owner=caller.name)
+
+
+# --- the token file ---
+
+
+def _read(file: Path) -> _Table:
+    try:
+        content = tomllib.loads(read_file(file, private=True).decode())
+    except ValueError:  # its message would quote the file
+        raise OdmaError(f"{file} is no TOML file") from None
+    entries = content.pop("identity", [])
+    if content or not isinstance(entries, list):
+        raise OdmaError(f"{file}: only [[identity]] tables are known")
+    if not 1 <= len(entries) <= MOST_IDENTITIES:
+        raise OdmaError(f"{file}: 1 to {MOST_IDENTITIES:,} identities, not {len(entries):,}")
+    table = _Table({}, {}, set())
+    for number, entry in enumerate(entries, 1):
+        try:
+            _add(table, entry)
+        except ValueError as error:
+            raise OdmaError(f"{file}: identity {number}: {error}") from None
+    return table
+
+
+def _add(table: _Table, entry: Mapping[str, Any]) -> None:
+    """Add an identity. Raises ValueError, which never quotes a secret."""
+    unknown = set(entry) - {"name", "role", *PROOFS}
+    if unknown:
+        raise ValueError(f"unknown key {min(unknown)!r}; known are name, role, {', '.join(PROOFS)}")
+    if not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError("every value is a text")
+    if not NAME.fullmatch(entry.get("name", "")):
+        raise ValueError(f"name: {NAME_RULE}")
+    if entry.get("role") not in set(Role):
+        raise ValueError(f"role: one of {', '.join(Role)}")
+    proofs = [proof for proof in PROOFS if proof in entry]
+    if len(proofs) != 1:
+        raise ValueError(f"one of {', '.join(PROOFS)} is needed")
+    identity = Identity(entry["name"], Role(entry["role"]))
+    table.identities.add(identity)
+    if "certificate" in entry:
+        _put(table.by_certificate, entry["certificate"], identity)
+    else:
+        _put(table.by_digest, _digest_of(entry), identity)
+
+
+def _digest_of(entry: Mapping[str, str]) -> bytes:
+    if "token" in entry:
+        if not TOKEN.fullmatch(entry["token"]):
+            raise ValueError("token: 16 to 512 visible ASCII characters, without spaces")
+        return sha256(entry["token"].encode()).digest()
+    if not DIGEST.fullmatch(entry["token-sha256"]):
+        raise ValueError("token-sha256: 64 lower-case hexadecimal digits")
+    return bytes.fromhex(entry["token-sha256"])
+
+
+def _put(known: dict[Proof, Identity], proof: Proof, identity: Identity) -> None:
+    if not proof or proof in known:
+        raise ValueError("its token or certificate is empty, or another identity's")
+    known[proof] = identity

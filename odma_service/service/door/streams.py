@@ -1,0 +1,140 @@
+"""Stream: batches of one pool in lock-step, on a thread of the stream's own.
+
+grpcio gives a stream one of the threads that answer calls, for as long as the client likes. So
+streams have threads of their own, a bounded number, and no stream takes one from a call. The
+handler answers by a callback, as grpcio's own health service does: then another thread can end
+a stream that waits for its client.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+import grpc
+from grpc_status import rpc_status
+
+from odma_service.errors import InvalidError, StreamLimitError, StreamReplacedError
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.service.rpc.statuses import told
+
+END_SECONDS = 1.0
+"""So long a stream that is to end may be at a batch, or its client not take an answer."""
+
+Send = Callable[[pb.StreamResponse | None], None]
+
+
+class Stream:
+    """One stream. Its lock is held from the moment a request is here until its answer is sent."""
+
+    def __init__(self, context: grpc.ServicerContext, send: Send) -> None:
+        self.lock = Lock()
+        self.pool = ""  # none yet
+        self.ended = False
+        self._context = context
+        self._send = send
+
+    def answer(self, answer: pb.ApplyResponse) -> None:
+        """Send an answer; wait while the client does not take it."""
+        self._send(pb.StreamResponse(apply=answer))
+
+    def end(self, error: Exception | None = None, seconds: float = END_SECONDS) -> None:
+        """End the stream after the batch under way; cut it if that takes longer."""
+        if not self.lock.acquire(timeout=max(seconds, 0.0)):
+            self._context.cancel()
+            return
+        try:
+            if self.ended:
+                return
+            self.ended = True
+            if error is not None:
+                status = rpc_status.to_status(told(error, "Stream"))
+                self._context.set_code(status.code)
+                self._context.set_details(status.details)
+                self._context.set_trailing_metadata(status.trailing_metadata)
+            self._send(None)
+        finally:
+            self.lock.release()
+
+
+class Streams:
+    """The open streams. Called by grpcio as the handler of the rpc."""
+
+    experimental_non_blocking = True  # grpcio gives the handler `send`
+
+    def __init__(
+        self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
+    ) -> None:
+        self._apply = apply
+        self._most_streams = most_streams
+        self._lock = Lock()
+        self._open: set[Stream] = set()
+        self._by_pool: dict[str, Stream] = {}
+        # One thread more than streams: it tells those that are too many.
+        self.experimental_thread_pool = ThreadPoolExecutor(most_streams + 1, "stream")
+
+    def __call__(
+        self, requests: Iterator[pb.StreamRequest], context: grpc.ServicerContext, send: Send
+    ) -> None:
+        stream = Stream(context, send)
+        if not self._enter(stream):
+            stream.end(StreamLimitError(f"all {self._most_streams} streams are open; use Apply"))
+            return
+        try:
+            self._serve(stream, requests)
+            stream.end()
+        except grpc.RpcError as gone:
+            # The client went. grpcio keeps the error in a cycle with the call, whose place in the
+            # connection would be taken until Python looks for garbage.
+            gone.__traceback__ = None
+        except Exception as error:  # noqa: BLE001  told to the client, and logged
+            stream.end(error)
+        finally:
+            self._leave(stream)
+
+    def end_all(self, error: Exception) -> None:
+        """Tell every stream `error`, after the batch that it is at."""
+        give_up = time.monotonic() + END_SECONDS
+        for stream in list(self._open):
+            stream.end(error, give_up - time.monotonic())
+
+    def close(self) -> None:
+        """Give the threads back, after the server has stopped."""
+        self.experimental_thread_pool.shutdown()
+
+    def _serve(self, stream: Stream, requests: Iterator[pb.StreamRequest]) -> None:
+        for request in requests:
+            with stream.lock:
+                if stream.ended:
+                    return
+                name = request.apply.pool.name
+                if stream.pool not in ("", name):
+                    raise InvalidError("apply.pool.name", "that of the stream's first batch")
+                answer = self._apply(request.apply)
+                if not stream.pool:
+                    self._bind(stream, name)
+                stream.answer(answer)
+
+    def _enter(self, stream: Stream) -> bool:
+        with self._lock:
+            if len(self._open) >= self._most_streams:
+                return False
+            self._open.add(stream)
+            return True
+
+    def _bind(self, stream: Stream, pool: str) -> None:
+        """Make this the stream of a pool whose owner it has turned out to be."""
+        with self._lock:
+            stream.pool = pool
+            older = self._by_pool.get(pool)
+            self._by_pool[pool] = stream
+        if older:
+            older.end(StreamReplacedError(pool))
+
+    def _leave(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.discard(stream)
+            if self._by_pool.get(stream.pool) is stream:
+                del self._by_pool[stream.pool]

@@ -1,0 +1,127 @@
+"""Who may connect: TLS, client certificates, and what may listen beyond the loopback.
+
+A connection of a Unix socket stays plain: the file's permissions guard it.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import grpc
+import structlog
+
+from odma_service.errors import InvalidError, OdmaError
+from odma_service.service.config import UNIX, Settings
+from odma_service.service.door.access import Access
+from odma_service.service.door.private import Reloaded, read_file
+
+log = structlog.get_logger()
+
+
+class TlsFiles(NamedTuple):
+    """PEM files. Without client_ca, clients need no certificate."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None
+
+
+def credentials_of(settings: Settings, identities: Access | None) -> grpc.ServerCredentials | None:
+    """Return what the TCP listeners use, None where they are plain.
+
+    Raises OdmaError for a file that cannot be used, and for a listener that others can reach
+    but that is not both encrypted and closed to strangers, unless the settings allow it.
+    """
+    files = _files_of(settings)
+    if identities and identities.takes_certificates and not settings.tls_client_ca:
+        raise InvalidError("tls-client-ca", "needed, as the token file names certificates")
+    for address, lack, remedy in _unguarded(settings, files, identities):
+        if not settings.allow_insecure:
+            raise OdmaError(f"{address} is reachable from other machines, and {lack}; {remedy}")
+        log.warning("listening beyond the loopback", address=address, but=lack)
+    return files and _credentials(files)
+
+
+def _unguarded(
+    settings: Settings, files: TlsFiles | None, identities: Access | None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the listeners that strangers can reach: address, what they lack, what would help."""
+    guarded = files is not None and bool(identities or files.client_ca)
+    for address in () if guarded else settings.listen:
+        if not is_local(address):
+            yield (
+                address,
+                "callers need no token or certificate" if files else "its connections are plain",
+                "set tls-cert and tls-key, and token-file or tls-client-ca, or else allow-insecure",
+            )
+    if settings.metrics_listen and not is_local(settings.metrics_listen):
+        remedy = "scrape them on this machine, or set allow-insecure"
+        yield settings.metrics_listen, "whoever can connect reads the metrics", remedy
+
+
+def _files_of(settings: Settings) -> TlsFiles | None:
+    cert, key = settings.tls_cert, settings.tls_key
+    if cert and key:
+        return TlsFiles(cert, key, settings.tls_client_ca)
+    if cert or key:
+        raise InvalidError("tls-key" if cert else "tls-cert", "tls-cert and tls-key go together")
+    if settings.tls_client_ca:
+        raise InvalidError("tls-client-ca", "needs tls-cert and tls-key too")
+    return None
+
+
+def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Return credentials with which every handshake sees the files as they are then."""
+    paths = [path for path in files if path]
+    certificates = Reloaded(paths, lambda: _certificates(files))
+    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+        certificates.get(),
+        certificates.get,
+        require_client_authentication=files.client_ca is not None,
+    )
+    return credentials
+
+
+def _certificates(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
+    """Return the files' contents, once OpenSSL has agreed to them."""
+    key = read_file(files.key, private=True)
+    cert = read_file(files.cert, private=False)
+    client_ca = read_file(files.client_ca, private=False) if files.client_ca else None
+    _insist_certificates(files.cert)
+    if files.client_ca:
+        _insist_certificates(files.client_ca)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.cert, files.key, _no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise OdmaError(f"{files.key} is not the key of {files.cert}") from None
+        raise OdmaError(f"{files.key} holds no private key in PEM form") from None
+    return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
+
+
+def _insist_certificates(path: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except ssl.SSLError:
+        raise OdmaError(f"{path} holds no certificate in PEM form") from None
+
+
+def _no_password() -> NoReturn:
+    raise OdmaError("the TLS key is encrypted; a service cannot be asked for its password")
+
+
+def is_local(address: str) -> bool:
+    """Return whether only this machine can reach a listener. Raises OdmaError for no address."""
+    if address.startswith(UNIX):
+        return True
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OdmaError(f"cannot listen on {address}: {error.strerror}") from None
+    return all(ip_address(place[0]).is_loopback for *_, place in found)

@@ -1,0 +1,404 @@
+"""The pools of the service, by name: opened, found again after a restart, taken over, closed.
+
+Each pool is a file NAME.pool in one directory. Two kinds of locks, taken in this order: the
+registry's, for which pools there are; then a pool's own, for all that is done with it, so that
+a slow call holds up nobody but callers of the same pool. A retry that meets its running
+original waits for it there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import structlog
+
+from odma_service.errors import (
+    BooksCorruptError,
+    BooksError,
+    BooksForeignError,
+    BooksMismatchError,
+    EpochError,
+    InvalidError,
+    OdmaError,
+    PoolLimitError,
+    PoolNotFoundError,
+    PoolOwnedError,
+    UnavailableError,
+)
+from odma_service.learning import Learner, Model
+from odma_service.pool import Pool, PoolSpec, set_aside
+from odma_service.pool.policy import PolicyRecord
+from odma_service.service.door.access import claimed, may_see
+from odma_service.service.watch.events import Kind
+from odma_service.service.watch.witness import Witness
+
+SUFFIX = ".pool"
+UNFINISHED = ".new"
+UNUSABLE = (BooksForeignError, BooksMismatchError, BooksCorruptError)
+
+log = structlog.get_logger()
+
+
+class Opened(NamedTuple):
+    """What an owner is told about its pool."""
+
+    spec: PoolSpec
+    epoch: int
+    policy_version: int
+
+
+class View(NamedTuple):
+    """A pool to look at. idle_seconds count from its owner's last call."""
+
+    learner: Learner
+    idle_seconds: float
+
+    @property
+    def pool(self) -> Pool:
+        """The pool itself."""
+        return self.learner.pool
+
+
+class Entry:
+    """A pool and when its owner was last heard of. pool None: it is gone."""
+
+    __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
+
+    def __init__(self, learner: Learner, now: float) -> None:
+        self.lock = Lock()
+        self.adopt(learner, now)
+
+    def adopt(self, learner: Learner, now: float) -> None:
+        """Make this the entry of a pool whose owner was heard of now."""
+        self.pool: Pool | None = learner.pool
+        self.learner = learner
+        self.heard_at = now
+        self.stale = False  # as the log has it
+
+
+class Registry:
+    """All pools of one directory, which nobody else may write to.
+
+    `monotonic` and `wall` tell seconds, `model` which model predicts now. `boot_id` names the
+    run of the machine: device memory does not outlive it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_pools: int,
+        max_owner_pools: int,
+        boot_id: str,
+        monotonic: Callable[[], float],
+        wall: Callable[[], float],
+        witness: Witness | None = None,
+        model: Callable[[], Model | None] = lambda: None,
+    ) -> None:
+        self._directory = directory
+        self._max_pools = max_pools
+        self._max_owner_pools = max_owner_pools
+        self._boot_id = boot_id
+        self._monotonic = monotonic
+        self._wall = wall
+        self._model = model
+        self.witness = witness or Witness()
+        self._lock = Lock()
+        self._entries: dict[str, Entry] = {}
+        self._closed = False
+
+    def attach_all(self) -> None:
+        """Find the pools of an earlier run again; say of each that cannot be used why."""
+        for leftover in self._directory.glob(f"*{SUFFIX}{UNFINISHED}"):
+            leftover.unlink()
+        for path in sorted(self._directory.glob(f"*{SUFFIX}")):
+            try:
+                self._find(path.name.removesuffix(SUFFIX))
+            except PoolNotFoundError:
+                pass  # set aside, and logged
+            except (OdmaError, OSError) as error:
+                log.error("pool left alone", file=str(path), reason=str(error))
+
+    def close(self) -> None:
+        """Give all files back once the calls that hold them are done; refuse all others.
+
+        Epochs go on: the next start finds them.
+        """
+        self._closed = True
+        with self._lock:
+            for entry in self._entries.values():
+                with entry.lock:
+                    if entry.pool:
+                        entry.pool.close()
+                    entry.pool = None
+            self._entries.clear()
+
+    def names(self) -> list[str]:
+        """Return the names of all pools that the caller may see."""
+        self._insist_serving()
+        pools = [(name, entry.pool) for name, entry in sorted(self._entries.items())]
+        return [name for name, pool in pools if pool and may_see(pool.spec)]
+
+    def open(
+        self, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool, take_over: bool
+    ) -> Opened:
+        """Begin an epoch, in the books of an earlier one where their geometry is the same.
+
+        While an epoch lives, its open_id gets the same epoch again. `policy` is installed
+        unless the pool has one and `keep_policy` is set. Raises PoolOwnedError,
+        PoolForeignError, PoolLimitError, InvalidError, BooksLockedError.
+        """
+        with self._lock:
+            self._insist_serving()
+            entry = self._entry(spec.name)
+            if entry is None:
+                return self._create(claimed(spec, None), policy)
+            with entry.lock:
+                if entry.pool is None:
+                    return self._create(claimed(spec, None), policy)
+                pool = self._insist(spec.name, entry)
+                spec = claimed(spec, pool.spec)
+                if self._is_retry(pool, spec):
+                    self._hear(spec.name, entry)
+                else:
+                    self._insist_free(pool, entry, take_over=take_over)
+                    self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
+                return _opened(entry.pool)
+
+    def close_epoch(self, name: str, epoch: int) -> None:
+        """End an epoch; once more is the same as once. Raises EpochError for an older one."""
+        entry = self._find(name)
+        with entry.lock:
+            pool = self._insist_seen(name, entry)
+            if pool.epoch == 0 and pool.report().last_epoch == epoch:
+                return
+            if pool.epoch != epoch:
+                raise EpochError(name, epoch)
+            pool.close_epoch(epoch)
+            self.witness.tell(Kind.CLOSED, name, epoch)
+
+    @contextmanager
+    def owned(self, name: str, epoch: int) -> Iterator[Learner]:
+        """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
+        entry = self._find(name)
+        with self.witness.spans.waiting(entry.lock):
+            pool = self._insist_seen(name, entry)
+            if pool.epoch != epoch:
+                raise EpochError(name, epoch)
+            self.witness.spans.serves(name, epoch)
+            self._hear(name, entry)
+            try:
+                yield entry.learner
+            except BooksCorruptError as error:
+                self._drop(name, entry, error)
+                raise
+
+    @contextmanager
+    def viewed(self, name: str) -> Iterator[View]:
+        """Hold a pool to look at it. Raises PoolNotFoundError."""
+        entry = self._find(name)
+        with entry.lock:
+            self._insist_seen(name, entry)
+            yield View(entry.learner, self._idle_seconds(entry))
+
+    def reap(self) -> None:
+        """Tell of owners that fell silent, and close their pools after the retention time.
+
+        A pool in use is left for the next time: its owner is not silent.
+        """
+        for name, entry in list(self._entries.items()):
+            if not entry.lock.acquire(blocking=False):
+                continue
+            try:
+                pool = entry.pool and self._insist(name, entry)
+                if not pool or not pool.epoch or entry.stale:
+                    continue
+                entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
+                if entry.stale:
+                    self.witness.tell(Kind.STALE, name, pool.epoch)
+            finally:
+                entry.lock.release()
+
+    # --- which pools there are ---
+
+    def _find(self, name: str) -> Entry:
+        """Return a pool's entry. Raises PoolNotFoundError."""
+        entry = self._entries.get(name)
+        if entry is None:
+            with self._lock:
+                self._insist_serving()
+                entry = self._entry(name)
+        if entry is None:
+            raise PoolNotFoundError(name)
+        return entry
+
+    def _entry(self, name: str) -> Entry | None:
+        """Return a pool's entry, attaching the file that another process may have given up."""
+        entry = self._entries.get(name)
+        path = self._path(name)
+        if entry is not None or not os.path.lexists(path):
+            return entry
+        try:
+            pool = self._attach(name, path)
+        except UNUSABLE as error:
+            self._set_aside(name, error)
+            return None
+        self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
+        if pool.report().rebooted:
+            log.warning("epoch over: the machine was started anew", pool=name)
+        self.witness.tell(
+            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        )
+        return entry
+
+    def _learner(self, pool: Pool) -> Learner:
+        return Learner(pool, self.witness.observer_of(pool), model=self._model)
+
+    def _attach(self, name: str, path: Path) -> Pool:
+        pool = Pool.attach(path, self._boot_id)
+        if pool.spec.name == name:
+            return pool
+        pool.close()
+        raise BooksMismatchError(f"{path}: its books are those of pool {pool.spec.name!r}")
+
+    def _insist(self, name: str, entry: Entry) -> Pool:
+        """Return the pool of a locked entry, closed if its owner was silent for too long."""
+        pool = entry.pool
+        if pool is None:
+            self._insist_serving()
+            raise PoolNotFoundError(name)
+        if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
+            epoch = pool.epoch
+            pool.close_epoch(epoch)
+            self.witness.tell(Kind.EXPIRED, name, epoch)
+        return pool
+
+    def _hear(self, name: str, entry: Entry) -> None:
+        """Note that the owner of a locked entry lives."""
+        entry.heard_at = self._monotonic()
+        if entry.stale:
+            entry.stale = False
+            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
+
+    def _insist_seen(self, name: str, entry: Entry) -> Pool:
+        """Return the pool of a locked entry, as if there were none if the caller may not see it."""
+        pool = self._insist(name, entry)
+        if not may_see(pool.spec):
+            raise PoolNotFoundError(name)
+        return pool
+
+    def _insist_serving(self) -> None:
+        if self._closed:
+            raise draining()
+
+    def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
+        """Set the books of a locked entry aside, so that the pool can be opened again."""
+        if entry.pool is None:
+            return
+        entry.pool.close()
+        entry.pool = None
+        self._entries.pop(name, None)
+        self._set_aside(name, error)
+
+    def _set_aside(self, name: str, error: BooksError) -> None:
+        aside = set_aside(self._path(name), str(error))
+        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
+
+    def _make_room(self, owner: str) -> None:
+        """Forget the pool that was opened longest ago of those that are closed, if need be.
+
+        An owner that has all the pools it may have makes room among its own.
+        """
+        own = {
+            name: entry
+            for name, entry in self._entries.items()
+            if owner and entry.pool and entry.pool.spec.owner == owner
+        }
+        if len(own) >= self._max_owner_pools:
+            self._forget_oldest(own, f"{self._max_owner_pools} pools (max-owner-pools)")
+        elif len(self._entries) >= self._max_pools:
+            self._forget_oldest(self._entries, f"{self._max_pools} pools (max-pools)")
+
+    def _forget_oldest(self, entries: Mapping[str, Entry], limit: str) -> None:
+        closed: list[tuple[int, str]] = []
+        for name, entry in entries.items():
+            with entry.lock:
+                if entry.pool and not self._insist(name, entry).epoch:
+                    closed.append((entry.pool.report().last_epoch, name))
+        if not closed:
+            raise PoolLimitError(f"all {limit} are open")
+        _, name = min(closed)
+        entry = self._entries.pop(name)
+        with entry.lock:
+            if entry.pool:
+                entry.pool.close()
+            entry.pool = None
+            self._path(name).unlink()
+        self.witness.tell(Kind.FORGOTTEN, name)
+
+    # --- opening ---
+
+    def _is_retry(self, pool: Pool, spec: PoolSpec) -> bool:
+        of_another = pool.spec.owner != spec.owner or pool.spec.open_id != spec.open_id
+        if not pool.epoch or of_another:
+            return False
+        if pool.spec != spec:
+            raise InvalidError("open_id", "was used to open this pool with other fields")
+        return True
+
+    def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
+        """Raise PoolOwnedError if somebody else owns the pool and nobody takes it over."""
+        name, epoch = pool.spec.name, pool.epoch
+        if not epoch:
+            return
+        if not take_over:
+            raise PoolOwnedError(name, self._idle_seconds(entry))
+        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
+
+    def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
+        self._make_room(spec.owner)
+        path = self._path(spec.name)
+        pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
+        self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
+        return _opened(pool)
+
+    def _begin(
+        self, pool: Pool, entry: Entry, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool
+    ) -> None:
+        """Begin an epoch for a locked entry, with new books where the geometry is another."""
+        epoch = self._next_epoch(pool.report().last_epoch)
+        if spec.arena_geometry() == pool.spec.arena_geometry():
+            pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
+        else:
+            path = self._path(spec.name)
+            unfinished = path.with_name(path.name + UNFINISHED)
+            old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
+            unfinished.replace(path)
+            old.close()
+        entry.adopt(self._learner(pool), self._monotonic())
+        self.witness.tell(Kind.OPENED, spec.name, epoch)
+
+    def _next_epoch(self, last: int) -> int:
+        """Return a number that no epoch had, not even in books that are lost."""
+        return max(int(self._wall() * 1000), last + 1)
+
+    def _idle_seconds(self, entry: Entry) -> float:
+        return self._monotonic() - entry.heard_at
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}{SUFFIX}"
+
+
+def draining() -> UnavailableError:
+    """Return what a service that ends tells everybody."""
+    return UnavailableError("the service is draining; try again")
+
+
+def _opened(pool: Pool) -> Opened:
+    return Opened(pool.spec, pool.epoch, pool.policy().version)

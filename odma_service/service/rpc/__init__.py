@@ -1,0 +1,1 @@
+"""The rpcs: each one parses, decides and answers."""

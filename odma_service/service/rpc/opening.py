@@ -1,0 +1,166 @@
+"""OpenPool and SetPolicy: what an owner says, checked and with its defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from odma_service.errors import InvalidError
+from odma_service.pool import MOST_CAPACITY_TOKENS, PoolSpec
+from odma_service.pool.geometry import (
+    MOST_MODEL_LENGTH_TOKENS,
+    Device,
+    Geometry,
+    ModelGeometry,
+    PlaneGroup,
+    device,
+    from_model_config,
+)
+from odma_service.pool.policy import PolicyRecord, TenantShare, named
+from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.service.rpc.translate import name_from
+from odma_service.values import Moves
+
+DEFAULT_BLOCK_TOKENS = 16
+DEFAULT_TTL_SECONDS = 60
+DEFAULT_RETENTION_SECONDS = 86_400
+DEFAULT_MAX_REGIONS = 1024
+
+
+def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
+    """Return what is asked for. Raises InvalidError for the first field that breaks a rule."""
+    name = name_from(request.name)
+    model = _model_from(request)
+    block_tokens = request.block_tokens or DEFAULT_BLOCK_TOKENS
+    capacity_tokens = _capacity_from(request, model.geometry, block_tokens)
+    longest = (model.model_length_tokens, capacity_tokens, MOST_MODEL_LENGTH_TOKENS)
+    return PoolSpec(
+        name=name,
+        open_id=request.open_id,
+        geometry=model.geometry,
+        capacity_tokens=capacity_tokens,
+        model_length_tokens=request.model_length_tokens or min(filter(None, longest)),
+        moves=_moves_from(request.moves),
+        device=_device_from(request.device),
+        single_ordered_stream=request.single_ordered_stream,
+        copies_may_overlap=request.copies_may_overlap,
+        block_tokens=block_tokens,
+        ttl_seconds=request.ttl_seconds or DEFAULT_TTL_SECONDS,
+        retention_seconds=request.retention_seconds or DEFAULT_RETENTION_SECONDS,
+        max_regions=request.max_regions or DEFAULT_MAX_REGIONS,
+    )
+
+
+def first_policy(change: types.PolicyChange, spec: PoolSpec) -> PolicyRecord:
+    """Return the policy that a new pool starts with."""
+    return changed_policy(
+        change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
+    )
+
+
+def _named(name: str, spec: PoolSpec) -> PolicyRecord:
+    return named(
+        name,
+        spec.model_length_tokens,
+        spec.capacity_tokens,
+        slides=spec.single_ordered_stream and spec.moves == Moves.ANY,
+    )
+
+
+def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
+    """Return `base`, or the record that the change names, with its fields changed.
+
+    Tenants are no part of what a name stands for: those of `base` are kept.
+    """
+    has = change.HasField
+    tenants = tuple(map(_tenant_from, change.tenants))
+    if not tenants and not change.clear_tenants:
+        tenants = base.tenants
+    with _inside("policy"):
+        if change.name:
+            base = _named(change.name, spec)
+        return base.with_changes(
+            step_tokens=change.step_tokens if has("step_tokens") else None,
+            limits_tokens=tuple(change.limits_tokens),
+            clear_limits=change.clear_limits,
+            overflow_risk=change.overflow_risk if has("overflow_risk") else None,
+            safety_share=change.safety_share if has("safety_share") else None,
+            unsure_ratio=change.unsure_ratio if has("unsure_ratio") else None,
+            growth=change.growth if has("growth") else None,
+            tenant_share=change.tenant_share if has("tenant_share") else None,
+            max_copy_tokens=change.max_copy_tokens if has("max_copy_tokens") else None,
+            tenants=tenants,
+            clear_tenants=change.clear_tenants,
+        )
+
+
+def _tenant_from(message: types.TenantShare) -> TenantShare:
+    maximum = message.maximum_share if message.HasField("maximum_share") else 1.0
+    return TenantShare(message.name, message.guaranteed_share, maximum)
+
+
+def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
+    layout = request.WhichOneof("layout")
+    if layout == "geometry":
+        with _inside("geometry"):
+            return ModelGeometry(_geometry_from(request.geometry, request.block_tokens), None)
+    if layout == "model":
+        model = request.model
+        with _inside("model"):
+            return from_model_config(model.config_json, model.tensor_parallel, model.element_bytes)
+    raise InvalidError("geometry", "geometry or model is required")
+
+
+def _geometry_from(message: types.Geometry, block_tokens: int) -> Geometry:
+    geometry = Geometry(
+        tuple(
+            PlaneGroup(group.count, group.bytes_per_token, group.alignment_bytes or 1)
+            for group in message.planes
+        )
+    )
+    geometry.check_alignment(block_tokens or DEFAULT_BLOCK_TOKENS)
+    return geometry
+
+
+def _capacity_from(request: pb.OpenPoolRequest, geometry: Geometry, block_tokens: int) -> int:
+    """Return the capacity in whole blocks, or as it is where PoolSpec will refuse it."""
+    capacity = request.WhichOneof("capacity")
+    if capacity is None:
+        raise InvalidError("capacity_tokens", "capacity_tokens or capacity_bytes is required")
+    if capacity == "capacity_tokens":
+        return request.capacity_tokens // block_tokens * block_tokens or request.capacity_tokens
+    tokens = geometry.tokens_in(request.capacity_bytes)
+    if not block_tokens <= tokens <= MOST_CAPACITY_TOKENS:
+        raise InvalidError(
+            "capacity_bytes",
+            f"room for {block_tokens:,} to {MOST_CAPACITY_TOKENS:,} tokens of "
+            f"{geometry.bytes_per_token:,} bytes, not {tokens:,}",
+        )
+    return tokens // block_tokens * block_tokens
+
+
+def _device_from(message: types.Device) -> Device:
+    has = message.HasField
+    with _inside("device"):
+        return device(
+            message.preset,
+            message.bandwidth_bytes_per_second if has("bandwidth_bytes_per_second") else None,
+            message.descriptor_seconds if has("descriptor_seconds") else None,
+        )
+
+
+def _moves_from(number: int) -> Moves:
+    try:
+        return Moves(number)
+    except ValueError:
+        raise InvalidError("moves", "MOVES_NONE, MOVES_OWN_GROWTH or MOVES_ANY") from None
+
+
+@contextmanager
+def _inside(field: str) -> Iterator[None]:
+    """Put the name of a message's field before those of its own fields."""
+    try:
+        yield
+    except InvalidError as error:
+        raise InvalidError(f"{field}.{error.field}", error.rule) from None

@@ -1,0 +1,167 @@
+"""Pools as the messages of PoolService."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from odma_service._native import Counters, RegionEntry, TenantUse
+from odma_service.learning import Learner, Source
+from odma_service.pool import ClassHistory, Pool
+from odma_service.pool.geometry import Geometry
+from odma_service.pool.policy import PolicyRecord
+from odma_service.rpc.v1 import pool_service_pb2 as pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.service.pools.registry import View
+
+Weights = NDArray[np.float64]
+
+BASES = {
+    Source.NOTHING: types.PREDICTION_BASIS_NOTHING,
+    Source.HISTOGRAM: types.PREDICTION_BASIS_HISTOGRAM,
+    Source.MODEL: types.PREDICTION_BASIS_MODEL,
+    Source.WINDOW: types.PREDICTION_BASIS_WINDOW,
+}
+
+
+def summary_to(view: View) -> pb.PoolSummary:
+    """Return one line about a pool; of a closed one the epoch is its last."""
+    pool, report = view.pool, view.pool.report()
+    return pb.PoolSummary(
+        pool=types.PoolRef(name=pool.spec.name, epoch=report.last_epoch),
+        state=_state(view),
+        capacity_tokens=pool.spec.capacity_tokens,
+        free_tokens=report.free_tokens,
+        regions=report.live,
+        policy=pool.policy().name,
+        idle_seconds=view.idle_seconds,
+    )
+
+
+def pool_to(view: View) -> pb.GetPoolResponse:
+    """Return all about a pool."""
+    pool, spec, report = view.pool, view.pool.spec, view.pool.report()
+    upper, histogram = pool.bins(), pool.histogram()
+    return pb.GetPoolResponse(
+        summary=summary_to(view),
+        block_tokens=spec.block_tokens,
+        model_length_tokens=spec.model_length_tokens,
+        bytes_per_token=spec.geometry.bytes_per_token,
+        planes=planes_to(spec.geometry),
+        moves=cast("types.Moves.ValueType", int(spec.moves)),
+        single_ordered_stream=spec.single_ordered_stream,
+        copies_may_overlap=spec.copies_may_overlap,
+        max_regions=spec.max_regions,
+        last_seq=report.seq,
+        completed_seq=report.completed_seq,
+        policy=policy_to(pool.policy()),
+        reserved_tokens=report.reserved_tokens,
+        used_tokens=report.used_tokens,
+        awaiting_completion_tokens=report.awaiting_completion_tokens,
+        largest_run_tokens=report.largest_run_tokens,
+        free_runs=report.free_runs,
+        safety_tokens=report.safety_tokens,
+        buckets=_buckets(pool),
+        counters=_counters_to(report.counters),
+        classes=[_class_to(history, view.learner) for history in pool.classes()],
+        total_histogram=_bins(upper, histogram.total_finished, histogram.total_censored),
+        output_histogram=_bins(upper, histogram.output_finished, histogram.output_censored),
+        model_version=view.learner.model_version,
+        tenants=map(_tenant_to, pool.tenants()),
+    )
+
+
+def policy_to(policy: PolicyRecord) -> types.Policy:
+    """Return the message of a policy record."""
+    return types.Policy(
+        name=policy.name,
+        version=policy.version,
+        start=cast("types.Start.ValueType", int(policy.start)),
+        overflow=cast("types.Overflow.ValueType", int(policy.overflow)),
+        step_tokens=policy.step_tokens,
+        limits_tokens=policy.limits_tokens,
+        overflow_risk=policy.overflow_risk,
+        safety_share=policy.safety_share,
+        unsure_ratio=policy.unsure_ratio,
+        growth=policy.growth,
+        tenant_share=policy.tenant_share,
+        max_copy_tokens=policy.max_copy_tokens,
+        tenants=[
+            types.TenantShare(name=name, guaranteed_share=guaranteed, maximum_share=maximum)
+            for name, guaranteed, maximum in policy.tenants
+        ],
+    )
+
+
+def planes_to(geometry: Geometry) -> list[types.PlaneGroup]:
+    """Return the messages of a geometry's planes."""
+    return [
+        types.PlaneGroup(
+            count=group.count,
+            bytes_per_token=group.bytes_per_token,
+            alignment_bytes=group.alignment_bytes,
+        )
+        for group in geometry.planes
+    ]
+
+
+def region_to(entry: RegionEntry) -> pb.Region:
+    """Return the message of an entry of the books."""
+    return pb.Region(
+        state=pb.REGION_STATE_LIVE if entry.live else pb.REGION_STATE_AWAITING_COMPLETION,
+        place=types.Place(
+            handle=entry.handle,
+            start_token=entry.start_token,
+            length_tokens=entry.length_tokens,
+        ),
+        used_tokens=entry.used_tokens,
+        request_id=entry.request_id,
+        request_class=entry.request_class,
+        max_total_tokens=entry.max_total_tokens,
+        awaits_seq=entry.awaits_seq,
+    )
+
+
+def _state(view: View) -> pb.PoolState.ValueType:
+    if not view.pool.epoch:
+        return pb.POOL_STATE_CLOSED
+    stale = view.idle_seconds > view.pool.spec.ttl_seconds
+    return pb.POOL_STATE_STALE if stale else pb.POOL_STATE_OPEN
+
+
+def _counters_to(counters: Counters) -> pb.Counters:
+    return pb.Counters(**counters._asdict())
+
+
+def _tenant_to(use: TenantUse) -> pb.TenantReport:
+    return pb.TenantReport(**use._asdict(), borrowed_tokens=use.borrowed_tokens)
+
+
+def _buckets(pool: Pool) -> list[pb.BucketUse]:
+    limits = pool.policy().limits_tokens
+    return [
+        pb.BucketUse(limit_tokens=limit, regions=count)
+        for limit, count in zip(limits, pool.bucket_regions(), strict=True)
+    ]
+
+
+def _class_to(history: ClassHistory, learner: Learner) -> pb.ClassReport:
+    fares = learner.coverage(history.request_class)
+    return pb.ClassReport(
+        request_class=history.request_class,
+        finished=float(history.histogram.output_finished.sum()),
+        hit_limit=float(history.histogram.output_censored.sum()),
+        output_quantiles_tokens=history.output_quantiles or (),
+        basis=BASES[fares.source],
+        predicted=fares.coverage.known,
+        covered=fares.coverage.covered,
+        target_coverage=fares.coverage.target,
+    )
+
+
+def _bins(upper: NDArray[np.uint32], finished: Weights, censored: Weights) -> Iterator[pb.Bin]:
+    for i in np.flatnonzero(finished + censored):
+        yield pb.Bin(upper_tokens=int(upper[i]), finished=finished[i], hit_limit=censored[i])

@@ -1,0 +1,332 @@
+"""The server: every object is built here, and handed to those that need it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from odma_service.errors import InvalidError, OdmaError
+from odma_service.learning.predictor import default_model
+from odma_service.rpc.v1 import (
+    emulator_service_pb2,
+    memory_service_pb2,
+    pool_service_pb2,
+    predictor_service_pb2,
+)
+from odma_service.rpc.v1.emulator_service_pb2_grpc import add_EmulatorServiceServicer_to_server
+from odma_service.rpc.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
+from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
+from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
+from odma_service.service.config import UNIX, Settings
+from odma_service.service.door.access import Access
+from odma_service.service.door.guard import GUARD_OPTIONS, Calls, Guard
+from odma_service.service.door.tls import credentials_of
+from odma_service.service.pools.models import Models
+from odma_service.service.pools.reaper import reaping
+from odma_service.service.pools.registry import Registry, draining
+from odma_service.service.rpc.emulator import EmulatorService
+from odma_service.service.rpc.memory import MemoryService
+from odma_service.service.rpc.pools import PoolService
+from odma_service.service.rpc.predictor import PredictorService
+from odma_service.service.watch.decisions import DecisionLog
+from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
+from odma_service.service.watch.witness import Witness
+
+if TYPE_CHECKING:
+    from odma_service.service.watch.tracing import Traces
+
+SPARE_STREAMS = 16
+"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
+
+OPTIONS = (
+    *GUARD_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+    # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
+)
+MOST_HEALTH_WATCHERS = 64
+"""Clients that watch the health at once, each with a thread of its own; others wait."""
+
+ALIVE = "odma.alive"
+"""The health of this name is SERVING as long as the process answers, while it drains too."""
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+NOTICE_SECONDS = 0.2
+"""Callers are told UNAVAILABLE for so long at least; then so long answers may be on their way."""
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+SERVED = (
+    (memory_service_pb2, "MemoryService"),
+    (pool_service_pb2, "PoolService"),
+    (emulator_service_pb2, "EmulatorService"),
+    (predictor_service_pb2, "PredictorService"),
+)
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
+    _configure_log(settings)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
+    models = Models(
+        _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
+    )
+    traces = _traces(settings)
+    witness = Witness(decisions=_decision_log(settings, models), spans=traces)
+    registry = Registry(
+        _own_directory(settings.pool_dir),
+        max_pools=settings.max_pools,
+        max_owner_pools=settings.max_owner_pools,
+        boot_id=BOOT_ID.read_text().strip(),
+        monotonic=time.monotonic,
+        wall=time.time,
+        model=models.now,
+        witness=witness,
+    )
+    models.start()
+    registry.attach_all()
+    try:
+        with reaping(registry):
+            _serve(settings, registry, traces)
+    finally:
+        models.stop()
+        registry.close()
+        witness.close()
+    log.info("stopped")
+
+
+def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> None:
+    calls = Calls(settings.workers)
+    identities = Access(settings.token_file) if settings.token_file else None
+    metrics = metrics_of(registry)
+    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
+    server = grpc.server(
+        calls,
+        options=(*OPTIONS, most_streams),
+        interceptors=[
+            *([traces.observer()] if traces else []),
+            RpcMetrics(metrics),
+            Guard(identities, calls, settings.max_calls),
+        ],
+        maximum_concurrent_rpcs=2 * settings.max_calls,
+    )
+    memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
+    pools = PoolService(registry)
+    add_MemoryServiceServicer_to_server(memory, server)
+    add_PoolServiceServicer_to_server(pools, server)
+    add_PredictorServiceServicer_to_server(PredictorService(registry), server)
+    add_EmulatorServiceServicer_to_server(EmulatorService(), server)
+    healthy = _add_health(server)
+    if settings.reflection:
+        reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
+
+    with (
+        _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
+        serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+    ):
+        server.start()
+        log.info(
+            "serving",
+            addresses=addresses,
+            metrics=metrics_address,
+            pool_dir=str(settings.pool_dir),
+        )
+        print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
+        _wait_for_stop()
+        log.info("draining", seconds=settings.drain_seconds)
+        for name in ("", *_names()):  # but not ALIVE
+            healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        registry.close()
+        memory.streams.end_all(draining())
+        registry.witness.events.end()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        time.sleep(notice_seconds)
+        # From stop() on nothing is answered, not even a question for the health.
+        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        server.stop(notice_seconds).wait()
+    memory.streams.close()
+    pools.watchers.close()
+    calls.shutdown()
+
+
+def _names() -> list[str]:
+    return [module.DESCRIPTOR.services_by_name[name].full_name for module, name in SERVED]
+
+
+def _add_health(server: grpc.Server) -> health.HealthServicer:
+    """Add the standard health service, which tells of each service and of all together."""
+    # Its other kind of Watch freezes the whole server: it sends to one client under the lock that
+    # the end of another one's call waits for, in the thread that would do the sending.
+    watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
+    healthy = health.HealthServicer(
+        experimental_non_blocking=False, experimental_thread_pool=watchers
+    )
+    status = health_pb2.HealthCheckResponse
+    healthy.set(ALIVE, status.SERVING)
+    for name in _names():
+        healthy.set(name, status.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    return healthy
+
+
+def _wait_for_stop() -> None:
+    """Return at the first stop signal. A second one ends the process at once."""
+    signal.sigwait(STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def _listening(
+    server: grpc.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
+) -> Iterator[list[str]]:
+    """Bind the server to addresses; yield them with the ports that were really taken."""
+    sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
+    for path in sockets:
+        _remove_stale(path)
+    old_mask = os.umask(0o177)
+    try:
+        bound = [_bind(server, address, credentials) for address in addresses]
+    finally:
+        os.umask(old_mask)
+    try:
+        yield bound
+    finally:
+        for path in sockets:
+            path.unlink(missing_ok=True)
+
+
+def _decision_log(settings: Settings, models: Models) -> DecisionLog | None:
+    if settings.decision_log is None:
+        if settings.decision_log_sketches:
+            raise InvalidError("decision-log-sketches", "there is no decision-log to put them in")
+        return None
+    bytes_ = settings.decision_log_bytes
+    if settings.decision_log_sketches:
+        return DecisionLog(settings.decision_log, bytes_, sketcher=models.now)
+    return DecisionLog(settings.decision_log, bytes_)
+
+
+def _traces(settings: Settings) -> Traces | None:
+    """Return traces, if they are wanted: what they need is imported only then."""
+    return import_module("odma_service.service.watch.tracing").traces() if settings.traces else None
+
+
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
+    if not _is_unix(address):
+        _try_bind(address)
+    try:
+        if credentials is None or _is_unix(address):
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise OdmaError(f"cannot listen on {address}: {error}") from None
+    return address if _is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _try_bind(address: str) -> None:
+    """Raise OdmaError with the system's reason, which gRPC does not tell, if binding fails."""
+    host, _, port = address.rpartition(":")
+    reason: OSError | None = None
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(place)
+                except OSError as error:
+                    reason = error
+                else:
+                    return
+    except socket.gaierror as error:
+        reason = error
+    raise OdmaError(f"cannot listen on {address}: {reason.strerror if reason else 'no address'}")
+
+
+def _is_unix(address: str) -> bool:
+    return address.startswith(UNIX)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket file of a server that is gone."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise OdmaError(f"cannot listen on {path}: it is there already, and no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OdmaError(f"cannot listen on {path}: another server does")
+
+
+def _model_directory(setting: str) -> Path | None:
+    if setting == "none":
+        return None
+    return default_model() if setting == "shipped" else Path(setting).expanduser()
+
+
+def _own_directory(path: Path) -> Path:
+    """Return the directory of the pools, made if there is none, closed to other users."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.stat()
+    except OSError as error:
+        raise OdmaError(f"cannot use the pool directory {path}: {error.strerror}") from None
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise OdmaError(
+            f"the pool directory {path} must belong to this user and be writable for nobody else"
+        )
+    return path
+
+
+def _configure_log(settings: Settings) -> None:
+    """Write log lines to stderr, for people or for machines."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    form: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if settings.log_format == "json"
+        # The usual traceback shows local variables: prompts.
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+    )
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    structlog.configure(
+        processors=[*shared, *form],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

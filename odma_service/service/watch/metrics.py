@@ -1,0 +1,441 @@
+"""Metrics for Prometheus: read from the pools when somebody scrapes, and served over HTTP.
+
+A scrape holds a pool for as long as it takes to copy a few numbers out of its books; what is
+computed from them is computed after that. So no call waits for a scrape longer than for another
+call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
+a policy names by 16; no label has a value that a client may choose beyond those.
+
+docs/reference/observability.md has the list; a test compares it with a real scrape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from socket import AF_INET6
+from socketserver import ThreadingMixIn
+from threading import Thread
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import grpc
+import structlog
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    make_wsgi_app,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
+from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
+from odma_service.pool import ClassHistory, PoolSpec
+from odma_service.pool.policy import PolicyRecord
+from odma_service.service.pools.registry import Registry
+from odma_service.service.watch.observed import CallObserver, Watch
+from odma_service.service.watch.witness import OP_NAMES, Tally
+from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
+
+BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
+SLOWEST_CLIENT_SECONDS = 10.0
+SHOWN_LEVELS = (0.5, 0.9, 0.99)
+
+if TYPE_CHECKING:
+    from odma_service.service.watch.observed import Handler
+
+log = structlog.get_logger()
+
+
+class Reading(NamedTuple):
+    """What a scrape copies out of one pool."""
+
+    spec: PoolSpec
+    policy: PolicyRecord
+    report: ArenaReport
+    idle_seconds: float
+    bucket_regions: list[int]
+    completions: list[Completion]
+    classes: list[ClassHistory]
+    tenants: list[TenantUse]
+    tally: Tally
+
+
+Value = Callable[[Reading], float]
+Labelled = Callable[[Reading], Iterable[tuple[tuple[str, ...], float]]]
+
+GAUGES: tuple[tuple[str, str, Value], ...] = (
+    ("capacity_tokens", "Capacity.", lambda r: r.spec.capacity_tokens),
+    (
+        "bytes_per_token",
+        "Bytes of a token, all planes of one rank.",
+        lambda r: r.spec.geometry.bytes_per_token,
+    ),
+    ("written_tokens", "Written, as the engine last said.", lambda r: r.report.used_tokens),
+    ("reserved_tokens", "Reserved by live regions.", lambda r: r.report.reserved_tokens),
+    (
+        "awaiting_completion_tokens",
+        "Given back, but an engine with several streams may still use them.",
+        lambda r: r.report.awaiting_completion_tokens,
+    ),
+    ("free_tokens", "Neither reserved nor awaiting completion.", lambda r: r.report.free_tokens),
+    ("largest_free_run_tokens", "Longest free run.", lambda r: r.report.largest_run_tokens),
+    ("free_runs", "Free runs.", lambda r: r.report.free_runs),
+    ("safety_tokens", "What admission must leave free.", lambda r: r.report.safety_tokens),
+    (
+        "safety_share_ratio",
+        "Share of the capacity that the policy keeps back.",
+        lambda r: r.policy.safety_share,
+    ),
+    ("regions", "Live regions.", lambda r: r.report.live),
+    ("regions_limit", "Most regions that may live.", lambda r: r.spec.max_regions),
+    ("open", "1 while an epoch runs.", lambda r: r.report.epoch > 0),
+    (
+        "stale",
+        "1 while the owner of a running epoch is silent for longer than its time to live.",
+        lambda r: r.report.epoch > 0 and r.idle_seconds > r.spec.ttl_seconds,
+    ),
+    ("idle_seconds", "Since the owner's last call.", lambda r: r.idle_seconds),
+    ("policy_version", "Changes of the policy, from 1.", lambda r: r.policy.version),
+)
+
+COUNTERS: tuple[tuple[str, str, Value], ...] = (
+    ("batches", "Batches answered.", lambda r: r.report.counters.batches),
+    ("allocates", "Regions allocated.", lambda r: r.report.counters.allocates),
+    ("extends", "Extends done.", lambda r: r.report.counters.extends),
+    ("trims", "Trims done.", lambda r: r.report.counters.trims),
+    ("frees", "Regions freed.", lambda r: r.report.counters.frees),
+    ("preemptions", "Regions freed as preempted.", lambda r: r.report.counters.preempted),
+    ("copies", "Copies that engines were told to make.", lambda r: r.report.counters.copies),
+    ("copied_tokens", "Tokens in those copies.", lambda r: r.report.counters.copied_tokens),
+    ("relocations", "Extends that moved to another hole.", lambda r: r.report.counters.relocations),
+    ("compactions", "Operations that moved others.", lambda r: r.report.counters.compactions),
+    (
+        "preemption_advice",
+        "Refusals that named whom to preempt, since the service started.",
+        lambda r: r.tally.advised,
+    ),
+)
+
+LABELLED_GAUGES: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
+    ("policy_info", "Always 1.", ("policy",), lambda r: [((r.policy.name,), 1)]),
+    (
+        "bucket_limit_tokens",
+        "Limit of each bucket; 1 is the smallest.",
+        ("bucket",),
+        lambda r: _numbered(r.policy.limits_tokens),
+    ),
+    (
+        "bucket_regions",
+        "Live regions in each bucket.",
+        ("bucket",),
+        lambda r: _numbered(r.bucket_regions),
+    ),
+    (
+        "prediction_coverage_ratio",
+        "Share of the last 256 completions that were within the predicted quantile.",
+        ("level",),
+        lambda r: coverage(r.completions),
+    ),
+    (
+        "class_output_tokens",
+        "Quantiles of the answers seen, where 32 or more are known.",
+        ("request_class", "level"),
+        lambda r: _class_quantiles(r.classes),
+    ),
+    (
+        "tenant_held_tokens",
+        "Reserved by the regions of a tenant that the policy names.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.held_tokens),
+    ),
+    (
+        "tenant_guaranteed_tokens",
+        "What it is sure of.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.guaranteed_tokens),
+    ),
+    (
+        "tenant_maximum_tokens",
+        "Up to what its requests are admitted.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.maximum_tokens),
+    ),
+    (
+        "tenant_borrowed_tokens",
+        "What it holds beyond its guarantee.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.borrowed_tokens),
+    ),
+    (
+        "tenant_claimed_tokens",
+        "What it waits for though its guarantee covers it; 0: no claim stands.",
+        ("tenant",),
+        lambda r: _by_tenant(r, lambda use: use.claimed_tokens),
+    ),
+)
+
+LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
+    (
+        "refusals",
+        "Operations refused, since the service started.",
+        ("operation", "reason"),
+        lambda r: (((op, reason.name), r.tally.refusals[op, reason]) for op, reason in REFUSABLE),
+    ),
+    (
+        "safety_hits",
+        "Operations that went into the safety pool.",
+        ("cause",),
+        lambda r: [
+            (("growth",), r.report.counters.safety_hits_growth),
+            (("unsure",), r.report.counters.safety_hits_unsure),
+        ],
+    ),
+    (
+        "completions",
+        "Requests completed.",
+        ("end",),
+        lambda r: [
+            (("finished",), r.report.counters.finished),
+            (("hit_limit",), r.report.counters.hit_limit),
+        ],
+    ),
+    (
+        "class_completions",
+        "Requests completed.",
+        ("request_class",),
+        lambda r: [((c.request_class,), c.histogram.completions) for c in r.classes],
+    ),
+)
+
+BY_HANDLE = (Reason.NOT_FOUND, Reason.INVALID)
+REFUSABLE: list[tuple[str, Reason]] = [
+    (OP_NAMES[op], reason)
+    for op, reasons in ((Allocate, Reason), (Extend, Reason), (Trim, BY_HANDLE), (Free, BY_HANDLE))
+    for reason in reasons
+]
+"""Every refusal there can be has a series from the start, so that the first one shows."""
+
+
+def _numbered(values: Iterable[float]) -> Iterator[tuple[tuple[str, ...], float]]:
+    return (((str(i),), value) for i, value in enumerate(values, 1))
+
+
+def _by_tenant(
+    reading: Reading, value: Callable[[TenantUse], float]
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    return (((use.name,), value(use)) for use in reading.tenants)
+
+
+def _class_quantiles(
+    classes: Iterable[ClassHistory],
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    for known in classes:
+        quantiles = dict(zip(QUANTILE_LEVELS, known.output_quantiles or (), strict=False))
+        for level in set(SHOWN_LEVELS) & set(quantiles):
+            yield (known.request_class, str(level)), quantiles[level]
+
+
+def coverage(completions: Iterable[Completion]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield for each level the share of predicted completions that were at most its quantile.
+
+    A completion that stopped at its limit within the quantile tells nothing of it and is left
+    out; beyond the quantile it is a miss like any other.
+    """
+    for i, level in enumerate(QUANTILE_LEVELS):
+        told = [
+            done.output_tokens <= done.quantiles[i]
+            for done in completions
+            if done.quantiles and not (done.censored and done.output_tokens <= done.quantiles[i])
+        ]
+        if told:
+            yield (str(level),), sum(told) / len(told)
+
+
+class PoolCollector(Collector):
+    """All pools of a registry, read when asked."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._witness = registry.witness
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family; those of pools are empty while the service drains."""
+        readings = list(self._readings())
+        for metric in (GaugeMetricFamily, CounterMetricFamily):
+            gauges = metric is GaugeMetricFamily
+            for name, text, value in GAUGES if gauges else COUNTERS:
+                family = metric(f"odma_pool_{name}", text, labels=["pool"])
+                for reading in readings:
+                    family.add_metric([reading.spec.name], value(reading))
+                yield family
+            for name, text, labels, values in LABELLED_GAUGES if gauges else LABELLED_COUNTERS:
+                family = metric(f"odma_pool_{name}", text, labels=["pool", *labels])
+                for reading in readings:
+                    for label_values, number in values(reading):
+                        family.add_metric([reading.spec.name, *label_values], number)
+                yield family
+        yield from self._of_the_service()
+
+    def _readings(self) -> Iterator[Reading]:
+        try:
+            names = self._registry.names()
+        except UnavailableError:
+            return
+        for name in names:
+            with suppress(PoolNotFoundError, UnavailableError):  # gone since
+                yield self._read(name)
+
+    def _read(self, name: str) -> Reading:
+        with self._registry.viewed(name) as view:
+            pool, report, policy = view.pool, view.pool.report(), view.pool.policy()
+            bucket_regions, tenants = pool.bucket_regions(), pool.tenants()
+        with self._registry.viewed(name) as again:
+            completions = again.pool.completions()
+        classes = []
+        for index in (*range(report.classes), CLASS_OTHER):  # let go between them
+            with self._registry.viewed(name) as again:
+                if again.pool is pool:
+                    classes.append(pool.class_history(index))
+        if classes and not classes[-1].histogram.completions:
+            classes.pop()  # there are no others
+        return Reading(
+            pool.spec,
+            policy,
+            report,
+            view.idle_seconds,
+            bucket_regions,
+            completions,
+            classes,
+            tenants,
+            self._witness.tally(name),
+        )
+
+    def _of_the_service(self) -> Iterator[Metric]:
+        events = CounterMetricFamily("odma_events", "Events of pools.", labels=["kind"])
+        for kind, count in self._witness.events.counts().items():
+            events.add_metric([kind.name.lower()], count)
+        yield events
+        decisions = self._witness.decisions
+        if decisions is not None:
+            for name, text, count in (
+                ("written", "Records in the decision log.", decisions.written),
+                ("dropped", "Calls left out, for the log was behind.", decisions.dropped),
+                ("failed", "Records that the file did not take.", decisions.failed),
+            ):
+                yield CounterMetricFamily(f"odma_decisions_{name}", text, value=count)
+
+
+class RpcMetrics(CallObserver):
+    """Counts calls and times answers.
+
+    Of a stream of requests each answer is timed from the request before it; a stream that answers
+    one request is not timed.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self.seconds = Histogram(
+            "odma_rpc_duration_seconds",
+            "Time that handlers took to answer.",
+            ["rpc"],
+            buckets=BUCKETS_SECONDS,
+            registry=registry,
+        )
+        self.calls = Counter(
+            "odma_rpc_calls", "Calls that ended.", ["rpc", "code"], registry=registry
+        )
+        self.running = Gauge(
+            "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
+        )
+
+    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
+        return _StopWatch(self, rpc, handler)
+
+
+class _StopWatch:
+    """Counts and times one call."""
+
+    def __init__(self, metrics: RpcMetrics, rpc: str, handler: Handler) -> None:
+        self._metrics = metrics
+        self._rpc = rpc
+        self._seconds = metrics.seconds.labels(rpc)
+        self._times_call = not handler.response_streaming
+        self._times_answers = handler.request_streaming
+        self._running = metrics.running.labels(rpc)
+        self._running.inc()
+        self._begun = perf_counter()
+
+    def asked(self) -> None:
+        self._begun = perf_counter()
+
+    def answered(self) -> None:
+        if self._times_answers:
+            self._seconds.observe(perf_counter() - self._begun)
+
+    def ended(self, code: grpc.StatusCode) -> None:
+        if self._times_call:
+            self._seconds.observe(perf_counter() - self._begun)
+        self._running.dec()
+        self._metrics.calls.labels(self._rpc, code.name).inc()
+
+
+@contextmanager
+def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
+    """Serve a registry over HTTP at host:port; yield the address that was really taken.
+
+    Without an address nothing listens. Raises OdmaError if it cannot be bound.
+    """
+    if not address:
+        yield ""
+        return
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    kind = _Server6 if ":" in host else _Server
+    try:
+        server = kind((host, int(port)), _QuietHandler)
+    except OSError as error:
+        raise OdmaError(f"cannot serve metrics on {address}: {error.strerror}") from None
+    server.set_app(make_wsgi_app(registry))
+    Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    try:
+        yield f"{address.rpartition(':')[0]}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a scrape broke off", client=str(client_address))
+
+
+class _Server6(_Server):
+    address_family = AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = SLOWEST_CLIENT_SECONDS
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def metrics_of(pools: Registry) -> CollectorRegistry:
+    """Return all that a service has to tell, but for what its calls do: see RpcMetrics."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each series, of no use to Prometheus 2
+    registry = CollectorRegistry()
+    registry.register(PoolCollector(pools))
+    ProcessCollector(registry=registry)
+    Gauge("odma_build_info", "Always 1.", ["version"], registry=registry).labels(
+        version("odma-service")
+    ).set(1)
+    return registry

@@ -1,0 +1,251 @@
+"""What one caller sends stops nobody else: the server goes on, and every answer fits a header."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from itertools import chain
+
+import grpc
+import pytest
+from conftest import wait_for
+from descriptors import RPCS, error_info, invoke
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_status import rpc_status
+from wire_fuzz import ALL, fuzz
+
+from odma_service.client import Client
+from odma_service.rpc.v1 import emulator_service_pb2 as emulator_pb
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.service.door.guard import MOST_SILENT
+
+SELDOM = ("/Recalibrate", "/Predict", "/Watch")
+"""What a short run need not bring to an end that is OK."""
+
+Code = grpc.StatusCode
+HEALTH = health_pb2.HealthCheckRequest()
+
+
+def test_health_watchers_that_come_and_go_freeze_nothing(servers):
+    server = servers()
+    for _ in range(20):
+        with grpc.insecure_channel(server.target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for i in range(20):
+                watch = stub.Watch(HEALTH)
+                if i % 2:
+                    next(watch)
+                watch.cancel()
+    with Client(server.target) as client:
+        assert client.is_serving()
+        assert list(client.list_pools().pools) == []
+    assert server.terminate() == 0
+
+
+def test_many_health_watchers_leave_room_for_checks(server):
+    with grpc.insecure_channel(server.target) as channel, Client(server.target) as client:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(HEALTH) for _ in range(10)]
+        for watch in watches:
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        assert client.is_serving()
+        for watch in watches:
+            watch.cancel()
+
+
+def silent(channel, rpc, stop, count):
+    """Begin calls whose message does not come until `stop` is set."""
+
+    def never():
+        stop.wait()
+        yield from ()
+
+    begin = channel.stream_unary(rpc).future
+    return [begin(never()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rpc", ["Check", "Watch"])
+def test_silent_callers_of_the_health_keep_no_other_from_an_answer(server, rpc):
+    stop, own_connection = threading.Event(), [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.insecure_channel(server.target, own_connection) for _ in range(4)]
+    try:
+        hung = [silent(channel, f"/grpc.health.v1.Health/{rpc}", stop, 30) for channel in channels]
+        with Client(server.target, timeout_seconds=30) as client:
+            for _ in range(3):
+                assert client.is_serving()
+        if rpc == "Check":  # those who have waited longest are cut
+
+            def ended():
+                return [call.code() for call in chain(*hung) if call.done()]
+
+            wait_for(lambda: len(ended()) >= 4 * 30 - MOST_SILENT, "room")
+            assert set(ended()) == {Code.CANCELLED}
+            check = health_pb2_grpc.HealthStub(channels[0]).Check
+            assert check(HEALTH, timeout=30).status == 1
+    finally:
+        stop.set()
+        for channel in channels:
+            channel.close()
+
+
+def test_silent_callers_of_reflection_keep_nobody_from_the_health(servers):
+    server, stop = servers("--reflection"), threading.Event()
+    rpc = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    with grpc.insecure_channel(server.target) as channel:
+        hung = silent(channel, rpc, stop, 20)
+        with Client(server.target, timeout_seconds=30) as client:
+            assert client.is_serving()
+        stop.set()
+        assert {call.code() for call in hung} == {Code.OK}
+
+
+def test_a_health_call_without_a_message_ends(server):
+    stop = threading.Event()
+    stop.set()
+    with grpc.insecure_channel(server.target) as channel:
+        [call] = silent(channel, "/grpc.health.v1.Health/Check", stop, 1)
+        assert call.code() == Code.CANCELLED
+
+
+# --- what gRPC itself refuses, as docs/reference/errors.md has it ---
+
+
+def refused_by_grpc(call):
+    """Return how a call ends that gRPC answers: nothing is known but the code and a text."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert rpc_status.from_call(caught.value) is None
+    return caught.value.code(), caught.value.details()
+
+
+def test_headers_that_are_too_long_are_refused_by_grpc(server):
+    with grpc.insecure_channel(server.target) as channel:
+        list_pools = PoolServiceStub(channel).ListPools
+        long = (("x-long", "x" * 17 * 1024),)
+        code, text = refused_by_grpc(
+            lambda: list_pools(pool_pb.ListPoolsRequest(), metadata=long, timeout=30)
+        )
+        assert code == Code.RESOURCE_EXHAUSTED
+        assert "metadata" in text
+        list_pools(pool_pb.ListPoolsRequest(), timeout=30)
+
+
+def test_a_call_that_ends_without_its_message_is_refused_by_grpc(server):
+    with grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_unary("/odma.v1.PoolService/ListPools")
+        code, _ = refused_by_grpc(lambda: call(iter(()), timeout=30))
+        assert code == Code.UNIMPLEMENTED
+
+
+def test_calls_beyond_twice_the_limit_are_refused_by_grpc(servers):
+    server, stop = servers("--max-calls", "4", "--workers", "2"), threading.Event()
+    with grpc.insecure_channel(server.target) as channel:
+        hung = silent(channel, "/odma.v1.PoolService/ListPools", stop, 4)
+        watches = [health_pb2_grpc.HealthStub(channel).Watch(HEALTH) for _ in range(4)]
+        for watch in watches:
+            next(watch)
+        list_pools = PoolServiceStub(channel).ListPools
+        code, text = refused_by_grpc(lambda: list_pools(pool_pb.ListPoolsRequest(), timeout=30))
+        assert code == Code.RESOURCE_EXHAUSTED
+        assert "Concurrent RPC limit" in text
+        assert not any(call.done() for call in hung)
+        stop.set()
+
+
+def test_calls_beyond_a_connections_share_wait_in_the_client(servers):
+    server, stop = servers("--workers", "2"), threading.Event()
+    with grpc.insecure_channel(server.target) as channel, Client(server.target) as other:
+        hung = silent(channel, "/odma.v1.MemoryService/Stream", stop, 16)
+        list_pools = PoolServiceStub(channel).ListPools
+        code, _ = refused_by_grpc(lambda: list_pools(pool_pb.ListPoolsRequest(), timeout=0.3))
+        assert code == Code.DEADLINE_EXCEEDED
+        waiting = list_pools.future(pool_pb.ListPoolsRequest(), timeout=30)
+        other.list_pools()
+        assert not waiting.done()
+        hung[0].cancel()
+        assert list(waiting.result().pools) == []
+        stop.set()
+
+
+def test_an_error_is_short_whatever_was_sent(server):
+    preset = "\N{PILE OF POO}" * 100_000
+    request = emulator_pb.EstimateAccessRequest(device=types.Device(preset=preset))
+    with grpc.insecure_channel(server.target) as channel:
+        error = invoke(channel, "/odma.v1.EmulatorService/EstimateAccess", [request])
+    assert error.code() == Code.INVALID_ARGUMENT
+    assert error_info(error).metadata["field"] == "device.preset"
+    assert len(error.details()) <= 200
+
+
+@pytest.fixture(scope="module")
+def tidy(tmp_path_factory):
+    """Return a server that never looks for garbage: what is in a cycle stays."""
+    from conftest import Server
+
+    directory = tmp_path_factory.mktemp("tidy")
+    (directory / "sitecustomize.py").write_text("import gc\n\ngc.disable()\n")
+    tokens = directory / "tokens.toml"
+    tokens.touch(mode=0o600)
+    tokens.write_text('[[identity]]\nname = "e"\nrole = "engine"\ntoken = "token-of-the-engine"\n')
+    flags = ("--reflection", "--token-file", str(tokens))
+    paths = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": paths}
+    running = Server(directory / "pools", flags, environment=environment).start()
+    yield running
+    running.kill()
+
+
+def cancelled(call) -> None:
+    """End a stream after its first answer."""
+    next(call)
+    call.cancel()
+
+
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+LIST = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+NO_MESSAGE = b"\xff\xff\xff"
+APPLY, STREAM = ("/odma.v1.MemoryService/Apply", "/odma.v1.MemoryService/Stream")
+TOKEN = [("authorization", "Bearer token-of-the-engine")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda channel: channel.unary_unary(APPLY)(b"", metadata=TOKEN),
+        lambda channel: channel.unary_unary(APPLY)(NO_MESSAGE, metadata=TOKEN),
+        lambda channel: channel.unary_unary(APPLY)(b""),
+        lambda channel: channel.unary_unary("/odma.v1.MemoryService/Nothing")(b"", metadata=TOKEN),
+        lambda channel: list(channel.stream_stream(STREAM)(iter([b""]), metadata=TOKEN)),
+        lambda channel: list(channel.stream_stream(STREAM)(iter([NO_MESSAGE]), metadata=TOKEN)),
+        lambda channel: list(channel.stream_stream(REFLECTION)(iter([NO_MESSAGE]))),
+        lambda channel: cancelled(channel.stream_stream(REFLECTION)(chain([LIST], never_more()))),
+    ],
+    ids=["error", "garbage", "token", "rpc", "stream", "stream-garbage", "reflection", "gone"],
+)
+def test_a_call_that_has_ended_gives_its_place_in_the_connection_back(tidy, call):
+    with grpc.insecure_channel(tidy.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        for _ in range(80):  # a connection has 32 places
+            with suppress(grpc.RpcError):
+                call(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary(APPLY)(b"", metadata=TOKEN, timeout=10)
+        assert error.value.code() is Code.INVALID_ARGUMENT
+
+
+def never_more():
+    """Yield nothing, and not yet the end."""
+    threading.Event().wait(0.2)
+    yield from ()
+
+
+def test_random_and_mutated_messages_find_nothing():
+    result = fuzz(seed=1, calls=1500)
+    assert result["bad"] == []
+    assert set(result["outcomes"]) == set(ALL)
+    succeeded = {rpc for rpc, codes in result["outcomes"].items() if codes.get("OK")}
+    assert succeeded >= {rpc for rpc in RPCS if not rpc.endswith(SELDOM)}
+    assert result["coverage"]["total"] > 70

@@ -1,0 +1,240 @@
+"""Owners that fall silent, hang, stop or come back; and calls that wait for nobody else's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import pytest
+from conftest import open_in, open_pool, registry_of, state, wait_for
+
+from odma_service.client import Client
+from odma_service.errors import EpochError
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.service.rpc.reports import summary_to
+from odma_service.values import Allocate, Batch, End, Free, Used
+
+OPEN, STALE, CLOSED = (
+    pool_pb.POOL_STATE_OPEN,
+    pool_pb.POOL_STATE_STALE,
+    pool_pb.POOL_STATE_CLOSED,
+)
+
+
+def told_state(registry, name):
+    with registry.viewed(name) as view:
+        return summary_to(view).state
+
+
+def logged(server):
+    """Return the events of a server that logs as JSON."""
+    return [json.loads(line)["event"] for line in server.log.read_text().splitlines()]
+
+
+# --- clocks ---
+
+
+def test_a_silent_pool_is_stale_after_its_ttl_and_the_next_call_revives_it(registry, clock):
+    epoch = open_in(registry, "p", ttl_seconds=5).epoch
+    clock.now += 5
+    registry.reap()
+    assert told_state(registry, "p") == OPEN
+    clock.now += 0.1
+    registry.reap()
+    assert told_state(registry, "p") == STALE
+    with registry.owned("p", epoch) as learner:
+        learner.apply(epoch, Batch(1, 0, [], [Allocate("r", 10)]))
+    assert told_state(registry, "p") == OPEN
+    assert state(registry, "p") == (epoch, 0)
+
+
+def test_opening_again_with_the_same_open_id_is_a_call_too(registry, clock):
+    epoch = open_in(registry, "p", ttl_seconds=5, retention_seconds=10).epoch
+    clock.now += 9
+    assert open_in(registry, "p", ttl_seconds=5, retention_seconds=10).epoch == epoch
+    clock.now += 9
+    assert state(registry, "p") == (epoch, 9)
+
+
+def test_looking_at_a_pool_does_not_keep_it(registry, clock):
+    open_in(registry, "p", ttl_seconds=1, retention_seconds=10)
+    for _ in range(3):
+        clock.now += 3
+        assert told_state(registry, "p") == STALE
+    clock.now += 3
+    assert told_state(registry, "p") == CLOSED
+
+
+def test_a_pool_is_closed_after_its_retention_though_nobody_looks(registry, clock, tmp_path):
+    open_in(registry, "p", ttl_seconds=1, retention_seconds=10)
+    clock.now += 10.1
+    registry.reap()
+    registry.close()
+    after = registry_of(tmp_path, clock)  # whose clocks start anew
+    assert told_state(after, "p") == CLOSED
+    after.close()
+
+
+def test_the_clocks_start_anew_with_the_service(registry, clock, tmp_path):
+    epoch = open_in(registry, "p", ttl_seconds=5, retention_seconds=10).epoch
+    clock.now += 9
+    registry.close()
+    clock.now += 1000
+    after = registry_of(tmp_path, clock)
+    after.attach_all()
+    assert state(after, "p") == (epoch, 0)
+    clock.now += 9
+    assert state(after, "p") == (epoch, 9)
+    after.close()
+
+
+def test_a_pool_in_use_is_not_closed_under_its_owner(registry, clock):
+    epoch = open_in(registry, "p", ttl_seconds=1, retention_seconds=1).epoch
+    with registry.owned("p", epoch) as learner:
+        clock.now += 100  # a long batch
+        registry.reap()
+        assert learner.apply(epoch, Batch(1, 0, [], [])).seq == 1
+
+
+def test_a_server_closes_the_pool_of_a_silent_owner_by_itself(servers):
+    server = servers("--log-format", "json")
+    with Client(server.target) as service:
+        silent = open_pool(service, "silent", ttl_seconds=1, retention_seconds=1)
+        patient = open_pool(service, "patient", ttl_seconds=1)
+        wait_for(lambda: "pool closed: its owner is silent" in logged(server), "the end")
+        wait_for(lambda: "pool stale: its owner is silent" in logged(server), "the stale pool")
+        assert service.get_pool("patient").summary.state == STALE
+        assert patient.keep_alive().ttl_seconds == 1
+        assert service.get_pool("patient").summary.state == OPEN
+        with pytest.raises(EpochError):
+            silent.keep_alive()
+        assert "pool revived: its owner is back" in logged(server)
+
+
+# --- those who hang ---
+
+ENGINE = """
+import sys; sys.path.insert(0, sys.argv[2])
+from conftest import open_pool
+from odma_service.client import Client, allocate
+with Client(sys.argv[1]) as service:
+    pool = open_pool(service, "stopped")
+    with pool.stream():
+        pool.apply(ops=[allocate("r", 100)])
+        print("at work", flush=True)
+        try:
+            while True:
+                pool.apply()
+        except Exception as error:
+            print(type(error).__name__, flush=True)
+"""
+
+
+def test_a_stopped_engine_disturbs_nobody_and_finds_out_that_it_was_replaced(servers, request):
+    server = servers("--workers", "1")
+    command = [sys.executable, "-c", ENGINE, server.target, str(request.config.rootpath / "tests")]
+    engine = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert engine.stdout.readline() == "at work\n"
+        engine.send_signal(signal.SIGSTOP)
+        with Client(server.target) as service:
+            other = open_pool(service, "other")
+            assert [other.apply().seq for _ in range(3)] == [1, 2, 3]
+            assert open_pool(service, "stopped", take_over=True).apply().seq == 1
+        engine.send_signal(signal.SIGCONT)
+        assert engine.communicate(timeout=60)[0] == "EpochError\n"
+    finally:
+        engine.kill()
+        engine.communicate()
+
+
+def test_calls_whose_message_never_comes_leave_room_for_others(server, service, name):
+    """A connection may have half of the threads, and no more."""
+    hang = threading.Event()
+
+    def never():
+        hang.wait()
+        yield from ()
+
+    with grpc.insecure_channel(server.target) as channel:
+        apply = channel.stream_unary("/odma.v1.MemoryService/Apply")
+        hung = [apply.future(never()) for _ in range(200)]
+        try:
+            pool = open_pool(service, name)
+            assert [pool.apply().seq for _ in range(3)] == [1, 2, 3]
+            assert not any(call.done() for call in hung)
+        finally:
+            for call in hung:
+                call.cancel()
+            hang.set()
+
+
+# --- calls of other pools while a batch is being planned ---
+
+
+BLOCK, BLOCKS = 16, 8_000
+
+
+def fragmented(registry, name):
+    """Open a pool and return its epoch, last seq and regions: each second block is free."""
+    epoch = open_in(
+        registry,
+        name,
+        capacity_tokens=BLOCK * BLOCKS,
+        max_regions=BLOCKS,
+        single_ordered_stream=True,
+        copies_may_overlap=True,
+    ).epoch
+    with registry.owned(name, epoch) as learner:
+        learner.pool.set_policy(learner.pool.policy().with_changes(step_tokens=1, safety_share=0.0))
+        handles, seq = [], 0
+        for start in range(0, BLOCKS, 1000):
+            seq += 1
+            ops = [Allocate(f"{i}", BLOCK - 1) for i in range(start, start + 1000)]
+            answer = learner.apply(epoch, Batch(seq, seq - 1, [], ops))
+            handles += [place.handle for place in answer.results]
+        for start in range(0, BLOCKS // 2, 1000):
+            seq += 1
+            ops = [Free(h, End.ABORTED) for h in handles[::2][start : start + 1000]]
+            learner.apply(epoch, Batch(seq, seq - 1, [], ops))
+    return epoch, seq, handles[1::2]
+
+
+def test_a_batch_is_planned_while_another_pool_is_served(registry):
+    """C plans a batch of 1,000 moves; meanwhile Python serves the other pool from end to end.
+
+    Threads do not take turns here unless one gives way, so a planner that held Python's lock,
+    or a lock of all pools, would never be seen at work by the other thread.
+    """
+    epoch, last, regions = fragmented(registry, "busy")
+    other = open_in(registry, "other").epoch
+    used = [Used(handle, BLOCK) for handle in regions]
+    ops = [Allocate(f"new-{i}", 2 * BLOCK - 1) for i in range(1000)]
+    batch = Batch(last + 1, last, used, ops, pass_refused=True)
+    planning, planned = threading.Event(), threading.Event()
+    copies = []
+
+    def plan():
+        with registry.owned("busy", epoch) as learner:
+            planning.set()
+            copies.extend(learner.apply(epoch, batch).copies)
+            planned.set()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e6)
+    try:
+        planner = threading.Thread(target=plan)
+        planner.start()
+        assert planning.wait(30)
+        with registry.owned("other", other) as learner:
+            learner.apply(other, Batch(1, 0, [], [Allocate("r", 10)]))
+        served_meanwhile = not planned.is_set()
+        planner.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert served_meanwhile
+    assert len(copies) >= 500
