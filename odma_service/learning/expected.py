@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RISKS = (0.1, 0.3, 0.5, 0.7, 0.9)
 OVERFLOW_TOKEN_STEPS = 10.0
-"""What an overflow costs for each token of the region. Copying a token takes as long as reading
+"""Cost of an overflow for each token of the region. Copying a token takes as long as reading
 two, and memory that a token wastes for a step costs 0.7 of its share of that step: together 0.9
 token-steps for the model and card of the design. The rest is the chance that no hole is long
 enough, and somebody is preempted. From 3 to 30 it makes no difference (docs/decisions/0008)."""
@@ -42,8 +42,8 @@ enough, and somebody is preempted. From 3 to 30 it makes no difference (docs/dec
 class Cheapest(NamedTuple):
     """A policy with other limits and another risk.
 
-    gain is how much more of what is reserved it would write to, overflows counted as if what
-    they cost were reserved too.
+    gain: the share of the reserved memory that it would write to in addition, with the cost of
+    overflows counted as reserved.
     """
 
     policy: PolicyRecord
@@ -53,7 +53,7 @@ class Cheapest(NamedTuple):
 class Seen(NamedTuple):
     """Requests that ended or run: tokens, weights that sum to their number, and predictions.
 
-    weights      what is censored is spread over the longer outputs, as Kaplan and Meier do it
+    weights      each censored request is spread over the longer outputs (survival.py)
     quantiles    of output tokens, one row of QUANTILE_LEVELS each
     """
 
@@ -64,10 +64,10 @@ class Seen(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """What limits are chosen by, for one risk, at the bins of the histograms.
+    """The costs that limits are chosen by, for one risk, at the bins of the histograms.
 
     steps[i]  token-steps that need a limit of upper_tokens[i] or more
-    tolls[i]  what a limit there costs those that outgrow it
+    tolls[i]  the cost of a limit there for the requests that outgrow it
     written   token-steps that are written to
     """
 
@@ -106,7 +106,7 @@ def cheapest(pool: Pool) -> Cheapest | None:
 def seen_requests(pool: Pool, longest: int) -> Seen | None:
     """Return the last completions and all that runs, none above `longest` tokens.
 
-    Who had no prediction gets today's. None while there is none for anybody.
+    A request without a prediction gets today's. None while nothing can be predicted today.
     """
     today = pool.quantiles("")
     if today is None:

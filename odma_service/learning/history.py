@@ -29,7 +29,7 @@ BEYOND = (0.1, 0.35, 0.9)
 exponential of mean 0.5, about the spread of answers to prompts of one kind."""
 
 
-class Evidence(NamedTuple):
+class KnownRequests(NamedTuple):
     """The last completions of a class, oldest first, and its running requests.
 
     Both are arrays of odma_completion. `ever` counts the completions there have been.
@@ -44,7 +44,7 @@ class Period(NamedTuple):
     """The requests seen in a period: completions, then running ones.
 
     entered and reached are tokens, when the period or the request began and when it ended or
-    now; entered is -1 for who began within it. ended: finished, not stopped or running.
+    now; entered is -1 for a request that began within it. ended: finished, not stopped or running.
     """
 
     seen: NDArray[np.void]
@@ -54,9 +54,9 @@ class Period(NamedTuple):
     completions: int
 
 
-def period_of(evidence: Evidence, requests: int) -> Period:
+def period_of(known: KnownRequests, requests: int) -> Period:
     """Return the period of the last `requests` that began, or of half as many completions."""
-    ring, running = evidence.ring, evidence.running
+    ring, running = known.ring, known.running
     issues = np.sort(np.concatenate([ring["issue"], running["issue"]]).astype(np.float64))
     began = issues[-min(requests, len(issues))]
     until = ring["until"].astype(np.float64)
@@ -67,11 +67,11 @@ def period_of(evidence: Evidence, requests: int) -> Period:
     return Period(seen, _entered(seen, reached, began), reached, seen["censored"] == 0, count)
 
 
-def lately(evidence: Evidence) -> Distribution | None:
+def lately(known: KnownRequests) -> Distribution | None:
     """Return the lengths of the period of the last WINDOW requests, None without completions."""
-    if not len(evidence.ring):
+    if not len(known.ring):
         return None
-    period = period_of(evidence, WINDOW)
+    period = period_of(known, WINDOW)
     return life_table(as_logs(period.entered), as_logs(period.reached), period.ended, BEYOND)
 
 

@@ -1,8 +1,8 @@
 """Predictor: how long an answer will be, from its prompt and from the answers before it.
 
-What came before is worth more than any text: the last completions of the same model and class
-(History) set the level and the spread, the prompt moves and narrows them. Without text the
-counts and the history remain; without history the answer is wide.
+The answers before it are worth more than any text: the last completions of the same model and
+class (History) set the level and the spread, the prompt moves and narrows them. Without text the
+counts and the history remain; without history the prediction is wide.
 
 A model is a directory that describes itself:
 
@@ -42,7 +42,7 @@ WINDOW = 100
 """Completions that a History is of, at most."""
 
 RESEARCH = "research-"
-"""What the version of a model starts with that was trained on non-commercial data."""
+"""The version of a model that was trained on non-commercial data starts with this."""
 
 HISTORY_FIELDS = 3 + len(QUANTILE_LEVELS)
 FILES = ("config.json", "model.onnx", "embeddings.bin", "reference.json", "card.md")
@@ -96,7 +96,7 @@ class History:
 
 
 class PromptInput(NamedTuple):
-    """What is known of a request: its prompt (None: not told), its length, its history."""
+    """A request as a model is told of it: its prompt (None: not told), length and history."""
 
     text: Text | None
     prompt_tokens: int
@@ -151,7 +151,7 @@ class Predictor:
         return list(map(tuple, tokens.tolist()))
 
     def inputs(self, prompts: Sequence[PromptInput]) -> NDArray[np.float32]:
-        """Return what the network is given for each prompt: rows of features and history."""
+        """Return the inputs of the network for each prompt: rows of features and history."""
         width = self._embeddings.width
         rows = np.zeros((len(prompts), width + 1 + HISTORY_FIELDS), np.float32)
         for row, (text, prompt_tokens, history) in zip(rows, prompts, strict=True):
@@ -164,7 +164,7 @@ class Predictor:
         return rows
 
     def sketch(self, text: Text, prompt_tokens: int) -> str:
-        """Return what it makes of a prompt, for a model with the same embeddings to learn from."""
+        """Return the sketch of a prompt, from which a model with the same embeddings can learn."""
         features = self._features(text, prompt_tokens)
         return sketched(features, self._embeddings.arrays[2], self._name)
 

@@ -15,8 +15,8 @@ from lab.stream.stream import Kind, phase_of, serve_stream
 from odma_service._native.records import COMPLETION
 from odma_service.learning import Learner, Source
 from odma_service.learning.calibration import calibrate, coverage
-from odma_service.learning.foresight import longer_than
-from odma_service.learning.history import Evidence, lately
+from odma_service.learning.forecast import longer_than
+from odma_service.learning.history import KnownRequests, lately
 from odma_service.learning.predictor import History
 from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry, PlaneGroup
@@ -70,12 +70,12 @@ def entries(output_tokens, *, began=None, until=None, raw=None, censored=False, 
     return rows
 
 
-def evidence(ring, running=None):
-    return Evidence(ring, entries([]) if running is None else running, len(ring))
+def known(ring, running=None):
+    return KnownRequests(ring, entries([]) if running is None else running, len(ring))
 
 
 def calibrated(ring, running=None):
-    seen = evidence(ring, running)
+    seen = known(ring, running)
     return calibrate(seen, lately(seen))
 
 
@@ -84,7 +84,7 @@ def calibrated(ring, running=None):
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=256))
 def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
-    history = History.of_lengths(lately(evidence(entries(outputs))))
+    history = History.of_lengths(lately(known(entries(outputs))))
     plain = History.of(outputs)
     assert history.count == plain.count
     assert history.mean == pytest.approx(plain.mean)
@@ -93,7 +93,7 @@ def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
 
 
 def test_without_completions_there_is_no_history():
-    assert lately(evidence(entries([]))) is None
+    assert lately(known(entries([]))) is None
     assert History.of([]) == History()
 
 
@@ -108,7 +108,7 @@ def late(lengths, now, tokens_per_request):
     ring = entries(lengths[done], began=began[done], until=np.ceil(ends[done]))
     running = entries((now - began[runs]) * tokens_per_request, began=began[runs], censored=True)
     running["until"] = now
-    return evidence(ring, running)
+    return known(ring, running)
 
 
 def test_lengths_are_right_though_the_long_ones_end_last():
@@ -206,16 +206,16 @@ def test_while_longer_answers_are_unseen_nothing_is_narrowed_and_the_model_kept(
 def test_an_overflow_counts_when_it_happens_and_a_short_run_not_yet():
     grant = np.tile(np.array([10, 20, 30, 40, 50, 60, 70.0]), (100, 1))
     ring = entries(np.full(100, 60), quantiles=grant)
-    assert coverage(evidence(ring))[:2] == (100, 100)
+    assert coverage(known(ring))[:2] == (100, 100)
     running = entries([59, 60, 61, 500], quantiles=grant[:4], censored=True)
-    assert coverage(evidence(ring, running))[:2] == (100, 102)
-    assert coverage(evidence(ring)).target == pytest.approx(0.95)
+    assert coverage(known(ring, running))[:2] == (100, 102)
+    assert coverage(known(ring)).target == pytest.approx(0.95)
 
 
 def test_a_file_may_hold_anything():
     ring = entries(some_lengths(64), raw=np.nan, quantiles=np.inf)
     assert calibrated(ring).corrected((1.0,) * 7) == pytest.approx((1.0,) * 7)
-    assert coverage(evidence(ring)).known == 0
+    assert coverage(known(ring)).known == 0
 
 
 @given(
@@ -402,11 +402,11 @@ def test_a_class_with_few_completions_uses_the_pools(open_learner):
     serve(learner, 40, output=100, request_class="chat")
     serve(learner, 31, output=800, request_class="new")
     chat, mixed = (learner.question([Allocate("a", 20, request_class=c)]) for c in ("chat", "new"))
-    assert chat.asked[0].prompt.history.sd == pytest.approx(0, abs=1e-6)
-    assert mixed.asked[0].prompt.history.sd > 0.5
+    assert chat.inputs[0].prompt.history.sd == pytest.approx(0, abs=1e-6)
+    assert mixed.inputs[0].prompt.history.sd > 0.5
     serve(learner, 1, output=800, request_class="new")
     own = learner.question([Allocate("a", 20, request_class="new")])
-    assert own.asked[0].prompt.history.mean == pytest.approx(np.log(801))
+    assert own.inputs[0].prompt.history.mean == pytest.approx(np.log(801))
 
 
 def test_coverage_says_what_a_class_rests_on(open_learner):

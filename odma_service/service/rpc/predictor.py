@@ -8,7 +8,7 @@ import grpc
 
 from odma_service._native import TEXT_RULE, text_of
 from odma_service.errors import InvalidError
-from odma_service.learning import Foreseen
+from odma_service.learning import Forecast
 from odma_service.rpc.v1 import predictor_service_pb2 as pb
 from odma_service.rpc.v1.predictor_service_pb2_grpc import PredictorServiceServicer
 from odma_service.service.pools.registry import Registry
@@ -39,7 +39,7 @@ class PredictorService(PredictorServiceServicer):
         answers = question.answers()  # away from the lock: a model takes its time
         model = question.predictor
         return pb.PredictResponse(
-            predictions=[_prediction_to(foreseen) for foreseen in answers if foreseen],
+            predictions=[_prediction_to(forecast) for forecast in answers if forecast],
             model_version=model.version if model else "",
         )
 
@@ -66,10 +66,10 @@ def _ops_from(request: pb.PredictRequest) -> Iterator[Allocate]:
         )
 
 
-def _prediction_to(foreseen: Foreseen) -> pb.Prediction:
+def _prediction_to(forecast: Forecast) -> pb.Prediction:
     return pb.Prediction(
-        output_quantiles_tokens=foreseen.quantiles or (),
-        basis=BASES[foreseen.source],
-        raw_output_quantiles_tokens=foreseen.raw or (),
-        completions=foreseen.completions,
+        output_quantiles_tokens=forecast.quantiles or (),
+        basis=BASES[forecast.source],
+        raw_output_quantiles_tokens=forecast.raw or (),
+        completions=forecast.completions,
     )
