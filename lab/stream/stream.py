@@ -32,6 +32,7 @@ from odma_service.values import (
     Place,
     Predicted,
     Refusal,
+    Text,
     Used,
 )
 
@@ -198,7 +199,8 @@ class _Engine:
         self, number: int, text: str | None, prompt: int, output: int, maximum: int, speed: float
     ) -> None:
         """Ask for a region; the answer will be there when `output` tokens are written."""
-        op = Allocate(str(number), prompt, max_total_tokens=maximum, text=text)
+        told = None if text is None else Text.of(text)
+        op = Allocate(str(number), prompt, max_total_tokens=maximum, text=told)
         answers = self._learner.question([op]).answers()
         place = self._apply([], [op], predictions_of(answers))
         self.reserved.append(place.length_tokens - prompt)

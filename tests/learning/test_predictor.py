@@ -25,11 +25,13 @@ from odma_service.learning.predictor import (
     PromptInput,
     default_model,
 )
+from odma_service.learning.survival import LEVELS
+from odma_service.values import Text
 from predictor_onnx.evaluate import evaluate, over_reservation, pinball
-from predictor_onnx.rows import LEVELS, histories, read_rows, resting, running, summarise
+from predictor_onnx.rows import histories, read_rows, resting, running, summarise
 
 PAST = History.of(range(50, 650, 6))
-PROMPT = b"Explain in three sentences why the sky is blue."
+PROMPT = Text(b"Explain in three sentences why the sky is blue.")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,8 @@ def write_rows(file, rows, seed=1, split="val", models=("a", "b")):
     st.lists(st.integers(0, 2**31), max_size=120),
 )
 def test_quantiles_ascend_and_are_lengths_whatever_is_asked(shipped, text, prompt_tokens, past):
-    [quantiles] = shipped.predict([PromptInput(text, prompt_tokens, History.of(past))])
+    told = None if text is None else Text(text)
+    [quantiles] = shipped.predict([PromptInput(told, prompt_tokens, History.of(past))])
     assert len(quantiles) == len(LEVELS)
     assert all(map(math.isfinite, quantiles))
     assert list(quantiles) == sorted(quantiles)
@@ -83,13 +86,27 @@ def test_quantiles_ascend_and_are_lengths_whatever_is_asked(shipped, text, promp
 def test_an_answer_does_not_depend_on_its_batch(shipped):
     prompts = [
         PromptInput(text, 9, past)
-        for text in (PROMPT, None, b"", b"x" * 5_000)
+        for text in (PROMPT, None, Text(b""), Text(b"x" * 5_000))
         for past in (PAST, History())
     ]
     together = np.array(shipped.predict(prompts))
     alone = np.array([shipped.predict([prompt])[0] for prompt in prompts])
     assert together == pytest.approx(alone, rel=1e-4)
     assert shipped.predict([]) == []
+
+
+def test_a_text_keeps_its_features_for_the_model_and_the_length_that_they_are_of(shipped):
+    text, other = Text(b"How far is the moon?"), Predictor.load(default_model())
+    shipped.predict([PromptInput(text, 9, PAST)])
+    seen = text.seen
+    sketch = shipped.sketch(text, 9)
+    assert text.seen is seen
+    assert sketch == shipped.sketch(Text(text.data), 9)
+    for predictor, prompt_tokens in ((shipped, 10), (other, 10)):
+        seen = text.seen
+        answer = predictor.predict([PromptInput(text, prompt_tokens, PAST)])
+        assert text.seen is not seen
+        assert answer == predictor.predict([PromptInput(Text(text.data), prompt_tokens, PAST)])
 
 
 def test_answers_follow_the_level_of_the_history(shipped):
