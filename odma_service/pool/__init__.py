@@ -6,8 +6,8 @@ policy    the four named policies
 books     a pool's file as an operator finds it
 """
 
+from odma_service._native import MOST_CAPACITY_TOKENS
 from odma_service.pool.pool import (
-    MOST_CAPACITY_TOKENS,
     MOST_EPOCH,
     NAME,
     NAME_RULE,

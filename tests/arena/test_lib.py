@@ -100,3 +100,19 @@ def test_the_header_compiles_as_cpp(installed, tmp_path):
     program = tmp_path / "program.cpp"
     program.write_text("#include <odma.h>\nint main() { return odma_status_name(ODMA_OK)[0]; }\n")
     run("g++", "-Wall", "-Werror", *flags(installed, "--cflags"), "-c", program, "-o", "/dev/null")
+
+
+def test_the_shortest_program_of_the_header_runs(installed, tmp_path):
+    header = (ROOT / "csrc" / "odma.h").read_text()
+    told = header.partition("The shortest program:\n")[2].partition("*/")[0]
+    body = "\n".join(line.removeprefix(" *") for line in told.splitlines())
+    (tmp_path / "shortest.c").write_text(
+        f"#include <stdio.h>\n#include <odma.h>\nint main(void) {{\n{body}\n}}\n"
+    )
+    library = installed / "lib" / "libodma.a"
+    program = tmp_path / "shortest"
+    flags_of = flags(installed, "--cflags")
+    run("cc", "-std=c11", "-Wall", "-Werror", *flags_of, tmp_path / "shortest.c", library, "-lm",
+        "-o", program)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "128 blocks from block 0\n"
