@@ -19,7 +19,6 @@
  *   batch.c   operations
  *   learn.c   histograms and completions
  *   report.c  reading and checking
- *   salvage.c what damaged books still know
  *   limits.c  optimal bucket limits
  */
 #ifndef ODMA_ARENA_H
@@ -286,16 +285,6 @@ odma_status leave(odma_arena *arena, odma_status status);
 odma_status refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* A damaged file in memory of its own, as long as its geometry says: what it lacks
- * is zero. A commit that was not finished is. */
-struct remains {
-    uint8_t *file;        /* to be freed */
-    const uint8_t *books; /* in it */
-    uint64_t books_bytes; /* that the file had */
-    bool proven;          /* the sum of the books is right */
-};
-odma_status take_remains(const odma_arena *arena, const void *bytes, uint64_t size,
-                         struct remains *remains);
 void pad_boot_id(char into[ODMA_BOOT_BYTES], const char *boot_id);
 uint64_t hash_bytes(const void *bytes, size_t count);
 
@@ -384,8 +373,6 @@ void bins_init(odma_arena *arena);
 uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]);
 uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]);
 void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored);
-void recount(odma_arena *arena, struct stats *stats, uint32_t completions);
-double decay_growth(void);
 odma_status rescale(odma_arena *arena);
 
 /* --- report.c --- */

@@ -308,10 +308,9 @@ odma_status commit_batch(odma_arena *arena, uint64_t seq, const uint64_t fingerp
 
 /* --- stored records --- */
 
-/* The record at `index` of a file if it was committed and is whole, else NULL. */
-static const struct record *whole_record(const odma_arena *arena, const uint8_t *file,
-                                         uint32_t index) {
-    const uint8_t *at = file + record_offset(arena, index);
+/* The record at `index` if it was committed and is whole, else NULL. */
+static const struct record *whole_record(const odma_arena *arena, uint32_t index) {
+    const uint8_t *at = arena->map + record_offset(arena, index);
     const struct record *record = (const void *)at;
     const struct layout *layout = &arena->layout;
     if (record->commit == 0 || record->commit != record->lsn) return NULL;
@@ -334,7 +333,7 @@ static const struct record *whole_record(const odma_arena *arena, const uint8_t 
 odma_status stored_answer(odma_arena *arena, const uint64_t fingerprint[2], odma_answer *answer) {
     uint64_t seq = arena->books->seq;
     const struct record *record =
-        file_is_whole(arena) ? whole_record(arena, arena->map, (uint32_t)(seq % 2)) : NULL;
+        file_is_whole(arena) ? whole_record(arena, (uint32_t)(seq % 2)) : NULL;
     if (record == NULL || record->seq != seq || record->epoch != arena->books->epoch) {
         arena->broken = true;
         return ODMA_BROKEN;
@@ -367,7 +366,7 @@ static odma_status redo(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
             arena->recovery = ODMA_DROPPED;
         }
         if (head->commit != arena->lsn + 1) continue;
-        const struct record *record = whole_record(arena, arena->map, i);
+        const struct record *record = whole_record(arena, i);
         if (record == NULL)
             return refuse(reason, ODMA_CORRUPT, "record %u was committed but is damaged", i);
         apply_changes(arena, record_offset(arena, i));
@@ -391,7 +390,7 @@ static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES])
     const char *fault = books_fault(arena);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "%s", fault);
     if (arena->books->seq > 0) {
-        const struct record *last = whole_record(arena, arena->map, (uint32_t)(arena->books->seq % 2));
+        const struct record *last = whole_record(arena, (uint32_t)(arena->books->seq % 2));
         if (last == NULL || last->seq != arena->books->seq || last->epoch != arena->books->epoch)
             return refuse(reason, ODMA_CORRUPT, "the stored answer of seq %llu is damaged",
                           (unsigned long long)arena->books->seq);
@@ -611,31 +610,22 @@ static odma_status open_file(odma_arena *arena, const char *path, uint64_t *size
     return ODMA_OK;
 }
 
-static odma_status look_at_header(const struct header *header, odma_geometry *geometry,
-                                  char reason[ODMA_REASON_BYTES]) {
-    if (memcmp(header->magic, MAGIC, sizeof MAGIC) != 0)
-        return refuse(reason, ODMA_CORRUPT, "it is not an arena, or was never finished");
-    if (header->layout_version != ODMA_LAYOUT_VERSION)
-        return refuse(reason, ODMA_MISMATCH, "it has layout version %u, this library %u",
-                      header->layout_version, (unsigned)ODMA_LAYOUT_VERSION);
-    if (header->sum != hash_bytes(header, offsetof(struct header, sum)))
-        return refuse(reason, ODMA_CORRUPT, "the sum of the header is wrong");
-    const char *fault = geometry_fault(&header->geometry);
-    if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "its geometry is impossible: %s", fault);
-    *geometry = header->geometry;
-    return ODMA_OK;
-}
-
-static const char TOO_SHORT[] = "it is shorter than a header";
-
 static odma_status read_header(odma_arena *arena, uint64_t size, const odma_geometry *expected,
                                char reason[ODMA_REASON_BYTES]) {
     struct header header;
     if (size < HEADER_BYTES ||
         pread(arena->descriptor, &header, sizeof header, 0) != (ssize_t)sizeof header)
-        return refuse(reason, ODMA_CORRUPT, TOO_SHORT);
-    odma_status status = look_at_header(&header, &arena->geometry, reason);
-    if (status != ODMA_OK) return status;
+        return refuse(reason, ODMA_CORRUPT, "it is shorter than a header");
+    if (memcmp(header.magic, MAGIC, sizeof MAGIC) != 0)
+        return refuse(reason, ODMA_CORRUPT, "it is not an arena, or was never finished");
+    if (header.layout_version != ODMA_LAYOUT_VERSION)
+        return refuse(reason, ODMA_MISMATCH, "it has layout version %u, this library %u",
+                      header.layout_version, (unsigned)ODMA_LAYOUT_VERSION);
+    if (header.sum != hash_bytes(&header, offsetof(struct header, sum)))
+        return refuse(reason, ODMA_CORRUPT, "the sum of the header is wrong");
+    const char *fault = geometry_fault(&header.geometry);
+    if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "its geometry is impossible: %s", fault);
+    arena->geometry = header.geometry;
     if (expected != NULL && memcmp(&header.geometry, expected, sizeof *expected) != 0)
         return refuse(reason, ODMA_MISMATCH, "it has another geometry");
     arena->layout = layout_of(&header.geometry);
@@ -677,46 +667,4 @@ odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, c
     }
     if (status == ODMA_OK) status = end_epoch_of_another_boot(arena, boot_id);
     return ready(arena, status, out);
-}
-
-/* --- a file that attach refuses --- */
-
-odma_status odma_file_geometry(const void *bytes, uint64_t size, odma_geometry *geometry,
-                               char reason[ODMA_REASON_BYTES]) {
-    struct header header;
-    if (bytes == NULL || geometry == NULL)
-        return refuse(reason, ODMA_INVALID, "an argument is NULL");
-    if (size < HEADER_BYTES) return refuse(reason, ODMA_CORRUPT, TOO_SHORT);
-    memcpy(&header, bytes, sizeof header);
-    return look_at_header(&header, geometry, reason);
-}
-
-odma_status take_remains(const odma_arena *arena, const void *bytes, uint64_t size,
-                         struct remains *remains) {
-    const struct layout *layout = &arena->layout;
-    bool enough = true;
-    uint8_t *file = zeroed_lines(1, layout->file_bytes, &enough);
-    if (!enough) return ODMA_NO_SPACE;
-    memcpy(file, bytes, size < layout->file_bytes ? size : layout->file_bytes);
-    struct progress progress;
-    memcpy(&progress, file + PROGRESS_OFFSET, sizeof progress);
-    uint8_t *books = file + layout->books_offset;
-    for (uint32_t i = 0; i < RECORDS; i++) {
-        const struct record *record = whole_record(arena, file, i);
-        if (record == NULL || record->lsn != progress.lsn + 1) continue;
-        const uint8_t *at = (const uint8_t *)record;
-        const uint32_t *indexes = (const void *)(at + layout->indexes);
-        for (uint32_t k = 0; k < record->granules; k++)
-            memcpy(books + (uint64_t)indexes[k] * GRANULE_BYTES,
-                   at + layout->granules + (uint64_t)k * GRANULE_BYTES, GRANULE_BYTES);
-        progress.sum = record->books_sum;
-    }
-    uint64_t had = size > layout->books_offset ? size - layout->books_offset : 0;
-    *remains = (struct remains){
-        .file = file,
-        .books = books,
-        .books_bytes = had < layout->books_bytes ? had : layout->books_bytes,
-        .proven = had >= layout->books_bytes &&
-                  place_sum(books, 0, layout->books_bytes) == progress.sum};
-    return ODMA_OK;
 }

@@ -14,7 +14,7 @@ static const double HALF_LIFE_COMPLETIONS = 512;
 static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
 
 /* How much heavier a completion counts than the one before it. */
-double decay_growth(void) { return exp2(1 / HALF_LIFE_COMPLETIONS); }
+static double decay_growth(void) { return exp2(1 / HALF_LIFE_COMPLETIONS); }
 
 enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
 
@@ -117,14 +117,6 @@ void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censor
     struct stats *stats = arena->books->stats;
     learn_in(arena, &stats[arena->cells[slot].request.class_index], slot, output_tokens, censored);
     learn_in(arena, &stats[ODMA_CLASS_POOL], slot, output_tokens, censored);
-}
-
-/* Fill empty bins from the first `completions` of a ring, oldest first. */
-void recount(odma_arena *arena, struct stats *stats, uint32_t completions) {
-    for (uint32_t i = 0; i < completions; i++) {
-        const odma_completion *entry = &stats->ring[i];
-        count(arena, stats, entry->prompt_tokens, entry->output_tokens, entry->censored != 0);
-    }
 }
 
 /* Scale the bins whose weights have grown too large: a commit for each class,

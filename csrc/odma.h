@@ -41,8 +41,6 @@ enum {
     ODMA_NAME_BYTES = 32,        /* classes and tenants, padded with zero bytes */
     ODMA_BOOT_BYTES = 40,        /* boot ids, as text */
     ODMA_REASON_BYTES = 256,
-    ODMA_WHY_BYTES = 104,
-    ODMA_MAX_PARTS = 208,        /* of a salvage: six, and three of each class, other, pool */
     ODMA_DESCRIPTION_BYTES = 8192,
     ODMA_QUANTILES = 7,          /* .1 .25 .5 .75 .9 .95 .99 of output tokens */
     ODMA_LIMITS = 16,
@@ -398,27 +396,6 @@ typedef struct odma_histogram {
     double total_censored[ODMA_BINS];
 } odma_histogram;
 
-/* Parts of the books that outlive epochs, and the regions, which never do. */
-typedef enum odma_part {
-    ODMA_PART_EPOCH = 1,          /* the number of the last one */
-    ODMA_PART_DESCRIPTION = 2,
-    ODMA_PART_POLICY = 3,
-    ODMA_PART_COUNTERS = 4,
-    ODMA_PART_CLASS = 5,          /* its name; without it what it learnt is lost too */
-    ODMA_PART_HISTOGRAM = 6,
-    ODMA_PART_COMPLETIONS = 7,    /* remembered one by one */
-    ODMA_PART_REGIONS = 8
-} odma_part;
-
-/* What became of one part of damaged books. */
-typedef struct odma_salvaged {
-    uint32_t part;                /* odma_part */
-    uint32_t class_index;         /* class, histogram, completions: in the fresh books */
-    uint32_t kept, lost;          /* completions and regions; of other parts 1 and 0, or 0 and 1 */
-    char name[ODMA_NAME_BYTES];   /* of the class, as it was found */
-    char why[ODMA_WHY_BYTES];     /* lost > 0: a sentence */
-} odma_salvaged;
-
 typedef struct odma_arena odma_arena;
 
 /* Make the file at `path`, whose directory must exist, and attach it. No epoch
@@ -515,33 +492,6 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
 /* Whether the books keep every rule, memory and file alike: ODMA_OK, or
  * ODMA_CORRUPT with the broken rule in `reason`. */
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
-
-/* The geometry that a file says it has, from its content. Any bytes will do.
- *
- * Fails     ODMA_MISMATCH for another layout version; ODMA_CORRUPT for what is
- *           no arena, is shorter than a header, or whose header is damaged.
- */
-odma_status odma_file_geometry(const void *bytes, uint64_t size, odma_geometry *geometry,
-                               char reason[ODMA_REASON_BYTES]);
-
-/* Take what a damaged file of the same geometry still knows into a fresh arena,
- * which was just created: the number of its last epoch, the policy, counters and
- * what was learnt, each value only if it can be. Any bytes will do. Regions are
- * never taken over and no epoch is running afterwards, so no handle of the old
- * books is valid again. `description`: what is known of it otherwise, or NULL.
- *
- * Promise   parts[0 .. *count) say what was kept and lost; there is room for
- *           ODMA_MAX_PARTS. If *proven is 1 the sum of the old books was right:
- *           what is kept is what was committed. If 0, it is what can be, and the
- *           last epoch counts as no earlier than `least_epoch`.
- * Fails     ODMA_INVALID unless the arena is fresh and least_epoch is below
- *           2^53; ODMA_NO_SPACE without memory for a copy of the file;
- *           ODMA_BROKEN. The fresh arena may then have taken over a part.
- */
-odma_status odma_arena_salvage(odma_arena *arena, const void *bytes, uint64_t size,
-                               const void *description, uint32_t description_bytes,
-                               uint64_t least_epoch, odma_salvaged *parts, uint32_t *count,
-                               uint32_t *proven);
 
 /* Name of a class by its index; ODMA_NOT_FOUND if there is none. */
 odma_status odma_arena_class(odma_arena *arena, uint32_t index, char name[ODMA_NAME_BYTES]);

@@ -4,7 +4,6 @@ from odma_service._native.arena import (
     CLASS_OTHER,
     CLASS_POOL,
     Arena,
-    file_geometry,
     optimal_limits,
 )
 from odma_service._native.operations import TEXT_RULE, text_of
@@ -15,11 +14,9 @@ from odma_service._native.records import (
     Counters,
     EngineRecord,
     Histogram,
-    Part,
     PolicyRecord,
     Recovery,
     RegionEntry,
-    Salvaged,
     TenantShare,
     TenantUse,
 )
@@ -35,14 +32,11 @@ __all__ = [
     "Counters",
     "EngineRecord",
     "Histogram",
-    "Part",
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
-    "Salvaged",
     "TenantShare",
     "TenantUse",
-    "file_geometry",
     "optimal_limits",
     "text_of",
 ]

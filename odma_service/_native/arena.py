@@ -31,11 +31,9 @@ from odma_service._native.records import (
     Counters,
     EngineRecord,
     Histogram,
-    Part,
     PolicyRecord,
     Recovery,
     RegionEntry,
-    Salvaged,
     TenantShare,
     TenantUse,
 )
@@ -422,36 +420,6 @@ class Arena:
         reason = _reason()
         self._insist(lib.odma_arena_check(self._arena, reason), reason=reason)
 
-    # --- damaged books ---
-
-    def salvage(
-        self, content: bytes, description: bytes | None = None, least_epoch: int = 0
-    ) -> tuple[list[Salvaged], bool]:
-        """Take what the content of a damaged file still knows; this arena is fresh.
-
-        Return what became of each part, and whether what was kept is proven to be what was
-        committed. Else it is only possible, and the last epoch counts as no earlier than
-        `least_epoch`. `description`: what is known of it otherwise. Raises PoolLimitError,
-        InvalidError.
-        """
-        parts = ffi.new("odma_salvaged[]", lib.ODMA_MAX_PARTS)
-        count, proven = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-        given = ffi.NULL if description is None else ffi.from_buffer(description)
-        status = lib.odma_arena_salvage(
-            self._arena,
-            ffi.from_buffer(content),
-            len(content),
-            given,
-            len(description or b""),
-            least_epoch,
-            parts,
-            count,
-            proven,
-        )
-        self._insist(status, invalid="salvage")
-        self._class_names.clear()
-        return [_salvaged(part) for part in parts[0 : count[0]]], bool(proven[0])
-
     # --- what was learnt ---
 
     def class_names(self) -> list[str]:
@@ -643,21 +611,6 @@ def optimal_limits(
     if status != lib.ODMA_OK:
         raise InvalidError("upper", "ascending, 1 to 4,096 bins, for 1 to 16 limits")
     return tuple(limits[0 : found[0]]), waste[0]
-
-
-def file_geometry(content: bytes) -> ArenaGeometry:
-    """Return the geometry that the content of a file says. Raises a BooksError."""
-    geometry, reason = ffi.new("odma_geometry *"), _reason()
-    status = lib.odma_file_geometry(ffi.from_buffer(content), len(content), geometry, reason)
-    if status != lib.ODMA_OK:
-        raise _BOOKS_ERRORS.get(status, BooksError)(ffi.string(reason).decode())
-    return ArenaGeometry(*_values(geometry, ArenaGeometry))
-
-
-def _salvaged(part: Any) -> Salvaged:
-    unnamed = {CLASS_POOL: POOL_CLASS_NAME, CLASS_OTHER: OTHER_CLASS_NAME}
-    name = unnamed.get(part.class_index) or _text(part.name)
-    return Salvaged(Part(part.part), part.kept, part.lost, name, _text(part.why))
 
 
 def _file_error(status: int, path: Path, reason: Any) -> OdmaError:

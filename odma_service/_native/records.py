@@ -282,32 +282,6 @@ COMPLETION = np.dtype(
 """odma_completion as numpy has it. quantiles[0] < 0, or raw all 0: none."""
 
 
-class Part(IntEnum):
-    """Parts of the books that outlive epochs, and the regions, which never do."""
-
-    EPOCH = 1
-    DESCRIPTION = 2
-    POLICY = 3
-    COUNTERS = 4
-    CLASS = 5
-    HISTOGRAM = 6
-    COMPLETIONS = 7
-    REGIONS = 8
-
-
-class Salvaged(NamedTuple):
-    """What became of one part of damaged books. lost > 0: `why` is a sentence.
-
-    request_class: of a class, histogram or completions, as it was found.
-    """
-
-    part: Part
-    kept: int
-    lost: int
-    request_class: str
-    why: str
-
-
 class Histogram(NamedTuple):
     """Decayed weights per bin, in units of the newest completion."""
 

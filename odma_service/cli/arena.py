@@ -18,7 +18,6 @@ from rich.console import Console
 
 from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
 from odma_service.cli import view as status
-from odma_service.cli.repair import repair_command
 from odma_service.errors import BooksError, BooksMismatchError
 from odma_service.pool import PoolSpec
 from odma_service.pool.books import (
@@ -37,10 +36,7 @@ READINGS = 50
 """Of a file in use, until two agree: a commit takes much less time than a reading."""
 
 IN_USE = ", and a process has it open for writing now"
-app = typer.Typer(
-    no_args_is_help=True, help="Check a pool's file, show what is in it, or repair it."
-)
-app.command("repair")(repair_command)
+app = typer.Typer(no_args_is_help=True, help="Check a pool's file, or show what is in it.")
 
 File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
 

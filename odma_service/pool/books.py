@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import typer
 
 from odma_service._native import Arena
-from odma_service.errors import BooksCorruptError, BooksError, BooksLockedError, OdmaError
+from odma_service.errors import BooksCorruptError, BooksError, OdmaError
 
 ANYBODY_ELSE = stat.S_IRWXG | stat.S_IRWXO
 LOCK = struct.Struct("hhqqi")
@@ -77,14 +77,6 @@ def is_locked(descriptor: int) -> bool:
     """Ask for the writer's lock without taking it."""
     told = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, WHOLE_FILE)
     return bool(LOCK.unpack(told)[0] != fcntl.F_UNLCK)
-
-
-def lock(file: Path, descriptor: int) -> None:
-    """Take the writer's lock until the descriptor is closed. Raises BooksLockedError."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, WHOLE_FILE)
-    except OSError:
-        raise BooksLockedError(f"{file}: a process (or a child it forked) has it open") from None
 
 
 @contextmanager
