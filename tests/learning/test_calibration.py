@@ -367,6 +367,21 @@ def test_what_is_known_of_a_class_is_no_older_than_the_learner_lets_it_be(
     assert seen == renewed
 
 
+def test_an_engine_that_sends_no_batch_in_some_steps_counts_them_itself(open_learner):
+    steps = [20, 6, 5, 3, 2, 1, 0]
+    model = Model(lambda prompt: 100)
+    learner = open_learner(model, stale_steps=3, step=lambda: steps[-1])
+    complete(learner, 40, 100)
+    seen = ""
+    while steps:
+        complete(learner, 1, 1000)
+        before = model.history
+        learner.question([Allocate("a", 20)]).answers()
+        seen += str(int(model.history != before))
+        steps.pop()
+    assert seen == "1001011"
+
+
 def test_a_learner_that_may_be_stale_can_be_asked_what_the_books_say_now(open_learner):
     learner = open_learner(Model(lambda prompt: 100))
     complete(learner, 40, 100)
