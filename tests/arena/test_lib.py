@@ -8,7 +8,8 @@ import shutil
 import subprocess
 
 import pytest
-from test_conformance import ROOT, run
+from paths import ROOT
+from running import run
 
 HEADERS = "".join(path.read_text() for path in (ROOT / "csrc").glob("odma*.h"))
 PUBLIC = set(re.findall(r"\b(odma_\w+)\(", HEADERS))
