@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import odma
 
 from lab.stream.stream import Kind, phase_of, serve_stream
 from odma_service._native.records import COMPLETION
@@ -458,9 +457,8 @@ def test_the_command_serves_a_stream_and_leaves_out_its_warm_up(tmp_path):
         column = {"prompt_tokens": [20] * 150, "output_tokens": [tokens] * 150}
         column |= {"prompt": [f"how long, {i}?" for i in range(150)], "model": ["m"] * 150}
         parquet.write_table(pyarrow.table(column), file)
-    command = [sys.executable, "-m", "odma_service", "predictor", "stream", *files]
-    command += ["--delay", "0", "--seeds", "1", "--warmup", "160", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    flags = ("--delay", 0, "--seeds", 1, "--warmup", 160, "--json")
+    done = odma("predictor", "stream", *files, *flags)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     short, long = json.loads(done.stdout)["runs"][0]["phases"]
