@@ -17,7 +17,7 @@ from socket import AF_INET6
 from socketserver import ThreadingMixIn
 from threading import Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
@@ -38,17 +38,15 @@ from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
+from odma_service.service.door.handlers import Shape
 from odma_service.service.pools.registry import Registry
-from odma_service.service.watch.observed import CallObserver, Watch
+from odma_service.service.watch.observed import CallObserver, CallWatch
 from odma_service.service.watch.witness import OP_NAMES, Tally
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
 
 BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
 SLOWEST_CLIENT_SECONDS = 10.0
 SHOWN_LEVELS = (0.5, 0.9, 0.99)
-
-if TYPE_CHECKING:
-    from odma_service.service.watch.observed import Handler
 
 log = structlog.get_logger()
 
@@ -355,24 +353,24 @@ class RpcMetrics(CallObserver):
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
 
-    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
-        return _StopWatch(self, rpc, handler)
+    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
+        return _StopWatch(self, rpc, shape)
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, handler: Handler) -> None:
+    def __init__(self, metrics: RpcMetrics, rpc: str, shape: Shape) -> None:
         self._metrics = metrics
         self._rpc = rpc
         self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = not handler.response_streaming
-        self._times_answers = handler.request_streaming
+        self._times_call = shape is Shape.UNARY
+        self._times_answers = shape in {Shape.BOTH_STREAMS, Shape.BOTH_BY_CALLBACK}
         self._running = metrics.running.labels(rpc)
         self._running.inc()
         self._begun = perf_counter()
 
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         self._begun = perf_counter()
 
     def answered(self) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from threading import Lock, Thread
-from typing import TYPE_CHECKING
 
 import grpc
 import structlog
 
 from odma_service.errors import OdmaError
-from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, Watch
+from odma_service.service.door.handlers import Shape
+from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, CallWatch
 from odma_service.service.watch.spans import Spans
 from odma_service.service.watch.witness import OP_NAMES
 from odma_service.values import Copy, Op, Refusal, Result
@@ -37,9 +37,6 @@ try:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 except ImportError:
     raise OdmaError("traces need OpenTelemetry: pip install 'odma-service[otel]'") from None
-
-if TYPE_CHECKING:
-    from odma_service.service.watch.observed import Handler
 
 FLUSH_SECONDS = 3.0
 """So long the last spans may take at shutdown; a collector that is gone loses them."""
@@ -140,16 +137,17 @@ class _RpcTraces(CallObserver):
         super().__init__()
         self._tracer = tracer
 
-    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
+    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
         if rpc.startswith(UNTRACED):
             return _Unwatched()
         sent = {key: value for key, value in context.invocation_metadata() if type(value) is str}
         span = _Span(self._tracer, rpc, parent=propagate.extract(sent))
-        return _Steps(span, self._tracer, rpc) if handler.request_streaming else span
+        one_request = shape in {Shape.UNARY, Shape.SERVER_STREAM}
+        return span if one_request else _Steps(span, self._tracer, rpc)
 
 
 class _Unwatched:
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         pass
 
     def answered(self) -> None:
@@ -199,7 +197,7 @@ class _Steps:
         self._rpc = rpc
         self._step: _Span | None = None
 
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         stream = trace.Link(self._stream.span.get_span_context())
         self._step = _Span(self._tracer, self._rpc, parent=contexts.Context(), links=[stream])
 
