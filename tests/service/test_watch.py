@@ -24,8 +24,8 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import (
 from odma_service.service.door.watchers import MOST_WATCHERS
 from odma_service.service.pools.registry import Registry
 from odma_service.service.rpc.pools import PoolService
-from odma_service.service.watch.events import Events, Kind
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.events import EventKind, Events
+from odma_service.service.watch.telemetry import Telemetry
 from odma_service.values import End
 
 
@@ -35,7 +35,7 @@ def kinds(answers) -> list[str]:
 
 
 def test_every_kind_has_the_number_that_the_proto_gives_it():
-    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in Kind} == {
+    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in EventKind} == {
         name: number for name, number in pb.EventKind.items() if number
     }
 
@@ -148,7 +148,7 @@ def small_service(tmp_path, kept: int):
         boot_id="boot",
         monotonic=lambda: 0.0,
         wall=lambda: 0.0,
-        witness=Witness(Events(kept=kept)),
+        telemetry=Telemetry(Events(kept=kept)),
     )
     server = grpc.server(ThreadPoolExecutor(2))
     service = PoolService(registry)
@@ -156,21 +156,21 @@ def small_service(tmp_path, kept: int):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield registry.witness, f"127.0.0.1:{port}"
+        yield registry.telemetry, f"127.0.0.1:{port}"
     finally:
-        registry.witness.events.end()
+        registry.telemetry.events.end()
         server.stop(0).wait()
         service.watchers.close()
         registry.close()
 
 
 def test_a_watcher_that_is_too_slow_is_told_and_goes_on_with_what_there_is(tmp_path):
-    with small_service(tmp_path, kept=4) as (witness, target), Client(target) as service:
+    with small_service(tmp_path, kept=4) as (telemetry, target), Client(target) as service:
         answers = service.watch()
         greeting = next(answers)
         answers.close()
         for i in range(10):
-            witness.tell(Kind.OPENED, "p", i + 1)
+            telemetry.tell(EventKind.OPENED, "p", i + 1)
         answers = service.watch("", greeting.cursor, greeting.incarnation)
         told = list(islice(answers, 6))
         assert [answer.lost for answer in told] == [False, True] + [False] * 4
