@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from lab.bench.building import compile_program
 from lab.robustness import killed_arena, killed_service
-from lab.robustness.model import Findings
+from lab.robustness.twin import Findings
 from odma_service.replay.workplace import workplace
 
 ENOUGH_KILLS = 100  # for the share in a batch to mean something
