@@ -65,4 +65,4 @@ def test_without_a_terminal_it_says_what_else_there_is(server):
     command = [sys.executable, "-m", "odma_service", "top", "--target", server.target]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2
-    assert run.stderr == "odma: odma top needs a terminal; see odma status and odma watch\n"
+    assert run.stderr == "odma top: it needs a terminal; see odma status and odma watch\n"

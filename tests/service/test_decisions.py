@@ -160,7 +160,9 @@ def test_a_log_that_another_server_writes_ends_the_second_in_one_line(
     command += ["--pool-dir", str(tmp_path / "p2"), "--metrics-listen", "", "--decision-log", log]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2
-    assert run.stderr == f"odma: cannot write the decision log {log}: another server writes it\n"
+    assert (
+        run.stderr == f"odma serve: cannot write the decision log {log}: another server writes it\n"
+    )
 
 
 # --- the file ---

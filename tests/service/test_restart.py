@@ -323,7 +323,7 @@ def fail_to_serve(*arguments):
 
 def test_a_port_in_use_is_an_error(restarted, tmp_path):
     complaint = fail_to_serve("--listen", restarted.target, "--pool-dir", tmp_path / "other")
-    assert f"odma: cannot listen on {restarted.target}: Address already in use" in complaint
+    assert f"odma serve: cannot listen on {restarted.target}: Address already in use" in complaint
 
 
 def test_a_socket_in_use_is_an_error(servers, tmp_path):
