@@ -20,6 +20,7 @@ from odma_service.cli.failures import CommandError, exit_code_of
 from odma_service.errors import OdmaError
 
 LAB = "lab"
+COMPLETION = ("install_completion", "show_completion")
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
@@ -36,6 +37,7 @@ class Commands(TyperGroup):
             return super().get_command(ctx, cmd_name)
         command: Any = get_command(_app_of(self.table[cmd_name]))
         command.name = cmd_name
+        command.params = [each for each in command.params if each.name not in COMPLETION]
         return command
 
     def invoke(self, ctx: Any) -> Any:
@@ -86,4 +88,4 @@ _absent = typer.Typer()
 @_absent.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def _explain(_: typer.Context) -> None:
     """Needs a source tree of ODMA."""
-    raise OdmaError("it needs a source tree, which is in no package: run it in a clone of ODMA")
+    raise OdmaError("it needs a source tree of ODMA, which no package has: run it in a clone")

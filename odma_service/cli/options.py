@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +31,8 @@ Cert = Annotated[
 Key = Annotated[Path | None, typer.Option(envvar="ODMA_CLIENT_KEY", help="PEM file: its key.")]
 
 
-class Connection(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Connection:
     """Where the service is, and how to reach it: with TLS if there is a PEM file."""
 
     target: Annotated[str, typer.Option(help="The service: host:port or unix:/path.")] = (
@@ -44,7 +46,7 @@ class Connection(NamedTuple):
         """Return a client with the token of the environment. Raises OdmaError for a bad file."""
         from odma_service.client import Client, Tls
 
-        tls = Tls(*self[1:]) if any(self[1:]) else None
+        tls = Tls(self.ca, self.cert, self.key) if self.ca or self.cert or self.key else None
         token = os.environ.get(TOKEN, "").strip()
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
 
@@ -52,12 +54,12 @@ class Connection(NamedTuple):
 def connecting(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a Connection in place of its first parameter."""
     _, *own = signature(command, eval_str=True).parameters.values()
-    shared = signature(Connection, eval_str=True).parameters.values()
+    shared = signature(Connection, eval_str=True).parameters
 
     @wraps(command)
     def run(**given: Any) -> None:
-        connection = Connection(*(given.pop(name) for name in Connection._fields))
+        connection = Connection(*(given.pop(name) for name in shared))
         command(connection, **given)
 
-    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
     return run

@@ -175,7 +175,7 @@ def test_every_setting_has_a_flag():
         (["serve", "--config", "/no/such/file"], "config: cannot read /no/such/file"),
         (["serve", "--pool-dir", "/proc/odma"], "cannot use the pool directory"),
         (["status", "--target", "127.0.0.1:1"], "UNAVAILABLE"),
-        (["nonsense"], "odma: No such command"),
+        (["nonsense"], "No such command"),
     ],
 )
 def test_a_failure_is_one_line_and_exit_code_2(arguments, message):
@@ -184,5 +184,6 @@ def test_a_failure_is_one_line_and_exit_code_2(arguments, message):
     assert run.returncode == 2
     assert run.stdout == ""
     [line] = run.stderr.splitlines()
-    assert line.startswith("odma")
+    called = "odma" if arguments == ["nonsense"] else f"odma {arguments[0]}"
+    assert line.startswith(f"{called}: ")
     assert message in line
