@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from running import odma
 from typer.testing import CliRunner
 
-from odma_service.cli.demo import app
+from odma_service.cli import app
 from odma_service.client import Client
 from odma_service.client import local as server
 from odma_service.demo.device import Device, Move
@@ -239,7 +239,7 @@ def trace_file(tmp_path):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["demo", *map(str, arguments)])
 
 
 def outcome_of(result):

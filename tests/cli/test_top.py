@@ -65,4 +65,4 @@ def test_a_terminal_shows_pools_and_events_until_q(server, service, name):
 def test_without_a_terminal_it_says_what_else_there_is(server):
     run = odma("top", "--target", server.target)
     assert run.returncode == 2
-    assert run.stderr == "odma: odma top needs a terminal; see odma status and odma watch\n"
+    assert run.stderr == "odma top: it needs a terminal; see odma status and odma watch\n"

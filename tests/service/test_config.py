@@ -187,5 +187,6 @@ def test_a_failure_is_one_line_and_exit_code_2(arguments, message):
     assert run.returncode == 2
     assert run.stdout == ""
     [line] = run.stderr.splitlines()
-    assert line.startswith("odma: ")
+    called = "odma" if arguments == ["nonsense"] else f"odma {arguments[0]}"
+    assert line.startswith(f"{called}: ")
     assert message in line

@@ -159,7 +159,7 @@ def test_a_log_that_another_server_writes_ends_the_second_in_one_line(
 ):
     address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "p2", "--metrics-listen", "")
     told = fail_to_serve(*address, "--decision-log", log)
-    assert told == f"odma: cannot write the decision log {log}: another server writes it\n"
+    assert told == f"odma serve: cannot write the decision log {log}: another server writes it\n"
 
 
 # --- the file ---

@@ -314,7 +314,7 @@ def test_several_addresses_are_served_at_once(servers, tmp_path):
 
 def test_a_port_in_use_is_an_error(restarted, tmp_path):
     complaint = fail_to_serve("--listen", restarted.target, "--pool-dir", tmp_path / "other")
-    assert f"odma: cannot listen on {restarted.target}: Address already in use" in complaint
+    assert f"odma serve: cannot listen on {restarted.target}: Address already in use" in complaint
 
 
 def test_a_socket_in_use_is_an_error(servers, tmp_path):

@@ -38,9 +38,9 @@ def small_service(tmp_path, kept: int):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield registry.witness, f"127.0.0.1:{port}"
+        yield registry.telemetry, f"127.0.0.1:{port}"
     finally:
-        registry.witness.events.end()
+        registry.telemetry.events.end()
         server.stop(0).wait()
         service.watchers.close()
         registry.close()
