@@ -68,7 +68,7 @@ fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/
 	sh tools/fuzz.sh $(or $(SECONDS),60)
 
 fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
-	$(BIN)/python tests/robustness/wire_fuzz.py --seconds $(or $(SECONDS),60)
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
 tsan: .venv/.compiled  ## Look for races of threads on one arena
 	$(BIN)/python -m pytest -q tests/arena/test_c.py -k race

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import CSRC
 
 FUZZ = Path(__file__).with_name("fuzz")
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TARGETS = ("batches", "features", "files")
 
 

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 
 import pytest
-from test_conformance import ROOT, run
+from paths import ROOT
+from running import run
 
 from odma_service._native import _odma
 

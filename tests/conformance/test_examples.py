@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Server, wait_for
-from test_conformance import BUILD_SECONDS, JAVASCRIPT, ROOT, need_cpp, need_node, run
+from paths import JAVASCRIPT, ROOT
+from running import BUILD_SECONDS, need_cpp, need_node, run
+from servers import Server, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import PoolNotFoundError
