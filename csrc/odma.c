@@ -5,7 +5,8 @@
  * where it is defined: a file uses only those above it in this list, and the
  * compiler refuses a circle.
  *
- * The doors stand last: they take the lock, and those that write commit.
+ * Doors stand last in the room of the arena: they take the lock, and those that
+ * write commit.
  */
 #define _GNU_SOURCE
 #include "odma.h"
