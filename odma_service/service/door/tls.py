@@ -1,4 +1,4 @@
-"""Who may connect: TLS, client certificates, and what may listen beyond the loopback.
+"""Connections: TLS, client certificates, and the rule for listening beyond the loopback.
 
 A connection of a Unix socket stays plain: the file's permissions guard it.
 """

@@ -77,7 +77,7 @@ class Entry:
         self.pool: Pool | None = learner.pool
         self.learner = learner
         self.heard_at = now
-        self.stale = False  # whether the event STALE was its last
+        self.stale = False  # as last reported
 
 
 class Registry:

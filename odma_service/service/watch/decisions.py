@@ -95,10 +95,10 @@ class Noted(NamedTuple):
 
 
 class Sketcher(Protocol):
-    """What a Predictor offers here: what it makes of a prompt."""
+    """A Predictor, as far as it is used here."""
 
     def sketch(self, text: Text, prompt_tokens: int) -> str:
-        """Return it as one word."""
+        """Return the sketch of a prompt, as one word."""
 
 
 class DecisionLog:
