@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import History, Predictor, PromptInput, default_model
 from odma_service.values import Text
@@ -66,7 +68,7 @@ def command(
         Path | None, typer.Option(help="A parquet file whose prompts are taken; else made ones.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="For each batch size.")] = 3.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time per prompt at batches of 1, 8 and 64, the model's size, and what int8 changed."""
     directory = model or default_model()
@@ -87,13 +89,7 @@ def command(
         "float32_weights_bytes": config.get("float32_bytes"),
         "int8_against_float32": config.get("proof"),
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    for size, timed in figures.pop("per_prompt").items():
-        typer.echo(f"batch {size:>3}: p50 {timed['p50_ms']} ms, p99 {timed['p99_ms']} ms a prompt")
-    for key, value in figures.items():
-        typer.echo(f"{key:24} {value}")
+    show(figures, as_json)
 
 
 def made_prompts() -> list[bytes]:

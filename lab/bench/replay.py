@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ import typer
 
 from odma_service import replay, traces
 from odma_service._native import optimal_limits
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.workplace import workplace
 
 RECALIBRATION_BINS = 512
@@ -30,7 +31,7 @@ def command(
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs, of which the best counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Requests a minute on one core, growth of memory, and the time of a recalibration."""
     load = traces.read_trace(trace, rows)
@@ -57,11 +58,7 @@ def command(
         "peak_growth_after_first_run_mib": round((resident[-1] - resident[0]) / 1024, 1),
         "recalibration_ms": round(recalibration_seconds() * 1e3, 4),
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    for key, value in figures.items():
-        typer.echo(f"{key:34} {value}")
+    show(figures, as_json)
 
 
 def recalibration_seconds() -> float:

@@ -8,16 +8,16 @@ arrival, and preempts whom a refusal names.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from odma_service import replay, traces
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.pool.policy import TenantShare
 from odma_service.replay.prices import PICOSECONDS
 from odma_service.replay.workplace import workplace
@@ -42,7 +42,7 @@ app = typer.Typer()
 def command(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Traces to make.")] = 5,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tokens a second, waiting and preemptions of two tenants, with guarantees and without."""
     tuning, name = replay.read_tuning(), replay.check_name(policy)
@@ -63,10 +63,7 @@ def command(
         "guaranteed_share": SHARE,
         "variants": {variant: _means(each) for variant, each in runs.items()},
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        Console().print(_table(figures))
+    show(figures, as_json, _table)
 
 
 def burst_trace(seed: int) -> traces.Trace:

@@ -6,7 +6,6 @@ killed, ended and stopped. Every engine holds the books against its twin again a
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from array import array
@@ -26,6 +25,9 @@ from google.protobuf.message import Message
 from lab.robustness.engine import Engine
 from lab.robustness.servers import resident_bytes
 from lab.robustness.twin import Findings
+from odma_service.cli.failures import BadResultError
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.client import Client
 from odma_service.client.local import start, stop
 from odma_service.errors import OdmaError
@@ -58,7 +60,7 @@ def command(
         bool, typer.Option("--faults", help="Let engines and the server fail, too.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the loads and the faults.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let six engines work, by calls and by streams, and compare all the time.
 
@@ -67,15 +69,14 @@ def command(
     """
     with workplace() as directory:
         figures, findings = soak(directory, minutes, seed, faults=faults)
-    for words in findings.words:
-        typer.echo(f"odma bench soak: {words}", err=True)
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            typer.echo(f"{name:14} {value}")
-    if findings.words or any(figures["errors"].get(code) for code in BUGS):
-        raise typer.Exit(1)
+    show(figures, as_json)
+    bugs = [
+        f"{figures['errors'][code]} calls ended with {code}"
+        for code in BUGS
+        if code in figures["errors"]
+    ]
+    if findings.words or bugs:
+        raise BadResultError(*findings.words, *bugs)
 
 
 class CallCounts:

@@ -8,7 +8,6 @@ attach found something to drop or to do again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,9 @@ from rich.progress import Progress
 from lab.bench.building import compile_program
 from lab.robustness import killed_arena, killed_service
 from lab.robustness.twin import Findings
+from odma_service.cli.failures import BadResultError
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.workplace import workplace
 
 ENOUGH_KILLS = 100  # for the share in a batch to mean something
@@ -37,7 +39,7 @@ app = typer.Typer()
 def command(
     kills: Annotated[int, typer.Option(min=1, max=1_000_000, help="Processes to kill.")] = 1_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the loads and the moments.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Kill processes at work and compare what is left with what was acknowledged.
 
@@ -47,16 +49,11 @@ def command(
     with workplace() as directory, _progress(quiet=as_json) as progress:
         task = progress.add_task("kills", total=kills)
         outcome, findings = torture(directory, kills, seed, lambda: progress.advance(task))
-    for words in findings.words:
-        typer.echo(f"odma bench torture: {words}", err=True)
-    if as_json:
-        typer.echo(json.dumps(outcome))
-    else:
-        for name, value in outcome.items():
-            typer.echo(f"{name:14} {value}")
-    rare = kills >= ENOUGH_KILLS and outcome["in_batch"] < LEAST_IN_BATCH * outcome["kills"]
-    if findings.words or rare:
-        raise typer.Exit(1)
+    show(outcome, as_json)
+    if findings.words:
+        raise BadResultError(*findings.words)
+    if kills >= ENOUGH_KILLS and outcome["in_batch"] < LEAST_IN_BATCH * outcome["kills"]:
+        raise BadResultError(f"fewer than {LEAST_IN_BATCH:.0%} of the kills hit a batch")
 
 
 def torture(

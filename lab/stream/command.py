@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lab.stream.stream import AHEAD, RECOVERED, Kind, Phase, phase_of, serve_stream
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, default_model
 from predictor_onnx.rows import Rows, read_rows
@@ -59,7 +60,7 @@ def command(
         str | None, typer.Option("--model", help="A model directory. none: the live histograms.")
     ] = None,
     text: Annotated[bool, typer.Option(help="Tell the model the prompts.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve files one after the other as a drifting stream, with the history as it runs.
 
@@ -95,10 +96,7 @@ def command(
         "recovered": f"{RECOVERED} of the next {AHEAD}",
         "runs": runs,
     }
-    if as_json:
-        typer.echo(json.dumps(facts))
-    else:
-        _show(facts)
+    show(facts, as_json, _picture)
 
 
 def _numbers(text: str) -> list[float]:
@@ -107,7 +105,7 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         found = [-1.0]
     if not all(0 <= number <= 10_000 for number in found):
-        raise typer.BadParameter(f"--delay: numbers from 0 to 10,000, not {text!r}")
+        raise InvalidError("delay", f"numbers from 0 to 10,000, not {text!r}")
     return found
 
 
@@ -182,9 +180,8 @@ def _phase_object(seeds: Sequence[Phase]) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(f"model {facts['model'] or 'none'}, {facts['seeds']} seeds")
+def _picture(facts: dict[str, Any]) -> RenderableType:
+    parts: list[RenderableType] = [f"model {facts['model'] or 'none'}, {facts['seeds']} seeds"]
     for run in facts["runs"]:
         table = Table(title=f"answers after {run['delay_requests']:g} requests")
         for heading in HEADINGS:
@@ -200,4 +197,5 @@ def _show(facts: dict[str, Any]) -> None:
                 ),
                 "never" if recovery is None else f"{recovery:.0f}",
             )
-        console.print(table)
+        parts.append(table)
+    return Group(*parts)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from odma_service.cli.lazy import lazily
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import Facts, show
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import Predictor, default_model
 
@@ -27,7 +27,6 @@ app = typer.Typer(
 Model = Annotated[
     Path | None, typer.Option("--model", help="A model directory; without it our own.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -68,15 +67,12 @@ def evaluate(
         seeds=seeds,
         delay=delay,
         every_row=every_row,
-        say=lambda name: typer.echo(f"{name} ...", err=True),
+        say=lambda name: _heard(f"{name} ..."),
     )
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    Console().print(_scores(report))
+    show(report, as_json, _scores)
 
 
-def _scores(report: dict[str, Any]) -> Table:
+def _scores(report: Facts) -> Table:
     table = Table(
         "set",
         title=f"{report['model_version']}, history: {report['history']}",

@@ -3,8 +3,8 @@
 Two questions, both of which must be answered with yes. Have the lengths changed since the
 limits in force were found (Kolmogorov and Smirnov's test, on decayed weights), or are twice as
 many known? The short ones finish first, so the lengths known at first are not typical. And would
-the limits that are best now save a worthwhile share of what is
-reserved? The second alone would follow noise; the first alone would change limits for nothing.
+the limits that are best now save a worthwhile share of what is reserved? The second alone would
+follow noise; the first alone would change limits for nothing.
 """
 
 from __future__ import annotations

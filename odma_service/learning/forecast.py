@@ -12,7 +12,7 @@ lock the model answers it, corrected by what was noted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -53,21 +53,21 @@ class ClassKnowledge(NamedTuple):
 
 
 class CachedKnowledge(NamedTuple):
-    """What was known after `ever` completions and the batch `seq`."""
+    """What was known after `ever` completions, at a decode step."""
 
     ever: int
-    seq: int
+    step: int
     knowledge: ClassKnowledge
 
-    def holds(self, ever: int, seq: int, stale_steps: int) -> bool:
+    def holds(self, ever: int, step: int, stale_steps: int) -> bool:
         """Whether it is as the books are, or younger than `stale_steps`.
 
         It does not hold once a first calibration has become possible.
         """
-        if seq == self.seq:
+        if step == self.step:
             return ever == self.ever
         calibrated = self.knowledge.calibration is not None or ever < LEARNT_ENOUGH
-        return calibrated and 0 < seq - self.seq < stale_steps
+        return calibrated and 0 < step - self.step < stale_steps
 
 
 class Forecast(NamedTuple):
@@ -144,11 +144,12 @@ class Forecaster:
     """Questions about the requests of one pool.
 
     To read what the books say about a class takes a millisecond. They are read again once they
-    have changed and what was read is `stale_steps` batches old.
+    have changed and what was read is `stale_steps` old. `step` counts decode steps.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, step: Callable[[], int]) -> None:
         self._pool = pool
+        self._step = step
         self._classes: dict[str | None, CachedKnowledge] = {}
         self._cache = ModelCache()
 
@@ -163,11 +164,12 @@ class Forecaster:
     def knowledge(self, request_class: str, stale_steps: int) -> ClassKnowledge:
         """Return what is known about a class, or about all where it has fewer than 32."""
         scope, ever = self._pool.scope(request_class, LEARNT_ENOUGH)
-        seq = self._pool.last_seq
-        known = self._classes.get(scope)
-        if known is None or not known.holds(ever, seq, stale_steps):
-            known = self._classes[scope] = CachedKnowledge(ever, seq, _knowledge(self.known(scope)))
-        return known.knowledge
+        step = self._step()
+        cached = self._classes.get(scope)
+        if cached is None or not cached.holds(ever, step, stale_steps):
+            cached = CachedKnowledge(ever, step, _knowledge(self.known(scope)))
+            self._classes[scope] = cached
+        return cached.knowledge
 
     def known(self, request_class: str | None) -> KnownRequests:
         """Return the requests of a class, of all together for None."""

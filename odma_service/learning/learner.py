@@ -69,7 +69,8 @@ class Learner:
 
     What was learnt is in the pool's books: a Learner can be made anew at any time. `model`
     gives the model of the moment; without one predictions are the live histograms'. What is
-    known about a class is computed anew once it is `stale_steps` batches old.
+    known about a class is read anew once it is `stale_steps` decode steps old. A batch is a
+    step, unless `step` counts them otherwise.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class Learner:
         *,
         model: Callable[[], Model | None] = lambda: None,
         stale_steps: int = STALE_STEPS,
+        step: Callable[[], int] | None = None,
     ) -> None:
         self.pool = pool
         self._observer = observer
         self._model = model
         self._stale_steps = stale_steps
-        self._forecaster = Forecaster(pool)
+        self._forecaster = Forecaster(pool, step or (lambda: pool.last_seq))
         self._frees = 0
         self._counted = _ends(pool)
         self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at

@@ -3,8 +3,8 @@
 Mean embeddings of words, pairs and pieces, shares of them that are known, and the counts, one
 signed byte each, in base64 behind the name of the embeddings. Anybody who has the model can
 check a guess of the prompt against it, and piece a short prompt together: docs/guides/security.md.
-Counts are kept as 127 steps of their square roots, so a number in the prompt that is above 8 is known to
-a tenth of itself at best, and to a fifth if it is large.
+Counts are kept as 127 steps of their square roots, so a number in the prompt that is above 8 is
+known to a tenth of itself at best, and to a fifth if it is large.
 """
 
 from __future__ import annotations

@@ -427,19 +427,6 @@ class Pool:
         return ClassHistory(name, self._arena.histogram(index), known and known[0])
 
 
-def set_aside(path: Path, reason: str) -> Path:
-    """Rename books that cannot be used to NAME.set-aside-N and return the new path.
-
-    The reason goes into a text file beside it. Nothing reads them again but people.
-    """
-    number = 1
-    while (aside := path.with_name(f"{path.name}.set-aside-{number}")).exists():
-        number += 1
-    path.rename(aside)
-    aside.with_name(f"{aside.name}.reason").write_text(reason + "\n")
-    return aside
-
-
 def _insist_next(epoch: int, last_epoch: int) -> None:
     if not last_epoch < epoch <= MOST_EPOCH:
         raise InvalidError("epoch", f"{last_epoch + 1} to 2^53 - 1, not {epoch}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import odma
 
 from lab.stream.stream import Kind, phase_of, serve_stream
 from odma_service._native.records import COMPLETION
@@ -367,6 +366,21 @@ def test_what_is_known_of_a_class_is_no_older_than_the_learner_lets_it_be(
     assert seen == renewed
 
 
+def test_an_engine_that_sends_no_batch_in_some_steps_counts_them_itself(open_learner):
+    steps = [20, 6, 5, 3, 2, 1, 0]
+    model = Model(lambda prompt: 100)
+    learner = open_learner(model, stale_steps=3, step=lambda: steps[-1])
+    complete(learner, 40, 100)
+    seen = ""
+    while steps:
+        complete(learner, 1, 1000)
+        before = model.history
+        learner.question([Allocate("a", 20)]).answers()
+        seen += str(int(model.history != before))
+        steps.pop()
+    assert seen == "1001011"
+
+
 def test_a_learner_that_may_be_stale_can_be_asked_what_the_books_say_now(open_learner):
     learner = open_learner(Model(lambda prompt: 100))
     complete(learner, 40, 100)
@@ -443,9 +457,8 @@ def test_the_command_serves_a_stream_and_leaves_out_its_warm_up(tmp_path):
         column = {"prompt_tokens": [20] * 150, "output_tokens": [tokens] * 150}
         column |= {"prompt": [f"how long, {i}?" for i in range(150)], "model": ["m"] * 150}
         parquet.write_table(pyarrow.table(column), file)
-    command = [sys.executable, "-m", "odma_service", "predictor", "stream", *files]
-    command += ["--delay", "0", "--seeds", "1", "--warmup", "160", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    flags = ("--delay", 0, "--seeds", 1, "--warmup", 160, "--json")
+    done = odma("predictor", "stream", *files, *flags)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     short, long = json.loads(done.stdout)["runs"][0]["phases"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import odma
 
 from odma_service.errors import InvalidError, ModelError
 from odma_service.learning.predictor import (
@@ -364,11 +363,6 @@ def test_non_commercial_rows_make_a_model_only_under_a_name_that_says_so(tmp_pat
 
 
 # --- commands
-
-
-def odma(*arguments):
-    command = [sys.executable, "-m", "odma_service", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_commands_score_and_show(tmp_path):

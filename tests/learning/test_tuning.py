@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import open_pool, wait_for
-from test_predictor import odma
+from running import odma
+from servers import open_pool, wait_for
 
 from odma_service.client import Client, allocate, free
 from odma_service.errors import InvalidError

@@ -9,7 +9,7 @@ import numpy as np
 
 from odma_service.errors import InvalidError
 from odma_service.lpddr import COPY, READ, WRITE, LpddrDevice, estimator, read_device
-from odma_service.pool.geometry import PRESETS
+from odma_service.pool.geometry import PRESETS, check_descriptor_seconds
 from odma_service.rpc.v1 import emulator_service_pb2 as pb
 from odma_service.rpc.v1.emulator_service_pb2_grpc import EmulatorServiceServicer
 from odma_service.service.rpc.statuses import reports_errors
@@ -70,8 +70,7 @@ def _device_from(request: pb.EstimateAccessRequest) -> tuple[LpddrDevice, float,
         slowdown = device.peak_bytes_per_second / asked.bandwidth_bytes_per_second
     if asked.HasField("descriptor_seconds"):
         descriptor_seconds = asked.descriptor_seconds
-    if not 0 <= descriptor_seconds / slowdown <= 1:
-        raise InvalidError("device.descriptor_seconds", "0 to 1")
+    check_descriptor_seconds(descriptor_seconds / slowdown, "device.descriptor_seconds")
     return device, slowdown, descriptor_seconds
 
 
