@@ -34,7 +34,7 @@ from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
-from odma_service.service.door.handlers import Shape
+from odma_service.service.door.handlers import CallShape
 from odma_service.service.pools.registry import Registry
 from odma_service.service.watch.observed import CallObserver, CallWatch
 from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
@@ -351,19 +351,19 @@ class RpcMetrics(CallObserver):
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
 
-    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
         return _StopWatch(self, rpc, shape)
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, shape: Shape) -> None:
+    def __init__(self, metrics: RpcMetrics, rpc: str, shape: CallShape) -> None:
         self._metrics = metrics
         self._rpc = rpc
         self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = shape is Shape.UNARY
-        self._times_answers = shape in {Shape.BOTH_STREAMS, Shape.BOTH_BY_CALLBACK}
+        self._times_call = shape is CallShape.UNARY
+        self._times_answers = shape in {CallShape.BOTH_STREAMS, CallShape.BOTH_BY_CALLBACK}
         self._running = metrics.running.labels(rpc)
         self._running.inc()
         self._begun = perf_counter()
