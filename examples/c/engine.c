@@ -1,7 +1,7 @@
 /* engine.c - an engine with an embedded pool: no service, the same books.
  *
- * Build   cc -std=c11 -Icsrc examples/c/engine.c csrc/[a-z]*.c -lm -o engine
- *         or with -lodma instead of the sources.
+ * Build   cc -std=c11 -Icsrc examples/c/engine.c csrc/odma.c -lm -o engine
+ *         or with -lodma instead of the source.
  * Run     ./engine FILE, where FILE does not exist yet: it will hold the books.
  *
  * The device is an array of token ids; each step every token must lie where the

@@ -14,6 +14,7 @@ from odma_service.cli.options import AsJson
 from odma_service.cli.output import show
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import History, Predictor, PromptInput, default_model
+from odma_service.values import Text
 
 BATCHES = (1, 8, 64)
 PROMPTS = 512
@@ -74,7 +75,7 @@ def command(
     served = Predictor.load(directory)
     texts = made_prompts() if rows is None else _prompts_of(rows)
     past = History.of(range(50, 650, 6))
-    prompts = [PromptInput(text, len(text) // 4, past) for text in texts]
+    prompts = [PromptInput(Text(text), len(text) // 4, past) for text in texts]
     config = json.loads((directory / "config.json").read_text())
     figures: dict[str, Any] = {
         "model_version": served.version,
@@ -122,8 +123,11 @@ def _timed(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for batch in batches:
+            unseen = [
+                prompt._replace(text=prompt.text and Text(prompt.text.data)) for prompt in batch
+            ]
             started = time.perf_counter()
-            served.predict(batch)
+            served.predict(unseen)
             taken.append((time.perf_counter() - started) / size * 1e3)
     p50, p99 = np.quantile(taken, (0.5, 0.99))
     return {"p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4)}

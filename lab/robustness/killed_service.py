@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -104,7 +105,8 @@ def torture(
     random, tally, fuse = Random(seed), Tally(), Fuse(directory / "fuse")
     if kills == 0:
         return tally
-    program = ("-c", FUSED_SERVER, str(fuse.path), str(compile_fused_extension(directory)))
+    extension = compile_fused_extension(directory)
+    program = (sys.executable, "-c", FUSED_SERVER, str(fuse.path), str(extension))
     process, target = start(directory, program=program)
     try:
         with Client(target) as service:

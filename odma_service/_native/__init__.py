@@ -6,6 +6,7 @@ from odma_service._native.arena import (
     Arena,
     optimal_limits,
 )
+from odma_service._native.operations import TEXT_RULE, text_of
 from odma_service._native.records import (
     ArenaGeometry,
     ArenaReport,
@@ -23,6 +24,7 @@ from odma_service._native.records import (
 __all__ = [
     "CLASS_OTHER",
     "CLASS_POOL",
+    "TEXT_RULE",
     "Arena",
     "ArenaGeometry",
     "ArenaReport",
@@ -36,4 +38,5 @@ __all__ = [
     "TenantShare",
     "TenantUse",
     "optimal_limits",
+    "text_of",
 ]

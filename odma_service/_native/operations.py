@@ -8,7 +8,6 @@ the operation, which keeps the batch's fingerprint apart from others.
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
@@ -26,6 +25,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Result,
+    Text,
     Trim,
     Used,
 )
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 ID_BYTES: int = lib.ODMA_ID_BYTES
 NAME_BYTES: int = lib.ODMA_NAME_BYTES
 MOST_TEXT_BYTES = 16 * 1024
+TEXT_RULE = f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8"
 _NAME_RULE = f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
 UNSET: int = lib.ODMA_UNSET
 
@@ -151,7 +152,7 @@ def _fields(op: Op, prediction: Predicted | None) -> dict[str, object]:
 def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, object]:
     texts = _texts(op)
     if isinstance(texts, _Flaw):
-        texts = {"has_text": 1, "text_digest": _digest(repr(op).encode())}
+        texts = {"has_text": 1, "text_digest": _halves(Text(_shown(op).encode()))}
     return (
         texts
         | {
@@ -199,15 +200,25 @@ def _texts(op: Allocate) -> dict[str, object] | _Flaw:
     }
     if op.text is None:
         return texts
-    text = _packed(op.text, MOST_TEXT_BYTES, nul=True)
+    text = text_of(op.text)
     if text is None:
-        return _Flaw("text", f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8")
-    return texts | {"has_text": 1, "text_digest": _digest(text)}
+        return _Flaw("text", TEXT_RULE)
+    return texts | {"has_text": 1, "text_digest": _halves(text)}
 
 
-def _packed(text: object, most_bytes: int, *, nul: bool = False) -> bytes | None:
+def text_of(text: object) -> Text | None:
+    """Return the text of an Allocate, None if it is none: up to MOST_TEXT_BYTES of UTF-8."""
+    if isinstance(text, str):
+        try:
+            text = Text.of(text)
+        except UnicodeEncodeError:
+            return None
+    return text if isinstance(text, Text) and len(text) <= MOST_TEXT_BYTES else None
+
+
+def _packed(text: object, most_bytes: int) -> bytes | None:
     """Return `text` in UTF-8, or None if it is none, too long, or has a NUL."""
-    if not isinstance(text, str) or (not nul and "\0" in text):
+    if not isinstance(text, str) or "\0" in text:
         return None
     try:
         data = text.encode()
@@ -233,9 +244,16 @@ def _risk(risk: float | None) -> float:
     return risk if not risk < 0 else 2.0 - risk
 
 
-def _digest(data: bytes) -> tuple[int, int]:
-    digest = blake2b(data, digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+def _shown(op: Allocate) -> str:
+    """Return all that an operation says, its text as a str."""
+    if isinstance(op.text, Text):
+        op = op._replace(text=op.text.data.decode(errors="surrogateescape"))
+    return repr(op)
+
+
+def _halves(text: Text) -> tuple[int, int]:
+    first, second = text.digest[:8], text.digest[8:]
+    return int.from_bytes(first, "little"), int.from_bytes(second, "little")
 
 
 def _check_op(path: str, op: Op) -> None:

@@ -6,8 +6,8 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from conftest import CAPACITY_TOKENS, GEOMETRY, PATIENCE_SECONDS, open_pool, wait_for
-from test_watch import kinds, small_service
+from servers import CAPACITY_TOKENS, GEOMETRY, PATIENCE_SECONDS, open_pool, wait_for
+from watching import kinds, small_service
 
 from odma_service.client import Client, allocate, free, used
 from odma_service.client.aio import AsyncClient

@@ -5,10 +5,9 @@ and `make soak` for long.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from running import odma
 
 from lab.robustness.model import Findings, Held, Model, Outcome
 from odma_service.values import Allocate, Batch, End, Extend, Free, Freed, Place
@@ -18,8 +17,7 @@ KINDS = ("lost", "doubled", "leaked", "wrong_replays")
 
 @pytest.mark.timeout(300)
 def test_nothing_is_forgotten_when_processes_are_killed():
-    command = [sys.executable, "-m", "odma_service", "bench", "torture", "--kills", "60", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    run = odma("bench", "torture", "--kills", 60, "--json", timeout=280)
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
     assert told["kills"] == told["service"]["kills"] + told["arena"]["kills"] == 60
@@ -31,9 +29,7 @@ def test_nothing_is_forgotten_when_processes_are_killed():
 
 
 def test_nothing_is_forgotten_while_engines_and_the_server_fail():
-    command = [sys.executable, "-m", "odma_service", "bench", "soak"]
-    command += ["--minutes", "0.1", "--faults", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = odma("bench", "soak", "--minutes", 0.1, "--faults", "--json")
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
     assert [told[kind] for kind in KINDS] == [0, 0, 0, 0]

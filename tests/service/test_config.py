@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import odma
 
 from odma_service.cli.serve import command
 from odma_service.errors import InvalidError
@@ -179,8 +178,7 @@ def test_every_setting_has_a_flag():
     ],
 )
 def test_a_failure_is_one_line_and_exit_code_2(arguments, message):
-    command = [sys.executable, "-m", "odma_service", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = odma(*arguments)
     assert run.returncode == 2
     assert run.stdout == ""
     [line] = run.stderr.splitlines()

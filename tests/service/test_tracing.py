@@ -11,7 +11,7 @@ from concurrent import futures
 
 import grpc
 import pytest
-from conftest import GEOMETRY, open_pool, wait_for
+from servers import GEOMETRY, open_pool, wait_for
 
 from odma_service.client import Client, allocate, free
 from odma_service.client.aio import AsyncClient

@@ -24,6 +24,7 @@ from odma_service.values import (
     Place,
     Refusal,
     Result,
+    Text,
     Trim,
     Used,
 )
@@ -91,7 +92,7 @@ def allocate_from(message: pb.Alloc) -> Allocate:
             message.tenant,
             message.overflow_risk if has("overflow_risk") else None,
             message.predicted_output_tokens if has("predicted_output_tokens") else None,
-            message.text if has("text") else None,
+            Text.of(message.text) if has("text") else None,
         ),
     )
 

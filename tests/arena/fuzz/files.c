@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "arena.h"
+#include "arena/arena.h"
 #include "fuzz.h"
 
 enum { REGIONS = 6, OPS = 8, COPIES = 16 };
@@ -70,7 +70,7 @@ static void write_file(const uint8_t *bytes, size_t size) {
     close(file);
 }
 
-/* The sum of file.c, written once more: a file whose sums agree gets further. */
+/* The sum of record.c, written once more: a file whose sums agree gets further. */
 static void mend_books_sum(uint8_t *bytes) {
     uint64_t sum = 0;
     for (uint64_t place = 0; place < books_bytes; place += 8) {

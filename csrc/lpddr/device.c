@@ -11,8 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lpddr.h"
-
 enum {
     PIECES_AHEAD = 16,
     LEAST_PIECES = 64,
@@ -170,7 +168,6 @@ static void note_done(struct source *source, const struct channel *channel) {
     source->ending[i] = channel->done_block;
 }
 
-
 static uint64_t first_end(const struct source *source) {
     if (source->ending_count == 0) return NEVER;
     return source->chunks[source->ending[source->ending_count - 1]].ends_at + SEEN_AFTER_CK;
@@ -284,12 +281,13 @@ static odma_status check_runs(const odma_lpddr_device *device, const odma_lpddr_
                               char *reason) {
     uint64_t capacity = channel_bytes(&device->organisation) * device->channels;
     if (traffic->runs == NULL || traffic->run_count < 1)
-        return refuse_field(reason, "runs: at least one");
+        return refuse(reason, ODMA_INVALID, "runs: at least one");
     for (uint32_t i = 0; i < traffic->run_count; i++) {
         const odma_run *run = &traffic->runs[i];
         if (run->length_bytes < 1 || run->length_bytes > capacity ||
             run->offset_bytes > capacity - run->length_bytes)
-            return refuse_field(reason, "runs[%u]: 1 byte or more, inside the device's %llu bytes", i,
+            return refuse(reason, ODMA_INVALID,
+                          "runs[%u]: 1 byte or more, inside the device's %llu bytes", i,
                           (unsigned long long)capacity);
     }
     return ODMA_OK;
@@ -297,25 +295,25 @@ static odma_status check_runs(const odma_lpddr_device *device, const odma_lpddr_
 
 static odma_status check_traffic(const odma_lpddr_device *device,
                                  const odma_lpddr_traffic *traffic, char *reason) {
-    if (traffic == NULL) return refuse_field(reason, "traffic: missing");
+    if (traffic == NULL) return refuse(reason, ODMA_INVALID, "traffic: missing");
     uint64_t capacity = channel_bytes(&device->organisation) * device->channels;
     if (traffic->pattern < ODMA_LPDDR_SEQUENTIAL || traffic->pattern > ODMA_LPDDR_RUNS)
-        return refuse_field(reason, "pattern: one of odma_lpddr_pattern");
+        return refuse(reason, ODMA_INVALID, "pattern: one of odma_lpddr_pattern");
     if (traffic->window > ODMA_LPDDR_WINDOW)
-        return refuse_field(reason, "window: 0 to %d", ODMA_LPDDR_WINDOW);
+        return refuse(reason, ODMA_INVALID, "window: 0 to %d", ODMA_LPDDR_WINDOW);
     if (traffic->descriptor_ck > 1000000)
-        return refuse_field(reason, "descriptor_ck: 0 to 1,000,000");
+        return refuse(reason, ODMA_INVALID, "descriptor_ck: 0 to 1,000,000");
     if (!(traffic->write_fraction >= 0 && traffic->write_fraction <= 1))
-        return refuse_field(reason, "write_fraction: 0 to 1");
+        return refuse(reason, ODMA_INVALID, "write_fraction: 0 to 1");
     if (traffic->pattern == ODMA_LPDDR_RUNS) return check_runs(device, traffic, reason);
     if (traffic->chunk_bytes < 1 || traffic->chunk_bytes > capacity ||
         traffic->chunk_bytes % device->organisation.burst_bytes != 0)
-        return refuse_field(reason, "chunk_bytes: a multiple of %u, at most %llu",
+        return refuse(reason, ODMA_INVALID, "chunk_bytes: a multiple of %u, at most %llu",
                       device->organisation.burst_bytes, (unsigned long long)capacity);
     if (traffic->requests < 1 || traffic->requests > (uint64_t)1 << 32)
-        return refuse_field(reason, "requests: 1 to 2^32");
+        return refuse(reason, ODMA_INVALID, "requests: 1 to 2^32");
     if (traffic->warmup_requests > (uint64_t)1 << 32)
-        return refuse_field(reason, "warmup_requests: 0 to 2^32");
+        return refuse(reason, ODMA_INVALID, "warmup_requests: 0 to 2^32");
     return ODMA_OK;
 }
 
@@ -331,7 +329,7 @@ static void source_init(struct machine *machine, const odma_lpddr_traffic *traff
 
 odma_status odma_lpddr_run(const odma_lpddr_device *device, const odma_lpddr_traffic *traffic,
                            odma_lpddr_result *result, char reason[ODMA_REASON_BYTES]) {
-    if (result == NULL) return refuse_field(reason, "result: missing");
+    if (result == NULL) return refuse(reason, ODMA_INVALID, "result: missing");
     odma_status status = odma_lpddr_check(device, reason);
     if (status == ODMA_OK) status = check_traffic(device, traffic, reason);
     if (status != ODMA_OK) return status;
@@ -355,7 +353,7 @@ odma_status odma_lpddr_run(const odma_lpddr_device *device, const odma_lpddr_tra
         summarise(device, result);
     } else {
         status = ODMA_NO_SPACE;
-        refuse_field(reason, "memory: not enough");
+        refuse(reason, ODMA_INVALID, "memory: not enough");
     }
     free(machine.channels);
     free(machine.pieces);

@@ -1,37 +1,34 @@
-"""Foresight: how long the answers to requests will be, and what that rests on.
+"""Forecast: how long the answers to requests will be, and what that rests on.
 
-It works in two halves, because a model takes longer than a batch may hold its pool's lock.
-Under the lock it is noted what the books say about each request's class; away from it the
-model is asked, and corrected by what was noted.
+It is made in two halves, because a model takes longer than a batch may hold its pool's lock.
+Under the lock a Question notes what the books say about each request's class; away from the
+lock the model answers it, corrected by what was noted.
 
     with a model       its prediction from prompt and history, corrected, or the window
     without            quantiles of the live histograms
-    a resubmitted one  the same, given that it is longer than what it has generated already
+    resubmitted        the same, given that the answer is longer than what was generated already
     an engine's guess  the same, scaled so that the guess is the median
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from odma_service.learning.calibration import LEVELS, Calibration, Source, calibrate
-from odma_service.learning.history import Evidence, as_quantiles, history_of, lately
+from odma_service._native import text_of
+from odma_service.learning.calibration import Calibration, Source, calibrate
+from odma_service.learning.history import KnownRequests, as_quantiles, lately
 from odma_service.learning.predictor import History, PromptInput
 from odma_service.learning.recalibration import LEARNT_ENOUGH
-from odma_service.values import Allocate, Quantiles
+from odma_service.learning.survival import LEVELS
+from odma_service.values import Allocate, Quantiles, Text
 
 if TYPE_CHECKING:
     from odma_service.pool import Pool
 
 MOST_TOKENS = 2**32 - 1
-MOST_TEXT_BYTES = 16 * 1024
-REFRESHED_STEPS = 16
-"""Decode steps for which what is known about a class is good: a completion more among a hundred
-changes little, and an engine waits for the answer."""
 MEDIAN = 2  # its index among the quantiles
 SURVIVAL = -np.log(1 - LEVELS)
 
@@ -47,7 +44,7 @@ class Model(Protocol):
         """Return ascending quantiles of output tokens for each prompt."""
 
 
-class Basis(NamedTuple):
+class ClassKnowledge(NamedTuple):
     """What the books say about a class. calibration None: too little, and nothing is corrected."""
 
     history: History
@@ -55,22 +52,25 @@ class Basis(NamedTuple):
     completions: int
 
 
-class Known(NamedTuple):
-    """A basis, and the completions and the batch that it was computed after."""
+class CachedKnowledge(NamedTuple):
+    """What was known after `ever` completions, at a decode step."""
 
     ever: int
-    seq: int
-    basis: Basis
+    step: int
+    knowledge: ClassKnowledge
 
-    def holds(self, ever: int, seq: int, steps: int) -> bool:
-        """Whether it is as the books are, or `steps` old at most and no first one may be had."""
-        if seq == self.seq:
+    def holds(self, ever: int, step: int, stale_steps: int) -> bool:
+        """Whether it is as the books are, or younger than `stale_steps`.
+
+        It does not hold once a first calibration has become possible.
+        """
+        if step == self.step:
             return ever == self.ever
-        known = self.basis.calibration is not None or ever < LEARNT_ENOUGH
-        return known and 0 < seq - self.seq < steps
+        calibrated = self.knowledge.calibration is not None or ever < LEARNT_ENOUGH
+        return calibrated and 0 < step - self.step < stale_steps
 
 
-class Foreseen(NamedTuple):
+class Forecast(NamedTuple):
     """Quantiles of output tokens, and what they rest on; raw: as the model said."""
 
     quantiles: Quantiles | None
@@ -79,11 +79,11 @@ class Foreseen(NamedTuple):
     completions: int
 
 
-class Asked(NamedTuple):
-    """One request to foresee. histogram: what the live histograms say, where no model is asked."""
+class ForecastInput(NamedTuple):
+    """One request. histogram: what the live histograms say, where no model is asked."""
 
     prompt: PromptInput | None
-    basis: Basis
+    knowledge: ClassKnowledge
     histogram: Quantiles | None
     generated_tokens: int
     guess: int | None
@@ -93,7 +93,7 @@ Key = tuple[bytes | None, int, int]
 """Digest of the text, prompt tokens and the identity of the history, which is cheaper than it."""
 
 
-class Recent:
+class ModelCache:
     """What the model said of the requests that it was last asked about. Any thread may ask.
 
     A request that was refused is asked for again, unchanged, in step after step, and in a small
@@ -118,93 +118,101 @@ class Recent:
 
 
 def _key(prompt: PromptInput) -> Key:
-    digest = None if prompt.text is None else blake2b(prompt.text, digest_size=16).digest()
+    digest = None if prompt.text is None else prompt.text.digest
     return digest, prompt.prompt_tokens, id(prompt.history)
 
 
 class Question(NamedTuple):
-    """What was noted under the lock. `answers` needs no lock. None: no sound request."""
+    """What was noted under the lock, None where there is no sound request."""
 
     predictor: Model | None
-    asked: Sequence[Asked | None]
-    recent: Recent
+    inputs: Sequence[ForecastInput | None]
+    cache: ModelCache
 
-    def answers(self) -> list[Foreseen | None]:
-        """Return what is foreseen for each request, None where there is none."""
-        prompts = [one.prompt for one in self.asked if one is not None and one.prompt is not None]
+    def answers(self) -> list[Forecast | None]:
+        """Return the forecast for each request, None where there is no input. Needs no lock."""
+        prompts = [one.prompt for one in self.inputs if one is not None and one.prompt is not None]
         model = self.predictor if prompts else None
-        said = iter(() if model is None else self.recent.predict(model, prompts))
+        said = iter(() if model is None else self.cache.predict(model, prompts))
         return [
-            None if one is None else _foreseen(one, None if one.prompt is None else next(said))
-            for one in self.asked
+            None if one is None else _forecast(one, None if one.prompt is None else next(said))
+            for one in self.inputs
         ]
 
 
-class Foresight:
+class Forecaster:
     """Questions about the requests of one pool.
 
-    What the books say about a class takes a millisecond. It is computed when it is asked for
-    after they changed, or when it is `steps` batches old.
+    To read what the books say about a class takes a millisecond. They are read again once they
+    have changed and what was read is `stale_steps` old. `step` counts decode steps.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, step: Callable[[], int]) -> None:
         self._pool = pool
-        self._bases: dict[str | None, Known] = {}
-        self._recent = Recent()
+        self._step = step
+        self._classes: dict[str | None, CachedKnowledge] = {}
+        self._cache = ModelCache()
 
     def question(
-        self, predictor: Model | None, ops: Sequence[Allocate | None], steps: int = 1
+        self, predictor: Model | None, ops: Sequence[Allocate | None], stale_steps: int
     ) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
-        bases: dict[str, Basis] = {}
-        asked = [self._asked(predictor, op, bases, steps) for op in ops]
-        return Question(predictor, asked, self._recent)
+        classes: dict[str, ClassKnowledge] = {}
+        inputs = [self._input(predictor, op, classes, stale_steps) for op in ops]
+        return Question(predictor, inputs, self._cache)
 
-    def basis(self, request_class: str, steps: int = 1) -> Basis:
+    def knowledge(self, request_class: str, stale_steps: int) -> ClassKnowledge:
         """Return what is known about a class, or about all where it has fewer than 32."""
         scope, ever = self._pool.scope(request_class, LEARNT_ENOUGH)
-        seq = self._pool.last_seq
-        known = self._bases.get(scope)
-        if known is None or not known.holds(ever, seq, steps):
-            known = self._bases[scope] = Known(ever, seq, _basis(self.evidence(scope)))
-        return known.basis
+        step = self._step()
+        cached = self._classes.get(scope)
+        if cached is None or not cached.holds(ever, step, stale_steps):
+            cached = CachedKnowledge(ever, step, _knowledge(self.known(scope)))
+            self._classes[scope] = cached
+        return cached.knowledge
 
-    def evidence(self, request_class: str | None) -> Evidence:
-        """Return what a class has shown, None for all together."""
-        return Evidence(*self._pool.shown(request_class))
+    def known(self, request_class: str | None) -> KnownRequests:
+        """Return the requests of a class, of all together for None."""
+        return KnownRequests(*self._pool.shown(request_class))
 
-    def _asked(
-        self, predictor: Model | None, op: Allocate | None, bases: dict[str, Basis], steps: int
-    ) -> Asked | None:
-        if op is None or not _is_sound(op):
+    def _input(
+        self,
+        predictor: Model | None,
+        op: Allocate | None,
+        classes: dict[str, ClassKnowledge],
+        stale_steps: int,
+    ) -> ForecastInput | None:
+        text = None if op is None else text_of(op.text)
+        if op is None or not _is_sound(op, text):
             return None
         guess = op.predicted_output_tokens
         if predictor is None:
             histogram = self._pool.quantiles(op.request_class, op.generated_tokens)
-            return Asked(None, _NO_BASIS, histogram, op.generated_tokens, guess)
-        text = None if op.text is None else op.text.encode(errors="replace")
-        basis = bases.get(op.request_class)
-        if basis is None:
-            basis = bases[op.request_class] = self.basis(op.request_class, steps)
-        prompt = PromptInput(text, op.prompt_tokens, basis.history)
-        return Asked(prompt, basis, None, op.generated_tokens, guess)
+            return ForecastInput(None, _NOTHING, histogram, op.generated_tokens, guess)
+        knowledge = classes.get(op.request_class)
+        if knowledge is None:
+            knowledge = classes[op.request_class] = self.knowledge(op.request_class, stale_steps)
+        prompt = PromptInput(text, op.prompt_tokens, knowledge.history)
+        return ForecastInput(prompt, knowledge, None, op.generated_tokens, guess)
 
 
-_NO_BASIS = Basis(History(), None, 0)
+_NOTHING = ClassKnowledge(History(), None, 0)
 
 
-def _basis(evidence: Evidence) -> Basis:
-    lengths = lately(evidence)
-    enough = lengths is not None and evidence.ever >= LEARNT_ENOUGH
-    return Basis(
-        history_of(lengths),
-        calibrate(evidence, lengths) if enough and lengths is not None else None,
-        len(evidence.ring),
+def _knowledge(known: KnownRequests) -> ClassKnowledge:
+    lengths = lately(known)
+    if lengths is None:
+        return _NOTHING
+    enough = known.ever >= LEARNT_ENOUGH
+    return ClassKnowledge(
+        History.of_lengths(lengths),
+        calibrate(known, lengths) if enough else None,
+        len(known.ring),
     )
 
 
-def _foreseen(asked: Asked, raw: Quantiles | None) -> Foreseen:
-    calibration = asked.basis.calibration
+def _forecast(asked: ForecastInput, raw: Quantiles | None) -> Forecast:
+    calibration = asked.knowledge.calibration
     if raw is None:
         quantiles, source = asked.histogram, Source.HISTOGRAM
     elif calibration is None:
@@ -218,11 +226,11 @@ def _foreseen(asked: Asked, raw: Quantiles | None) -> Foreseen:
         quantiles, source = _guided(known, asked.guess), Source.GUESS
     if quantiles is None:
         source = Source.NOTHING
-    return Foreseen(quantiles, raw, source, asked.basis.completions)
+    return Forecast(quantiles, raw, source, asked.knowledge.completions)
 
 
 def longer_than(quantiles: Quantiles, tokens: int) -> Quantiles:
-    """Return the quantiles of the lengths above `tokens`, were these those of all lengths.
+    """Return the quantiles of the lengths above `tokens`, where `quantiles` are of all lengths.
 
     Lengths are taken to be linear in their logarithm against the logarithm of the share that
     is longer, beyond the last quantile too.
@@ -239,12 +247,12 @@ def longer_than(quantiles: Quantiles, tokens: int) -> Quantiles:
     return as_quantiles(np.expm1(np.minimum(np.maximum(moved, here), np.log1p(MOST_TOKENS))))
 
 
-def _is_sound(op: Allocate) -> bool:
+def _is_sound(op: Allocate, text: Text | None) -> bool:
     guess = 1 if op.predicted_output_tokens is None else op.predicted_output_tokens
     numbers = ((op.prompt_tokens, 0), (op.generated_tokens, 0), (guess, 1))
     return (
         type(op.request_class) is str
-        and (op.text is None or (type(op.text) is str and len(op.text) <= MOST_TEXT_BYTES))
+        and (op.text is None or text is not None)
         and all(type(value) is int and least <= value <= MOST_TOKENS for value, least in numbers)
     )
 

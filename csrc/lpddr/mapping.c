@@ -3,26 +3,13 @@
  * A coordinate is made of address bits. Bits that stay side by side are moved
  * together, so that an address takes a few shifts and not one for every bit.
  */
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
-
-#include "lpddr.h"
-
-odma_status refuse_field(char reason[ODMA_REASON_BYTES], const char *format, ...) {
-    if (reason == NULL) return ODMA_INVALID;
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(reason, ODMA_REASON_BYTES, format, arguments);
-    va_end(arguments);
-    return ODMA_INVALID;
-}
 
 static bool is_power(uint64_t value) { return value != 0 && (value & (value - 1)) == 0; }
 
-uint32_t log2_of(uint64_t power_of_two) { return (uint32_t)__builtin_ctzll(power_of_two); }
+static uint32_t log2_of(uint64_t power_of_two) { return (uint32_t)__builtin_ctzll(power_of_two); }
 
-uint64_t channel_bytes(const odma_lpddr_organisation *organisation) {
+static uint64_t channel_bytes(const odma_lpddr_organisation *organisation) {
     return (uint64_t)organisation->bank_groups * organisation->banks_per_group *
            organisation->rows * organisation->row_bytes;
 }
@@ -62,13 +49,15 @@ static odma_status check_timing(const odma_lpddr_timing *timing, char *reason) {
         {"wck_post", timing->wck_post, 0},
     };
     if (timing->clock_ps < 100 || timing->clock_ps > 100000)
-        return refuse_field(reason, "timing.clock_ps: 100 to 100,000, not %u", timing->clock_ps);
+        return refuse(reason, ODMA_INVALID, "timing.clock_ps: 100 to 100,000, not %u",
+                      timing->clock_ps);
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
         if (counts[i].value < counts[i].least || counts[i].value > 65536)
-            return refuse_field(reason, "timing.%s: %u to 65,536 CK, not %u", counts[i].name,
-                          counts[i].least, counts[i].value);
+            return refuse(reason, ODMA_INVALID, "timing.%s: %u to 65,536 CK, not %u",
+                          counts[i].name, counts[i].least, counts[i].value);
     if (timing->aad >= timing->rcd)
-        return refuse_field(reason, "timing.aad: below rcd, so that ACT2 comes before data");
+        return refuse(reason, ODMA_INVALID,
+                      "timing.aad: below rcd, so that ACT2 comes before data");
     return ODMA_OK;
 }
 
@@ -80,14 +69,16 @@ static odma_status check_refresh(const odma_lpddr_device *device, char *reason) 
             return ODMA_OK;
         case ODMA_LPDDR_REFRESH_ALL_BANK:
             if (timing->refi > timing->rfc_ab + close) return ODMA_OK;
-            return refuse_field(reason, "timing.refi: above %u, to leave time between refreshes",
+            return refuse(reason, ODMA_INVALID,
+                          "timing.refi: above %u, to leave time between refreshes",
                           timing->rfc_ab + close);
         case ODMA_LPDDR_REFRESH_PER_BANK:
             if (timing->refi_pb > timing->pbr2pbr + close) return ODMA_OK;
-            return refuse_field(reason, "timing.refi_pb: above %u, to leave time between refreshes",
+            return refuse(reason, ODMA_INVALID,
+                          "timing.refi_pb: above %u, to leave time between refreshes",
                           timing->pbr2pbr + close);
         default:
-            return refuse_field(reason, "controller.refresh: one of odma_lpddr_refresh");
+            return refuse(reason, ODMA_INVALID, "controller.refresh: one of odma_lpddr_refresh");
     }
 }
 
@@ -105,30 +96,33 @@ static odma_status check_organisation(const odma_lpddr_organisation *organisatio
     for (size_t i = 0; i < sizeof powers / sizeof *powers; i++)
         if (!is_power(powers[i].value) || powers[i].value < powers[i].least ||
             powers[i].value > powers[i].most)
-            return refuse_field(reason, "organisation.%s: a power of two from %u to %u, not %u",
-                          powers[i].name, powers[i].least, powers[i].most, powers[i].value);
+            return refuse(reason, ODMA_INVALID,
+                          "organisation.%s: a power of two from %u to %u, not %u", powers[i].name,
+                          powers[i].least, powers[i].most, powers[i].value);
     if (organisation->bank_groups * organisation->banks_per_group > ODMA_LPDDR_BANKS)
-        return refuse_field(reason, "organisation.banks_per_group: at most %d banks in all, not %u",
+        return refuse(reason, ODMA_INVALID,
+                      "organisation.banks_per_group: at most %d banks in all, not %u",
                       ODMA_LPDDR_BANKS, organisation->bank_groups * organisation->banks_per_group);
     if (channel_bytes(organisation) > (uint64_t)1 << 36)
-        return refuse_field(reason, "organisation.rows: at most 64 GiB in a channel");
+        return refuse(reason, ODMA_INVALID, "organisation.rows: at most 64 GiB in a channel");
     return ODMA_OK;
 }
 
 static odma_status check_controller(const odma_lpddr_controller *controller, char *reason) {
     if (controller->scheduler != ODMA_LPDDR_FRFCFS &&
         controller->scheduler != ODMA_LPDDR_FRFCFS_ROW_HIT)
-        return refuse_field(reason, "controller.scheduler: one of odma_lpddr_scheduler");
+        return refuse(reason, ODMA_INVALID, "controller.scheduler: one of odma_lpddr_scheduler");
     if (controller->read_entries < 1 || controller->read_entries > ODMA_LPDDR_QUEUE)
-        return refuse_field(reason, "controller.read_entries: 1 to %d", ODMA_LPDDR_QUEUE);
+        return refuse(reason, ODMA_INVALID, "controller.read_entries: 1 to %d", ODMA_LPDDR_QUEUE);
     if (controller->write_entries < 1 || controller->write_entries > ODMA_LPDDR_QUEUE)
-        return refuse_field(reason, "controller.write_entries: 1 to %d", ODMA_LPDDR_QUEUE);
+        return refuse(reason, ODMA_INVALID, "controller.write_entries: 1 to %d", ODMA_LPDDR_QUEUE);
     if (controller->accepts < 1 || controller->accepts > 64)
-        return refuse_field(reason, "controller.accepts: 1 to 64 requests a CK");
-    if (controller->wck_always_on > 1) return refuse_field(reason, "controller.wck_always_on: 0 or 1");
+        return refuse(reason, ODMA_INVALID, "controller.accepts: 1 to 64 requests a CK");
+    if (controller->wck_always_on > 1)
+        return refuse(reason, ODMA_INVALID, "controller.wck_always_on: 0 or 1");
     if (!(controller->write_low >= 0 && controller->write_low < controller->write_high &&
           controller->write_high <= 1))
-        return refuse_field(reason, "controller.write_high: above write_low, both 0 to 1");
+        return refuse(reason, ODMA_INVALID, "controller.write_high: above write_low, both 0 to 1");
     return ODMA_OK;
 }
 
@@ -155,13 +149,14 @@ static odma_status check_mapping(const odma_lpddr_device *device, char *reason) 
             uint32_t bit = fields[i].bits[j];
             if (j >= fields[i].count && bit == ODMA_LPDDR_NO_BIT) continue;
             if (j >= fields[i].count || bit == ODMA_LPDDR_NO_BIT)
-                return refuse_field(reason, "mapping.%s: %u bits, for the organisation given",
-                              fields[i].name, fields[i].count);
+                return refuse(reason, ODMA_INVALID,
+                              "mapping.%s: %u bits, for the organisation given", fields[i].name,
+                              fields[i].count);
             if (bit < lowest || bit >= end)
-                return refuse_field(reason, "mapping.%s: address bits %u to %u, not %u", fields[i].name,
-                              lowest, end - 1, bit);
+                return refuse(reason, ODMA_INVALID, "mapping.%s: address bits %u to %u, not %u",
+                              fields[i].name, lowest, end - 1, bit);
             if (owner[bit] != NULL)
-                return refuse_field(reason, "mapping.%s: address bit %u is in %s already",
+                return refuse(reason, ODMA_INVALID, "mapping.%s: address bit %u is in %s already",
                               fields[i].name, bit, owner[bit]);
             owner[bit] = fields[i].name;
         }
@@ -177,15 +172,16 @@ static odma_status check_mapping(const odma_lpddr_device *device, char *reason) 
             bool column = in_range && owner[bit] == fields[0].name;
             bool row = in_range && owner[bit] == fields[3].name;
             if (j >= others[i].count || !(column || (row && i < 2)))
-                return refuse_field(reason, "mapping.%s_xor: a column%s bit for each of %u bits",
-                                    others[i].name, i < 2 ? " or row" : "", others[i].count);
+                return refuse(reason, ODMA_INVALID,
+                              "mapping.%s_xor: a column%s bit for each of %u bits", others[i].name,
+                              i < 2 ? " or row" : "", others[i].count);
         }
     }
     return ODMA_OK;
 }
 
 odma_status odma_lpddr_check(const odma_lpddr_device *device, char reason[ODMA_REASON_BYTES]) {
-    if (device == NULL) return refuse_field(reason, "device: missing");
+    if (device == NULL) return refuse(reason, ODMA_INVALID, "device: missing");
     odma_status status = check_timing(&device->timing, reason);
     if (status == ODMA_OK) status = check_organisation(&device->organisation, reason);
     if (status == ODMA_OK) status = check_controller(&device->controller, reason);
@@ -193,11 +189,13 @@ odma_status odma_lpddr_check(const odma_lpddr_device *device, char reason[ODMA_R
     if (status == ODMA_OK) status = check_mapping(device, reason);
     if (status != ODMA_OK) return status;
     if (device->channels < 1 || device->channels > ODMA_LPDDR_CHANNELS)
-        return refuse_field(reason, "channels: 1 to %d, not %u", ODMA_LPDDR_CHANNELS, device->channels);
+        return refuse(reason, ODMA_INVALID, "channels: 1 to %d, not %u", ODMA_LPDDR_CHANNELS,
+                      device->channels);
     if (!is_power(device->interleave_bytes) ||
         device->interleave_bytes < device->organisation.burst_bytes ||
         device->interleave_bytes > channel_bytes(&device->organisation))
-        return refuse_field(reason, "interleave_bytes: a power of two from %u to the channel's size",
+        return refuse(reason, ODMA_INVALID,
+                      "interleave_bytes: a power of two from %u to the channel's size",
                       device->organisation.burst_bytes);
     return ODMA_OK;
 }
@@ -219,7 +217,7 @@ static void add_bits(struct segment *segments, uint32_t *count, const uint8_t *b
         if (bits[i] != ODMA_LPDDR_NO_BIT) add_bit(segments, count, bits[i], to + i);
 }
 
-void decoder_init(struct decoder *decoder, const odma_lpddr_device *device) {
+static void decoder_init(struct decoder *decoder, const odma_lpddr_device *device) {
     memset(decoder, 0, sizeof *decoder);
     const odma_lpddr_mapping *mapping = &device->mapping;
     uint32_t bank_bits = log2_of(device->organisation.banks_per_group);
@@ -238,11 +236,11 @@ static uint32_t gather(const struct segment *segments, uint32_t count, uint64_t 
     return value;
 }
 
-uint32_t bank_of(const struct decoder *decoder, uint64_t address) {
+static uint32_t bank_of(const struct decoder *decoder, uint64_t address) {
     return gather(decoder->flat, decoder->flat_count, address);
 }
 
-uint32_t row_of(const struct decoder *decoder, uint64_t address) {
+static uint32_t row_of(const struct decoder *decoder, uint64_t address) {
     return gather(decoder->row, decoder->row_count, address);
 }
 

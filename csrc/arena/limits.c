@@ -10,7 +10,6 @@
  * - W[i] x at x = upper[j]. Slopes fall with i and x rises with j, so the lower envelope
  * is kept in a queue and each layer takes O(bins).
  */
-#include "arena.h"
 
 enum { MOST_BINS = 4096 };
 

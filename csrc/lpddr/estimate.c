@@ -18,8 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lpddr.h"
-
 enum {
     PLAYED = 14,                  /* 1 to 2^13 requests: the columns that are played */
     LENGTHS = 20,                 /* the rest go on from there at the rate of a stream */
@@ -32,18 +30,18 @@ enum {
     SEED = 12345
 };
 
-struct cell {
+struct price_cell {
     double seconds, activations;  /* of one run */
 };
 
 struct odma_estimator {
     uint32_t burst_shift;
-    struct cell stream;           /* of one request more where a run goes on and on */
-    struct cell cells[WINDOWS][LENGTHS];
+    struct price_cell stream;     /* of one request more where a run goes on and on */
+    struct price_cell cells[WINDOWS][LENGTHS];
 };
 
 static odma_status fill_cell(const odma_lpddr_device *device, odma_lpddr_traffic traffic,
-                             uint32_t length, struct cell *cell, char *reason) {
+                             uint32_t length, struct price_cell *cell, char *reason) {
     odma_lpddr_result result;
     traffic.pattern = ODMA_LPDDR_RANDOM;
     traffic.chunk_bytes = (uint64_t)device->organisation.burst_bytes << length;
@@ -52,7 +50,7 @@ static odma_status fill_cell(const odma_lpddr_device *device, odma_lpddr_traffic
     odma_status status = odma_lpddr_run(device, &traffic, &result, reason);
     if (status != ODMA_OK) return status;
     double runs = ldexp((double)result.requests, -(int)length);
-    *cell = (struct cell){result.seconds / runs, (double)result.activates / runs};
+    *cell = (struct price_cell){result.seconds / runs, (double)result.activates / runs};
     return ODMA_OK;
 }
 
@@ -60,17 +58,18 @@ static uint64_t most(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* What refresh adds to runs of a length, in one channel: factors. */
 static odma_status refresh_factor(const odma_lpddr_device *device, double write_fraction,
-                                  uint32_t length, struct cell *factor, char *reason) {
+                                  uint32_t length, struct price_cell *factor, char *reason) {
     odma_lpddr_device one = *device;
     one.channels = 1;
     odma_lpddr_traffic traffic = {.write_fraction = write_fraction,
                                   .requests = REFRESH_REQUESTS};
-    struct cell with, without;
+    struct price_cell with, without;
     odma_status status = fill_cell(&one, traffic, length, &with, reason);
     one.controller.refresh = ODMA_LPDDR_REFRESH_NONE;
     if (status == ODMA_OK) status = fill_cell(&one, traffic, length, &without, reason);
     if (status != ODMA_OK) return status;
-    *factor = (struct cell){with.seconds / without.seconds, with.activations / without.activations};
+    *factor =
+        (struct price_cell){with.seconds / without.seconds, with.activations / without.activations};
     return ODMA_OK;
 }
 
@@ -83,11 +82,11 @@ static odma_status calibrate(odma_estimator *estimator, const odma_lpddr_device 
     odma_lpddr_traffic traffic = {
         .write_fraction = write_fraction,
         .requests = most(LEAST_REQUESTS + DRY_ROUNDS * filled, (uint64_t)ROUNDS << length)};
-    struct cell factor, dry;
+    struct price_cell factor, dry;
     odma_status status = refresh_factor(device, write_fraction, length, &factor, reason);
     if (status == ODMA_OK) status = fill_cell(&still, traffic, length, &dry, reason);
     for (uint32_t row = 0; row < WINDOWS && status == ODMA_OK; row++) {
-        struct cell *cell = &estimator->cells[row][length];
+        struct price_cell *cell = &estimator->cells[row][length];
         *cell = dry;
         bool is_filled = row > 0 && (uint64_t)1 << (row + length) > filled;
         traffic.window = 1U << row;
@@ -102,48 +101,49 @@ static odma_status calibrate(odma_estimator *estimator, const odma_lpddr_device 
 
 /* Fill the columns that are too long to be played. */
 static void go_on(odma_estimator *estimator, const odma_lpddr_device *device) {
-    const struct cell *longest = &estimator->cells[WINDOWS - 1][PLAYED - 1];
-    struct cell *stream = &estimator->stream;
+    const struct price_cell *longest = &estimator->cells[WINDOWS - 1][PLAYED - 1];
+    struct price_cell *stream = &estimator->stream;
     stream->seconds = ldexp(longest->seconds, 1 - PLAYED);
     stream->activations =
         (double)device->organisation.burst_bytes / device->organisation.row_bytes;
     for (uint32_t row = 0; row < WINDOWS; row++) {
-        const struct cell *last = &estimator->cells[row][PLAYED - 1];
+        const struct price_cell *last = &estimator->cells[row][PLAYED - 1];
         for (uint32_t length = PLAYED; length < LENGTHS; length++) {
             double more = (1 << length) - (1 << (PLAYED - 1));
             estimator->cells[row][length] =
-                (struct cell){last->seconds + more * stream->seconds,
+                (struct price_cell){last->seconds + more * stream->seconds,
                               last->activations + more * stream->activations};
         }
     }
 }
 
 /* One row for a window, which lies between two of the table. */
-static void row_for(const odma_estimator *estimator, uint32_t window, struct cell row[LENGTHS]) {
+static void row_for(const odma_estimator *estimator, uint32_t window,
+                    struct price_cell row[LENGTHS]) {
     double place = log2(window);
     uint32_t low = (uint32_t)place;
     if (low > WINDOWS - 1) low = WINDOWS - 1;
     uint32_t high = low + 1 < WINDOWS ? low + 1 : low;
     double part = high > low ? place - low : 0;
     for (uint32_t i = 0; i < LENGTHS; i++) {
-        const struct cell *a = &estimator->cells[low][i], *b = &estimator->cells[high][i];
+        const struct price_cell *a = &estimator->cells[low][i], *b = &estimator->cells[high][i];
         row[i].seconds = a->seconds + part * (b->seconds - a->seconds);
         row[i].activations = a->activations + part * (b->activations - a->activations);
     }
 }
 
-static inline struct cell cell_for(const odma_estimator *estimator,
-                                   const struct cell row[LENGTHS], uint64_t requests) {
+static inline struct price_cell cell_for(const odma_estimator *estimator,
+                                   const struct price_cell row[LENGTHS], uint64_t requests) {
     uint32_t low = 63 - (uint32_t)__builtin_clzll(requests);
     if (low > LENGTHS - 2) {
-        const struct cell *last = &row[LENGTHS - 1];
+        const struct price_cell *last = &row[LENGTHS - 1];
         double known = 1 << (LENGTHS - 1), more = (double)requests - known;
-        return (struct cell){last->seconds + more * estimator->stream.seconds,
+        return (struct price_cell){last->seconds + more * estimator->stream.seconds,
                              last->activations + more * estimator->stream.activations};
     }
     double base = (double)((uint64_t)1 << low);
     double part = ((double)requests - base) / base;
-    return (struct cell){
+    return (struct price_cell){
         row[low].seconds + part * (row[low + 1].seconds - row[low].seconds),
         row[low].activations + part * (row[low + 1].activations - row[low].activations)};
 }
@@ -179,15 +179,15 @@ static odma_status correct(odma_estimator *estimator, const odma_lpddr_measured 
                            uint32_t count, char *reason) {
     double ratios[ODMA_LPDDR_MEASURED];
     if (count > ODMA_LPDDR_MEASURED || (count > 0 && points == NULL))
-        return refuse_field(reason, "measured: at most %d points", ODMA_LPDDR_MEASURED);
+        return refuse(reason, ODMA_INVALID, "measured: at most %d points", ODMA_LPDDR_MEASURED);
     for (uint32_t i = 0; i < count; i++) {
         const odma_lpddr_measured *point = &points[i];
         if (point->run_bytes < 1 || point->run_bytes > (uint64_t)1 << 40 || point->window < 1 ||
             point->window > ODMA_LPDDR_WINDOW ||
             !(point->bytes_per_second >= 1 && point->bytes_per_second <= 1e15))
-            return refuse_field(reason,
-                                "measured[%u]: run_bytes, window and bytes_per_second in range", i);
-        struct cell row[LENGTHS];
+            return refuse(reason, ODMA_INVALID,
+                          "measured[%u]: run_bytes, window and bytes_per_second in range", i);
+        struct price_cell row[LENGTHS];
         row_for(estimator, point->window, row);
         uint64_t requests = ((point->run_bytes - 1) >> estimator->burst_shift) + 1;
         double seconds = (double)point->run_bytes / point->bytes_per_second;
@@ -210,15 +210,16 @@ static odma_status correct(odma_estimator *estimator, const odma_lpddr_measured 
 odma_status odma_estimator_create(const odma_lpddr_device *device, double write_fraction,
                                   const odma_lpddr_measured *measured, uint32_t measured_count,
                                   odma_estimator **estimator, char reason[ODMA_REASON_BYTES]) {
-    if (estimator == NULL) return refuse_field(reason, "estimator: missing");
+    if (estimator == NULL) return refuse(reason, ODMA_INVALID, "estimator: missing");
     odma_status status = odma_lpddr_check(device, reason);
     if (status != ODMA_OK) return status;
     if (channel_bytes(&device->organisation) * device->channels <
         (uint64_t)device->organisation.burst_bytes << PLAYED)
-        return refuse_field(reason, "organisation.rows: too small a device to calibrate by");
+        return refuse(reason, ODMA_INVALID,
+                      "organisation.rows: too small a device to calibrate by");
     odma_estimator *made = calloc(1, sizeof *made);
     if (made == NULL) {
-        refuse_field(reason, "memory: not enough");
+        refuse(reason, ODMA_INVALID, "memory: not enough");
         return ODMA_NO_SPACE;
     }
     made->burst_shift = log2_of(device->organisation.burst_bytes);
@@ -248,7 +249,7 @@ odma_status odma_estimator_price(const odma_estimator *estimator, const odma_run
     }
     if (window == 0) window = ODMA_LPDDR_WINDOW;
     if (window > count) window = count;
-    struct cell row[LENGTHS];
+    struct price_cell row[LENGTHS];
     row_for(estimator, window, row);
     double seconds = 0, activations = 0, least = window == 1 ? descriptor_seconds : 0;
     uint64_t requests = 0, longest = 0;
@@ -258,7 +259,7 @@ odma_status odma_estimator_price(const odma_estimator *estimator, const odma_run
         uint64_t first = runs[i].offset_bytes >> estimator->burst_shift;
         uint64_t last = (runs[i].offset_bytes + runs[i].length_bytes - 1) >> estimator->burst_shift;
         uint64_t length = last - first + 1;
-        struct cell cell = cell_for(estimator, row, length);
+        struct price_cell cell = cell_for(estimator, row, length);
         seconds += cell.seconds > least ? cell.seconds : least;
         activations += cell.activations;
         requests += length;

@@ -6,40 +6,8 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "arena.h"
-
-static bool within(double value, double least, double most) {
-    return value >= least && value <= most; /* false for NaN */
-}
-
-/* The rule that a record breaks, or NULL. */
-const char *policy_fault(const odma_policy *policy) {
-    if (policy->start < ODMA_START_MAXIMUM || policy->start > ODMA_START_STEP)
-        return "start: one of odma_start";
-    if (policy->overflow < ODMA_OVERFLOW_PREEMPT || policy->overflow > ODMA_OVERFLOW_COMPACT)
-        return "overflow: one of odma_overflow";
-    if (policy->step_tokens < 1 || policy->step_tokens > (1U << 20)) return "step_tokens: 1 to 2^20";
-    if (policy->limit_count > ODMA_LIMITS) return "limit_count: at most 16";
-    for (uint32_t i = 0; i < policy->limit_count; i++)
-        if (policy->limits_tokens[i] <= (i == 0 ? 0 : policy->limits_tokens[i - 1]) ||
-            policy->limits_tokens[i] > (1U << 28))
-            return "limits_tokens: ascending, from at least 1 to at most 2^28";
-    if (!within(policy->overflow_risk, 0, 1)) return "overflow_risk: 0 to 1";
-    if (!within(policy->safety_share, 0, 0.9)) return "safety_share: 0 to 0.9";
-    if (policy->unsure_ratio != 0 && !within(policy->unsure_ratio, 1, 1e9))
-        return "unsure_ratio: 0, or at least 1";
-    if (!within(policy->growth, 1, 4)) return "growth: 1 to 4";
-    if (!within(policy->tenant_share, 1e-9, 1)) return "tenant_share: above 0, at most 1";
-    return tenants_fault(policy);
-}
-
-uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {
-    uint32_t unit = arena->geometry.block_tokens;
-    return tokens / unit + (tokens % unit != 0);
-}
-
 /* Blocks that admission must leave free. */
-uint32_t safety_blocks(const odma_arena *arena) {
+static uint32_t safety_blocks(const odma_arena *arena) {
     return (uint32_t)ceil(arena->books->policy.safety_share * arena->geometry.blocks);
 }
 
@@ -77,20 +45,20 @@ static uint32_t rounded(const odma_arena *arena, double start, uint32_t max_tota
 }
 
 /* The probability of outgrowing its first region that a request accepts. */
-double accepted_risk(const odma_arena *arena, const odma_op *op) {
+static double accepted_risk(const odma_arena *arena, const odma_op *op) {
     return op->overflow_risk >= 0 ? (double)op->overflow_risk : arena->books->policy.overflow_risk;
 }
 
 /* Blocks of a new region. */
-uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
+static uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     const odma_policy *policy = &arena->books->policy;
     double held = (double)op->prompt_tokens + op->generated_tokens;
     double start = max_total;
     if (policy->start == ODMA_START_STEP) {
         start = held + policy->step_tokens;
     } else if (policy->start == ODMA_START_QUANTILE && op->quantiles[0] >= 0) {
-        start = op->prompt_tokens +
-                output_at(op->quantiles, accepted_risk(arena, op), (double)max_total - op->prompt_tokens);
+        start = op->prompt_tokens + output_at(op->quantiles, accepted_risk(arena, op),
+                                              (double)max_total - op->prompt_tokens);
         if (start < held + 1) start = held + 1;
     }
     if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;
@@ -98,7 +66,8 @@ uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_t
 }
 
 /* Blocks that a live region which has to hold `least` tokens should grow to. */
-uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, uint32_t want) {
+static uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least,
+                              uint32_t want) {
     uint32_t max_total = arena->cells[slot].request.max_total_tokens;
     uint32_t most = blocks_of(arena, max_total);
     if (want != 0) return blocks_of(arena, want) < most ? blocks_of(arena, want) : most;
@@ -107,7 +76,7 @@ uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t least, u
 }
 
 /* Whether these are finite, at least 0 and ascending. */
-bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
+static bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
     bool ascend = quantiles[0] >= 0 && isfinite(quantiles[ODMA_QUANTILES - 1]);
     for (uint32_t i = 1; i < ODMA_QUANTILES; i++)
         ascend &= quantiles[i] >= quantiles[i - 1]; /* false for NaN */
@@ -115,7 +84,7 @@ bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
 }
 
 /* Whether a prediction is so wide that its request may use the safety pool. */
-bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]) {
+static bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]) {
     double ratio = arena->books->policy.unsure_ratio;
     if (ratio == 0 || quantiles[0] < 0) return false;
     double median = quantiles[2] > 1 ? (double)quantiles[2] : 1;

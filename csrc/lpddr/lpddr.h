@@ -1,18 +1,18 @@
-/* lpddr.h - what the files of the LPDDR models share. Nothing here is public.
+/* lpddr.h - what the files of the LPDDR models know of each other.
  *
  *   mapping.c   checking a device; addresses to banks and rows
- *   lpddr.c     one channel: queues, banks, commands
+ *   channel.c   one channel: queues, banks, commands
  *   device.c    channels behind an interleave, and where traffic comes from
  *   estimate.c  the estimator
  */
-#ifndef ODMA_LPDDR_PRIVATE_H
-#define ODMA_LPDDR_PRIVATE_H
+#ifndef ODMA_LPDDR_ROOM_H
+#define ODMA_LPDDR_ROOM_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "odma_lpddr.h"
+#include "../odma_lpddr.h"
 
 enum { READ = 0, WRITE = 1, KINDS = 2, SEGMENTS = 2 * ODMA_LPDDR_BITS };
 
@@ -94,18 +94,5 @@ struct channel {
 };
 
 static const uint32_t NONE_DONE = UINT32_MAX;
-
-odma_status refuse_field(char reason[ODMA_REASON_BYTES], const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
-
-uint32_t log2_of(uint64_t power_of_two);
-uint64_t channel_bytes(const odma_lpddr_organisation *organisation);
-void decoder_init(struct decoder *decoder, const odma_lpddr_device *device);
-uint32_t bank_of(const struct decoder *decoder, uint64_t address);
-uint32_t row_of(const struct decoder *decoder, uint64_t address);
-
-void channel_init(struct channel *channel, const odma_lpddr_device *device,
-                  const struct decoder *decoder, struct piece *pieces, uint32_t piece_room);
-uint64_t channel_step(struct channel *channel, uint64_t now);
 
 #endif

@@ -16,13 +16,16 @@
  */
 #include <math.h>
 
-#include "arena.h"
-
 /* One end of a window around a region that grows. */
 struct side {
     uint32_t edge;   /* outermost run: free, or the region itself */
     uint32_t gap;    /* free blocks between region and edge, edge included */
     double price;
+};
+
+struct plan_refusal {
+    uint32_t reason;
+    uint32_t copy_tokens_needed;
 };
 
 struct cost {
@@ -31,16 +34,7 @@ struct cost {
     uint32_t moves;
 };
 
-size_t side_bytes(void) { return sizeof(struct side); }
-
 /* --- what moving costs --- */
-
-/* Tokens of a live region that have to be kept. */
-uint32_t used_of(const odma_arena *arena, uint32_t slot) {
-    const struct slot *region = &arena->cells[slot].slot;
-    if (region->seq == arena->batch_seq) return region->used_tokens;
-    return region->length * arena->geometry.block_tokens;
-}
 
 /* Seconds of copies: see odma_engine. */
 static double price(const odma_arena *arena, uint64_t tokens, uint64_t copies) {
@@ -71,14 +65,13 @@ static void add_cost(const odma_arena *arena, struct cost *cost, uint32_t slot, 
 }
 
 static bool within_budget(const odma_arena *arena, const struct cost *cost) {
-    return cost->tokens <= arena->copy_tokens_left &&
-           arena->copy_count + cost->copies <= arena->geometry.max_copies &&
-           arena->moves + cost->moves <= arena->geometry.max_copies;
+    return cost->tokens <= arena->step.copy_tokens_left &&
+           arena->step.copy_count + cost->copies <= arena->geometry.max_copies &&
+           arena->step.moves + cost->moves <= arena->geometry.max_copies;
 }
 
 static bool may_move(odma_arena *arena, uint32_t run, bool ignore_pins) {
-    return run < arena->layout.table_size && arena->cells[run].slot.state == ODMA_REGION_LIVE &&
-           (ignore_pins || !note_of(arena, run)->pinned);
+    return is_live(arena, run) && (ignore_pins || !note_of(arena, run)->pinned);
 }
 
 static uint32_t allowed(const odma_arena *arena) {
@@ -90,13 +83,11 @@ static uint32_t allowed(const odma_arena *arena) {
 
 static void copy(odma_arena *arena, uint32_t slot, uint64_t from, uint64_t to, uint64_t tokens) {
     uint64_t shift = from > to ? from - to : to - from;
-    const struct slot *region = &arena->cells[slot].slot;
-    arena->copies[arena->copy_count++] =
-        (odma_copy){.handle = (uint64_t)region->generation << SLOT_BITS | slot,
-                    .from_token = (uint32_t)from,
-                    .to_token = (uint32_t)to,
-                    .tokens = (uint32_t)tokens,
-                    .overlaps = shift < tokens};
+    arena->step.copies[arena->step.copy_count++] = (odma_copy){.handle = handle_of(arena, slot),
+                                                               .from_token = (uint32_t)from,
+                                                               .to_token = (uint32_t)to,
+                                                               .tokens = (uint32_t)tokens,
+                                                               .overlaps = shift < tokens};
 }
 
 /* Write down the copies of a region that moves from block `from` to `to`. */
@@ -111,7 +102,7 @@ static void emit(odma_arena *arena, uint32_t slot, uint32_t from, uint32_t to) {
         uint64_t offset = from > to ? done : used - done - tokens;
         copy(arena, slot, source + offset, target + offset, tokens);
     }
-    arena->copy_tokens_left -= used;
+    arena->step.copy_tokens_left -= used;
     arena->books->counters.copies += count;
     arena->books->counters.copied_tokens += used;
 }
@@ -120,18 +111,10 @@ static void note_move(odma_arena *arena, uint32_t slot) {
     struct note *note = note_of(arena, slot);
     if (!note->moved) {
         note->moved = true;
-        arena->moved[arena->moved_count++] =
+        arena->step.moved[arena->step.moved_count++] =
             (struct move){.slot = slot, .first_start = arena->runs[slot].start};
     }
-    arena->moves++;
-}
-
-/* Fix what is used before a region's length changes: unlisted means full, and
- * full means as long as it was. */
-void fix_used(odma_arena *arena, uint32_t slot) {
-    if (arena->batch_seq == UINT64_MAX) return;
-    arena->cells[slot].slot.used_tokens = used_of(arena, slot);
-    arena->cells[slot].slot.seq = arena->batch_seq;
+    arena->step.moves++;
 }
 
 static void shift(odma_arena *arena, uint32_t slot, uint32_t to) {
@@ -217,14 +200,13 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
 static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
     uint32_t sum = 0;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
-        bool held = !is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE;
-        sum = held ? 0 : sum + arena->runs[id].length;
+        sum = is_live(arena, id) ? 0 : sum + arena->runs[id].length;
         if (sum >= length) return true;
     }
     return false;
 }
 
-static bool refused(struct plan_refusal *refusal, uint32_t reason) {
+static bool no_plan(struct plan_refusal *refusal, uint32_t reason) {
     refusal->reason = reason;
     return false;
 }
@@ -234,7 +216,7 @@ static bool over_budget(struct plan_refusal *refusal, const struct cost *cost) {
     bool first = refusal->reason != ODMA_REASON_COPY_BUDGET;
     if (first || cost->tokens < refusal->copy_tokens_needed)
         refusal->copy_tokens_needed = (uint32_t)cost->tokens;
-    return refused(refusal, ODMA_REASON_COPY_BUDGET);
+    return no_plan(refusal, ODMA_REASON_COPY_BUDGET);
 }
 
 /* Why `blocks` cannot be had although nothing that was tried is against it;
@@ -246,19 +228,20 @@ static uint32_t lack(const odma_arena *arena, uint32_t blocks, bool would_do) {
 
 /* Let a slot that holds nothing hold `length` blocks, moving others if the
  * policy and the engine allow it. */
-bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
+                     struct plan_refusal *refusal) {
     uint32_t hole = best_fit(arena, length);
     if (hole == NONE) {
         bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
                       arena->books->engine.single_ordered_stream;
-        if (arena->free_blocks < length || !slides || arena->batch_seq == UINT64_MAX)
-            return refused(refusal, lack(arena, length, waiting_would_do(arena, length)));
+        if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH)
+            return no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
         uint32_t left = NONE, right = NONE;
         if (!cheapest_window(arena, length, false, &left, &right))
-            return refused(refusal, arena->pins > 0 && cheapest_window(arena, length, true, &left,
-                                                                       &right)
-                                        ? ODMA_REASON_PINNED
-                                        : lack(arena, length, waiting_would_do(arena, length)));
+            return no_plan(
+                refusal, arena->step.pins > 0 && cheapest_window(arena, length, true, &left, &right)
+                             ? ODMA_REASON_PINNED
+                             : lack(arena, length, waiting_would_do(arena, length)));
         struct cost cost = {0};
         uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
         pack(arena, left, pivot, right, &cost);
@@ -267,7 +250,7 @@ bool place_new(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
         hole = close_window(arena, pivot, after);
         arena->books->counters.compactions++;
     }
-    hold(arena, slot, hole, length);
+    run_hold(arena, slot, hole, length);
     return true;
 }
 
@@ -327,7 +310,7 @@ static bool slide(odma_arena *arena, uint32_t slot, uint32_t length, const struc
     pack(arena, window->left, slot, window->right, NULL);
     close_window(arena, slot, arena->runs[slot].next);
     fix_used(arena, slot);
-    grow(arena, slot, length);
+    run_grow(arena, slot, length);
     set_place(arena, slot);
     arena->books->counters.compactions++;
     return true;
@@ -340,12 +323,12 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     add_cost(arena, &cost, slot, to);
     if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
     uint32_t old = take_slot(arena);
-    if (old == NONE) return refused(refusal, ODMA_REASON_TABLE_FULL);
+    if (old == NONE) return no_plan(refusal, ODMA_REASON_TABLE_FULL);
     fix_used(arena, slot);
     note_move(arena, slot);
     emit(arena, slot, from, to);
-    swap_runs(arena, slot, old);
-    hold(arena, slot, hole, length);
+    run_swap(arena, slot, old);
+    run_hold(arena, slot, hole, length);
     set_waiting(arena, old);
     set_place(arena, slot);
     return true;
@@ -354,26 +337,27 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
 static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
     struct window window;
     bool slides = arena->books->engine.single_ordered_stream;
-    if (arena->pins > 0 && arena->free_blocks >= more && allowed(arena) != ODMA_OVERFLOW_PREEMPT &&
+    if (arena->step.pins > 0 && arena->free_blocks >= more &&
+        allowed(arena) != ODMA_OVERFLOW_PREEMPT &&
         ((slides && cheapest_room(arena, slot, more, true, &window)) ||
          best_fit(arena, length) != NONE))
         return ODMA_REASON_PINNED;
     uint32_t behind = 0;
-    for (uint32_t id = arena->runs[slot].next;
-         id != NONE && (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE);
+    for (uint32_t id = arena->runs[slot].next; id != NONE && !is_live(arena, id);
          id = arena->runs[id].next)
         behind += arena->runs[id].length;
-    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->batch_seq != UINT64_MAX;
+    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->step.seq != NO_BATCH;
     return lack(arena, more, behind >= more || (elsewhere && waiting_would_do(arena, length)));
 }
 
 /* Let a region that cannot grow in place have `length` blocks, by the cheaper
  * plan that keeps the budget; of two that cost the same the slide, for it
  * leaves its spare room behind the region. */
-bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+static bool plan_room(odma_arena *arena, uint32_t slot, uint32_t length,
+                      struct plan_refusal *refusal) {
     uint32_t more = length - arena->runs[slot].length;
-    if (allowed(arena) == ODMA_OVERFLOW_PREEMPT || arena->batch_seq == UINT64_MAX)
-        return refused(refusal, room_lack(arena, slot, more, length));
+    if (allowed(arena) == ODMA_OVERFLOW_PREEMPT || arena->step.seq == NO_BATCH)
+        return no_plan(refusal, room_lack(arena, slot, more, length));
     bool ordered = arena->books->engine.single_ordered_stream;
     bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
     struct window window;
@@ -391,7 +375,7 @@ bool make_room(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
     }
     if (slides && !slide_first && slide(arena, slot, length, &window, &cost, refusal)) return true;
     if (refusal->reason != ODMA_REASON_NONE) return false;
-    return refused(refusal, room_lack(arena, slot, more, length));
+    return no_plan(refusal, room_lack(arena, slot, more, length));
 }
 
 /* --- making way where copies run in any order ---
@@ -412,7 +396,7 @@ struct stretch {
 /* Add the next run, unless it is a region that cannot go anywhere. */
 static bool take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
     uint32_t length = arena->runs[id].length;
-    if (!is_free_run(arena, id) && arena->cells[id].slot.state == ODMA_REGION_LIVE) {
+    if (is_live(arena, id)) {
         if (stretch->count == MOST_EVACUATED || !may_move(arena, id, false) ||
             note_of(arena, id)->moved || best_fit(arena, length) == NONE)
             return false;
@@ -437,7 +421,8 @@ static void send_away(odma_arena *arena, const struct stretch *stretch,
     uint32_t gone = 0;
     for (; gone < stretch->count; gone++) {
         uint32_t region = stretch->regions[gone], hole = elsewhere(arena, stretch, gone);
-        if (hole == NONE || !relocate(arena, region, arena->runs[region].length, hole, &tried)) break;
+        if (hole == NONE || !relocate(arena, region, arena->runs[region].length, hole, &tried))
+            break;
     }
     if (gone > 0) {
         arena->books->counters.compactions++;
@@ -448,17 +433,18 @@ static void send_away(odma_arena *arena, const struct stretch *stretch,
 }
 
 static bool may_send_away(const odma_arena *arena) {
-    return !arena->books->engine.single_ordered_stream && arena->batch_seq != UINT64_MAX &&
+    return !arena->books->engine.single_ordered_stream && arena->step.seq != NO_BATCH &&
            allowed(arena) == ODMA_OVERFLOW_COMPACT;
 }
 
 /* Make way for `length` blocks in one run, anywhere but where `slot` lies (NONE:
  * anywhere): the cheapest stretch whose regions all find a hole is cleared. */
-void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+static void plan_hole(odma_arena *arena, uint32_t slot, uint32_t length,
+                      struct plan_refusal *refusal) {
     struct stretch best = {.price = INFINITY};
     if (!may_send_away(arena) || refusal->reason != ODMA_REASON_FRAGMENTED) return;
     for (uint32_t first = arena->first_run; first != NONE; first = arena->runs[first].next) {
-        if (!is_free_run(arena, first) && arena->cells[first].slot.state == ODMA_REGION_LIVE) continue;
+        if (is_live(arena, first)) continue;
         uint32_t start = arena->runs[first].start, id = first;
         struct stretch stretch = {.low = start, .high = start};
         while (id != NONE && id != slot && stretch.high - start < length &&
@@ -472,8 +458,9 @@ void make_hole(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_re
     if (best.price < INFINITY) send_away(arena, &best, refusal);
 }
 
-/* Make way for a region that make_room() refused: behind it, or elsewhere. */
-void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_refusal *refusal) {
+/* Make way for a region that plan_room() refused: behind it, or elsewhere. */
+static void plan_way(odma_arena *arena, uint32_t slot, uint32_t length,
+                     struct plan_refusal *refusal) {
     if (!may_send_away(arena)) return;
     uint32_t low = arena->runs[slot].start, end = low + arena->runs[slot].length;
     struct stretch behind = {.low = low, .high = end};
@@ -481,5 +468,5 @@ void make_way(odma_arena *arena, uint32_t slot, uint32_t length, struct plan_ref
     while (id != NONE && behind.high - low < length && take_in(arena, &behind, id))
         id = arena->runs[id].next;
     if (behind.high - low >= length) send_away(arena, &behind, refusal);
-    make_hole(arena, slot, length, refusal);
+    plan_hole(arena, slot, length, refusal);
 }

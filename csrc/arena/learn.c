@@ -8,8 +8,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "arena.h"
-
 static const double HALF_LIFE_COMPLETIONS = 512;
 static const double LARGEST_INCREMENT = 1099511627776.0; /* 2^40 */
 
@@ -20,7 +18,7 @@ enum { OUTPUT = 0, TOTAL = 2, CENSORED = 1 };
 
 /* Upper ends: multiples of a block for half of the bins, then geometric up to
  * the longest total, each at least one block further. */
-void bins_init(odma_arena *arena) {
+static void bins_init(odma_arena *arena) {
     uint32_t unit = arena->geometry.block_tokens, half = ODMA_BINS / 2;
     uint64_t capacity = (uint64_t)arena->geometry.blocks * unit;
     uint64_t most = arena->geometry.model_length_tokens;
@@ -52,7 +50,7 @@ static uint32_t bin_of_tokens(const odma_arena *arena, uint64_t tokens) {
 }
 
 /* Index of a class, ODMA_CLASS_OTHER if it shares, NONE if it is new. */
-uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+static uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
     const struct books *books = arena->books;
     for (uint32_t i = 0; i < books->class_count; i++)
         if (memcmp(books->class_names[i], name, ODMA_NAME_BYTES) == 0) return i;
@@ -60,20 +58,20 @@ uint32_t class_of(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
 }
 
 /* The same, and a new one gets an index. */
-uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+static uint32_t class_for(odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
     uint32_t index = class_of(arena, name);
     if (index != NONE) return index;
     struct books *books = arena->books;
     index = books->class_count++;
     memcpy(books->class_names[index], name, ODMA_NAME_BYTES);
-    mark(arena, books->class_names[index], ODMA_NAME_BYTES);
+    books_mark(arena, books->class_names[index], ODMA_NAME_BYTES);
     return index;
 }
 
 static void count_in_bin(odma_arena *arena, struct stats *stats, uint32_t kind, uint64_t tokens) {
     double *bin = &stats->bins[kind][bin_of_tokens(arena, tokens)];
     *bin += stats->increment;
-    mark(arena, bin, sizeof *bin);
+    books_mark(arena, bin, sizeof *bin);
 }
 
 /* Count a completion in bins; the next one will weigh more. */
@@ -107,34 +105,16 @@ static void learn_in(odma_arena *arena, struct stats *stats, uint32_t slot, uint
     count(arena, stats, arena->cells[slot].request.prompt_tokens, output_tokens, censored);
     odma_completion *entry = &stats->ring[stats->completions % ODMA_RING];
     *entry = completion_of(arena, slot, output_tokens, censored);
-    mark(arena, entry, sizeof *entry);
+    books_mark(arena, entry, sizeof *entry);
     stats->completions++;
     if (stats->increment > LARGEST_INCREMENT) arena->rescale = true;
-    mark(arena, stats, offsetof(struct stats, bins));
+    books_mark(arena, stats, offsetof(struct stats, bins));
 }
 
-void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored) {
+static void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool censored) {
     struct stats *stats = arena->books->stats;
     learn_in(arena, &stats[arena->cells[slot].request.class_index], slot, output_tokens, censored);
     learn_in(arena, &stats[ODMA_CLASS_POOL], slot, output_tokens, censored);
-}
-
-/* Scale the bins whose weights have grown too large: a commit for each class,
- * none of which changes what anybody reads. */
-odma_status rescale(odma_arena *arena) {
-    arena->rescale = false;
-    for (uint32_t i = 0; i < STATS; i++) {
-        struct stats *stats = &arena->books->stats[i];
-        if (stats->increment <= LARGEST_INCREMENT) continue;
-        for (uint32_t kind = 0; kind < 4; kind++)
-            for (uint32_t bin = 0; bin < ODMA_BINS; bin++)
-                stats->bins[kind][bin] /= stats->increment;
-        stats->increment = 1;
-        mark(arena, stats, offsetof(struct stats, ring));
-        odma_status status = commit(arena);
-        if (status != ODMA_OK) return status;
-    }
-    return ODMA_OK;
 }
 
 static const struct stats *known_stats(const odma_arena *arena, uint32_t class_index) {
@@ -175,92 +155,4 @@ static bool survival_quantiles(const odma_arena *arena, const struct stats *stat
     }
     for (; level < ODMA_QUANTILES; level++) quantiles[level] = (float)arena->bin_upper[last];
     return true;
-}
-
-odma_status odma_arena_quantiles(odma_arena *arena, uint32_t class_index, uint32_t more_than,
-                                 float quantiles[ODMA_QUANTILES], double *weight) {
-    if (class_index >= STATS || quantiles == NULL || weight == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    const struct stats *stats = known_stats(arena, class_index);
-    bool known = stats != NULL && survival_quantiles(arena, stats, more_than, quantiles, weight);
-    return leave(arena, known ? ODMA_OK : ODMA_NOT_FOUND);
-}
-
-odma_status odma_arena_histogram(odma_arena *arena, uint32_t class_index,
-                                 odma_histogram *histogram) {
-    if (class_index >= STATS || histogram == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    const struct stats *stats = &arena->books->stats[class_index];
-    double *into[4] = {histogram->output_finished, histogram->output_censored,
-                       histogram->total_finished, histogram->total_censored};
-    double newest = stats->increment / decay_growth();
-    for (uint32_t kind = 0; kind < 4; kind++)
-        for (uint32_t i = 0; i < ODMA_BINS; i++)
-            into[kind][i] = stats->completions == 0 ? 0 : stats->bins[kind][i] / newest;
-    histogram->completions = stats->completions;
-    return leave(arena, ODMA_OK);
-}
-
-odma_status odma_arena_bins(odma_arena *arena, uint32_t upper_tokens[ODMA_BINS]) {
-    if (upper_tokens == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    memcpy(upper_tokens, arena->bin_upper, sizeof arena->bin_upper);
-    return leave(arena, ODMA_OK);
-}
-
-odma_status odma_arena_completions(odma_arena *arena, uint32_t class_index,
-                                   odma_completion *completions, uint32_t *count,
-                                   uint64_t *ever) {
-    if (class_index >= STATS || completions == NULL || count == NULL || ever == NULL)
-        return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    const struct stats *stats = &arena->books->stats[class_index];
-    uint64_t completed = *ever = stats->completions;
-    *count = (uint32_t)(completed < ODMA_RING ? completed : ODMA_RING);
-    for (uint32_t i = 0; i < *count; i++)
-        completions[i] = stats->ring[(completed - *count + i) % ODMA_RING];
-    return leave(arena, ODMA_OK);
-}
-
-odma_status odma_arena_running(odma_arena *arena, uint32_t class_index, odma_completion *running,
-                               uint32_t room, uint32_t *count) {
-    if (class_index >= STATS || running == NULL || count == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    *count = 0;
-    for (uint32_t id = arena->first_run; id != NONE && *count < room; id = arena->runs[id].next) {
-        if (is_free_run(arena, id) || arena->cells[id].slot.state != ODMA_REGION_LIVE) continue;
-        const struct slot *slot = &arena->cells[id].slot;
-        const struct request *request = &arena->cells[id].request;
-        if (class_index != ODMA_CLASS_POOL && class_index != request->class_index) continue;
-        uint32_t generated = request->generated_tokens;
-        bool told = slot->seq == last_batch(arena->books);
-        if (told && slot->used_tokens > request->prompt_tokens + generated)
-            generated = slot->used_tokens - request->prompt_tokens;
-        running[(*count)++] = completion_of(arena, id, generated, true);
-    }
-    return leave(arena, ODMA_OK);
-}
-
-odma_status odma_arena_class(odma_arena *arena, uint32_t index, char name[ODMA_NAME_BYTES]) {
-    if (name == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    if (index >= arena->books->class_count) return leave(arena, ODMA_NOT_FOUND);
-    memcpy(name, arena->books->class_names[index], ODMA_NAME_BYTES);
-    return leave(arena, ODMA_OK);
-}
-
-odma_status odma_arena_class_index(odma_arena *arena, const char name[ODMA_NAME_BYTES],
-                                   uint32_t *index) {
-    if (name == NULL || index == NULL) return ODMA_INVALID;
-    odma_status status = enter(arena);
-    if (status != ODMA_OK) return status;
-    uint32_t found = class_of(arena, name);
-    *index = found == NONE ? (uint32_t)ODMA_CLASS_POOL : found;
-    return leave(arena, ODMA_OK);
 }

@@ -1,4 +1,4 @@
-/* lpddr.c - one channel: what its controller issues, and when.
+/* channel.c - one channel: what its controller issues, and when.
  *
  * Time does not tick. A step asks which command may be issued now, issues the
  * one that the controller prefers, and says when the next could be issued; the
@@ -21,8 +21,6 @@
  */
 #include <string.h>
 
-#include "lpddr.h"
-
 static const uint16_t NO_SLOT = UINT16_MAX;
 static const uint32_t NO_BANK = UINT32_MAX;
 
@@ -43,7 +41,7 @@ static inline uint32_t group_of(const struct channel *channel, uint32_t bank) {
 
 static inline uint64_t bit(uint32_t bank) { return (uint64_t)1 << bank; }
 
-void channel_init(struct channel *channel, const odma_lpddr_device *device,
+static void channel_init(struct channel *channel, const odma_lpddr_device *device,
                   const struct decoder *decoder, struct piece *pieces, uint32_t piece_room) {
     memset(channel, 0, sizeof *channel);
     channel->device = device;
@@ -354,7 +352,8 @@ static void refresh_bank(struct channel *channel, uint64_t now) {
     channel->bank_ref_at = now + timing->pbr2pbr;
     channel->counts.refreshes_bank++;
     channel->refreshes_due--;
-    channel->refresh_bank = (bank + 1) % (organisation->bank_groups * organisation->banks_per_group);
+    channel->refresh_bank =
+        (bank + 1) % (organisation->bank_groups * organisation->banks_per_group);
 }
 
 static void activate(struct channel *channel, uint32_t bank, uint64_t now) {
@@ -492,7 +491,7 @@ static void issue(struct channel *channel, struct choice choice, uint64_t *now) 
 
 /* Issue at most one command at `now`; returns when to come again, NEVER if only
  * the source can change anything. */
-uint64_t channel_step(struct channel *channel, uint64_t now) {
+static uint64_t channel_step(struct channel *channel, uint64_t now) {
     const odma_lpddr_device *device = channel->device;
     channel->done_block = NONE_DONE;
     bool more = fill(channel, now);

@@ -1,7 +1,7 @@
 /**
  * Plays the conformance scenarios against a server.
  *
- *     node conformance.js 127.0.0.1:50051 [PART OF A NAME]
+ *     node runner.js 127.0.0.1:50051 [PART OF A NAME]
  *
  * tests/conformance/README.md explains the file and what is checked.
  */

@@ -1,6 +1,6 @@
-/* conformance.cc - plays the conformance scenarios against a server.
+/* runner.cc - plays the conformance scenarios against a server.
  *
- *     build/cpp/conformance FILE 127.0.0.1:50051 [PART OF A NAME]
+ *     build/cpp/runner FILE 127.0.0.1:50051 [PART OF A NAME]
  *
  * FILE is tests/conformance/scenarios.json. The README.md beside it explains the
  * file and what is checked.
