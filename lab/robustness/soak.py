@@ -1,7 +1,7 @@
 """`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
 With faults engines crash, forget, hang, send garbage and break their streams, and the server is
-killed, ended and stopped. Every engine holds the books against its model again and again.
+killed, ended and stopped. Every engine holds the books against its twin again and again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import typer
 from google.protobuf.message import Message
 
 from lab.robustness.engine import Engine
-from lab.robustness.model import Findings
 from lab.robustness.servers import resident_bytes
+from lab.robustness.twin import Findings
 from odma_service.cli.failures import BadResultError
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import show
@@ -79,7 +79,7 @@ def command(
         raise BadResultError(*findings.words, *bugs)
 
 
-class Tally:
+class CallCounts:
     """What the calls of all engines came to."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Tally:
 class CountingClient(Client):
     """A client whose every attempt is counted."""
 
-    def __init__(self, target: str, tally: Tally) -> None:
+    def __init__(self, target: str, tally: CallCounts) -> None:
         super().__init__(target, timeout_seconds=TIMEOUT_SECONDS, retry_seconds=PATIENCE_SECONDS)
         self._tally = tally
 
@@ -130,7 +130,7 @@ class CountingClient(Client):
 class Subject:
     """One engine in a thread, what it does and what befalls it."""
 
-    def __init__(self, number: int, target: str, seed: int, findings: Findings, tally: Tally):
+    def __init__(self, number: int, target: str, seed: int, findings: Findings, tally: CallCounts):
         self._name = f"engine-{number}"
         self._single_stream = number % 2 == 0
         self._streaming = number % 3 != 0
@@ -261,7 +261,7 @@ class Host:
     A life's first half warms up: threads come with the first busy moments, and stay.
     """
 
-    def __init__(self, directory: Path, seed: int, tally: Tally) -> None:
+    def __init__(self, directory: Path, seed: int, tally: CallCounts) -> None:
         self._directory = directory
         self._random = Random(seed)
         self._tally = tally
@@ -307,7 +307,7 @@ def soak(
     directory: Path, minutes: float, seed: int, *, faults: bool
 ) -> tuple[dict[str, Any], Findings]:
     """Run it, and return what came of it."""
-    findings, tally, over = Findings(), Tally(), Event()
+    findings, tally, over = Findings(), CallCounts(), Event()
     random = Random(seed)
     begun = time.monotonic()
     host = Host(directory, random.randrange(2**32), tally)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from lab.bench.building import compile_program
 from lab.robustness import killed_arena, killed_service
-from lab.robustness.model import Findings
+from lab.robustness.twin import Findings
 from odma_service.cli.failures import BadResultError
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import show

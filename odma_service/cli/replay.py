@@ -164,7 +164,7 @@ def progress_bar(quiet: bool) -> Progress:
     )
 
 
-def _watch(progress: Progress, total: int) -> replay.Watch:
+def _watch(progress: Progress, total: int) -> replay.Progress:
     tasks: dict[str, TaskID] = {}
 
     def watch(policy: str, seed: int, finished: int) -> None:

@@ -46,10 +46,10 @@ from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
 from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from odma_service.service.watch.tracing import Traces
+    from odma_service.service.watch.tracing import OtelSpans
 
 SPARE_STREAMS = 16
 """More streams than pools: those that have not sent a batch yet, or whose client is dead."""
@@ -91,8 +91,8 @@ def run(settings: Settings) -> None:
     models = Models(
         _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
     )
-    traces = _traces(settings)
-    witness = Witness(decisions=_decision_log(settings, models), spans=traces)
+    spans = _otel_spans(settings)
+    telemetry = Telemetry(decisions=_decision_log(settings, models), spans=spans)
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -101,21 +101,21 @@ def run(settings: Settings) -> None:
         monotonic=time.monotonic,
         wall=time.time,
         model=models.now,
-        witness=witness,
+        telemetry=telemetry,
     )
     models.start()
     registry.attach_all()
     try:
         with reaping(registry):
-            _serve(settings, registry, traces)
+            _serve(settings, registry, spans)
     finally:
         models.stop()
         registry.close()
-        witness.close()
+        telemetry.close()
     log.info("stopped")
 
 
-def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> None:
+def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
@@ -125,7 +125,7 @@ def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> Non
         calls,
         options=(*OPTIONS, most_streams),
         interceptors=[
-            *([traces.observer()] if traces else []),
+            *([spans.observer()] if spans else []),
             RpcMetrics(metrics),
             Guard(identities, calls, settings.max_calls),
         ],
@@ -159,7 +159,7 @@ def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> Non
             healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         registry.close()
         memory.streams.end_all(draining())
-        registry.witness.events.end()
+        registry.telemetry.events.end()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a question for the health.
@@ -229,9 +229,12 @@ def _decision_log(settings: Settings, models: Models) -> DecisionLog | None:
     return DecisionLog(settings.decision_log, bytes_)
 
 
-def _traces(settings: Settings) -> Traces | None:
-    """Return traces, if they are wanted: what they need is imported only then."""
-    return import_module("odma_service.service.watch.tracing").traces() if settings.traces else None
+def _otel_spans(settings: Settings) -> OtelSpans | None:
+    """Return the spans of traces, if they are wanted. Only then OpenTelemetry is imported."""
+    if not settings.traces:
+        return None
+    spans: OtelSpans = import_module("odma_service.service.watch.tracing").otel_spans()
+    return spans
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from running import odma
+from typer.main import get_command
 
-from odma_service.cli.serve import command
+from odma_service.cli.serve import app
 from odma_service.errors import InvalidError
 from odma_service.service import config
+
+OF_TYPER = {"--install-completion", "--show-completion", "--help"}
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +164,10 @@ def test_a_bad_value_names_its_key(file):
 
 
 def test_every_setting_has_a_flag():
-    flags = set(command.__annotations__) - {"return", "config_file"}
-    assert flags | {"config"} == set(config.Settings.model_fields)
+    flags = {option.opts[0] for option in get_command(app).params}
+    assert flags - OF_TYPER == {
+        f"--{field.replace('_', '-')}" for field in config.Settings.model_fields
+    }
 
 
 @pytest.mark.parametrize(

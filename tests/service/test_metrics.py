@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 from paths import DOCS, ROOT
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from running import fail_to_serve
 from servers import Server, metrics_address, open_pool, wait_for
@@ -24,6 +25,7 @@ from odma_service.client import Client, allocate, extend, free, used
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service import config
+from odma_service.service.watch import metrics
 from odma_service.values import End
 
 PAGE = DOCS / "reference" / "observability.md"
@@ -255,6 +257,15 @@ def test_a_client_that_says_nothing_holds_up_no_scrape(scraped):
     host, _, port = metrics_address(scraped).rpartition(":")
     with socket.create_connection((host, int(port))):
         assert value(scrape(scraped), "odma_build_info") == 1
+
+
+def test_a_client_that_says_nothing_is_let_go_and_leaves_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "SLOWEST_CLIENT_SECONDS", 0.1)
+    with metrics.serving_metrics("127.0.0.1:0", CollectorRegistry()) as address:
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            assert client.recv(1) == b""
+    assert capsys.readouterr().err == ""
 
 
 # --- the page and a real Prometheus ---

@@ -20,12 +20,12 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import (
     PoolServiceStub,
 )
 from odma_service.service.door.watchers import MOST_WATCHERS
-from odma_service.service.watch.events import Kind
+from odma_service.service.watch.events import EventKind
 from odma_service.values import End
 
 
 def test_every_kind_has_the_number_that_the_proto_gives_it():
-    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in Kind} == {
+    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in EventKind} == {
         name: number for name, number in pb.EventKind.items() if number
     }
 
@@ -129,12 +129,12 @@ def test_a_cursor_that_means_nothing_is_refused(service, cursor, incarnation):
 
 
 def test_a_watcher_that_is_too_slow_is_told_and_goes_on_with_what_there_is(tmp_path):
-    with small_service(tmp_path, kept=4) as (witness, target), Client(target) as service:
+    with small_service(tmp_path, kept=4) as (telemetry, target), Client(target) as service:
         answers = service.watch()
         greeting = next(answers)
         answers.close()
         for i in range(10):
-            witness.tell(Kind.OPENED, "p", i + 1)
+            telemetry.tell(EventKind.OPENED, "p", i + 1)
         answers = service.watch("", greeting.cursor, greeting.incarnation)
         told = list(islice(answers, 6))
         assert [answer.lost for answer in told] == [False, True] + [False] * 4

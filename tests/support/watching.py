@@ -12,7 +12,7 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to
 from odma_service.service.pools.registry import Registry
 from odma_service.service.rpc.pools import PoolService
 from odma_service.service.watch.events import Events
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.telemetry import Telemetry
 
 
 def kinds(answers) -> list[str]:
@@ -30,7 +30,7 @@ def small_service(tmp_path, kept: int):
         boot_id="boot",
         monotonic=lambda: 0.0,
         wall=lambda: 0.0,
-        witness=Witness(Events(kept=kept)),
+        telemetry=Telemetry(Events(kept=kept)),
     )
     server = grpc.server(ThreadPoolExecutor(2))
     service = PoolService(registry)
@@ -38,9 +38,9 @@ def small_service(tmp_path, kept: int):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield registry.witness, f"127.0.0.1:{port}"
+        yield registry.telemetry, f"127.0.0.1:{port}"
     finally:
-        registry.witness.events.end()
+        registry.telemetry.events.end()
         server.stop(0).wait()
         service.watchers.close()
         registry.close()

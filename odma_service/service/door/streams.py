@@ -2,15 +2,13 @@
 
 grpcio gives a stream one of the threads that answer calls, for as long as the client likes. So
 streams have threads of their own, a bounded number, and no stream takes one from a call. The
-handler answers by a callback, as grpcio's own health service does: then another thread can end
-a stream that waits for its client.
+handler sends by callback: so another thread can end a stream that waits for its client.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import grpc
@@ -18,6 +16,7 @@ from grpc_status import rpc_status
 
 from odma_service.errors import InvalidError, StreamLimitError, StreamReplacedError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.statuses import told
 
 END_SECONDS = 1.0
@@ -59,21 +58,20 @@ class Stream:
             self.lock.release()
 
 
-class Streams:
-    """The open streams. Called by grpcio as the handler of the rpc."""
+class Streams(OwnThreads):
+    """The open streams, and the handler of the rpc."""
 
-    experimental_non_blocking = True  # grpcio gives the handler `send`
+    experimental_non_blocking = True
 
     def __init__(
         self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
     ) -> None:
+        super().__init__(most_streams, "stream")
         self._apply = apply
         self._most_streams = most_streams
         self._lock = Lock()
         self._open: set[Stream] = set()
         self._by_pool: dict[str, Stream] = {}
-        # One thread more than streams: it tells those that are too many.
-        self.experimental_thread_pool = ThreadPoolExecutor(most_streams + 1, "stream")
 
     def __call__(
         self, requests: Iterator[pb.StreamRequest], context: grpc.ServicerContext, send: Send
@@ -99,10 +97,6 @@ class Streams:
         give_up = time.monotonic() + END_SECONDS
         for stream in list(self._open):
             stream.end(error, give_up - time.monotonic())
-
-    def close(self) -> None:
-        """Give the threads back, after the server has stopped."""
-        self.experimental_thread_pool.shutdown()
 
     def _serve(self, stream: Stream, requests: Iterator[pb.StreamRequest]) -> None:
         for request in requests:

@@ -34,8 +34,8 @@ from odma_service.learning import Learner, Model
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.door.access import claimed, may_see
-from odma_service.service.watch.events import Kind
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.events import EventKind
+from odma_service.service.watch.telemetry import Telemetry
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -97,7 +97,7 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
-        witness: Witness | None = None,
+        telemetry: Telemetry | None = None,
         model: Callable[[], Model | None] = lambda: None,
     ) -> None:
         self._directory = directory
@@ -107,7 +107,7 @@ class Registry:
         self._monotonic = monotonic
         self._wall = wall
         self._model = model
-        self.witness = witness or Witness()
+        self.telemetry = telemetry or Telemetry()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
@@ -180,17 +180,17 @@ class Registry:
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             pool.close_epoch(epoch)
-            self.witness.tell(Kind.CLOSED, name, epoch)
+            self.telemetry.tell(EventKind.CLOSED, name, epoch)
 
     @contextmanager
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
-        with self.witness.spans.waiting(entry.lock):
+        with self.telemetry.spans.waiting(entry.lock):
             pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
-            self.witness.spans.serves(name, epoch)
+            self.telemetry.spans.serves(name, epoch)
             self._hear(name, entry)
             try:
                 yield entry.learner
@@ -220,7 +220,7 @@ class Registry:
                     continue
                 entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
                 if entry.stale:
-                    self.witness.tell(Kind.STALE, name, pool.epoch)
+                    self.telemetry.tell(EventKind.STALE, name, pool.epoch)
             finally:
                 entry.lock.release()
 
@@ -251,13 +251,13 @@ class Registry:
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        self.witness.tell(
-            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        self.telemetry.tell(
+            EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
         )
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
-        return Learner(pool, self.witness.observer_of(pool), model=self._model)
+        return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -275,7 +275,7 @@ class Registry:
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
             epoch = pool.epoch
             pool.close_epoch(epoch)
-            self.witness.tell(Kind.EXPIRED, name, epoch)
+            self.telemetry.tell(EventKind.EXPIRED, name, epoch)
         return pool
 
     def _hear(self, name: str, entry: Entry) -> None:
@@ -283,7 +283,7 @@ class Registry:
         entry.heard_at = self._monotonic()
         if entry.stale:
             entry.stale = False
-            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
+            self.telemetry.tell(EventKind.REVIVED, name, entry.learner.pool.epoch)
 
     def _insist_seen(self, name: str, entry: Entry) -> Pool:
         """Return the pool of a locked entry, as if there were none if the caller may not see it."""
@@ -307,7 +307,7 @@ class Registry:
 
     def _set_aside(self, name: str, error: BooksError) -> None:
         aside = set_aside(self._path(name), str(error))
-        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
+        self.telemetry.tell(EventKind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
     def _make_room(self, owner: str) -> None:
         """Forget the pool that was opened longest ago of those that are closed, if need be.
@@ -339,7 +339,7 @@ class Registry:
                 entry.pool.close()
             entry.pool = None
             self._path(name).unlink()
-        self.witness.tell(Kind.FORGOTTEN, name)
+        self.telemetry.tell(EventKind.FORGOTTEN, name)
 
     # --- opening ---
 
@@ -358,14 +358,14 @@ class Registry:
             return
         if not take_over:
             raise PoolOwnedError(name, self._idle_seconds(entry))
-        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
+        self.telemetry.tell(EventKind.TAKEN_OVER, name, epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
         self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
-        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
+        self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
@@ -382,7 +382,7 @@ class Registry:
             unfinished.replace(path)
             old.close()
         entry.adopt(self._learner(pool), self._monotonic())
-        self.witness.tell(Kind.OPENED, spec.name, epoch)
+        self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had, not even in books that are lost."""

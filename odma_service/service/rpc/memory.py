@@ -88,7 +88,7 @@ class MemoryService(MemoryServiceServicer):
 
     def _predictions(self, question: Question) -> list[Predicted | None]:
         """Ask the model, away from the lock: it takes time."""
-        with self._registry.witness.spans.part("predict"):
+        with self._registry.telemetry.spans.part("predict"):
             return predictions_of(question.answers())
 
     @reports_errors

@@ -22,7 +22,7 @@ class PoolService(PoolServiceServicer):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self.watchers = Watchers(registry.witness.events)
+        self.watchers = Watchers(registry.telemetry.events)
 
     @property
     def Watch(self) -> Watchers:  # a handler that carries its threads

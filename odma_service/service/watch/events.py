@@ -23,7 +23,7 @@ KEPT = 4096
 log = structlog.get_logger()
 
 
-class Kind(IntEnum):
+class EventKind(IntEnum):
     """What happened; numbered as EventKind in the proto."""
 
     OPENED = 1
@@ -40,21 +40,27 @@ class Kind(IntEnum):
     EXPIRED = 12
 
 
-ENDS_EPOCH = {Kind.TAKEN_OVER, Kind.CLOSED, Kind.EXPIRED, Kind.SET_ASIDE, Kind.FORGOTTEN}
+ENDS_EPOCH = {
+    EventKind.TAKEN_OVER,
+    EventKind.CLOSED,
+    EventKind.EXPIRED,
+    EventKind.SET_ASIDE,
+    EventKind.FORGOTTEN,
+}
 
 _LINES = {
-    Kind.OPENED: ("info", "pool opened"),
-    Kind.RESUMED: ("info", "pool found"),
-    Kind.TAKEN_OVER: ("warning", "pool taken over"),
-    Kind.CLOSED: ("info", "pool closed"),
-    Kind.EXPIRED: ("warning", "pool closed: its owner is silent"),
-    Kind.STALE: ("warning", "pool stale: its owner is silent"),
-    Kind.REVIVED: ("info", "pool revived: its owner is back"),
-    Kind.SET_ASIDE: ("error", "pool set aside"),
-    Kind.FORGOTTEN: ("info", "pool forgotten, to make room"),
-    Kind.POLICY_SET: ("info", "policy set"),
-    Kind.RECALIBRATED: ("info", "bucket limits recalibrated"),
-    Kind.SAFETY_SHARE: ("info", "safety share adapted"),
+    EventKind.OPENED: ("info", "pool opened"),
+    EventKind.RESUMED: ("info", "pool found"),
+    EventKind.TAKEN_OVER: ("warning", "pool taken over"),
+    EventKind.CLOSED: ("info", "pool closed"),
+    EventKind.EXPIRED: ("warning", "pool closed: its owner is silent"),
+    EventKind.STALE: ("warning", "pool stale: its owner is silent"),
+    EventKind.REVIVED: ("info", "pool revived: its owner is back"),
+    EventKind.SET_ASIDE: ("error", "pool set aside"),
+    EventKind.FORGOTTEN: ("info", "pool forgotten, to make room"),
+    EventKind.POLICY_SET: ("info", "policy set"),
+    EventKind.RECALIBRATED: ("info", "bucket limits recalibrated"),
+    EventKind.SAFETY_SHARE: ("info", "safety share adapted"),
 }
 
 
@@ -65,7 +71,7 @@ class Event(NamedTuple):
     """
 
     cursor: int
-    kind: Kind
+    kind: EventKind
     pool: str
     epoch: int
     unix_seconds: float
@@ -89,13 +95,13 @@ class Events:
         self._wall = wall
         self._kept: deque[Event] = deque(maxlen=kept)
         self._last = 0
-        self._counts: Counter[Kind] = Counter()
+        self._counts: Counter[EventKind] = Counter()
         self._news = Condition()
         self._over = False
 
     def tell(
         self,
-        kind: Kind,
+        kind: EventKind,
         pool: str,
         epoch: int = 0,
         *,
@@ -133,10 +139,10 @@ class Events:
         """The cursor of the last event, 0 before the first."""
         return self._last
 
-    def counts(self) -> dict[Kind, int]:
+    def counts(self) -> dict[EventKind, int]:
         """Return how many of each kind were told in this incarnation."""
         with self._news:
-            return {kind: self._counts[kind] for kind in Kind}
+            return {kind: self._counts[kind] for kind in EventKind}
 
     def after(self, cursor: int, wait_seconds: float = 0.0) -> Missed:
         """Return the events behind `cursor`, once there are any, or none after `wait_seconds`."""

@@ -1,6 +1,6 @@
 """What an engine that is never killed knows of its pool, and how books are held against it.
 
-A model is built from answers alone. So it cannot share an error with the books.
+A twin is built from answers alone. So it cannot share an error with the books.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Held(NamedTuple):
 
 
 def digest_of(words: Iterable[int]) -> int:
-    """Return 64 bits of some words, as bench/torture.c does: FNV-1a.
+    """Return 64 bits of some words, as torture.c does: FNV-1a.
 
     >>> digest_of([]) == 0xCBF29CE484222325
     True
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     moved: tuple[Place, ...]
 
     def digest(self) -> int:
-        """Return 64 bits of it, as bench/torture.c does."""
+        """Return 64 bits of it, as torture.c does."""
         return digest_of(self._words())
 
     def _words(self) -> Iterable[int]:
@@ -67,13 +67,13 @@ class Outcome(NamedTuple):
             yield from place
 
 
-class Model:
+class Twin:
     """The live regions of one pool, by handle. Replaced as a whole, never edited."""
 
     def __init__(self, held: dict[int, Held] | None = None) -> None:
         self.held = held or {}
 
-    def after(self, ops: Sequence[Op], outcome: Outcome) -> Model:
+    def after(self, ops: Sequence[Op], outcome: Outcome) -> Twin:
         """Return what is held once operations were answered so."""
         held = dict(self.held)
         for op, result in zip(ops, outcome.results, strict=True):
@@ -84,7 +84,7 @@ class Model:
                 held[result.handle] = Held(name, *result)
         for place in outcome.moved:
             held[place.handle] = Held(held[place.handle].request_id, *place)
-        return Model(held)
+        return Twin(held)
 
 
 @dataclass
@@ -102,16 +102,16 @@ class Findings:
         setattr(self, kind, getattr(self, kind) + 1)
         self.words.append(f"{kind}: {what}")
 
-    def compare(self, where: str, model: Model, live: Sequence[Held], held_tokens: int) -> None:
-        """Hold the live regions of the books against the model.
+    def compare(self, where: str, twin: Twin, live: Sequence[Held], held_tokens: int) -> None:
+        """Hold the live regions of the books against the twin.
 
         `held_tokens` is all that the books call neither free nor waiting.
         """
         listed = {region.handle: region for region in live}
-        for handle, region in model.held.items():
+        for handle, region in twin.held.items():
             if listed.get(handle) != region:
                 self.note("lost", f"{where}: {region} was acknowledged, is {listed.get(handle)}")
-        for handle in listed.keys() - model.held.keys():
+        for handle in listed.keys() - twin.held.keys():
             self.note("leaked", f"{where}: nobody holds {listed[handle]}")
         for first, second in pairwise(sorted(live, key=lambda region: region.start_token)):
             if first.end_token > second.start_token:

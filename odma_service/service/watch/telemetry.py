@@ -1,4 +1,4 @@
-"""Witness: told all that happens to pools; it counts, keeps events, and passes decisions on."""
+"""Telemetry: counts refusals, keeps events, logs decisions and marks spans, for all pools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from odma_service.learning import Change
 from odma_service.pool import Pool
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.watch.decisions import DecisionLog
-from odma_service.service.watch.events import ENDS_EPOCH, Events, Kind
+from odma_service.service.watch.events import ENDS_EPOCH, EventKind, Events
 from odma_service.service.watch.spans import Spans
 from odma_service.values import (
     Allocate,
@@ -31,41 +31,42 @@ OP_NAMES: dict[type[Op], str] = {
     Free: "free",
 }
 _KINDS = {
-    Change.SET: Kind.POLICY_SET,
-    Change.RECALIBRATED: Kind.RECALIBRATED,
-    Change.SAFETY_SHARE: Kind.SAFETY_SHARE,
+    Change.SET: EventKind.POLICY_SET,
+    Change.RECALIBRATED: EventKind.RECALIBRATED,
+    Change.SAFETY_SHARE: EventKind.SAFETY_SHARE,
 }
 
 
-class Tally:
-    """What one pool refused since the service started, by operation and reason."""
+class RefusalCounts:
+    """Refusals of one pool since the service started."""
 
     def __init__(self) -> None:
-        self.refusals: Counter[tuple[str, Reason]] = Counter()
+        self.by_reason: Counter[tuple[str, Reason]] = Counter()
+        """By name of the operation and reason."""
         self.advised = 0
-        """Refusals that named whom to preempt."""
+        """Refusals that named a region to preempt."""
 
     def add(self, ops: Sequence[Op], results: Sequence[Result]) -> None:
         """Count the refusals of a batch. Only the thread that holds the pool may."""
         for i, result in enumerate(results):
             if type(result) is Refusal:
-                self.refusals[OP_NAMES[type(ops[i])], result.reason] += 1
+                self.by_reason[OP_NAMES[type(ops[i])], result.reason] += 1
                 self.advised += result.preempt_handle != 0
 
 
 class PoolObserver:
-    """Told by the Learner of one pool."""
+    """Observes the Learner of one pool."""
 
     def __init__(
         self,
         pool: Pool,
-        tally: Tally,
+        refusals: RefusalCounts,
         events: Events,
         decisions: DecisionLog | None,
         spans: Spans,
     ) -> None:
         self._pool = pool
-        self._tally = tally
+        self._refusals = refusals
         self._events = events
         self._spans = spans
         self._decisions = decisions
@@ -77,7 +78,7 @@ class PoolObserver:
         results: Sequence[Result],
         copies: Sequence[Copy],
     ) -> None:
-        self._tally.add(ops, results)
+        self._refusals.add(ops, results)
         self._spans.decided(ops, results, copies)
         if self._decisions is not None:
             self._decisions.decided(self._pool, ops, predictions, results, copies)
@@ -100,8 +101,8 @@ class PoolObserver:
         )
 
 
-class Witness:
-    """Told by the registry. One for a service."""
+class Telemetry:
+    """Where the registry reports. One for a service."""
 
     def __init__(
         self,
@@ -112,36 +113,36 @@ class Witness:
         self.events = events or Events()
         self.decisions = decisions
         self.spans = spans or Spans()
-        self._tallies: dict[str, Tally] = {}
+        self._refusals: dict[str, RefusalCounts] = {}
         self._owners: dict[str, str] = {}
 
     def observer_of(self, pool: Pool) -> PoolObserver:
         """Return the observer of a pool that was made, found or opened."""
-        tally = self._tallies.setdefault(pool.spec.name, Tally())
+        refusals = self._refusals.setdefault(pool.spec.name, RefusalCounts())
         self._owners[pool.spec.name] = pool.spec.owner
         if self.decisions is not None:
             self.decisions.adopt(pool)
-        return PoolObserver(pool, tally, self.events, self.decisions, self.spans)
+        return PoolObserver(pool, refusals, self.events, self.decisions, self.spans)
 
-    def tally(self, pool: str) -> Tally:
-        """Return what a pool refused."""
-        return self._tallies.get(pool) or Tally()
+    def refusals(self, pool: str) -> RefusalCounts:
+        """Return the counts of a pool's refusals."""
+        return self._refusals.get(pool) or RefusalCounts()
 
     def tell(
-        self, kind: Kind, pool: str, epoch: int = 0, *, reason: str = "", file: str = ""
+        self, kind: EventKind, pool: str, epoch: int = 0, *, reason: str = "", file: str = ""
     ) -> None:
-        """Take note of an event of a pool. `file` is for the log line only."""
+        """Report an event of a pool. `file` is for the log line only."""
         owner = self._owners.get(pool, "")
         self.spans.event(kind.name, pool, reason)
         self.events.tell(kind, pool, epoch, reason=reason, owner=owner, file=file)
-        if kind in {Kind.SET_ASIDE, Kind.FORGOTTEN}:
-            self._tallies.pop(pool, None)
+        if kind in {EventKind.SET_ASIDE, EventKind.FORGOTTEN}:
+            self._refusals.pop(pool, None)
             self._owners.pop(pool, None)
         if kind in ENDS_EPOCH and self.decisions is not None:
             self.decisions.epoch_over(pool)
 
     def close(self) -> None:
-        """Write what was decided; nothing follows."""
+        """Write the last decisions and spans; nothing follows."""
         self.events.end()
         if self.decisions is not None:
             self.decisions.close()
