@@ -9,7 +9,7 @@ C_SOURCES := $(wildcard csrc/*.[ch] csrc/*/*.[ch])
 C_CHECKED := csrc/odma.c $(wildcard lab/*/*.c examples/c/*.c tests/arena/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
-LIB_VERSION := 0.1.0
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' odma_service/__init__.py)
 LIB_SONAME := libodma.so.0
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
@@ -116,12 +116,12 @@ $(PREFIX)/lib/libodma.a: build/obj/odma.o
 	$(AR) rcs $@ $<
 
 # The prefix is where the file lies, so that the tree can be moved.
-$(PREFIX)/lib/pkgconfig/odma.pc: Makefile
+$(PREFIX)/lib/pkgconfig/odma.pc: Makefile odma_service/__init__.py
 	@mkdir -p $(@D)
 	printf '%s\n' 'prefix=$${pcfiledir}/../..' 'libdir=$${prefix}/lib' \
 		'includedir=$${prefix}/include' '' 'Name: odma' \
 		'Description: Who owns which blocks of a KV cache that must stay contiguous' \
-		'Version: $(LIB_VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
+		'Version: $(VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
 		'Cflags: -I$${includedir}' > $@
 
 $(PREFIX)/include/%.h: csrc/%.h

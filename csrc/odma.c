@@ -15,6 +15,7 @@
 #include "arena/arena.h"
 
 #include "arena/base.c"
+#include "arena/defaults.c"
 
 #include "arena/ids.c"
 #include "arena/bins.c"

@@ -16,6 +16,7 @@
  *   learn.c               histograms and completions
  *   slots.c, runs.c       who holds what; the blocks in address order
  *   bins.c, ids.c         free runs by length; regions by request id
+ *   defaults.c            what a field that is 0 means
  *   base.c                what all of them use
  *   limits.c              optimal bucket limits, which need no arena
  */
@@ -41,7 +42,6 @@ enum {
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
     SUB_BINS = 64,       /* longer ones: bins per power of two */
     FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
-    LEARNT_ENOUGH = 32,
     MOST_OUTPUT_TOKENS = 1 << 24
 };
 

@@ -46,9 +46,8 @@ odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_an
     if (status != ODMA_NOT_FOUND) return leave(arena, status);
     if (arena->rescale && (status = rescale(arena)) != ODMA_OK) return leave(arena, status);
 
-    const odma_policy *policy = &arena->books->policy;
-    uint32_t unset = batch->max_copy_tokens == ODMA_UNSET;
-    begin_batch(arena, NO_BATCH, unset ? policy->max_copy_tokens : batch->max_copy_tokens);
+    uint32_t usual = arena->books->policy.max_copy_tokens;
+    begin_batch(arena, NO_BATCH, gives_max_copy(batch) ? batch->max_copy_tokens : usual);
     status = batch_fault(arena, batch, answer);
     if (status != ODMA_OK) return leave(arena, status);
     arena->step.seq = batch->seq;
@@ -120,17 +119,18 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
 odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_engine *engine,
                                   const char *boot_id, const void *description,
                                   uint32_t description_bytes) {
-    if (engine == NULL || engine_fault(engine) != NULL || epoch >= MAX_WIRE ||
-        description_bytes > ODMA_DESCRIPTION_BYTES ||
+    if (engine == NULL || epoch >= MAX_WIRE || description_bytes > ODMA_DESCRIPTION_BYTES ||
         (description == NULL && description_bytes > 0))
         return ODMA_INVALID;
+    odma_engine finished = finished_engine(*engine);
+    if (engine_fault(&finished) != NULL) return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
     if (epoch <= books->last_epoch) return leave(arena, ODMA_INVALID);
     forget_books(arena);
     books->epoch = books->last_epoch = epoch;
-    books->engine = *engine;
+    books->engine = finished;
     if (boot_id != NULL) pad_boot_id(books->boot_id, boot_id);
     books->description_bytes = description_bytes;
     if (description_bytes > 0) memcpy(books->description, description, description_bytes);
@@ -148,22 +148,21 @@ odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch) {
 
 odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
                                   uint32_t expected_version) {
-    if (policy == NULL || policy_fault(policy) != NULL) return ODMA_INVALID;
+    if (policy == NULL) return ODMA_INVALID;
+    odma_policy next = finished_policy(*policy);
+    if (policy_check(&next, NULL) != ODMA_OK) return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
     if (expected_version != 0 && expected_version != books->policy.version)
         return leave(arena, ODMA_VERSION);
-    odma_policy next = *policy;
     next.version = books->policy.version + 1;
-    for (uint32_t i = next.limit_count; i < ODMA_LIMITS; i++) next.limits_tokens[i] = 0;
-    for (uint32_t i = next.tenant_count; i < ODMA_TENANTS; i++) next.tenants[i] = (odma_tenant){0};
     if (memcmp(next.tenants, books->policy.tenants, sizeof next.tenants) != 0)
         memset(books->claims, 0, sizeof books->claims);
     books->policy = next;
     books_mark(arena, &books->policy, sizeof books->policy + sizeof books->claims);
     count_accounts(arena);
     status = commit(arena);
-    if (status == ODMA_OK) policy->version = next.version;
+    if (status == ODMA_OK) *policy = next;
     return leave(arena, status);
 }

@@ -11,13 +11,13 @@ static const char *geometry_fault(const odma_geometry *geometry) {
     if (geometry->blocks < 1 || geometry->blocks > ODMA_MAX_BLOCKS) return "blocks: 1 to 16777216";
     if (tokens < 1 || tokens > 1024 || (tokens & (tokens - 1)) != 0)
         return "block_tokens: a power of two from 1 to 1024";
-    if ((uint64_t)geometry->blocks * tokens > (1U << 28)) return "blocks: at most 2^28 tokens";
+    if ((uint64_t)geometry->blocks * tokens > ODMA_MAX_TOKENS) return "blocks: at most 2^28 tokens";
     if (geometry->max_regions < 1 || geometry->max_regions > ODMA_MAX_REGIONS)
         return "max_regions: 1 to 65536";
     if (geometry->max_ops < 1 || geometry->max_ops > ODMA_MAX_OPS) return "max_ops: 1 to 4096";
     if (geometry->max_copies < 1 || geometry->max_copies > ODMA_MAX_COPIES)
         return "max_copies: 1 to 4096";
-    if (geometry->model_length_tokens < 1 || geometry->model_length_tokens > (1U << 28))
+    if (geometry->model_length_tokens < 1 || geometry->model_length_tokens > ODMA_MAX_TOKENS)
         return "model_length_tokens: 1 to 2^28";
     return NULL;
 }
@@ -34,46 +34,67 @@ static const char *engine_fault(const odma_engine *engine) {
     return NULL;
 }
 
-/* The rule that a policy's tenants break, or NULL. */
-static const char *tenants_fault(const odma_policy *policy) {
-    if (policy->tenant_count > ODMA_TENANTS) return "tenant_count: at most 16";
+static odma_status tenants_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]) {
+    if (policy->tenant_count > ODMA_TENANTS)
+        return refuse(reason, ODMA_INVALID, "tenants: at most %u", (unsigned)ODMA_TENANTS);
     double sum = policy->safety_share;
     for (uint32_t i = 0; i < policy->tenant_count; i++) {
         const odma_tenant *tenant = &policy->tenants[i];
-        if (tenant->name[0] == 0) return "tenants: a name is not empty";
+        const char *rule = NULL;
+        if (tenant->name[0] == 0) rule = "name: 1 to 32 bytes";
         for (uint32_t j = 0; j < i; j++)
             if (memcmp(tenant->name, policy->tenants[j].name, sizeof tenant->name) == 0)
-                return "tenants: each is named once";
-        if (!within(tenant->maximum_share, 1e-9, 1)) return "maximum_share: above 0, at most 1";
-        if (!within(tenant->guaranteed_share, 0, tenant->maximum_share))
-            return "guaranteed_share: 0 to maximum_share";
+                rule = "name: each tenant once";
+        if (!within(tenant->maximum_share, 1e-9, 1))
+            rule = "maximum_share: above 0, at most 1";
+        else if (!within(tenant->guaranteed_share, 0, tenant->maximum_share))
+            rule = "guaranteed_share: 0 to maximum_share";
+        if (rule != NULL) return refuse(reason, ODMA_INVALID, "tenants[%u].%s", i, rule);
         sum += tenant->guaranteed_share;
     }
     if (policy->tenant_count > 0 && !(sum <= 1 + 1e-9))
-        return "tenants: guaranteed shares and safety_share are at most 1 together";
+        return refuse(reason, ODMA_INVALID,
+                      "tenants: guaranteed shares and safety_share are at most 1 together");
+    return ODMA_OK;
+}
+
+static const char *limits_fault(const odma_policy *policy) {
+    if (policy->limit_count > ODMA_LIMITS) return "limits_tokens: at most 16";
+    for (uint32_t i = 0; i < policy->limit_count; i++)
+        if (policy->limits_tokens[i] <= (i == 0 ? 0 : policy->limits_tokens[i - 1]) ||
+            policy->limits_tokens[i] > ODMA_MAX_TOKENS)
+            return "limits_tokens: ascending, from at least 1 to at most 2^28";
     return NULL;
 }
 
-/* The rule that a record breaks, or NULL. */
-static const char *policy_fault(const odma_policy *policy) {
+/* Whether a finished record keeps every rule but that of its name. */
+static odma_status policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]) {
+    const char *fault = limits_fault(policy);
     if (policy->start < ODMA_START_MAXIMUM || policy->start > ODMA_START_STEP)
-        return "start: one of odma_start";
+        fault = "start: one of odma_start";
     if (policy->overflow < ODMA_OVERFLOW_PREEMPT || policy->overflow > ODMA_OVERFLOW_COMPACT)
-        return "overflow: one of odma_overflow";
+        fault = "overflow: one of odma_overflow";
     if (policy->step_tokens < 1 || policy->step_tokens > (1U << 20))
-        return "step_tokens: 1 to 2^20";
-    if (policy->limit_count > ODMA_LIMITS) return "limit_count: at most 16";
-    for (uint32_t i = 0; i < policy->limit_count; i++)
-        if (policy->limits_tokens[i] <= (i == 0 ? 0 : policy->limits_tokens[i - 1]) ||
-            policy->limits_tokens[i] > (1U << 28))
-            return "limits_tokens: ascending, from at least 1 to at most 2^28";
-    if (!within(policy->overflow_risk, 0, 1)) return "overflow_risk: 0 to 1";
-    if (!within(policy->safety_share, 0, 0.9)) return "safety_share: 0 to 0.9";
+        fault = "step_tokens: 1 to 2^20";
+    if (!within(policy->overflow_risk, 0, 1)) fault = "overflow_risk: 0 to 1";
+    if (!within(policy->safety_share, 0, 0.9)) fault = "safety_share: 0 to 0.9";
     if (policy->unsure_ratio != 0 && !within(policy->unsure_ratio, 1, 1e9))
-        return "unsure_ratio: 0, or at least 1";
-    if (!within(policy->growth, 1, 4)) return "growth: 1 to 4";
-    if (!within(policy->tenant_share, 1e-9, 1)) return "tenant_share: above 0, at most 1";
-    return tenants_fault(policy);
+        fault = "unsure_ratio: 0, or 1 to 10^9";
+    if (!within(policy->growth, 1, 4)) fault = "growth: 1 to 4";
+    if (!within(policy->tenant_share, 1e-9, 1)) fault = "tenant_share: above 0, at most 1";
+    if (fault != NULL) return refuse(reason, ODMA_INVALID, "%s", fault);
+    return tenants_check(policy, reason);
+}
+
+odma_status odma_policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]) {
+    if (policy == NULL) return refuse(reason, ODMA_INVALID, "policy: missing");
+    if (policy->name[0] == 0) return refuse(reason, ODMA_INVALID, "name: 1 to 32 bytes");
+    return policy_check(policy, reason);
+}
+
+odma_status odma_geometry_check(const odma_geometry *geometry, char reason[ODMA_REASON_BYTES]) {
+    const char *fault = geometry == NULL ? "geometry: missing" : geometry_fault(geometry);
+    return fault == NULL ? ODMA_OK : refuse(reason, ODMA_INVALID, "%s", fault);
 }
 
 /* --- the books, each entry by itself --- */
@@ -123,8 +144,9 @@ static const char *stats_fault(const struct stats *stats) {
     return NULL;
 }
 
-/* The rule that the books break, each entry looked at by itself, or NULL. */
-static const char *books_fault(const odma_arena *arena) {
+/* The rule that the books break, each entry looked at by itself, or NULL. `room` is for a
+ * sentence that has to be written. */
+static const char *books_fault(const odma_arena *arena, char room[ODMA_REASON_BYTES]) {
     const struct books *books = arena->books;
     if (books->epoch != 0 && books->epoch != books->last_epoch) return "the epoch is impossible";
     if (books->last_epoch >= MAX_WIRE || books->seq >= MAX_WIRE) return "a counter is too large";
@@ -137,7 +159,7 @@ static const char *books_fault(const odma_arena *arena) {
             books->claims[i].blocks > arena->geometry.blocks)
             return "a claim is impossible";
     const char *fault = books->epoch == 0 ? NULL : engine_fault(&books->engine);
-    if (fault == NULL) fault = policy_fault(&books->policy);
+    if (fault == NULL && policy_check(&books->policy, room) != ODMA_OK) fault = room;
     for (uint32_t i = 0; i < STATS && fault == NULL; i++) fault = stats_fault(&books->stats[i]);
     for (uint32_t i = 0; i < arena->layout.table_size && fault == NULL; i++)
         fault = slot_fault(arena, i);

@@ -27,13 +27,19 @@ static size_t feed_name(struct digest *digest, const char *name, size_t bytes) {
     return i;
 }
 
+/* A number of tokens, all ones where none is given. */
+static uint32_t word_of(bool given, uint32_t tokens) {
+    return !given ? UINT32_MAX : tokens == UINT32_MAX ? tokens - 1 : tokens;
+}
+
 static void feed_allocate(struct digest *digest, const odma_op *op) {
-    uint32_t risk;
-    memcpy(&risk, &op->overflow_risk, sizeof risk);
+    float accepted = gives_risk(op) ? (float)op->overflow_risk : -1;
+    uint32_t risk, max_total = word_of(gives_max_total(op), op->max_total_tokens);
+    memcpy(&risk, &accepted, sizeof risk);
     feed(digest, (uint64_t)op->prompt_tokens << 32 | op->generated_tokens);
-    feed(digest, (uint64_t)op->max_total_tokens << 32 | op->guess_tokens);
-    feed(digest, (uint64_t)risk << 32 | op->has_text);
-    if (op->has_text != 0) {
+    feed(digest, (uint64_t)max_total << 32 | op->guess_tokens);
+    feed(digest, (uint64_t)risk << 32 | gives_text(op));
+    if (gives_text(op)) {
         feed(digest, op->text_digest[0]);
         feed(digest, op->text_digest[1]);
     }
@@ -63,7 +69,8 @@ static struct digest digest_of(const odma_batch *batch) {
     struct digest digest = {.low = 1, .high = 2};
     feed(&digest, batch->seq);
     feed(&digest, batch->completed_seq);
-    feed(&digest, (uint64_t)batch->max_copy_tokens << 32 | (batch->pass_refused != 0));
+    uint32_t max_copy = word_of(gives_max_copy(batch), batch->max_copy_tokens);
+    feed(&digest, (uint64_t)max_copy << 32 | (batch->pass_refused != 0));
     feed(&digest, (uint64_t)batch->used_count << 32 | batch->op_count);
     for (uint32_t i = 0; i < batch->used_count; i++) {
         feed(&digest, batch->used[i].handle);

@@ -159,12 +159,12 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry, o
                               char reason[ODMA_REASON_BYTES]) {
     if (path == NULL || geometry == NULL || out == NULL)
         return refuse(reason, ODMA_INVALID, "an argument is NULL");
-    const char *fault = geometry_fault(geometry);
-    if (fault != NULL) return refuse(reason, ODMA_INVALID, "%s", fault);
+    odma_geometry finished = finished_geometry(*geometry);
+    if (odma_geometry_check(&finished, reason) != ODMA_OK) return ODMA_INVALID;
     odma_arena *arena = new_arena();
     if (arena == NULL) return refuse(reason, ODMA_NO_SPACE, "not enough memory");
-    arena->geometry = *geometry;
-    arena->layout = layout_of(geometry);
+    arena->geometry = finished;
+    arena->layout = layout_of(&finished);
     bins_init(arena);
 
     int flags = O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
@@ -194,7 +194,8 @@ static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES])
     memcpy(arena->books, arena->map + arena->layout.books_offset, arena->layout.books_bytes);
     if (place_sum(arena->books, 0, arena->layout.books_bytes) != arena->sum)
         return refuse(reason, ODMA_CORRUPT, "the sum of the books is wrong");
-    const char *fault = books_fault(arena);
+    char room[ODMA_REASON_BYTES];
+    const char *fault = books_fault(arena, room);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "%s", fault);
     if (arena->books->seq > 0) {
         const struct record *last = whole_record(arena, (uint32_t)(arena->books->seq % 2));
@@ -247,7 +248,8 @@ static odma_status read_header(odma_arena *arena, uint64_t size, const odma_geom
     const char *fault = geometry_fault(&header.geometry);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "its geometry is impossible: %s", fault);
     arena->geometry = header.geometry;
-    if (expected != NULL && memcmp(&header.geometry, expected, sizeof *expected) != 0)
+    odma_geometry wanted = expected == NULL ? header.geometry : finished_geometry(*expected);
+    if (memcmp(&header.geometry, &wanted, sizeof wanted) != 0)
         return refuse(reason, ODMA_MISMATCH, "it has another geometry");
     arena->layout = layout_of(&header.geometry);
     if (size != arena->layout.file_bytes)

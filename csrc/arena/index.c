@@ -93,14 +93,7 @@ static void forget_books(odma_arena *arena) {
     books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
     memset(&books->engine, 0, sizeof books->engine);
-    if (books->policy.version == 0)
-        books->policy = (odma_policy){.name = "static",
-                                      .version = 1,
-                                      .start = ODMA_START_MAXIMUM,
-                                      .overflow = ODMA_OVERFLOW_PREEMPT,
-                                      .step_tokens = 64,
-                                      .growth = 1,
-                                      .tenant_share = 1};
+    if (books->policy.version == 0) books->policy = finished_policy((odma_policy){.version = 1});
     memset(books->claims, 0, sizeof books->claims);
     books_mark(arena, books, offsetof(struct books, class_names));
     runs_reset(arena);

@@ -119,8 +119,8 @@ static void learn(odma_arena *arena, uint32_t slot, uint32_t output_tokens, bool
 
 static const struct stats *known_stats(const odma_arena *arena, uint32_t class_index) {
     const struct stats *stats = &arena->books->stats[class_index];
-    if (stats->completions < LEARNT_ENOUGH) stats = &arena->books->stats[ODMA_CLASS_POOL];
-    return stats->completions < LEARNT_ENOUGH ? NULL : stats;
+    if (stats->completions < ODMA_LEARNT_ENOUGH) stats = &arena->books->stats[ODMA_CLASS_POOL];
+    return stats->completions < ODMA_LEARNT_ENOUGH ? NULL : stats;
 }
 
 /* Kaplan-Meier over the bins above `more_than`: at the end of a bin its

@@ -5,8 +5,6 @@
  */
 #include <string.h>
 
-enum { MOST_WANT_TOKENS = 1 << 28 };
-
 /* --- results --- */
 
 /* A result that says where a region lies. It is looked at again once the batch
@@ -130,7 +128,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
         if (op->least_tokens < 1 || blocks_of(arena, op->least_tokens) > most)
             rule = ODMA_RULE_LEAST_TOKENS;
         else if (op->want_tokens != 0 &&
-                 (op->want_tokens < op->least_tokens || op->want_tokens > MOST_WANT_TOKENS))
+                 (op->want_tokens < op->least_tokens || op->want_tokens > ODMA_MAX_TOKENS))
             rule = ODMA_RULE_WANT_TOKENS;
     }
     if (rule != ODMA_RULE_NONE) {
@@ -166,19 +164,27 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
 
 /* --- allocate --- */
 
+/* The longest total of a request: as it says, else what the model and the memory hold. */
+static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
+    if (gives_max_total(op)) return op->max_total_tokens;
+    uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
+    uint32_t longest = arena->geometry.model_length_tokens;
+    return longest < capacity ? longest : (uint32_t)capacity;
+}
+
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
     if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
-    if (!(op->overflow_risk < 0) && !(op->overflow_risk <= 1)) return ODMA_RULE_OVERFLOW_RISK;
-    bool sound = (op->quantiles[0] < 0 || are_quantiles(op->quantiles)) && are_quantiles(op->raw);
+    if (!within(op->overflow_risk, 0, 1)) return ODMA_RULE_OVERFLOW_RISK;
+    bool sound = are_quantiles(op->quantiles) && are_quantiles(op->raw); /* zeros are, too */
     return sound ? ODMA_RULE_NONE : ODMA_RULE_QUANTILES;
 }
 
 static bool is_predicted(const odma_op *op) {
-    return op->quantiles[0] >= 0 || op->raw[ODMA_QUANTILES - 1] > 0; /* they ascend */
+    return gives_quantiles(op) || op->raw[ODMA_QUANTILES - 1] > 0; /* they ascend */
 }
 
 /* Births and allocates are counted together: the one tells the other. */
@@ -198,7 +204,9 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
     books_put(arena, arena->request_ids[slot], op->request_id, ODMA_ID_BYTES);
     if (!predicted) return;
     struct prediction *prediction = &arena->predictions[slot];
-    memcpy(prediction->quantiles, op->quantiles, sizeof prediction->quantiles);
+    *prediction = (struct prediction){.quantiles = {-1}};
+    if (gives_quantiles(op))
+        memcpy(prediction->quantiles, op->quantiles, sizeof prediction->quantiles);
     memcpy(prediction->raw, op->raw, sizeof prediction->raw);
     books_mark(arena, prediction, sizeof *prediction);
 }
@@ -248,12 +256,7 @@ static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
 
 static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
                         odma_result *result) {
-    uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
-    uint32_t max_total = op->max_total_tokens;
-    if (max_total == ODMA_UNSET)
-        max_total = (uint32_t)(arena->geometry.model_length_tokens < capacity
-                                   ? arena->geometry.model_length_tokens
-                                   : capacity);
+    uint32_t max_total = max_total_of(arena, op);
     uint32_t rule = allocate_rule(arena, op, max_total);
     uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
     if (alive != NONE) {
@@ -279,7 +282,7 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
         hold_up(arena, &tenant);
         return;
     }
-    bool unsure = is_unsure(arena, op->quantiles);
+    bool unsure = is_unsure(arena, op);
     struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, unsure)};
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !plan_new(arena, slot, length, &refusal)) {

@@ -46,7 +46,7 @@ static uint32_t rounded(const odma_arena *arena, double start, uint32_t max_tota
 
 /* The probability of outgrowing its first region that a request accepts. */
 static double accepted_risk(const odma_arena *arena, const odma_op *op) {
-    return op->overflow_risk >= 0 ? (double)op->overflow_risk : arena->books->policy.overflow_risk;
+    return gives_risk(op) ? (double)(float)op->overflow_risk : arena->books->policy.overflow_risk;
 }
 
 /* Blocks of a new region. */
@@ -56,7 +56,7 @@ static uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_
     double start = max_total;
     if (policy->start == ODMA_START_STEP) {
         start = held + policy->step_tokens;
-    } else if (policy->start == ODMA_START_QUANTILE && op->quantiles[0] >= 0) {
+    } else if (policy->start == ODMA_START_QUANTILE && gives_quantiles(op)) {
         start = op->prompt_tokens + output_at(op->quantiles, accepted_risk(arena, op),
                                               (double)max_total - op->prompt_tokens);
         if (start < held + 1) start = held + 1;
@@ -84,9 +84,9 @@ static bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
 }
 
 /* Whether a prediction is so wide that its request may use the safety pool. */
-static bool is_unsure(const odma_arena *arena, const float quantiles[ODMA_QUANTILES]) {
+static bool is_unsure(const odma_arena *arena, const odma_op *op) {
     double ratio = arena->books->policy.unsure_ratio;
-    if (ratio == 0 || quantiles[0] < 0) return false;
-    double median = quantiles[2] > 1 ? (double)quantiles[2] : 1;
-    return quantiles[5] / median > ratio;
+    if (ratio == 0 || !gives_quantiles(op)) return false;
+    double median = op->quantiles[2] > 1 ? (double)op->quantiles[2] : 1;
+    return op->quantiles[5] / median > ratio;
 }

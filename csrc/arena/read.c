@@ -114,10 +114,11 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return refuse(reason, status, "%s", odma_status_name(status));
+    char room[ODMA_REASON_BYTES];
     const char *fault = NULL;
     if (memcmp(arena->map + arena->layout.books_offset, arena->books, arena->layout.books_bytes))
         fault = "the file and the memory disagree";
-    if (fault == NULL) fault = books_fault(arena);
+    if (fault == NULL) fault = books_fault(arena, room);
     if (fault == NULL) fault = runs_fault(arena);
     if (fault == NULL) fault = bins_fault(arena);
     if (fault == NULL) fault = accounts_fault(arena);

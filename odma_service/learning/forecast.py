@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from odma_service._native import text_of
+from odma_service._native import LEARNT_ENOUGH, text_of
 from odma_service.learning.calibration import Calibration, Source, calibrate
 from odma_service.learning.history import KnownRequests, as_quantiles, lately
 from odma_service.learning.predictor import History, PromptInput
-from odma_service.learning.recalibration import LEARNT_ENOUGH
 from odma_service.learning.survival import LEVELS
 from odma_service.values import Allocate, Quantiles, Text
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from odma_service._native import LEARNT_ENOUGH
 from odma_service.errors import RefusedError
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
@@ -17,7 +18,6 @@ from odma_service.learning.expected import cheapest
 from odma_service.learning.forecast import Forecast, Forecaster, Question
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
-    LEARNT_ENOUGH,
     RecalibrationReport,
     recalibrate,
     seen_weights,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from odma_service._native import optimal_limits
+from odma_service._native import LEARNT_ENOUGH, MOST_LIMITS, optimal_limits
 from odma_service.errors import InvalidError, NothingLearntError
 from odma_service.learning.survival import kaplan_meier
 from odma_service.pool.policy import longest_tokens
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from odma_service._native import Histogram, PolicyRecord
     from odma_service.pool import Pool
-
-LEARNT_ENOUGH = 32
-MOST_LIMITS = 16
 
 
 class LimitsReport(NamedTuple):

@@ -6,9 +6,9 @@ policy    the four named policies
 books     a pool's file as an operator finds it: a copy to look into, setting it aside
 """
 
+from odma_service._native import MOST_CAPACITY_TOKENS
 from odma_service.pool.books import set_aside
 from odma_service.pool.pool import (
-    MOST_CAPACITY_TOKENS,
     MOST_EPOCH,
     NAME,
     NAME_RULE,

@@ -11,6 +11,7 @@ import pytest
 from paths import ROOT
 from running import run
 
+from odma_service import __version__
 from odma_service._native import _odma
 
 HEADERS = "".join(path.read_text() for path in (ROOT / "csrc").glob("odma*.h"))
@@ -22,7 +23,7 @@ ENGINE = ROOT / "examples" / "c" / "engine.c"
 def installed(tmp_path_factory):
     """Return a prefix that the library was put under, by a build of its own."""
     place = tmp_path_factory.mktemp("lib")
-    for name in ("Makefile", "csrc"):
+    for name in ("Makefile", "csrc", "odma_service"):
         (place / name).symlink_to(ROOT / name)
     prefix = place / "prefix"
     run("make", "-C", place, "lib", f"PREFIX={prefix}")
@@ -91,8 +92,7 @@ def test_the_extension_of_python_shows_nothing_but_its_beginning():
 
 
 def test_pkg_config_knows_the_version(installed):
-    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert flags(installed, "--modversion") == [declared[1]]
+    assert flags(installed, "--modversion") == [__version__]
 
 
 def test_the_header_compiles_as_cpp(installed, tmp_path):
@@ -101,3 +101,19 @@ def test_the_header_compiles_as_cpp(installed, tmp_path):
     program = tmp_path / "program.cpp"
     program.write_text("#include <odma.h>\nint main() { return odma_status_name(ODMA_OK)[0]; }\n")
     run("g++", "-Wall", "-Werror", *flags(installed, "--cflags"), "-c", program, "-o", "/dev/null")
+
+
+def test_the_shortest_program_of_the_header_runs(installed, tmp_path):
+    header = (ROOT / "csrc" / "odma.h").read_text()
+    told = header.partition("The shortest program:\n")[2].partition("*/")[0]
+    body = "\n".join(line.removeprefix(" *") for line in told.splitlines())
+    (tmp_path / "shortest.c").write_text(
+        f"#include <stdio.h>\n#include <odma.h>\nint main(void) {{\n{body}\n}}\n"
+    )
+    library = installed / "lib" / "libodma.a"
+    program = tmp_path / "shortest"
+    flags_of = flags(installed, "--cflags")
+    run("cc", "-std=c11", "-Wall", "-Werror", *flags_of, tmp_path / "shortest.c", library, "-lm",
+        "-o", program)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "128 blocks from block 0\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from odma_service._native import TEXT_RULE, text_of
+from odma_service._native import MOST_CAPACITY_TOKENS, NAME_BYTES, TEXT_RULE, text_of
 from odma_service.errors import InvalidError
 from odma_service.learning import Forecast
 from odma_service.rpc.v1 import predictor_service_pb2 as pb
@@ -18,8 +18,6 @@ from odma_service.service.rpc.translate import name_from
 from odma_service.values import Allocate
 
 MOST_PROMPTS = 1_024
-MOST_PROMPT_TOKENS = 2**28
-MOST_CLASS_BYTES = 32
 
 
 class PredictorService(PredictorServiceServicer):
@@ -51,12 +49,12 @@ def _ops_from(request: pb.PredictRequest) -> Iterator[Allocate]:
         text = text_of(prompt.text)
         if text is None:
             raise InvalidError(f"prompts[{i}].text", TEXT_RULE)
-        if not 1 <= prompt.prompt_tokens <= MOST_PROMPT_TOKENS:
+        if not 1 <= prompt.prompt_tokens <= MOST_CAPACITY_TOKENS:
             raise InvalidError(f"prompts[{i}].prompt_tokens", "1 to 2^28")
-        if prompt.generated_tokens > MOST_PROMPT_TOKENS:
+        if prompt.generated_tokens > MOST_CAPACITY_TOKENS:
             raise InvalidError(f"prompts[{i}].generated_tokens", "at most 2^28")
-        if len(prompt.request_class.encode()) > MOST_CLASS_BYTES:
-            raise InvalidError(f"prompts[{i}].request_class", f"up to {MOST_CLASS_BYTES} bytes")
+        if len(prompt.request_class.encode()) > NAME_BYTES:
+            raise InvalidError(f"prompts[{i}].request_class", f"up to {NAME_BYTES} bytes")
         yield Allocate(
             "",
             prompt.prompt_tokens,
