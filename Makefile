@@ -43,7 +43,7 @@ demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy e
 serve: .venv/.compiled  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
-test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="-k floors")
+test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
@@ -76,7 +76,7 @@ tsan: .venv/.compiled  ## Look for races of threads on one arena
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh
 
-bench: .venv/.compiled  ## Run every benchmark; each prints JSON
+bench: .venv/.compiled  ## Measure the arena and the service; each prints JSON
 	$(BIN)/odma bench arena --json
 	$(BIN)/odma bench rpc --json
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from odma_service.cli.failures import BadResultError
 from odma_service.cli.lazy import lazily
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import Facts, show
@@ -135,8 +136,7 @@ def train(
         compared, tuned = tune(files, base or default_model(), out, name, seed, tuning, _heard)
         typer.echo(_told(compared))
         if tuned is None:
-            typer.echo("not better than chance: nothing is written")
-            raise typer.Exit(1)
+            raise BadResultError("not better than chance: nothing is written")
         typer.echo(f"better: wrote {tuned.version} to {out}")
         return
     recipe = Recipe()
