@@ -9,7 +9,7 @@ C_SOURCES := $(wildcard csrc/*.[ch] csrc/*/*.[ch])
 C_CHECKED := csrc/odma.c $(wildcard lab/*/*.c examples/c/*.c tests/arena/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
-LIB_VERSION := 0.1.0
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' odma_service/__init__.py)
 LIB_SONAME := libodma.so.0
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
@@ -43,7 +43,7 @@ demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy e
 serve: .venv/.compiled  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
-test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="-k floors")
+test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
@@ -76,7 +76,7 @@ tsan: .venv/.compiled  ## Look for races of threads on one arena
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh
 
-bench: .venv/.compiled  ## Run every benchmark; each prints JSON
+bench: .venv/.compiled  ## Measure the arena and the service; each prints JSON
 	$(BIN)/odma bench arena --json
 	$(BIN)/odma bench rpc --json
 
@@ -116,12 +116,12 @@ $(PREFIX)/lib/libodma.a: build/obj/odma.o
 	$(AR) rcs $@ $<
 
 # The prefix is where the file lies, so that the tree can be moved.
-$(PREFIX)/lib/pkgconfig/odma.pc: Makefile
+$(PREFIX)/lib/pkgconfig/odma.pc: Makefile odma_service/__init__.py
 	@mkdir -p $(@D)
 	printf '%s\n' 'prefix=$${pcfiledir}/../..' 'libdir=$${prefix}/lib' \
 		'includedir=$${prefix}/include' '' 'Name: odma' \
 		'Description: Who owns which blocks of a KV cache that must stay contiguous' \
-		'Version: $(LIB_VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
+		'Version: $(VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
 		'Cflags: -I$${includedir}' > $@
 
 $(PREFIX)/include/%.h: csrc/%.h

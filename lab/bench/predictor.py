@@ -1,4 +1,4 @@
-"""`odma bench predictor`: what a prediction costs on one core, features included."""
+"""`odma bench predictor`: the cost of a prediction on one core, features included."""
 
 from __future__ import annotations
 
@@ -62,15 +62,16 @@ app = typer.Typer()
 @app.command()
 def command(
     model: Annotated[
-        Path | None, typer.Option(help="A model directory; without it our own.")
+        Path | None, typer.Option(help="A model directory. Default: the shipped model.")
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="A parquet file whose prompts are taken; else made ones.")
+        Path | None,
+        typer.Option(help="Parquet file to take prompts from. Default: generated prompts."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For each batch size.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each batch size.")] = 3.0,
     as_json: AsJson = False,
 ) -> None:
-    """Time per prompt at batches of 1, 8 and 64, the model's size, and what int8 changed."""
+    """Measure a prediction at batches of 1, 8 and 64, the model's size and the effect of int8."""
     directory = model or default_model()
     served = Predictor.load(directory)
     texts = made_prompts() if rows is None else _prompts_of(rows)

@@ -25,15 +25,15 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    trace: Annotated[
-        Path, typer.Option(help="What to serve; a request is counted once a repetition.")
-    ] = Path("../shared/data/traces/mooncake_conversation_first2thirds.parquet"),
+    trace: Annotated[Path, typer.Option(help="Trace to serve.")] = Path(
+        "../shared/data/traces/mooncake_conversation_first2thirds.parquet"
+    ),
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs, of which the best counts.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Requests a minute on one core, growth of memory, and the time of a recalibration."""
+    """Measure requests a minute on one core, growth of memory, the time of a recalibration."""
     load = traces.read_trace(trace, rows)
     setting = replay.Setting(replay.limits_for(load, 111_000))
     served = replay.load_of(load, setting.limits)

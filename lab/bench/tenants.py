@@ -1,8 +1,8 @@
 """`odma bench tenants`: what a guarantee gives its owner, and what it costs the others.
 
 Two tenants share a pool in the replay. One is steady: Poisson arrivals of short chats. The
-other bursts: nothing for minutes, then more requests at once than the pool holds. What is
-compared is the policy record alone: the engine keeps a line for each tenant, asks in order of
+other bursts: nothing for minutes, then more requests at once than the pool holds. Only
+the policy record differs: the engine keeps a line for each tenant, asks in order of
 arrival, and preempts whom a refusal names.
 """
 
@@ -44,7 +44,7 @@ def command(
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
     as_json: AsJson = False,
 ) -> None:
-    """Tokens a second, waiting and preemptions of two tenants, with guarantees and without."""
+    """Compare tokens, waiting and preemptions of two tenants, with guarantees and without."""
     tuning, name = replay.read_tuning(), replay.check_name(policy)
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     with workplace() as directory:

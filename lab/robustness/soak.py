@@ -1,4 +1,4 @@
-"""`odma bench soak`: engines at work for as long as one likes, and all that can go wrong.
+"""`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
 With faults engines crash, forget, hang, send garbage and break their streams, and the server is
 killed, ended and stopped. Every engine holds the books against its twin again and again.
@@ -55,16 +55,16 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    minutes: Annotated[float, typer.Option(min=0.01, max=10_000, help="How long.")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0.01, max=10_000, help="Minutes to run.")] = 1.0,
     faults: Annotated[
         bool, typer.Option("--faults", help="Let engines and the server fail, too.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the loads and the faults.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the loads and of the faults.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Let six engines work, by calls and by streams, and compare all the time.
 
-    Exits with 1 if anything was lost, doubled, leaked or answered otherwise the second time, or
+    Exit code 1: something was lost, doubled, leaked or answered differently the second time, or
     if a call ended with INTERNAL or UNKNOWN.
     """
     with workplace() as directory:

@@ -1,9 +1,8 @@
-"""`odma bench torture`: processes killed at random moments, and what they forgot: nothing.
+"""`odma bench torture`: processes are killed at random moments and must forget nothing.
 
-One kill in ten hits a real server under load, every other of these at a store into a pool's file;
-the others hit a process that does little else than commit, so that many hit a commit that is half
-done. A kill counts as in a batch if the next
-attach found something to drop or to do again.
+One kill in ten hits a real server under load, every other of these at a store into a pool's file.
+The others hit a process that does little else than commit, so that many hit a commit that is half
+done. A kill counts as in a batch if the next attach found something to drop or to do again.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ app = typer.Typer()
 @app.command()
 def command(
     kills: Annotated[int, typer.Option(min=1, max=1_000_000, help="Processes to kill.")] = 1_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the loads and the moments.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the loads and of the moments.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Kill processes at work and compare what is left with what was acknowledged.
+    """Kill processes at work, and compare their books with the answers they gave.
 
-    Exits with 1 if anything was lost, doubled, leaked or answered otherwise the second time,
-    or if fewer than a fifth of 100 or more kills hit a batch. Stops at the first such thing.
+    Exit code 1: something was lost, doubled, leaked or answered differently the second time,
+    or fewer than a fifth of 100 or more kills hit a batch. Stops at the first such thing.
     """
     with workplace() as directory, _progress(quiet=as_json) as progress:
         task = progress.add_task("kills", total=kills)

@@ -1,4 +1,4 @@
-"""`odma predictor stream`: what predictions cost and cover while the kind of prompt changes."""
+"""`odma predictor stream`: cost and coverage of predictions while the kind of prompt changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def command(
         typer.Argument(help="Parquet files, one phase each. FILE:MODEL takes one model's rows."),
     ],
     delay: Annotated[
-        str, typer.Option(help="Requests until the mean answer is there, divided by commas.")
+        str,
+        typer.Option(help="Requests until an answer of mean length is there, divided by commas."),
     ] = "0",
     target: Annotated[
         float, typer.Option(min=0.5, max=0.99, help="Share of answers that should fit.")
@@ -48,7 +49,7 @@ def command(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Shuffles of each phase.")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="Most rows of a phase.")] = 1_500,
     warmup: Annotated[
-        int, typer.Option(min=0, help="First requests of the stream, which are not counted.")
+        int, typer.Option(min=0, help="First requests of the stream to leave uncounted.")
     ] = 300,
     split: Annotated[
         str, typer.Option(help="Rows of this split, where the file has any; all: every row.")
@@ -64,8 +65,8 @@ def command(
 ) -> None:
     """Serve files one after the other as a drifting stream, with the history as it runs.
 
-    Reserved is what the corrected prediction gives each request at the target, in output
-    tokens. Recovery is after how many requests of a phase the next 100 are covered to 0.93.
+    Reserved: output tokens of the corrected prediction at the target. Recovery: requests of a
+    phase until the next 100 are covered to 0.93.
     """
     kinds = [_rows_of(name, split) for name in file]
     chosen = None if model == "none" else Predictor.load(Path(model) if model else default_model())

@@ -26,7 +26,9 @@ app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Check a pool's file, or show what is in it."
 )
 
-File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
+File = Annotated[
+    Path, typer.Argument(help="NAME.pool of a pool directory, or a file that was set aside.")
+]
 
 
 @app.command()
@@ -79,7 +81,7 @@ def _as_object(file: Path, copy: Copy) -> Facts:
 
 
 def _classes(arena: Arena) -> list[dict[str, Any]]:
-    """Return what was learnt, of all requests together first."""
+    """Return the learnt lengths: of all requests together, then of each class."""
     named = [(CLASS_POOL, "(pool)"), *enumerate(arena.class_names()), (CLASS_OTHER, "(other)")]
     classes = []
     for index, name in named:
@@ -98,7 +100,7 @@ def _classes(arena: Arena) -> list[dict[str, Any]]:
 
 
 def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
-    """Return what `odma status` would show of a pool, as far as a file tells."""
+    """Return a pool as the service would report it, as far as a file tells."""
     report, geometry = arena.report(), arena.geometry
     engine = arena.engine if report.epoch else None
     return pb.GetPoolResponse(
@@ -136,7 +138,7 @@ def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
 
 
 def _bytes_per_token(arena: Arena) -> int:
-    """Return what the service wrote down; an engine's own file need not tell."""
+    """Return the service's own note, or 0: an engine's own file need not have it."""
     try:
         return PoolSpec.from_json(arena.description()).geometry.bytes_per_token
     except BooksMismatchError:

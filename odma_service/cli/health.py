@@ -1,4 +1,4 @@
-"""`odma health`: a probe, run every few seconds. So it imports little, and can be all there is."""
+"""`odma health`: a probe. It runs every few seconds, so it imports little."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ app = typer.Typer()
 def command(
     connection: Connection,
     service: Annotated[
-        str, typer.Option(help="A service, or odma.alive; empty: all together.")
+        str, typer.Option(help="A service's name, or odma.alive. Empty: all services together.")
     ] = "",
 ) -> None:
-    """Exit with 0 if the service is serving, else with 1: it drains, or does not answer.
+    """Ask if the service serves. Exit code 1: it drains, or it does not answer.
 
-    odma.alive is serving while the service drains, too.
+    odma.alive serves while the service drains, too.
     """
     with bad_result(ServiceError), connection.client() as client:
         serving = client.is_serving(service)

@@ -31,18 +31,19 @@ def _lpddr() -> None:
 def estimate(
     device: Annotated[str, typer.Option(help="mlu370-x4, mlu370-x8 or a file.")] = "mlu370-x4",
     tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 4096,
-    bytes_per_token: Annotated[int, typer.Option(help="Of a token in one plane.")] = 1024,
-    planes: Annotated[int, typer.Option(help="The K or V of one layer is a plane.")] = 56,
+    bytes_per_token: Annotated[int, typer.Option(help="Bytes of a token in one plane.")] = 1024,
+    planes: Annotated[int, typer.Option(help="Planes; the K or the V of one layer is one.")] = 56,
     window: Annotated[int, typer.Option(help="Runs in flight.")] = 16,
     descriptor_ns: Annotated[
-        float | None, typer.Option(help="Cost of one run, instead of the device's.")
+        float | None,
+        typer.Option(help="Nanoseconds a run costs on top of its bytes. Default: the device's."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw bandwidth over run length into this file.")
+        Path | None, typer.Option(help="File to draw bandwidth over run length into.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare layouts of one sequence's KV cache: contiguous, paged, per token."""
+    """Compare what layouts of one KV cache cost: contiguous, in pages, token by token."""
     chosen = read_device(device)
     if descriptor_ns is not None:
         chosen = replace(chosen, descriptor_seconds=descriptor_ns * 1e-9)

@@ -41,9 +41,9 @@ def command(
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
+    skip: Annotated[int, typer.Option(min=0, help="Requests to leave out at the beginning.")] = 0,
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
+        int, typer.Option(min=1, max=100, help="Runs. Each but the first reorders the trace.")
     ] = 1,
     capacity_tokens: Annotated[
         int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
@@ -54,35 +54,41 @@ def command(
     ] = None,
     model_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
+        typer.Option(min=2, help="Most tokens of a request. Default: enough for every answer."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
     ] = "mlu370-x4",
     peak_tflops: Annotated[
-        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+        float, typer.Option(min=1e-3, help="Peak compute of the device; half of it is assumed.")
     ] = 96.0,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
     ] = 256,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
+        typer.Option(
+            min=1e-6, help="Open loop, with arrivals this many times as fast as recorded."
+        ),
     ] = None,
     swap_gbytes: Annotated[
         float,
-        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+        typer.Option(
+            min=0, help="Swap preempted requests at this many GB/s; 0: compute them again."
+        ),
     ] = 0.0,
     predictor: Annotated[
         str | None,
-        typer.Option(help="live, history, model, exact or lognormal:SIGMA, for all that predict."),
+        typer.Option(help="For every policy: live, history, model, exact or lognormal:SIGMA."),
     ] = None,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=GUARANTEED[:MAXIMUM], shares of the pool; repeat it for others."),
+        typer.Option(
+            help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
+        ),
     ] = None,
     parameters: Annotated[
-        Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
+        Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
@@ -126,12 +132,12 @@ def command(
 
 
 def policies_of(names: str) -> list[str]:
-    """Return the policies of an option."""
+    """Return the policies that an option names. Raises InvalidError."""
     return [replay.check_name(name.strip()) for name in names.split(",")]
 
 
 def tenant_of(text: str) -> TenantShare:
-    """Return the shares of an option.
+    """Return the shares that an option gives. Raises InvalidError.
 
     >>> tenant_of("chat=0.4")
     TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)

@@ -1,4 +1,4 @@
-"""`odma status`: what pools there are, or one pool as a picture."""
+"""`odma status`: a list of the pools, or one pool as a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(
     as_json: AsJson = False,
     regions: Annotated[bool, typer.Option("--regions", help="List the regions too.")] = False,
 ) -> None:
-    """Show what pools there are, or one pool as a picture."""
+    """List the pools, or show one as a picture."""
     with connection.client() as service:
         if pool is None:
             pools = service.list_pools()

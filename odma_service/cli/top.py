@@ -48,7 +48,7 @@ RATES = (
 
 
 class Look(NamedTuple):
-    """What one look at a service saw. apply_seconds: cumulative counts by upper bound."""
+    """One look at a service. apply_seconds: cumulative counts by upper bound."""
 
     at: float
     pools: list[pool_pb.GetPoolResponse]
@@ -65,11 +65,11 @@ def command(
     connection: Connection,
     pool: Annotated[str, typer.Argument(help="The pool to map. Without it: the first.")] = "",
     metrics: Annotated[
-        str, typer.Option(help="host:port of the metrics, for the time of an Apply; empty: none.")
+        str, typer.Option(help="The metrics, host:port, for the time of an Apply. Empty: none.")
     ] = "127.0.0.1:9464",
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
 ) -> None:
-    """Show pools and what happens to them, live. q or Ctrl-C ends it."""
+    """Show pools and their events, live. q or Ctrl-C ends it."""
     console = Console()
     if not (sys.stdin.isatty() and console.is_terminal):
         raise OdmaError("it needs a terminal; see odma status and odma watch")
@@ -113,7 +113,7 @@ def look(service: Client, mapped: str, metrics: str) -> Look:
 def picture(
     now: Look, before: Look | None, events: list[str], target: str, width: int
 ) -> RenderableType:
-    """Return what is shown of a look, with rates since the one before."""
+    """Return the picture of a look, with rates since the one before."""
     headline = Text.assemble(
         ("odma top", "bold"),
         f"   {target}   pools {len(now.pools)}   "
@@ -178,7 +178,7 @@ def _rate(
 
 
 def _apply_seconds(metrics: str) -> dict[float, float]:
-    """Return how many Apply took at most so long, by upper bound; nothing without metrics."""
+    """Return the number of Apply by upper bound of their time; nothing without metrics."""
     if not metrics:
         return {}
     try:

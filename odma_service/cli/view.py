@@ -84,7 +84,7 @@ def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
 
 
 def state(pool: pool_pb.PoolSummary) -> str:
-    """Return how far the pool's owner is, in lower case."""
+    """Return the pool's state in lower case."""
     return pool_pb.PoolState.Name(pool.state).removeprefix("POOL_STATE_").lower()
 
 
@@ -118,7 +118,7 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
 
 
 def bar(pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int) -> Text:
-    """Return the pool's addresses as rows of cells, `width` each, and what they mean below."""
+    """Return the pool's addresses as rows of `width` cells, with a legend below."""
     capacity = pool.summary.capacity_tokens
     kinds = cells(capacity, regions, BAR_ROWS * width)
     bar = Text()

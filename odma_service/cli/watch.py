@@ -21,9 +21,9 @@ def command(
     connection: Connection,
     pool: Annotated[str, typer.Argument(help="A pool. Without it: all of them.")] = "",
     as_json: AsJson = False,
-    count: Annotated[int, typer.Option(min=0, help="Stop after so many events; 0: never.")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="Stop after this many events. 0: never.")] = 0,
 ) -> None:
-    """Print what happens to pools, from now on. Goes on when the service comes back."""
+    """Print events of pools from now on, also those after a restart of the service."""
     told = 0
     with connection.client(retry_seconds=RECONNECT_SECONDS) as service:
         for answer in service.watch(pool):

@@ -1,4 +1,4 @@
-"""The server: every object is built here, and handed to those that need it."""
+"""The server: builds every object, and hands it to those that need it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from odma_service.service.watch.tracing import OtelSpans
 
 SPARE_STREAMS = 16
-"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
+"""Streams beyond one for each pool: some have no batch yet, some have a dead client."""
 
 OPTIONS = (
     *GUARD_OPTIONS,
@@ -60,17 +60,17 @@ OPTIONS = (
     # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # of clients
 )
 MOST_HEALTH_WATCHERS = 64
-"""Clients that watch the health at once, each with a thread of its own; others wait."""
+"""Clients that may watch the health at once, each with a thread of its own; others wait."""
 
 ALIVE = "odma.alive"
 """The health of this name is SERVING as long as the process answers, while it drains too."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
-"""Callers are told UNAVAILABLE for so long at least; then so long answers may be on their way."""
+"""Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -119,7 +119,7 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
-    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    # A client that sends no message holds a thread for each of its calls; it must not get all.
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     server = grpc.server(
         calls,
@@ -162,7 +162,7 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         registry.telemetry.events.end()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
-        # From stop() on nothing is answered, not even a question for the health.
+        # From stop() on nothing is answered, not even a health check.
         wait(calls.under_way(), settings.drain_seconds - notice_seconds)
         server.stop(notice_seconds).wait()
     memory.streams.close()
@@ -175,9 +175,9 @@ def _names() -> list[str]:
 
 
 def _add_health(server: grpc.Server) -> health.HealthServicer:
-    """Add the standard health service, which tells of each service and of all together."""
-    # Its other kind of Watch freezes the whole server: it sends to one client under the lock that
-    # the end of another one's call waits for, in the thread that would do the sending.
+    """Add the standard health service, for each service and for all together."""
+    # Its Watch by callback freezes the whole server: it sends to one client under a lock; the end
+    # of another client's call waits for this lock in the thread that would do the sending.
     watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
     healthy = health.HealthServicer(
         experimental_non_blocking=False, experimental_thread_pool=watchers
@@ -202,7 +202,7 @@ def _wait_for_stop() -> None:
 def _listening(
     server: grpc.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
 ) -> Iterator[list[str]]:
-    """Bind the server to addresses; yield them with the ports that were really taken."""
+    """Bind the server to addresses; yield them with the ports really taken."""
     sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
     for path in sockets:
         _remove_stale(path)
@@ -251,7 +251,7 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
 
 
 def _try_bind(address: str) -> None:
-    """Raise OdmaError with the system's reason, which gRPC does not tell, if binding fails."""
+    """Raise OdmaError with the system's reason if binding fails: gRPC does not give it."""
     host, _, port = address.rpartition(":")
     reason: OSError | None = None
     try:
@@ -296,7 +296,7 @@ def _model_directory(setting: str) -> Path | None:
 
 
 def _own_directory(path: Path) -> Path:
-    """Return the directory of the pools, made if there is none, closed to other users."""
+    """Return the directory of the pools, closed to other users; make it if it is missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)

@@ -292,6 +292,13 @@ def test_predictions_are_no_part_of_the_body(arena):
     assert arena.replay(EPOCH, one) == again
 
 
+def test_an_operation_that_is_shown_says_nothing_of_its_text():
+    op = Allocate("a", 1, text=Text.of("a secret"))
+    assert "secret" not in repr(op)
+    assert op == Allocate("a", 1, text=Text(b"a secret"))
+    assert op != Allocate("a", 1, text=Text(b"a secre7"))
+
+
 @pytest.mark.parametrize("request_id", ["a", "a\0b"])
 def test_a_text_that_was_encoded_before_makes_the_same_body(arena, request_id):
     one = batch(1, Allocate(request_id, 1, text="Wie groß?"))

@@ -233,7 +233,7 @@ def test_a_model_that_would_be_no_better_is_not_written(servers, tmp_path, name)
     log = logged(servers, tmp_path / "log", name, 800, turned=0.8)
     made = odma("predictor", "train", log, "--out", tmp_path / "tuned", "--steps", 150)
     assert made.returncode == 1
-    assert "not better than chance: nothing is written" in made.stdout
+    assert "odma predictor train: not better than chance: nothing is written" in made.stderr
     assert not (tmp_path / "tuned").exists()
 
 

@@ -375,5 +375,5 @@ def test_the_health_command_imports_nothing_of_the_service(restarted):
         "onnxruntime",
         "odma_service.cli.serve",
         "odma_service.service.server",
-        "rich.table",
+        "rich",
     }

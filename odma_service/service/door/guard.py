@@ -28,7 +28,7 @@ from odma_service.errors import (
 )
 from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, Access, Identity
-from odma_service.service.door.handlers import Handler, Parse, Parts, Shape
+from odma_service.service.door.handlers import CallShape, Handler, Parse, Parts
 from odma_service.service.rpc.statuses import abort, status_of
 
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -128,10 +128,10 @@ class Guard(grpc.ServerInterceptor):
         self._silent = Silent(MOST_SILENT)
         self._guarded: dict[str, Handler] = {}
         self._checks = {
-            Shape.UNARY: _Checks(_insist_usable, _nothing),
-            Shape.SERVER_STREAM: _Checks(_insist_usable, self._insist_still_known),
-            Shape.BOTH_STREAMS: _Checks(self._insist_next, _nothing),
-            Shape.BOTH_BY_CALLBACK: _Checks(self._insist_next, _nothing),
+            CallShape.UNARY: _Checks(_insist_usable, _nothing),
+            CallShape.SERVER_STREAM: _Checks(_insist_usable, self._insist_still_known),
+            CallShape.BOTH_STREAMS: _Checks(self._insist_next, _nothing),
+            CallShape.BOTH_BY_CALLBACK: _Checks(self._insist_next, _nothing),
         }
 
     def intercept_service(
@@ -203,15 +203,15 @@ class Guard(grpc.ServerInterceptor):
                 log.info("caller refused", peer=context.peer(), reason=str(error))
             abort(context, status_of(error))
 
-        return Parts(Shape.BOTH_STREAMS, refuse, self._refusing).handler()
+        return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()
 
     def _guard(self, rpc: str, handler: Handler) -> Handler:
         """Return `handler` with the checks that need the message or the connection."""
         parts = Parts.of(handler)
         guarded = parts.around(partial(self._checked, rpc, self._checks[parts.shape]))
-        if parts.shape is Shape.UNARY and access.is_open(rpc):  # a health check
+        if parts.shape is CallShape.UNARY and access.is_open(rpc):  # a health check
             guarded = self._by_callback(guarded)
-        elif parts.shape is Shape.BOTH_STREAMS:  # reflection
+        elif parts.shape is CallShape.BOTH_STREAMS:  # reflection
             guarded = guarded._replace(threads=parts.threads or self._reflecting)
         return guarded._replace(parse=_parser(parts.parse)).handler()
 
@@ -227,7 +227,7 @@ class Guard(grpc.ServerInterceptor):
             send(None)
 
         return unary._replace(
-            shape=Shape.BOTH_BY_CALLBACK, function=by_callback, threads=self._probing
+            shape=CallShape.BOTH_BY_CALLBACK, function=by_callback, threads=self._probing
         )
 
     @contextmanager

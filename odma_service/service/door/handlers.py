@@ -29,7 +29,7 @@ Function = Callable[..., Any]
 Parse = Callable[[bytes], Any]
 
 
-class Shape(Enum):
+class CallShape(Enum):
     """Whether requests are a stream, whether responses are, whether they are sent by callback."""
 
     UNARY = (False, False, False)
@@ -69,7 +69,7 @@ class OwnThreads:
 class Parts(NamedTuple):
     """A handler taken apart. Without threads of its own it runs in the server's."""
 
-    shape: Shape
+    shape: CallShape
     function: Function
     threads: ThreadPoolExecutor | None = None
     parse: Parse | None = None
@@ -81,7 +81,7 @@ class Parts(NamedTuple):
         function: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         by_callback = getattr(function, "experimental_non_blocking", False)
         return cls(
-            Shape((handler.request_streaming, handler.response_streaming, by_callback)),
+            CallShape((handler.request_streaming, handler.response_streaming, by_callback)),
             function,
             getattr(function, "experimental_thread_pool", None),
             handler.request_deserializer,
@@ -95,17 +95,17 @@ class Parts(NamedTuple):
     def handler(self) -> Handler:
         """Put the parts together. Marks the function, which is to be of no other handler."""
         function: Any = self.function
-        function.experimental_non_blocking = self.shape is Shape.BOTH_BY_CALLBACK
+        function.experimental_non_blocking = self.shape is CallShape.BOTH_BY_CALLBACK
         function.experimental_thread_pool = self.threads
         made: Handler = _MAKERS[self.shape](function, self.parse, self.serialise)
         return made
 
 
-_MAKERS: dict[Shape, Callable[..., Any]] = {
-    Shape.UNARY: grpc.unary_unary_rpc_method_handler,
-    Shape.SERVER_STREAM: grpc.unary_stream_rpc_method_handler,
-    Shape.BOTH_STREAMS: grpc.stream_stream_rpc_method_handler,
-    Shape.BOTH_BY_CALLBACK: grpc.stream_stream_rpc_method_handler,
+_MAKERS: dict[CallShape, Callable[..., Any]] = {
+    CallShape.UNARY: grpc.unary_unary_rpc_method_handler,
+    CallShape.SERVER_STREAM: grpc.unary_stream_rpc_method_handler,
+    CallShape.BOTH_STREAMS: grpc.stream_stream_rpc_method_handler,
+    CallShape.BOTH_BY_CALLBACK: grpc.stream_stream_rpc_method_handler,
 }
 
 
@@ -157,11 +157,11 @@ def _both_by_callback(function: Function, around: Around) -> Function:
     return both_by_callback
 
 
-_WRAPPERS: dict[Shape, Callable[[Function, Around], Function]] = {
-    Shape.UNARY: _unary,
-    Shape.SERVER_STREAM: _server_stream,
-    Shape.BOTH_STREAMS: _both_streams,
-    Shape.BOTH_BY_CALLBACK: _both_by_callback,
+_WRAPPERS: dict[CallShape, Callable[[Function, Around], Function]] = {
+    CallShape.UNARY: _unary,
+    CallShape.SERVER_STREAM: _server_stream,
+    CallShape.BOTH_STREAMS: _both_streams,
+    CallShape.BOTH_BY_CALLBACK: _both_by_callback,
 }
 
 

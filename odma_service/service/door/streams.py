@@ -20,13 +20,13 @@ from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.statuses import told
 
 END_SECONDS = 1.0
-"""So long a stream that is to end may be at a batch, or its client not take an answer."""
+"""A stream that is to end has so long for its batch, and its client to take an answer."""
 
 Send = Callable[[pb.StreamResponse | None], None]
 
 
 class Stream:
-    """One stream. Its lock is held from the moment a request is here until its answer is sent."""
+    """One stream. Its lock is held from the arrival of a request until its answer is sent."""
 
     def __init__(self, context: grpc.ServicerContext, send: Send) -> None:
         self.lock = Lock()
@@ -36,7 +36,7 @@ class Stream:
         self._send = send
 
     def answer(self, answer: pb.ApplyResponse) -> None:
-        """Send an answer; wait while the client does not take it."""
+        """Send an answer; wait until the client takes it."""
         self._send(pb.StreamResponse(apply=answer))
 
     def end(self, error: Exception | None = None, seconds: float = END_SECONDS) -> None:
@@ -84,16 +84,16 @@ class Streams(OwnThreads):
             self._serve(stream, requests)
             stream.end()
         except grpc.RpcError as gone:
-            # The client went. grpcio keeps the error in a cycle with the call, whose place in the
-            # connection would be taken until Python looks for garbage.
+            # The client is gone. grpcio keeps the error in a cycle with the call: the call and its
+            # place in the connection would stay until Python looks for garbage.
             gone.__traceback__ = None
-        except Exception as error:  # noqa: BLE001  told to the client, and logged
+        except Exception as error:  # noqa: BLE001  the client gets it, and the log
             stream.end(error)
         finally:
             self._leave(stream)
 
     def end_all(self, error: Exception) -> None:
-        """Tell every stream `error`, after the batch that it is at."""
+        """End every stream with `error`, after the batch under way."""
         give_up = time.monotonic() + END_SECONDS
         for stream in list(self._open):
             stream.end(error, give_up - time.monotonic())
@@ -119,7 +119,7 @@ class Streams(OwnThreads):
             return True
 
     def _bind(self, stream: Stream, pool: str) -> None:
-        """Make this the stream of a pool whose owner it has turned out to be."""
+        """Make this the stream of a pool, after the pool has taken its first batch."""
         with self._lock:
             stream.pool = pool
             older = self._by_pool.get(pool)

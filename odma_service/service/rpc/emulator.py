@@ -1,4 +1,4 @@
-"""EmulatorService: what an access pattern costs on the device's memory."""
+"""EmulatorService: the cost of an access pattern on the device's memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WRITTEN = {
 
 
 class EmulatorService(EmulatorServiceServicer):
-    """Prices runs; keeps an estimator for each device and access it was asked about."""
+    """Prices runs; calibrates one device and access at a time."""
 
     def __init__(self) -> None:
         self._calibrating = Lock()
@@ -57,7 +57,7 @@ class EmulatorService(EmulatorServiceServicer):
 
 
 def _device_from(request: pb.EstimateAccessRequest) -> tuple[LpddrDevice, float, float]:
-    """Return the device, how much slower than it the bandwidth given is, and its descriptor."""
+    """Return the device, its slowdown to the bandwidth asked for, and seconds per descriptor."""
     asked = request.device
     preset = asked.preset or DEFAULT_PRESET
     if preset not in PRESETS:

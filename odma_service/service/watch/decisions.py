@@ -80,7 +80,7 @@ class Life:
 
 
 class Noted(NamedTuple):
-    """What one call decided. ended: the handles that a Reconcile freed."""
+    """The decisions of one call. ended: the handles that a Reconcile freed."""
 
     pool: str
     epoch: int
@@ -95,10 +95,10 @@ class Noted(NamedTuple):
 
 
 class Sketcher(Protocol):
-    """What a Predictor offers here: what it makes of a prompt."""
+    """A Predictor, as far as it is used here."""
 
     def sketch(self, text: Text, prompt_tokens: int) -> str:
-        """Return it as one word."""
+        """Return the sketch of a prompt, as one word."""
 
 
 class DecisionLog:
@@ -251,7 +251,7 @@ class PoolLives:
         self._waiting: OrderedDict[str, Life] = OrderedDict()
 
     def read(self, noted: Noted) -> list[str]:
-        """Follow what a call decided; return the records of the requests that are over."""
+        """Follow the decisions of a call; return the records of the requests that are over."""
         records: list[str] = []
 
         def end(life: Life, how: str, output_tokens: int | None = None) -> None:

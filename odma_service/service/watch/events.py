@@ -1,8 +1,8 @@
-"""Events: what happened to pools, as log lines, and kept for a while for Watch.
+"""Events of pools: written to the log, and kept for a while for Watch.
 
-Each event has a cursor, one more than the one before it. Cursors belong to one incarnation, a
-run of the service. Events beyond the last KEPT are forgotten: a reader who comes back after
-that has lost some, and can see that it has.
+Each event has a cursor, one more than that of the event before. Cursors belong to one
+incarnation, a run of the service. Only the last KEPT events are kept: a reader that comes back
+later has lost some, and its answer says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class EventKind(IntEnum):
-    """What happened; numbered as EventKind in the proto."""
+    """Kinds of events, numbered as in the proto."""
 
     OPENED = 1
     RESUMED = 2
@@ -65,9 +65,9 @@ _LINES = {
 
 
 class Event(NamedTuple):
-    """One event. epoch and policy_version 0: it is not about one. reason: for people.
+    """One event. epoch, policy_version: 0 if the event is about none. reason: for people.
 
-    owner: the identity that may see the pool; empty where nobody was asked who he is.
+    owner: the identity that may see the pool; empty where callers need none.
     """
 
     cursor: int
@@ -81,14 +81,14 @@ class Event(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """What a reader gets: events behind its cursor, and whether others before them are gone."""
+    """The events behind a reader's cursor, and whether some before them are lost."""
 
     events: list[Event]
     lost: bool
 
 
 class Events:
-    """The last events of all pools. Any thread may tell or read them."""
+    """The last events of all pools. Any thread may add or read them."""
 
     def __init__(self, wall: Callable[[], float] = time.time, kept: int = KEPT) -> None:
         self.incarnation = uuid.uuid4().hex
@@ -110,7 +110,7 @@ class Events:
         owner: str = "",
         file: str = "",
     ) -> None:
-        """Write a log line, `file` is only for that, and keep the event. Waits for no reader."""
+        """Log an event and keep it, without a wait for readers. `file`: for the log line only."""
         known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
         level, line = _LINES[kind]
         told = {name: value for name, value in known.items() if value}
@@ -140,12 +140,12 @@ class Events:
         return self._last
 
     def counts(self) -> dict[EventKind, int]:
-        """Return how many of each kind were told in this incarnation."""
+        """Return the number of events of each kind in this incarnation."""
         with self._news:
             return {kind: self._counts[kind] for kind in EventKind}
 
     def after(self, cursor: int, wait_seconds: float = 0.0) -> Missed:
-        """Return the events behind `cursor`, once there are any, or none after `wait_seconds`."""
+        """Return the events behind `cursor`; wait up to `wait_seconds` for the first."""
         with self._news:
             self._news.wait_for(lambda: self._over or self._last > cursor, wait_seconds)
             oldest = self._last - len(self._kept) + 1

@@ -1,11 +1,11 @@
-"""Metrics for Prometheus: read from the pools when somebody scrapes, and served over HTTP.
+"""Metrics for Prometheus: read from the pools at each scrape, and served over HTTP.
 
-A scrape holds a pool for as long as it takes to copy a few numbers out of its books; what is
-computed from them is computed after that. So no call waits for a scrape longer than for another
-call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
-a policy names by 16; no label has a value that a client may choose beyond those.
+A scrape holds a pool only to copy a few numbers out of its books; it computes after that. So no
+call waits longer for a scrape than for another call. The number of series is bounded: max-pools
+bounds the pools, a pool has up to 64 classes, a policy up to 16 buckets and 16 tenants. No other
+label has a value that a client may choose.
 
-docs/reference/observability.md has the list; a test compares it with a real scrape.
+docs/reference/observability.md lists the metrics; a test compares it with a real scrape.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
-from odma_service.service.door.handlers import Shape
+from odma_service.service.door.handlers import CallShape
 from odma_service.service.pools.registry import Registry
 from odma_service.service.watch.observed import CallObserver, CallWatch
 from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
@@ -48,7 +48,7 @@ log = structlog.get_logger()
 
 
 class Reading(NamedTuple):
-    """What a scrape copies out of one pool."""
+    """The numbers that a scrape copies out of one pool."""
 
     spec: PoolSpec
     policy: PolicyRecord
@@ -216,7 +216,7 @@ REFUSABLE: list[tuple[str, Reason]] = [
     for op, reasons in ((Allocate, Reason), (Extend, Reason), (Trim, BY_HANDLE), (Free, BY_HANDLE))
     for reason in reasons
 ]
-"""Every refusal there can be has a series from the start, so that the first one shows."""
+"""Every possible refusal has a series from the start: so its first increase shows."""
 
 
 def _numbered(values: Iterable[float]) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -241,8 +241,8 @@ def _class_quantiles(
 def coverage(completions: Iterable[Completion]) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield for each level the share of predicted completions that were at most its quantile.
 
-    A completion that stopped at its limit within the quantile tells nothing of it and is left
-    out; beyond the quantile it is a miss like any other.
+    A completion that stopped at its limit within the quantile is left out: its full length is not
+    known. Beyond the quantile it is a miss like any other.
     """
     for i, level in enumerate(QUANTILE_LEVELS):
         told = [
@@ -262,7 +262,7 @@ class PoolCollector(Collector):
         self._telemetry = registry.telemetry
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every family; those of pools are empty while the service drains."""
+        """Yield every family; the families of pools are empty while the service drains."""
         readings = list(self._readings())
         for metric in (GaugeMetricFamily, CounterMetricFamily):
             gauges = metric is GaugeMetricFamily
@@ -331,8 +331,8 @@ class PoolCollector(Collector):
 class RpcMetrics(CallObserver):
     """Counts calls and times answers.
 
-    Of a stream of requests each answer is timed from the request before it; a stream that answers
-    one request is not timed.
+    In a stream of requests each answer is timed from the request before it. A stream of answers
+    to one request is not timed.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -351,19 +351,19 @@ class RpcMetrics(CallObserver):
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
 
-    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
         return _StopWatch(self, rpc, shape)
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, shape: Shape) -> None:
+    def __init__(self, metrics: RpcMetrics, rpc: str, shape: CallShape) -> None:
         self._metrics = metrics
         self._rpc = rpc
         self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = shape is Shape.UNARY
-        self._times_answers = shape in {Shape.BOTH_STREAMS, Shape.BOTH_BY_CALLBACK}
+        self._times_call = shape is CallShape.UNARY
+        self._times_answers = shape in {CallShape.BOTH_STREAMS, CallShape.BOTH_BY_CALLBACK}
         self._running = metrics.running.labels(rpc)
         self._running.inc()
         self._begun = perf_counter()
@@ -384,9 +384,9 @@ class _StopWatch:
 
 @contextmanager
 def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
-    """Serve a registry over HTTP at host:port; yield the address that was really taken.
+    """Serve a registry over HTTP at host:port; yield the address with the port really taken.
 
-    Without an address nothing listens. Raises OdmaError if it cannot be bound.
+    Without an address nothing listens. Raises OdmaError if the address cannot be bound.
     """
     if not address:
         yield ""
@@ -410,7 +410,7 @@ def _broke_off(request: object, client_address: object) -> None:
 
 
 def metrics_of(pools: Registry) -> CollectorRegistry:
-    """Return all that a service has to tell, but for what its calls do: see RpcMetrics."""
+    """Return all metrics of a service but those of its calls: see RpcMetrics."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each series, of no use to Prometheus 2
     registry = CollectorRegistry()
     registry.register(PoolCollector(pools))

@@ -11,7 +11,7 @@ from typing import Protocol
 import grpc
 from google.protobuf import descriptor_pool
 
-from odma_service.service.door.handlers import Handler, Parts, Shape, Steps
+from odma_service.service.door.handlers import CallShape, Handler, Parts, Steps
 
 UNKNOWN_RPC = "(unknown)"
 
@@ -33,7 +33,7 @@ class CallObserver(grpc.ServerInterceptor, ABC):
         self._observed: dict[str, tuple[Handler, Handler]] = {}
 
     @abstractmethod
-    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
         """Return the watch on a call that begins. `rpc`: package.Service.Rpc, UNKNOWN_RPC."""
 
     def intercept_service(
@@ -55,7 +55,7 @@ class CallObserver(grpc.ServerInterceptor, ABC):
 
     @contextmanager
     def _watching(
-        self, rpc: str, shape: Shape, context: grpc.ServicerContext
+        self, rpc: str, shape: CallShape, context: grpc.ServicerContext
     ) -> Iterator[CallWatch]:
         watch = self.watch(rpc, shape, context)
         code = grpc.StatusCode.OK

@@ -22,7 +22,7 @@ import grpc
 import structlog
 
 from odma_service.errors import OdmaError
-from odma_service.service.door.handlers import Shape
+from odma_service.service.door.handlers import CallShape
 from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, CallWatch
 from odma_service.service.watch.spans import Spans
 from odma_service.service.watch.telemetry import OP_NAMES
@@ -137,12 +137,12 @@ class _RpcSpans(CallObserver):
         super().__init__()
         self._tracer = tracer
 
-    def watch(self, rpc: str, shape: Shape, context: grpc.ServicerContext) -> CallWatch:
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
         if rpc.startswith(UNTRACED):
             return _Unwatched()
         sent = {key: value for key, value in context.invocation_metadata() if type(value) is str}
         span = _Span(self._tracer, rpc, parent=propagate.extract(sent))
-        one_request = shape in {Shape.UNARY, Shape.SERVER_STREAM}
+        one_request = shape in {CallShape.UNARY, CallShape.SERVER_STREAM}
         return span if one_request else _Steps(span, self._tracer, rpc)
 
 
