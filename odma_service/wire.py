@@ -36,6 +36,9 @@ from odma_service.values import (
     Used,
 )
 
+DOMAIN = "odma"
+"""Of the ErrorInfo that every error carries."""
+
 _tuple = tuple.__new__  # Extend(...) takes twice as long
 
 # --- what an engine asks ---
