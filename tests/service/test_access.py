@@ -33,9 +33,10 @@ from odma_service.errors import (
 )
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.door.access import ROLES, Access, Role
-from odma_service.values import Allocate, End, Free, Freed, PolicyChange
+from odma_service.values import Allocate, End, Free, Freed
 
 Code = grpc.StatusCode
 
@@ -223,7 +224,7 @@ def test_the_owner_is_known_after_a_restart(guarded, callers, name):
 def test_an_operator_steers_and_closes_the_pools_of_others(callers, name):
     pool = open_pool(callers["alice"], name)
     ops, ref = callers["ops"], pool.ref
-    change = pb.SetPolicyRequest(pool=ref, policy=PolicyChange(growth=2))
+    change = pb.SetPolicyRequest(pool=ref, policy=types.PolicyChange(growth=2))
     assert ops.call(ops.memory.SetPolicy, change).policy.growth == 2
     ops.call(ops.memory.ClosePool, pb.ClosePoolRequest(pool=ref))
     assert callers["alice"].get_pool(name).summary.state == pool_pb.POOL_STATE_CLOSED

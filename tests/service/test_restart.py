@@ -19,11 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from odma_service.client import Client
 from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
-from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.server import NOTICE_SECONDS
-from odma_service.values import Allocate, End, Extend, Free, Place, PolicyChange, Trim, Used
+from odma_service.values import Allocate, Batch, End, Extend, Free, Place, PolicyChange, Trim, Used
+from odma_service.wire import batch_to
 
 
 @pytest.fixture
@@ -66,13 +66,8 @@ def test_the_answer_to_the_last_batch_is_kept(restarted, service):
     pool = open_pool(service, "p")
     first = pool.apply(ops=[Allocate("a", 100), Allocate("b", 100)])
     handle = first.results[0].handle
-    request = pb.ApplyRequest(
-        pool=pool.ref,
-        seq=2,
-        completed_seq=1,
-        used=[Used(handle, 90)],
-        ops=[Extend(handle, 500), Allocate("c", 4000), Allocate("d", 0)],
-    )
+    ops = [Extend(handle, 500), Allocate("c", 4000), Allocate("d", 0)]
+    request = batch_to(pool.ref, Batch(2, 1, [Used(handle, 90)], ops))
     answer = service.call(service.memory.Apply, request)
     assert answer.copies
     restarted.restart()

@@ -217,8 +217,7 @@ def test_each_batch_of_a_stream_is_a_trace_linked_to_the_stream(traced, collecto
     with Client(traced.target) as client:
         pool = open_pool(client, name)
         batches = [
-            pb.ApplyRequest(pool=pool.ref, seq=seq, ops=[Allocate(f"r{seq}", 64)])
-            for seq in (1, 2, 9)
+            batch_to(pool.ref, Batch(seq, 0, [], [Allocate(f"r{seq}", 64)])) for seq in (1, 2, 9)
         ]
         requests = (pb.StreamRequest(apply=batch) for batch in batches)
         with pytest.raises(grpc.RpcError, match="FAILED_PRECONDITION"):
