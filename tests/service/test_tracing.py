@@ -18,7 +18,8 @@ from odma_service.client.aio import AsyncClient
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
-from odma_service.values import Allocate, End, Free, Moves, PolicyChange
+from odma_service.values import Allocate, Batch, End, Free, Moves, PolicyChange
+from odma_service.wire import batch_to
 
 collector_pb = pytest.importorskip(
     "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="the extra otel is missing"
