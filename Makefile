@@ -5,13 +5,12 @@
 PYTHON ?= $(or $(shell which python3.11),python3)
 BIN := .venv/bin
 
-C_SOURCES := $(wildcard csrc/*.c)
-C_CHECKED := $(C_SOURCES) $(wildcard lab/*/*.c examples/c/*.c tests/arena/c/*.c)
+C_SOURCES := $(wildcard csrc/*.[ch] csrc/*/*.[ch])
+C_CHECKED := csrc/odma.c $(wildcard lab/*/*.c examples/c/*.c tests/arena/c/*.c)
 C_STRICT := -std=c11 -Icsrc -O2 -Wall -Wextra -Wconversion -Wshadow -Wundef -Wpedantic -Werror
 
-LIB_VERSION := 0.1.0
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' odma_service/__init__.py)
 LIB_SONAME := libodma.so.0
-LIB_OBJECTS := $(C_SOURCES:csrc/%.c=build/obj/%.o)
 PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
@@ -44,7 +43,7 @@ demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy e
 serve: .venv/.compiled  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
-test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="-k floors")
+test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
@@ -69,7 +68,7 @@ fuzz:  ## Fuzz batches and files with clang (SECONDS=60); crashes stay in build/
 	sh tools/fuzz.sh $(or $(SECONDS),60)
 
 fuzz-wire: .venv/.compiled  ## Fuzz every rpc of a real server (SECONDS=60), print what it covers
-	$(BIN)/python tests/robustness/wire_fuzz.py --seconds $(or $(SECONDS),60)
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/wire_fuzz.py --seconds $(or $(SECONDS),60)
 
 tsan: .venv/.compiled  ## Look for races of threads on one arena
 	$(BIN)/python -m pytest -q tests/arena/test_c.py -k race
@@ -77,7 +76,7 @@ tsan: .venv/.compiled  ## Look for races of threads on one arena
 coverage:  ## Print the branch coverage of csrc by the C tests and the fuzz corpus
 	sh tools/coverage.sh
 
-bench: .venv/.compiled  ## Run every benchmark; each prints JSON
+bench: .venv/.compiled  ## Measure the arena and the service; each prints JSON
 	$(BIN)/odma bench arena --json
 	$(BIN)/odma bench rpc --json
 
@@ -100,41 +99,36 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,dev]'
 	touch $@ .venv/.compiled
 
-# Nothing but odma_* leaves the library: the shared one through the map, the static one by
-# linking its objects into one first, whose other names are made local.
-build/obj/%.o: csrc/%.c $(wildcard csrc/*.h)
+build/obj/odma.o: $(C_SOURCES)
 	@mkdir -p $(@D)
-	$(CC) -std=c11 -O2 -fPIC -c -o $@ $<
+	$(CC) -std=c11 -O2 -fPIC -c -o $@ csrc/odma.c
 
-$(PREFIX)/lib/$(LIB_SONAME): $(LIB_OBJECTS) csrc/libodma.map
+$(PREFIX)/lib/$(LIB_SONAME): build/obj/odma.o
 	@mkdir -p $(@D)
-	$(CC) -shared -Wl,-soname,$(LIB_SONAME),--version-script=csrc/libodma.map,-z,defs \
-		-o $@ $(LIB_OBJECTS) -lm -pthread
+	$(CC) -shared -Wl,-soname,$(LIB_SONAME),-z,defs -o $@ $< -lm -pthread
 
 $(PREFIX)/lib/libodma.so: $(PREFIX)/lib/$(LIB_SONAME)
 	ln -sf $(LIB_SONAME) $@
 
-$(PREFIX)/lib/libodma.a: $(LIB_OBJECTS)
+$(PREFIX)/lib/libodma.a: build/obj/odma.o
 	@mkdir -p $(@D)
-	$(LD) -r -o build/obj/libodma.all $(LIB_OBJECTS)
-	objcopy --wildcard --keep-global-symbol='odma_*' build/obj/libodma.all build/obj/libodma.one
 	rm -f $@
-	$(AR) rcs $@ build/obj/libodma.one
+	$(AR) rcs $@ $<
 
 # The prefix is where the file lies, so that the tree can be moved.
-$(PREFIX)/lib/pkgconfig/odma.pc: Makefile
+$(PREFIX)/lib/pkgconfig/odma.pc: Makefile odma_service/__init__.py
 	@mkdir -p $(@D)
 	printf '%s\n' 'prefix=$${pcfiledir}/../..' 'libdir=$${prefix}/lib' \
 		'includedir=$${prefix}/include' '' 'Name: odma' \
 		'Description: Who owns which blocks of a KV cache that must stay contiguous' \
-		'Version: $(LIB_VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
+		'Version: $(VERSION)' 'Libs: -L$${libdir} -lodma' 'Libs.private: -lm -pthread' \
 		'Cflags: -I$${includedir}' > $@
 
 $(PREFIX)/include/%.h: csrc/%.h
 	@mkdir -p $(@D)
 	cp $< $@
 
-.venv/.compiled: $(C_SOURCES) $(wildcard csrc/*.h) odma_service/_native/build.py | .venv/.installed
+.venv/.compiled: $(C_SOURCES) odma_service/_native/build.py | .venv/.installed
 	if [ -n "$$(find $^ -newer $@ 2>&1)" ]; then $(BIN)/python setup.py --quiet build_ext --inplace; fi
 	touch $@
 

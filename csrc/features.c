@@ -16,8 +16,6 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "odma_features.h"
-
 enum { CUT = ODMA_FEATURES_HEAD + ODMA_FEATURES_TAIL, WORDS = CUT / 2 + 1 };
 
 _Static_assert(3 * CUT + 2 * WORDS + 3 <= ODMA_FEATURES_IDS, "a text gives no more ids");
@@ -69,7 +67,7 @@ static uint8_t lowered(uint8_t byte) {
 }
 
 /* Head and tail with a line's end between them, or the text as it is. */
-static uint32_t cut(const uint8_t *text, size_t bytes, uint8_t *seen) {
+static uint32_t cut_text(const uint8_t *text, size_t bytes, uint8_t *seen) {
     if (bytes <= CUT) {
         if (bytes > 0) memcpy(seen, text, bytes);
         return (uint32_t)bytes;
@@ -182,7 +180,7 @@ static void count_lines(const uint8_t *seen, uint32_t length, tally *t) {
     }
 }
 
-static void count(const uint8_t *seen, uint32_t length, tally *t) {
+static void tally_text(const uint8_t *seen, uint32_t length, tally *t) {
     memset(t, 0, sizeof *t);
     for (uint32_t i = 0; i < length; i++) {
         uint8_t byte = seen[i];
@@ -206,7 +204,7 @@ static uint8_t last_sign(const uint8_t *seen, uint32_t length) {
 static void add_stats(const uint8_t *seen, uint32_t length, size_t bytes, uint32_t prompt_tokens,
                       uint32_t words, odma_features *to) {
     tally t;
-    count(seen, length, &t);
+    tally_text(seen, length, &t);
     double all = length > 0 ? length : 1;
     uint8_t end = last_sign(seen, length);
     float *stats = to->stats;
@@ -239,7 +237,7 @@ odma_status odma_features_see(const uint8_t *text, size_t bytes, uint32_t prompt
     if (features == NULL || (text == NULL && bytes > 0)) return ODMA_INVALID;
     uint8_t seen[CUT];
     word words[WORDS];
-    uint32_t length = cut(text, bytes, seen), found = words_of(seen, length, words), at = 0;
+    uint32_t length = cut_text(text, bytes, seen), found = words_of(seen, length, words), at = 0;
 
     add_words(words, found, features, &at);
     features->counts[0] = at;

@@ -20,8 +20,24 @@
  *           Functions that take `reason` write a sentence there on failure.
  * Memory    odma_arena_create() and odma_arena_attach() take all the memory the
  *           arena will ever use, so no later call can run out of it.
+ * Unset     A field that is 0 is unset: whoever zeroes a struct asks for the defaults.
  * Threads   Every call takes the arena's own lock. After a fork the child must
  *           attach for itself: its calls answer ODMA_FORKED.
+ *
+ * The shortest program:
+ *
+ *     odma_geometry geometry = {.blocks = 4096, .model_length_tokens = 2048};
+ *     odma_engine engine = {0};
+ *     odma_op op = {.kind = ODMA_OP_ALLOCATE, .request_id = "first", .prompt_tokens = 100};
+ *     odma_result result = {0};
+ *     odma_arena *arena = NULL;
+ *     char reason[ODMA_REASON_BYTES] = "";
+ *
+ *     if (odma_arena_create("kv.pool", &geometry, &arena, reason) != ODMA_OK) puts(reason);
+ *     odma_arena_open_epoch(arena, 1, &engine, NULL, NULL, 0);
+ *     odma_arena_unary(arena, 1, &op, &result);
+ *     printf("%u blocks from block %u\n", result.length, result.start);
+ *     odma_arena_close(arena);
  */
 #ifndef ODMA_H
 #define ODMA_H
@@ -51,13 +67,14 @@ enum {
     ODMA_CLASS_OTHER = 65,       /* index of the classes beyond ODMA_CLASSES */
     ODMA_BINS = 512,
     ODMA_RING = 256,             /* completions remembered one by one, per class */
+    ODMA_LEARNT_ENOUGH = 32,     /* completions from which lengths are known */
+    ODMA_TEXT_BYTES = 16384,     /* of a prompt, of which a digest is given here */
+    ODMA_MAX_TOKENS = 268435456, /* of an arena and of a request */
     ODMA_MAX_BLOCKS = 16777216,
     ODMA_MAX_REGIONS = 65536,
     ODMA_MAX_OPS = 4096,
     ODMA_MAX_COPIES = 4096
 };
-
-#define ODMA_UNSET 4294967295
 
 typedef enum odma_status {
     ODMA_OK = 0,
@@ -79,16 +96,43 @@ typedef enum odma_status {
     ODMA_FORKED         /* this process did not attach the arena */
 } odma_status;
 
+/* --- make: a file, an epoch, a policy --- */
+
+typedef struct odma_arena odma_arena;
+
 /* What the memory is. Fixed for the life of a file. */
 typedef struct odma_geometry {
-    uint32_t blocks;              /* 1 to ODMA_MAX_BLOCKS */
-    uint32_t block_tokens;        /* a power of two, 1 to 1,024 */
-    uint32_t max_regions;         /* live at once, 1 to ODMA_MAX_REGIONS */
-    uint32_t max_ops;             /* of one batch, 1 to ODMA_MAX_OPS */
-    uint32_t max_copies;          /* of one answer, 1 to ODMA_MAX_COPIES */
-    uint32_t model_length_tokens; /* longest total of a request, at least 1 */
+    uint32_t blocks;              /* 1 to ODMA_MAX_BLOCKS, of ODMA_MAX_TOKENS tokens: no default */
+    uint32_t block_tokens;        /* a power of two, 1 to 1,024; default 16 */
+    uint32_t max_regions;         /* live at once, 1 to ODMA_MAX_REGIONS; default 1,024 */
+    uint32_t max_ops;             /* of one batch, 1 to ODMA_MAX_OPS; default 1,024 */
+    uint32_t max_copies;          /* of one answer, 1 to ODMA_MAX_COPIES; default 1,024 */
+    uint32_t model_length_tokens; /* longest total of a request; default: all blocks */
     uint64_t digest;              /* the caller's, of everything else that must match */
 } odma_geometry;
+
+/* Make the file at `path`, whose directory must exist, and attach it. No epoch
+ * is running in it.
+ *
+ * Fails     ODMA_EXISTS; ODMA_INVALID for a bad geometry; ODMA_NO_SPACE;
+ *           ODMA_IO. The file is removed again.
+ */
+odma_status odma_arena_create(const char *path, const odma_geometry *geometry,
+                              odma_arena **arena, char reason[ODMA_REASON_BYTES]);
+
+/* Attach the file at `path` for writing, finish what a killed process left
+ * half done, and check everything. An epoch of another boot than `boot_id` is
+ * ended (NULL: not compared). `geometry` may be NULL: any will do.
+ *
+ * Fails     ODMA_NOT_FOUND, ODMA_LOCKED, ODMA_FOREIGN, ODMA_MISMATCH,
+ *           ODMA_CORRUPT, ODMA_NO_SPACE, ODMA_IO. The file is as before.
+ * Cost      O(file size), a few milliseconds for 20,000 regions.
+ */
+odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, const char *boot_id,
+                              odma_arena **arena, char reason[ODMA_REASON_BYTES]);
+
+/* Give back the memory and the lock. The file stays. NULL is allowed. */
+void odma_arena_close(odma_arena *arena);
 
 typedef enum odma_moves {
     ODMA_MOVES_NONE = 1,
@@ -99,13 +143,26 @@ typedef enum odma_moves {
 /* What the engine can do and what its copies cost. Fixed for an epoch.
  * A plan costs planes x pieces x descriptor_seconds + tokens x token_seconds. */
 typedef struct odma_engine {
-    uint32_t moves;                 /* odma_moves */
+    uint32_t moves;                 /* odma_moves; default ODMA_MOVES_NONE */
     uint32_t single_ordered_stream; /* 0 or 1 */
     uint32_t copies_may_overlap;    /* 0 or 1 */
-    uint32_t planes;                /* at least 1 */
+    uint32_t planes;                /* at least 1; default 1 */
     double descriptor_seconds;      /* at least 0 */
     double token_seconds;           /* to copy one token in every plane, at least 0 */
 } odma_engine;
+
+/* Begin an epoch with empty books; a running one ends. What was learnt stays.
+ *
+ * Promise   `epoch` is the one running; `description` can be read back.
+ * Fails     ODMA_INVALID unless epoch is above every earlier one and below
+ *           2^53, and the engine and sizes keep their rules.
+ */
+odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_engine *engine,
+                                  const char *boot_id, const void *description,
+                                  uint32_t description_bytes);
+
+/* End the epoch. ODMA_EPOCH if another one, or none, is running. */
+odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch);
 
 typedef enum odma_start {
     ODMA_START_MAXIMUM = 1,
@@ -129,7 +186,7 @@ typedef enum odma_overflow {
 typedef struct odma_tenant {
     char name[ODMA_NAME_BYTES];   /* not empty, named once */
     double guaranteed_share;      /* 0 to maximum_share */
-    double maximum_share;         /* that it may be admitted to, (0, 1] */
+    double maximum_share;         /* that it may be admitted to, (0, 1]; default 1 */
 } odma_tenant;
 
 /* The policy record: how long a region is, who is admitted, what may move.
@@ -141,23 +198,39 @@ typedef struct odma_tenant {
  * Then it is the smallest limit that holds it, else a multiple of step; never
  * above the request's maximum; rounded up to blocks. */
 typedef struct odma_policy {
-    char name[ODMA_NAME_BYTES];
+    char name[ODMA_NAME_BYTES];   /* default "static" */
     uint32_t version;             /* counts changes from 1; set by the arena */
-    uint32_t start;               /* odma_start */
-    uint32_t overflow;            /* odma_overflow */
-    uint32_t step_tokens;         /* 1 to 2^20 */
+    uint32_t start;               /* odma_start; default ODMA_START_MAXIMUM */
+    uint32_t overflow;            /* odma_overflow; default ODMA_OVERFLOW_PREEMPT */
+    uint32_t step_tokens;         /* 1 to 2^20; default 64 */
     uint32_t max_copy_tokens;     /* of a batch that does not say */
     uint32_t limit_count;         /* 0 to ODMA_LIMITS */
     uint32_t limits_tokens[ODMA_LIMITS]; /* ascending, from at least 1 */
     double overflow_risk;         /* 0 to 1 */
     double safety_share;          /* 0 to 0.9 of the blocks are closed to admission */
     double unsure_ratio;          /* q95/q50 above it is unsure; 0: never, else >= 1 */
-    double growth;                /* 1 to 4 */
-    double tenant_share;          /* maximum of a tenant that is not named, (0, 1] */
+    double growth;                /* 1 to 4; default 1 */
+    double tenant_share;          /* maximum of a tenant that is not named, (0, 1]; default 1 */
     uint32_t tenant_count;        /* 0 to ODMA_TENANTS */
     uint32_t pad;
     odma_tenant tenants[ODMA_TENANTS]; /* guarantees + safety_share: at most 1 */
 } odma_policy;
+
+/* Install a policy record and write it back as it is stored: with its new version,
+ * and with defaults where it was unset.
+ *
+ * Fails     ODMA_INVALID if a field breaks its rule; ODMA_VERSION if
+ *           expected_version is not 0 and not in force.
+ */
+odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
+                                  uint32_t expected_version);
+
+/* Whether a finished record, in which nothing is unset, keeps every rule: ODMA_OK,
+ * or ODMA_INVALID with "field: rule" in `reason`. */
+odma_status odma_policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]);
+odma_status odma_geometry_check(const odma_geometry *geometry, char reason[ODMA_REASON_BYTES]);
+
+/* --- step: what one decode step asks, and its answer --- */
 
 typedef struct odma_used {
     uint64_t handle;
@@ -179,22 +252,31 @@ typedef enum odma_end {
     ODMA_END_PREEMPTED = 4
 } odma_end;
 
+/* What of an operation or a batch is given even where it is 0. A bit whose field
+ * is not 0 changes nothing. */
+enum {
+    ODMA_GIVEN_MAX_TOTAL = 1,     /* refused, as a request of no tokens is */
+    ODMA_GIVEN_RISK = 2,          /* no risk is accepted */
+    ODMA_GIVEN_QUANTILES = 4,     /* an empty answer is predicted */
+    ODMA_GIVEN_MAX_COPY = 8       /* the batch may copy nothing */
+};
+
 typedef struct odma_op {
     uint32_t kind;                /* odma_op_kind */
     uint32_t end;                 /* free: odma_end */
     uint64_t handle;              /* free, trim, extend */
     uint32_t output_tokens;       /* free: all that was generated */
     uint32_t least_tokens;        /* extend: total to hold; trim: new length */
-    uint32_t want_tokens;         /* extend: length to aim at, 0: the policy's */
+    uint32_t want_tokens;         /* extend: length to aim at; default: the policy's */
     uint32_t prompt_tokens;       /* the rest: allocate */
     uint32_t generated_tokens;
-    uint32_t max_total_tokens;    /* ODMA_UNSET: model length or capacity */
-    uint32_t guess_tokens;        /* the engine's own prediction, 0: none */
-    float overflow_risk;          /* below 0: the policy's */
-    float quantiles[ODMA_QUANTILES]; /* predicted output tokens; [0] < 0: none */
-    float raw[ODMA_QUANTILES];    /* the same before corrections, only kept; all 0: none */
-    uint32_t has_text;
-    uint64_t text_digest[2];      /* of the prompt's text, for the fingerprint */
+    uint32_t max_total_tokens;    /* default: model length or capacity */
+    uint32_t guess_tokens;        /* the engine's own prediction; default: none */
+    uint32_t given;               /* ODMA_GIVEN_ bits */
+    double overflow_risk;         /* 0 to 1; default: the policy's */
+    float quantiles[ODMA_QUANTILES]; /* predicted output tokens; default: none */
+    float raw[ODMA_QUANTILES];    /* the same before corrections, only kept; default: none */
+    uint64_t text_digest[2];      /* of the prompt's text, for the fingerprint; default: no text */
     char request_id[ODMA_ID_BYTES];
     char request_class[ODMA_NAME_BYTES];
     char tenant[ODMA_NAME_BYTES];
@@ -204,8 +286,9 @@ typedef struct odma_batch {
     uint64_t epoch;
     uint64_t seq;
     uint64_t completed_seq;
-    uint32_t max_copy_tokens;     /* ODMA_UNSET: the policy's */
-    uint32_t pass_refused;
+    uint32_t max_copy_tokens;     /* default: the policy's */
+    uint32_t given;               /* ODMA_GIVEN_MAX_COPY, or 0 */
+    uint32_t pass_refused;        /* 1: later allocates are not held up by a refused one */
     uint32_t used_count;          /* at most max_regions */
     uint32_t op_count;            /* at most max_ops */
     const odma_used *used;
@@ -305,6 +388,37 @@ typedef struct odma_answer {
     odma_place *moved;            /* room for max_copies */
 } odma_answer;
 
+/* Do the operations of one decode step, in the order given.
+ *
+ * Promise   All of it or none of it, whenever the process dies. The same seq
+ *           with the same body gets the stored answer, `replayed` set.
+ * Fails     ODMA_EPOCH, ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP;
+ *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
+ * Cost      O(used + ops); an operation that has to move regions O(live).
+ */
+odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
+
+/* Look whether `batch` was answered already, without doing it: ODMA_OK with the
+ * stored answer if so, ODMA_NOT_FOUND if odma_arena_apply() would do it, else
+ * the status it would return for its epoch and seq. Predictions do not count. */
+odma_status odma_arena_replay(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
+
+/* Do one operation outside of batches: it takes no seq, leaves the stored
+ * answer alone and copies nothing. A free promises that no enqueued work uses
+ * the region. */
+odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *op,
+                             odma_result *result);
+
+/* Free every live region whose handle is not among `handles`, and every waiting
+ * run. Stores where the listed ones lie in `kept` (length 0: it is dead), in
+ * the order given, and the handles freed in `freed`, which has room for
+ * max_regions. */
+odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64_t *handles,
+                                 uint32_t count, odma_place *kept, uint64_t *freed,
+                                 uint32_t *freed_count);
+
+/* --- read: what the books say --- */
+
 /* Counted since the file was made; outlive epochs. */
 typedef struct odma_counters {
     uint64_t batches, allocates, extends, trims, frees;
@@ -344,6 +458,17 @@ typedef struct odma_report {
     odma_counters counters;
 } odma_report;
 
+odma_status odma_arena_report(odma_arena *arena, odma_report *report);
+
+odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry);
+odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine);
+
+/* Copy out the description of the running epoch, or of the last one; *bytes is
+ * its length. `description` has room for ODMA_DESCRIPTION_BYTES. */
+odma_status odma_arena_description(odma_arena *arena, void *description, uint32_t *bytes);
+
+odma_status odma_arena_policy(odma_arena *arena, odma_policy *policy);
+
 /* What one named tenant holds, in blocks. */
 typedef struct odma_tenant_use {
     char name[ODMA_NAME_BYTES];
@@ -354,6 +479,9 @@ typedef struct odma_tenant_use {
     uint32_t claimed;             /* that it waits for, 0: no claim stands */
     uint32_t pad;
 } odma_tenant_use;
+
+/* What each tenant of the policy holds, in its order; room for ODMA_TENANTS. */
+odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_t *count);
 
 typedef enum odma_region_state {
     ODMA_REGION_LIVE = 1,
@@ -375,6 +503,19 @@ typedef struct odma_region {
     char request_id[ODMA_ID_BYTES];
 } odma_region;
 
+/* List entries in address order from block `from`: at most `room` of them. */
+odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *regions,
+                               uint32_t room, uint32_t *count);
+
+/* Whether the books keep every rule, memory and file alike: ODMA_OK, or
+ * ODMA_CORRUPT with the broken rule in `reason`. */
+odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
+
+/* A word for a status, never NULL. */
+const char *odma_status_name(odma_status status);
+
+/* --- learn: what completions teach --- */
+
 /* One completion, or a request that still runs. */
 typedef struct odma_completion {
     float quantiles[ODMA_QUANTILES]; /* as predicted; [0] < 0: none */
@@ -395,103 +536,6 @@ typedef struct odma_histogram {
     double total_finished[ODMA_BINS];
     double total_censored[ODMA_BINS];
 } odma_histogram;
-
-typedef struct odma_arena odma_arena;
-
-/* Make the file at `path`, whose directory must exist, and attach it. No epoch
- * is running in it.
- *
- * Fails     ODMA_EXISTS; ODMA_INVALID for a bad geometry; ODMA_NO_SPACE;
- *           ODMA_IO. The file is removed again.
- */
-odma_status odma_arena_create(const char *path, const odma_geometry *geometry,
-                              odma_arena **arena, char reason[ODMA_REASON_BYTES]);
-
-/* Attach the file at `path` for writing, finish what a killed process left
- * half done, and check everything. An epoch of another boot than `boot_id` is
- * ended (NULL: not compared). `geometry` may be NULL: any will do.
- *
- * Fails     ODMA_NOT_FOUND, ODMA_LOCKED, ODMA_FOREIGN, ODMA_MISMATCH,
- *           ODMA_CORRUPT, ODMA_NO_SPACE, ODMA_IO. The file is as before.
- * Cost      O(file size), a few milliseconds for 20,000 regions.
- */
-odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, const char *boot_id,
-                              odma_arena **arena, char reason[ODMA_REASON_BYTES]);
-
-/* Give back the memory and the lock. The file stays. NULL is allowed. */
-void odma_arena_close(odma_arena *arena);
-
-/* Begin an epoch with empty books; a running one ends. What was learnt stays.
- *
- * Promise   `epoch` is the one running; `description` can be read back.
- * Fails     ODMA_INVALID unless epoch is above every earlier one and below
- *           2^53, and the engine and sizes keep their rules.
- */
-odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_engine *engine,
-                                  const char *boot_id, const void *description,
-                                  uint32_t description_bytes);
-
-/* End the epoch. ODMA_EPOCH if another one, or none, is running. */
-odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch);
-
-odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry);
-odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine);
-
-/* Copy out the description of the running epoch, or of the last one; *bytes is
- * its length. `description` has room for ODMA_DESCRIPTION_BYTES. */
-odma_status odma_arena_description(odma_arena *arena, void *description, uint32_t *bytes);
-
-odma_status odma_arena_policy(odma_arena *arena, odma_policy *policy);
-
-/* Install a policy record and store its new version in policy->version.
- *
- * Fails     ODMA_INVALID if a field breaks its rule; ODMA_VERSION if
- *           expected_version is not 0 and not in force.
- */
-odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
-                                  uint32_t expected_version);
-
-/* Look whether `batch` was answered already, without doing it: ODMA_OK with the
- * stored answer if so, ODMA_NOT_FOUND if odma_arena_apply() would do it, else
- * the status it would return for its epoch and seq. Predictions do not count. */
-odma_status odma_arena_replay(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
-
-/* Do the operations of one decode step, in the order given.
- *
- * Promise   All of it or none of it, whenever the process dies. The same seq
- *           with the same body gets the stored answer, `replayed` set.
- * Fails     ODMA_EPOCH, ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP;
- *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
- * Cost      O(used + ops); an operation that has to move regions O(live).
- */
-odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
-
-/* Do one operation outside of batches: it takes no seq, leaves the stored
- * answer alone and copies nothing. A free promises that no enqueued work uses
- * the region. */
-odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *op,
-                             odma_result *result);
-
-/* Free every live region whose handle is not among `handles`, and every waiting
- * run. Stores where the listed ones lie in `kept` (length 0: it is dead), in
- * the order given, and the handles freed in `freed`, which has room for
- * max_regions. */
-odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64_t *handles,
-                                 uint32_t count, odma_place *kept, uint64_t *freed,
-                                 uint32_t *freed_count);
-
-odma_status odma_arena_report(odma_arena *arena, odma_report *report);
-
-/* What each tenant of the policy holds, in its order; room for ODMA_TENANTS. */
-odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_t *count);
-
-/* List entries in address order from block `from`: at most `room` of them. */
-odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *regions,
-                               uint32_t room, uint32_t *count);
-
-/* Whether the books keep every rule, memory and file alike: ODMA_OK, or
- * ODMA_CORRUPT with the broken rule in `reason`. */
-odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
 
 /* Name of a class by its index; ODMA_NOT_FOUND if there is none. */
 odma_status odma_arena_class(odma_arena *arena, uint32_t index, char name[ODMA_NAME_BYTES]);
@@ -520,9 +564,9 @@ odma_status odma_arena_running(odma_arena *arena, uint32_t class_index,
 
 /* Quantiles of the output tokens of a class, given that they are more than
  * `more_than`. Censored completions count by Kaplan-Meier. A class with fewer
- * than 32 completions uses the pool's; *weight is what they rest on.
+ * than ODMA_LEARNT_ENOUGH completions uses the pool's; *weight is what they rest on.
  *
- * Fails     ODMA_NOT_FOUND if fewer than 32 are known there as well.
+ * Fails     ODMA_NOT_FOUND if fewer are known there as well.
  */
 odma_status odma_arena_quantiles(odma_arena *arena, uint32_t class_index, uint32_t more_than,
                                  float quantiles[ODMA_QUANTILES], double *weight);
@@ -541,9 +585,6 @@ odma_status odma_arena_quantiles(odma_arena *arena, uint32_t class_index, uint32
 odma_status odma_optimal_limits(const double *weights, const uint32_t *upper, const double *tolls,
                                 uint32_t bins, uint32_t limit_count, uint32_t *limits,
                                 uint32_t *found, double *waste);
-
-/* A word for a status, never NULL. */
-const char *odma_status_name(odma_status status);
 
 /* cffi: end */
 

@@ -3,27 +3,27 @@
 OdmaError
 ├── InvalidError         a value breaks a rule; `field` names it
 ├── PoolNotFoundError    no pool has this name
-├── PoolOwnedError       somebody owns the pool
-├── EpochError           that epoch is over
+├── PoolOwnedError       another owner has the pool
+├── EpochError           the epoch is over
 ├── SeqChangedError      the last seq, but with another body
 ├── SeqOldError          a seq older than the last
-├── SeqGapError          a seq beyond the next one; `expected` is that
+├── SeqGapError          a seq beyond the next one; `expected` is the next one
 ├── VersionError         another policy version is in force
 ├── NothingLearntError   too few completions to recalibrate
-├── RefusedError         a unary call was refused; `refusal` says why
+├── RefusedError         a unary call was refused; `refusal` gives the reason
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
-├── ModelError           a model directory that cannot be served; `file` names what is wrong
+├── ModelError           a model directory that cannot be served; `file` is the bad file
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
-├── IdentityError        nothing says who calls, or nobody is known by it
-├── RoleError            the caller's role may not call this
-├── PoolForeignError     the name is that of somebody else's pool
+├── IdentityError        no token or certificate, or an unknown one
+├── RoleError            the caller's role may not call this rpc
+├── PoolForeignError     the name belongs to a pool of somebody else
 ├── BusyError            too many calls at once
 ├── MessageSizeError     the message is too large
-├── UnimplementedError   no such rpc here
-├── ServiceError         a client's call failed, for none of these reasons
-│   └── UnavailableError     there was no answer; it may have been done
+├── UnimplementedError   the service has no such rpc
+├── ServiceError         a client's call failed, for another reason
+│   └── UnavailableError     there was no answer; the call may have been done
 └── BooksError           a pool's file cannot be used
     ├── BooksLockedError     another process has it open
     ├── BooksForeignError    wrong owner, permissions or kind of file
@@ -55,7 +55,7 @@ class OdmaError(Exception):
 
 
 class InvalidError(OdmaError, ValueError):
-    """A value breaks a rule. `field` is its path, `rule` what would have worked."""
+    """A value breaks a rule. `field` is its path, `rule` the rule."""
 
     reason = "INVALID"
     fields = (("field", str), ("rule", str))
@@ -78,7 +78,7 @@ class PoolNotFoundError(OdmaError):
 
 
 class PoolOwnedError(OdmaError):
-    """Somebody owns the pool."""
+    """Another owner has the pool."""
 
     reason = "POOL_OWNED"
     fields = (("name", str), ("idle_seconds", float))
@@ -93,7 +93,7 @@ class PoolOwnedError(OdmaError):
 
 
 class EpochError(OdmaError):
-    """That epoch is over: its places mean nothing any more."""
+    """The epoch is over: its places mean nothing any more."""
 
     reason = "EPOCH_OVER"
     fields = (("name", str), ("epoch", int))
@@ -169,7 +169,7 @@ class RefusedError(OdmaError):
 
 
 class HandleError(OdmaError):
-    """A handle that names no live region of this epoch."""
+    """The handle names no live region of this epoch."""
 
     reason = "HANDLE"
     fields = (("handle", int), ("rule", str))
@@ -187,7 +187,7 @@ class PoolLimitError(OdmaError):
 
 
 class ModelError(OdmaError):
-    """A model directory that cannot be served: `file` is wrong in it."""
+    """A model directory cannot be served: `file` breaks a rule."""
 
     def __init__(self, file: Path, rule: str) -> None:
         super().__init__(f"model {file}: {rule}")
@@ -213,7 +213,7 @@ class StreamReplacedError(OdmaError):
 
 
 class IdentityError(OdmaError):
-    """The caller gave no token or certificate, or one that nobody here is known by."""
+    """The caller gave no token or certificate, or an unknown one."""
 
     reason = "IDENTITY"
 
@@ -231,7 +231,7 @@ class RoleError(OdmaError):
 
 
 class PoolForeignError(OdmaError):
-    """The name is that of somebody else's pool."""
+    """The name belongs to a pool of somebody else."""
 
     reason = "POOL_FOREIGN"
     fields = (("name", str),)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, cast
+from hashlib import blake2b
+from typing import NamedTuple, Self, cast
 
 
 class End(IntEnum):
@@ -103,6 +104,39 @@ class PolicyChange(NamedTuple):
     clear_tenants: bool = False
 
 
+class Text:
+    """A prompt in UTF-8, encoded and hashed once; `seen` is for the model that embeds it.
+
+    A model takes any bytes, an Allocate the 16 KiB of UTF-8 that the service takes.
+    """
+
+    __slots__ = ("data", "digest", "seen")
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.digest = blake2b(data, digest_size=16).digest()
+        self.seen: object = None
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Return what a str says. Raises UnicodeEncodeError for half a surrogate pair."""
+        return cls(text.encode())
+
+    def __len__(self) -> int:
+        """Return the number of bytes."""
+        return len(self.data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Text) and self.data == other.data
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        """Say nothing of the prompt: it may be logged."""
+        return f"Text of {len(self)} bytes"
+
+
 class Used(NamedTuple):
     """How much of a region is written: an upper bound with all enqueued work."""
 
@@ -135,7 +169,10 @@ class Extend(NamedTuple):
 
 
 class Allocate(NamedTuple):
-    """Ask for a region for one request. None means unset."""
+    """Ask for a region for one request. None means unset.
+
+    A text that is a Text already is neither encoded nor hashed again.
+    """
 
     request_id: str
     prompt_tokens: int
@@ -145,7 +182,7 @@ class Allocate(NamedTuple):
     tenant: str = ""
     overflow_risk: float | None = None
     predicted_output_tokens: int | None = None
-    text: str | None = None
+    text: Text | str | None = None
 
 
 Op = Free | Trim | Extend | Allocate

@@ -34,6 +34,7 @@ from odma_service.values import (
     Refusal,
     Result,
     TenantShare,
+    Text,
     Trim,
     Used,
 )
@@ -98,7 +99,9 @@ def _fill_op(message: pb.Op, op: Op) -> None:
             free.handle, free.end, free.output_tokens = op.handle, end, op.output_tokens
         case Allocate():
             for field, value in zip(op._fields, op, strict=True):
-                if value is not None:
+                if isinstance(value, Text):
+                    message.allocate.text = value.data.decode()
+                elif value is not None:
                     setattr(message.allocate, field, value)
         case Trim():
             message.trim.handle, message.trim.to_tokens = op
@@ -135,7 +138,7 @@ def allocate_from(message: pb.Alloc) -> Allocate:
             message.tenant,
             message.overflow_risk if has("overflow_risk") else None,
             message.predicted_output_tokens if has("predicted_output_tokens") else None,
-            message.text if has("text") else None,
+            Text.of(message.text) if has("text") else None,
         ),
     )
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from odma_service._native import LEARNT_ENOUGH
 from odma_service._native.features import STATS
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import WINDOW, Predictor
-from odma_service.learning.recalibration import LEARNT_ENOUGH
 from predictor_onnx.rows import Floats, Integers, summarise
 
 START = b'{"odma":'

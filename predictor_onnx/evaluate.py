@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, PromptInput
-from predictor_onnx.rows import LEVELS, Floats, Rows, histories, read_rows, resting, running
+from odma_service.learning.survival import LEVELS
+from odma_service.values import Text
+from predictor_onnx.rows import Floats, Rows, histories, read_rows, resting, running
 
 DELAY = 64
 BATCH = 64
@@ -53,7 +55,7 @@ def over_reservation(upper: Doubles, actual: Doubles) -> float:
 def predictions(predictor: Predictor, rows: Rows, table: Floats) -> Doubles:
     """Return rows of seven log lengths, as the service would answer them."""
     prompts = [
-        PromptInput(rows.prompts[prompt], int(tokens), history)
+        PromptInput(Text(rows.prompts[prompt]), int(tokens), history)
         for prompt, tokens, history in zip(
             rows.prompt, rows.prompt_tokens, histories(table), strict=True
         )

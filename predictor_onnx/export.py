@@ -29,7 +29,7 @@ from odma_service.learning.predictor import (
     PromptInput,
     seeing,
 )
-from odma_service.values import QUANTILE_LEVELS
+from odma_service.values import QUANTILE_LEVELS, Text
 from predictor_onnx.graph import LARGE, build, quantised
 from predictor_onnx.network import DIMS, Inputs, own, trusted
 from predictor_onnx.rows import Floats
@@ -38,8 +38,7 @@ from predictor_onnx.train import Trained
 ROUNDING = 1e-4
 """Most that two ways to the same log length may differ by on one machine."""
 
-TEXTS = (
-    None,
+_TEXTS = (
     b"",
     b"Hi",
     b"Name the capital of France in one word.",
@@ -49,6 +48,7 @@ TEXTS = (
     "Erkl\u00e4re den Unterschied zwischen \u00c4pfeln und \u5c0f\u9e21.".encode(),
     b"\t\n " * 40 + b'{"a": [1, 2, 3]}' * 200,
 )
+TEXTS = (None, *map(Text, _TEXTS))
 PASTS: tuple[tuple[int, ...], ...] = (
     (),
     (3,),
@@ -121,7 +121,7 @@ def answers(trained: Trained, prompts: Sequence[PromptInput]) -> Floats:
     shares = np.zeros((len(prompts), GROUPS), np.float32)
     stats = np.zeros((len(prompts), STATS), np.float32)
     for i, (text, prompt_tokens, _) in enumerate(prompts):
-        seen = see(text or b"", prompt_tokens)
+        seen = see(text.data if text else b"", prompt_tokens)
         if text is None:
             stats[i, 0] = seen.stats[0]
             continue
@@ -159,7 +159,7 @@ def _write_reference(stored: Trained, directory: Path) -> None:
     ]
     examples = [
         {
-            "text": None if prompt.text is None else prompt.text.decode(),
+            "text": None if prompt.text is None else prompt.text.data.decode(),
             "prompt_tokens": prompt.prompt_tokens,
             "history": asdict(prompt.history),
             "quantiles": [round(float(np.expm1(value)), 4) for value in row],

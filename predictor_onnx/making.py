@@ -12,6 +12,7 @@ import numpy as np
 
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import RESEARCH, Predictor, PromptInput
+from odma_service.values import Text
 from predictor_onnx.evaluate import NON_COMMERCIAL, evaluate
 from predictor_onnx.export import Proof, export
 from predictor_onnx.rows import Rows, histories, read_rows, running
@@ -66,7 +67,7 @@ def _examples(sets: Sequence[Rows]) -> list[PromptInput]:
         few = np.linspace(0, len(some) - 1, PROVED // len(sets)).astype(int)
         for row, history in zip(few, histories(table[few]), strict=True):
             text = some.prompts[some.prompt[row]]
-            chosen.append(PromptInput(text, int(some.prompt_tokens[row]), history))
+            chosen.append(PromptInput(Text(text), int(some.prompt_tokens[row]), history))
     return chosen
 
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import WINDOW, History
-from odma_service.values import QUANTILE_LEVELS
+from odma_service.learning.survival import LEVELS, summaries
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
-LEVELS = np.array(QUANTILE_LEVELS)
 COLUMNS = ("prompt", "prompt_tokens", "output_tokens", "model")
 
 
@@ -97,23 +96,15 @@ def _numbered(column: Any) -> tuple[list[Any], Integers]:
 
 
 def summarise(windows: Floats, counts: Integers) -> Floats:
-    """Return what History.of gives, for many windows at once: rows of mean, sd, quantiles, count.
+    """Return the histories of many windows at once: rows of mean, sd, quantiles, count.
 
     `windows` are rows of log lengths of which the first `counts` count.
     """
-    windows, counts = windows.astype(np.float64), counts[:, None]
-    real = np.arange(windows.shape[1]) < counts
-    most = np.maximum(counts, 1)
-    mean = np.where(real, windows, 0).sum(1, keepdims=True) / most
-    sd = np.sqrt(np.where(real, (windows - mean) ** 2, 0).sum(1, keepdims=True) / most)
-    ascending = np.sort(np.where(real, windows, np.inf), axis=1)
-    place = LEVELS * (most - 1)
-    below = place.astype(int)
-    above = np.minimum(below + 1, most - 1)
-    low, high = (np.take_along_axis(ascending, at, 1) for at in (below, above))
-    low, high = (np.where(counts > 0, side, 0.0) for side in (low, high))
-    quantiles = low + (place - below) * (high - low)
-    return np.hstack([mean, sd, quantiles, counts]).astype(np.float32)
+    counts, places = counts[:, None], np.arange(windows.shape[1])
+    ascending = np.sort(np.where(places < counts, windows, 0).astype(np.float64), axis=1)
+    counted = places >= windows.shape[1] - counts  # no log length is below 0
+    weights = counted / np.maximum(counts, 1)
+    return np.hstack([summaries(ascending, weights), counts]).astype(np.float32)
 
 
 def running(rows: Rows, delay: int, seed: int) -> tuple[Rows, Floats]:

@@ -24,6 +24,7 @@ from scipy.sparse import csr_matrix
 
 from odma_service._native.features import BUCKETS, GROUPS, NO_ROW, STATS, see
 from odma_service.learning.predictor import WINDOW
+from odma_service.learning.survival import LEVELS
 from predictor_onnx.network import (
     DIMS,
     Inputs,
@@ -36,7 +37,7 @@ from predictor_onnx.network import (
     pinball,
     trusted,
 )
-from predictor_onnx.rows import LEVELS, Floats, Integers, Rows, summarise
+from predictor_onnx.rows import Floats, Integers, Rows, summarise
 
 SETS = (
     "arena_hard",

@@ -22,12 +22,13 @@ import optax
 from odma_service._native.features import GROUPS, STATS
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import RESEARCH, WINDOW, Predictor, PromptInput
+from odma_service.learning.survival import LEVELS
 from predictor_onnx.decisions import Doubles, Seen, read_logs
 from predictor_onnx.evaluate import SLACK
 from predictor_onnx.export import TEXTS, export
 from predictor_onnx.graph import trained_in
 from predictor_onnx.network import Inputs, Own, Scale, Weights, own, trusted
-from predictor_onnx.rows import LEVELS, Floats, Integers, histories, summarise
+from predictor_onnx.rows import Floats, Integers, histories, summarise
 from predictor_onnx.train import Say, Trained
 
 LEAST_ROWS = 500

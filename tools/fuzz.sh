@@ -12,7 +12,7 @@ for target in batches features files; do
     work=build/fuzz/$target
     mkdir -p "$work/corpus"
     "$clang" -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        -Icsrc -Itests/arena/fuzz "tests/arena/fuzz/$target.c" csrc/*.c -o "$work/fuzz" -lm -pthread
+        -Icsrc -Itests/arena/fuzz "tests/arena/fuzz/$target.c" csrc/odma.c -o "$work/fuzz" -lm -pthread
     for hex in tests/arena/fuzz/corpus/"$target"/*.hex; do
         python3 -c 'import sys; sys.stdout.buffer.write(bytes.fromhex(sys.stdin.read()))' \
             <"$hex" >"$work/corpus/$(basename "$hex" .hex)"

@@ -1,7 +1,7 @@
 /* engine.c - an engine with an embedded pool: no service, the same books.
  *
- * Build   cc -std=c11 -Icsrc examples/c/engine.c csrc/[a-z]*.c -lm -o engine
- *         or with -lodma instead of the sources.
+ * Build   cc -std=c11 -Icsrc examples/c/engine.c csrc/odma.c -lm -o engine
+ *         or with -lodma instead of the source.
  * Run     ./engine FILE, where FILE does not exist yet: it will hold the books.
  *
  * The device is an array of token ids; each step every token must lie where the
@@ -41,8 +41,7 @@ static void must(bool fact, const char *what) {
 static odma_op want(const request *r) {
     odma_op op = {.kind = ODMA_OP_EXTEND, .handle = r->handle, .least_tokens = r->total + 1,
                   .end = ODMA_END_FINISHED, .output_tokens = r->total - r->prompt,
-                  .prompt_tokens = r->prompt, .max_total_tokens = LONGEST,
-                  .overflow_risk = -1, .quantiles = {-1}};
+                  .prompt_tokens = r->prompt, .max_total_tokens = LONGEST};
     if (r->handle == 0) op.kind = ODMA_OP_ALLOCATE;
     else if (r->total == r->goal) op.kind = ODMA_OP_FREE;
     snprintf(op.request_id, sizeof op.request_id, "request-%u", r->id);
@@ -50,11 +49,10 @@ static odma_op want(const request *r) {
 }
 
 int main(int argc, char **argv) {
-    odma_geometry geometry = {BLOCKS, BLOCK, BATCH, BATCH, BLOCKS, LONGEST, 0};
+    odma_geometry geometry = {.blocks = BLOCKS, .block_tokens = BLOCK, .max_copies = BLOCKS};
     odma_engine engine = {ODMA_MOVES_ANY, 1, 1, 56, 1e-6, 57344 / 307.2e9};
     odma_policy elastic = {.name = "elastic", .start = ODMA_START_STEP, .step_tokens = 64,
-                           .overflow = ODMA_OVERFLOW_COMPACT, .max_copy_tokens = BLOCKS * BLOCK,
-                           .growth = 1, .tenant_share = 1};
+                           .overflow = ODMA_OVERFLOW_COMPACT, .max_copy_tokens = BLOCKS * BLOCK};
     char reason[ODMA_REASON_BYTES] = "give the name of a new file";
     odma_arena *arena = NULL;
     must(argc == 2 && !odma_arena_create(argv[1], &geometry, &arena, reason), reason);
@@ -70,7 +68,8 @@ int main(int argc, char **argv) {
     for (uint64_t seq = 1; seq <= STEPS; seq++) {
         odma_used used[BATCH];
         odma_op ops[BATCH];
-        odma_batch step = {1, seq, seq - 1, ODMA_UNSET, 0, 0, BATCH, used, ops};
+        odma_batch step = {.epoch = 1, .seq = seq, .completed_seq = seq - 1,
+                           .op_count = BATCH, .used = used, .ops = ops};
         for (request *r = batch; r < batch + BATCH; r++) {
             if (r->handle) used[step.used_count++] = (odma_used){r->handle, r->total, 0};
             else *r = next_request(++requests);

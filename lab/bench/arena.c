@@ -222,17 +222,12 @@ static struct bench *fresh(const char *path, uint32_t blocks, uint32_t max_regio
                           .start = ODMA_START_MAXIMUM,
                           .overflow = compact ? ODMA_OVERFLOW_COMPACT : ODMA_OVERFLOW_PREEMPT,
                           .step_tokens = BLOCK_TOKENS,
-                          .max_copy_tokens = 1U << 30,
-                          .growth = 1,
-                          .tenant_share = 1};
+                          .max_copy_tokens = 1U << 30};
     if (odma_arena_create(path, &geometry, &bench->arena, reason) != ODMA_OK) fail(path, reason);
     must(odma_arena_set_policy(bench->arena, &policy, 0), "set policy");
     must(odma_arena_open_epoch(bench->arena, 1, &engine, NULL, NULL, 0), "open epoch");
-    for (uint32_t i = 0; i < LARGEST_BATCH; i++) {
+    for (uint32_t i = 0; i < LARGEST_BATCH; i++)
         bench->ops[i] = (odma_op){.end = ODMA_END_ABORTED, .prompt_tokens = 1};
-        bench->ops[i].overflow_risk = -1;
-        bench->ops[i].quantiles[0] = -1;
-    }
     return bench;
 }
 
@@ -286,7 +281,6 @@ static uint32_t do_batch(struct bench *bench, const struct mix *mix, uint32_t fr
     odma_batch batch = {.epoch = 1,
                         .seq = bench->seq + 1,
                         .completed_seq = bench->seq,
-                        .max_copy_tokens = ODMA_UNSET,
                         .pass_refused = 1,
                         .op_count = count,
                         .ops = bench->ops};

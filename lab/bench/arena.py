@@ -18,6 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lab.bench.building import BenchError, compile_program
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.workplace import workplace
 
 SIZES = {"small": 16_384, "big": 1_048_576}
@@ -48,7 +50,7 @@ def command(
     steps: Annotated[
         int, typer.Option(min=1_000, max=10_000_000, help="Timed operations of a run.")
     ] = 400_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time reserve and free beside malloc, planning, and attaching.
 
@@ -56,10 +58,7 @@ def command(
     """
     with workplace() as directory:
         figures = measure(directory, steps, repeats, quiet=as_json)
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        _show(figures)
+    show(figures, as_json, _table)
 
 
 def measure(directory: Path, steps: int, repeats: int, *, quiet: bool) -> Figures:
@@ -148,7 +147,7 @@ def _median(runs: list[Figures], name: str) -> float | None:
     return round(float(median(run[name] for run in runs)), 3) if runs else None
 
 
-def _show(figures: Figures) -> None:
+def _table(figures: Figures) -> Table:
     table = Table("what", *SIZES, "goal")
     for name, group, figure, goal in (
         ("live regions at 80 % full", None, "live", ""),
@@ -169,7 +168,7 @@ def _show(figures: Figures) -> None:
         table.add_row(name, *(_shown(value[figure]) for value in values), goal)
     attach = figures["attach"]
     table.add_row(f"attach, {attach['regions']:,} regions, ms", "", _shown(attach["ms"]), "20")
-    Console().print(table)
+    return table
 
 
 def _shown(value: float | None) -> str:

@@ -20,7 +20,7 @@ class BenchError(OdmaError):
 
 def compile_program(source: Path, directory: Path) -> Path:
     """Compile a C program with the library. Raises BenchError without a compiler."""
-    sources = [source, *sorted((ROOT / "csrc").glob("*.c"))]
+    sources = [source, ROOT / "csrc" / "odma.c"]
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise BenchError("no C compiler: install cc or gcc")
@@ -45,7 +45,7 @@ def compile_fused_extension(directory: Path) -> Path:
     source, extension = directory / "_odma.c", directory / "_odma.so"
     emit = "import sys; from odma_service._native.build import ffibuilder as ffi"
     emit += "; ffi.emit_c_code(sys.argv[1])"
-    program = [ROOT / "lab" / "robustness" / "fuse.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    program = [ROOT / "lab" / "robustness" / "fuse.c", ROOT / "csrc" / "odma.c"]
     include = (f"-I{ROOT / 'csrc'}", f"-I{sysconfig.get_path('include')}")
     compiler = ("cc", *FLAGS, "-shared", "-DODMA_STORE_HOOK=burn_fuse")
     commands: tuple[list[str | Path], ...] = (

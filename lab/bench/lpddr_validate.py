@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lab.bench import lpddr_rows as rows
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 
 app = typer.Typer()
 
@@ -19,16 +19,17 @@ app = typer.Typer()
 @app.command()
 def command(
     files: Annotated[list[Path], typer.Argument(help="CSV files of reference rows.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Play every configuration of reference files here, and score the difference."""
     reference = [row for file in files for row in rows.read_rows(file)]
     outcomes = list(rows.play(reference, time.process_time))
     scores = rows.score(outcomes)
     scores["estimator"]["runs_per_second"] = rows.estimator_runs_per_second(time.process_time)
-    if as_json:
-        typer.echo(json.dumps(scores | {"outcomes": [_outcome(one) for one in outcomes]}))
-        return
+    show(scores | {"outcomes": [_outcome(one) for one in outcomes]}, as_json, _table)
+
+
+def _table(scores: dict[str, Any]) -> Table:
     table = Table("part", title="Error against the reference rows", title_justify="left")
     for heading in ("rows", "mean", "max", "ranks", "activations", "requests/s"):
         table.add_column(heading, justify="right")
@@ -48,7 +49,7 @@ def command(
             _shown(part.get("activation_error"), "{:.2%}"),
             _shown(part.get("requests_per_second"), "{:,.0f}"),
         )
-    Console().print(table)
+    return table
 
 
 def _shown(value: float | None, form: str) -> str:

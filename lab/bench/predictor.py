@@ -1,4 +1,4 @@
-"""`odma bench predictor`: what a prediction costs on one core, features included."""
+"""`odma bench predictor`: the cost of a prediction on one core, features included."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import History, Predictor, PromptInput, default_model
+from odma_service.values import Text
 
 BATCHES = (1, 8, 64)
 PROMPTS = 512
@@ -59,20 +62,21 @@ app = typer.Typer()
 @app.command()
 def command(
     model: Annotated[
-        Path | None, typer.Option(help="A model directory; without it our own.")
+        Path | None, typer.Option(help="A model directory. Default: the shipped model.")
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="A parquet file whose prompts are taken; else made ones.")
+        Path | None,
+        typer.Option(help="Parquet file to take prompts from. Default: generated prompts."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For each batch size.")] = 3.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each batch size.")] = 3.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Time per prompt at batches of 1, 8 and 64, the model's size, and what int8 changed."""
+    """Measure a prediction at batches of 1, 8 and 64, the model's size and the effect of int8."""
     directory = model or default_model()
     served = Predictor.load(directory)
     texts = made_prompts() if rows is None else _prompts_of(rows)
     past = History.of(range(50, 650, 6))
-    prompts = [PromptInput(text, len(text) // 4, past) for text in texts]
+    prompts = [PromptInput(Text(text), len(text) // 4, past) for text in texts]
     config = json.loads((directory / "config.json").read_text())
     figures: dict[str, Any] = {
         "model_version": served.version,
@@ -86,13 +90,7 @@ def command(
         "float32_weights_bytes": config.get("float32_bytes"),
         "int8_against_float32": config.get("proof"),
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    for size, timed in figures.pop("per_prompt").items():
-        typer.echo(f"batch {size:>3}: p50 {timed['p50_ms']} ms, p99 {timed['p99_ms']} ms a prompt")
-    for key, value in figures.items():
-        typer.echo(f"{key:24} {value}")
+    show(figures, as_json)
 
 
 def made_prompts() -> list[bytes]:
@@ -126,8 +124,11 @@ def _timed(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for batch in batches:
+            unseen = [
+                prompt._replace(text=prompt.text and Text(prompt.text.data)) for prompt in batch
+            ]
             started = time.perf_counter()
-            served.predict(batch)
+            served.predict(unseen)
             taken.append((time.perf_counter() - started) / size * 1e3)
     p50, p99 = np.quantile(taken, (0.5, 0.99))
     return {"p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4)}

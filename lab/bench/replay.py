@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ import typer
 
 from odma_service import replay, traces
 from odma_service._native import optimal_limits
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.workplace import workplace
 
 RECALIBRATION_BINS = 512
@@ -24,15 +25,15 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    trace: Annotated[
-        Path, typer.Option(help="What to serve; a request is counted once a repetition.")
-    ] = Path("../shared/data/traces/mooncake_conversation_first2thirds.parquet"),
+    trace: Annotated[Path, typer.Option(help="Trace to serve.")] = Path(
+        "../shared/data/traces/mooncake_conversation_first2thirds.parquet"
+    ),
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs, of which the best counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Requests a minute on one core, growth of memory, and the time of a recalibration."""
+    """Measure requests a minute on one core, growth of memory, the time of a recalibration."""
     load = traces.read_trace(trace, rows)
     setting = replay.Setting(replay.limits_for(load, 111_000))
     served = replay.load_of(load, setting.limits)
@@ -57,11 +58,7 @@ def command(
         "peak_growth_after_first_run_mib": round((resident[-1] - resident[0]) / 1024, 1),
         "recalibration_ms": round(recalibration_seconds() * 1e3, 4),
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    for key, value in figures.items():
-        typer.echo(f"{key:34} {value}")
+    show(figures, as_json)
 
 
 def recalibration_seconds() -> float:

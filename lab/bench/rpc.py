@@ -6,7 +6,6 @@ busy moment of the machine hits both. Every figure is the median of the runs.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,12 +15,14 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
 from lab.bench.decode_step import COPIES, PLANES, USED, DecodeStep
 from lab.robustness.servers import Server, certificate, echo_of, resident_bytes, service_of
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.client.stream import ApplyStream
 from odma_service.replay.workplace import workplace
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -46,7 +47,7 @@ app = typer.Typer()
 def command(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median counts.")] = 5,
     steps: Annotated[int, typer.Option(min=10, max=100_000, help="Timed steps of a run.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time Apply, Stream and Allocate beside a bare gRPC echo of the same messages.
 
@@ -55,10 +56,7 @@ def command(
     with workplace() as directory, Progress(disable=as_json, console=Console(stderr=True)) as bar:
         task = bar.add_task("bench rpc", total=None)
         figures = measure(directory, steps, repeats, lambda: bar.advance(task))
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        _show(figures)
+    show(figures, as_json, _picture)
 
 
 def measure(directory: Path, steps: int, repeats: int, watch: Callable[[], None]) -> Figures:
@@ -241,7 +239,7 @@ def _medians(runs: list[Figures]) -> Figures:
     }
 
 
-def _show(figures: Figures) -> None:
+def _picture(figures: Figures) -> RenderableType:
     table = Table("microseconds", "ops", title="beside a bare echo", box=None)
     for name in ("p50", "echo", "ratio", "goal", "p99", "echo", "ratio", "CPU", "echo"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -256,14 +254,13 @@ def _show(figures: Figures) -> None:
                 goal = GOALS.get(f"p50_ratio_{operations}", "")
                 table.add_row(f"{call}{title}", str(operations), *_row(ways[way], str(goal)))
     table.add_row("Allocate", "1", *_row(figures["allocate"], ""))
-    Console().print(table)
     styles = Table("style of the echo", "unary p50", "p99", "stream p50", "p99")
     for style, told in figures["styles"].items():
         cells = (told[way][name] for way in ("unary", "stream") for name in ("p50_us", "p99_us"))
         styles.add_row(style, *(f"{cell:,.0f}" for cell in cells))
-    Console().print(styles)
-    for name, size in figures["resident_bytes"].items():
-        Console().print(f"resident, {name}: {size / 2**20:,.0f} MiB")
+    sizes = figures["resident_bytes"].items()
+    resident = (f"resident, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes)
+    return Group(table, styles, *resident)
 
 
 def _row(told: Figures, goal: str) -> list[str]:

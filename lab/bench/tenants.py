@@ -1,23 +1,23 @@
 """`odma bench tenants`: what a guarantee gives its owner, and what it costs the others.
 
 Two tenants share a pool in the replay. One is steady: Poisson arrivals of short chats. The
-other bursts: nothing for minutes, then more requests at once than the pool holds. What is
-compared is the policy record alone: the engine keeps a line for each tenant, asks in order of
+other bursts: nothing for minutes, then more requests at once than the pool holds. Only
+the policy record differs: the engine keeps a line for each tenant, asks in order of
 arrival, and preempts whom a refusal names.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from odma_service import replay, traces
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.prices import PICOSECONDS
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
@@ -42,9 +42,9 @@ app = typer.Typer()
 def command(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Traces to make.")] = 5,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(replay.NAMES)}.")] = "elastic",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tokens a second, waiting and preemptions of two tenants, with guarantees and without."""
+    """Compare tokens, waiting and preemptions of two tenants, with guarantees and without."""
     tuning, name = replay.read_tuning(), replay.check_name(policy)
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     with workplace() as directory:
@@ -63,10 +63,7 @@ def command(
         "guaranteed_share": SHARE,
         "variants": {variant: _means(each) for variant, each in runs.items()},
     }
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        Console().print(_table(figures))
+    show(figures, as_json, _table)
 
 
 def burst_trace(seed: int) -> traces.Trace:

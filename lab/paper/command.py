@@ -1,4 +1,4 @@
-"""`odma reproduce`: the paper's tables and what its reviewers asked for, as a report."""
+"""`odma reproduce`: the paper's tables and its reviewers' questions, as a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def command(
     rows: Annotated[int, typer.Option(min=100, help="Requests of each load.")] = 1_500,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each made load.")] = 5,
 ) -> None:
-    """Print and write the paper's tables under our policies, with what differs from it."""
+    """Reproduce the paper's tables under our policies, and name the differences."""
     servegen = data / "servegen"
     drifting = []
     try:
@@ -76,7 +76,7 @@ def command(
 
 
 def _predicted(folder: Path) -> Iterator[Predicted]:
-    """Predict what there is of the sets, as the service would: history running, 64 rows late."""
+    """Predict the sets that are there, as the service would: a running history, 64 rows late."""
     model = Predictor.load(default_model())
     for name in PREDICTED:
         file = folder / f"{name}.parquet"

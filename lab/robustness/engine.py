@@ -6,8 +6,8 @@ import uuid
 from random import Random
 from typing import Any
 
-from lab.robustness.load import Load
-from lab.robustness.model import Findings, Held, Model
+from lab.robustness.load import RandomBatches
+from lab.robustness.twin import Findings, Held, Twin
 from odma_service.client import Client, PoolClient
 from odma_service.errors import UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -20,7 +20,7 @@ PLANES = [PlaneGroup(count=2, bytes_per_token=512)]
 
 
 class Engine:
-    """One engine: its load, its model, and the last answer it acknowledged."""
+    """One engine: its load, its twin, and the last answer it acknowledged."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class Engine:
         self.name = name
         self.acknowledged = 0
         self._random = Random(seed)
-        self._load = Load(self._random, CAPACITY_TOKENS)
-        self._model = Model()
+        self._load = RandomBatches(self._random, CAPACITY_TOKENS)
+        self._twin = Twin()
         self._how: dict[str, Any] = {
             "moves": Moves.ANY,
             "planes": PLANES,
@@ -74,7 +74,7 @@ class Engine:
 
     def prepare(self) -> pb.ApplyRequest:
         """Make the next batch, not sent yet."""
-        batch = self._asked = self._load.batch(self._model, self.pool.seq + 1)
+        batch = self._asked = self._load.batch(self._twin, self.pool.seq + 1)
         completed_seq = max(batch.completed_seq, self.pool.completed_seq)
         self.pool.pending = batch_to(self.pool.ref, batch._replace(completed_seq=completed_seq))
         return self.pool.pending
@@ -86,8 +86,8 @@ class Engine:
 
     def forget(self, service: Client, findings: Findings) -> None:
         """Lose all but the handles of some regions; open with the same open_id and reconcile."""
-        kept = {h: held for h, held in self._model.held.items() if self._random.random() < 0.5}
-        gone = self._model.held.keys() - kept
+        kept = {h: held for h, held in self._twin.held.items() if self._random.random() < 0.5}
+        gone = self._twin.held.keys() - kept
         self.pool = service.open_pool(self.name, **self._how)
         answer = self.pool.reconcile(list(kept))
         where = f"pool {self.name}, reconciled after seq {answer.last_seq}"
@@ -96,17 +96,17 @@ class Engine:
                 findings.note("lost", f"{where}: {held} is at {place}")
         if answer.unknown or set(answer.freed) != gone:
             findings.note("lost", f"{where}: {answer.unknown} unknown, {answer.freed} freed")
-        self._model = Model(kept)
+        self._twin = Twin(kept)
 
     def _acknowledge(self, request: pb.ApplyRequest, answer: Answer) -> None:
         assert self._asked is not None
-        self._model = self._model.after(self._asked.ops, answer)
+        self._twin = self._twin.after(self._asked.ops, answer)
         self._asked = None
         self._last = request, answer
         self.acknowledged += 1
 
     def examine(self, service: Client, findings: Findings) -> None:
-        """Hold the books of a service that was started again against the model."""
+        """Hold the books of a service that was started again against the twin."""
         self.use(service)
         where = f"pool {self.name}, after seq {self.pool.seq}"
         facts = service.get_pool(self.name)
@@ -137,7 +137,7 @@ class Engine:
             if region.state == pool_pb.REGION_STATE_LIVE
         ]
         not_held = facts.summary.free_tokens + facts.awaiting_completion_tokens
-        findings.compare(where, self._model, live, CAPACITY_TOKENS - not_held)
+        findings.compare(where, self._twin, live, CAPACITY_TOKENS - not_held)
 
     def _ask_again(self, where: str, service: Client, findings: Findings) -> None:
         if self._last is None:

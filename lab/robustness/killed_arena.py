@@ -18,8 +18,8 @@ from random import Random
 from typing import NamedTuple
 
 from lab.bench.building import BenchError
-from lab.robustness.load import Load
-from lab.robustness.model import Findings, Held, Model, Outcome, digest_of
+from lab.robustness.load import RandomBatches
+from lab.robustness.twin import Findings, Held, Outcome, Twin, digest_of
 from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord, Recovery
 from odma_service.errors import OdmaError
 from odma_service.values import (
@@ -92,7 +92,7 @@ class State(NamedTuple):
     epoch: int
     seq: int = 0
     completed_seq: int = 0
-    model: Model = Model()
+    twin: Twin = Twin()
     last: tuple[Batch, Outcome] | None = None
 
 
@@ -105,7 +105,7 @@ class Step(NamedTuple):
     copies: int
 
 
-class Tally(NamedTuple):
+class ArenaKills(NamedTuple):
     """What became of some kills. copying: the share of batches that had to move regions."""
 
     kills: int
@@ -126,12 +126,12 @@ class Subject:
         self._copy = path.with_suffix(".rehearsal")
         self._engine = engine
         self._random = Random(seed)
-        self._load = Load(self._random, BLOCKS * BLOCK_TOKENS)
+        self._load = RandomBatches(self._random, BLOCKS * BLOCK_TOKENS)
         self._state = State(1)
         self._span_seconds = FIRST_SPAN_SECONDS  # about what the rehearsed batches take
         self._fill()
 
-    def torture(self, kills: int, watch: Callable[[], None]) -> Tally:
+    def torture(self, kills: int, watch: Callable[[], None]) -> ArenaKills:
         """Kill so many processes, or as many as it takes to find something wrong."""
         done = in_batch = acknowledged = copying = rehearsed = 0
         while done < kills and not self.findings.words:
@@ -144,7 +144,7 @@ class Subject:
             copying += sum(bool(step.copies) for step in steps)
             rehearsed += len(steps)
             watch()
-        return Tally(done, in_batch, acknowledged, copying / max(rehearsed, 1))
+        return ArenaKills(done, in_batch, acknowledged, copying / max(rehearsed, 1))
 
     # Before the kill
 
@@ -180,32 +180,32 @@ class Subject:
         return self._batch(arena, state)
 
     def _batch(self, arena: Arena, state: State) -> Step:
-        held = sum(region.length_tokens for region in state.model.held.values())
+        held = sum(region.length_tokens for region in state.twin.held.values())
         full = held > FULL_SHARE * BLOCKS * BLOCK_TOKENS
         self._load.most_ops = USUAL_OPS if full else GEOMETRY.max_ops
-        batch = self._load.batch(state.model, state.seq + 1, state.completed_seq)
+        batch = self._load.batch(state.twin, state.seq + 1, state.completed_seq)
         outcome = _outcome(arena.apply(state.epoch, batch))
         after = state._replace(
             seq=batch.seq,
             completed_seq=batch.completed_seq,
-            model=state.model.after(batch.ops, outcome),
+            twin=state.twin.after(batch.ops, outcome),
             last=(batch, outcome),
         )
         return Step(batch, outcome.digest(), after, len(outcome.copies))
 
     def _alone(self, arena: Arena, state: State) -> Step:
-        op = self._load.alone(state.model)
+        op = self._load.alone(state.twin)
         outcome = Outcome((arena.unary(state.epoch, op),), (), ())
-        after = state._replace(model=state.model.after([op], outcome))
+        after = state._replace(twin=state.twin.after([op], outcome))
         return Step(Alone(op), outcome.digest(), after, 0)
 
     def _reconcile(self, arena: Arena, state: State) -> Step:
-        held = list(state.model.held)
+        held = list(state.twin.held)
         left_out = set(self._random.sample(held, min(len(held), MOST_LEFT_OUT)))
         handles = tuple(handle for handle in held if handle not in left_out)
         kept, freed = arena.reconcile(state.epoch, handles)
-        model = Model({handle: state.model.held[handle] for handle in handles})
-        after = state._replace(completed_seq=state.seq, model=model)
+        twin = Twin({handle: state.twin.held[handle] for handle in handles})
+        after = state._replace(completed_seq=state.seq, twin=twin)
         return Step(Reconcile(handles), _digest_of(kept, freed), after, 0)
 
     def _new_epoch(self, arena: Arena, state: State) -> Step:
@@ -276,7 +276,7 @@ class Subject:
         self._ask_again(arena, where)
         waiting_tokens = sum(entry.length_tokens for entry in entries if not entry.live)
         held_tokens = BLOCKS * BLOCK_TOKENS - report.free_tokens - waiting_tokens
-        self.findings.compare(where, state.model, live, held_tokens)
+        self.findings.compare(where, state.twin, live, held_tokens)
         if begun is not None and state is begun.after:
             self._repeat(arena, where, begun.call)
 
@@ -291,20 +291,20 @@ class Subject:
 
     def _repeat(self, arena: Arena, where: str, call: Call) -> None:
         """What is asked again, because no answer came, finds it done."""
-        model = self._state.model
+        twin = self._state.twin
         right = True
         if isinstance(call, Alone) and isinstance(call.op, Free):
             right = arena.unary(self._state.epoch, call.op) == Freed(already_free=True)
         elif isinstance(call, Reconcile):
             kept, freed = arena.reconcile(self._state.epoch, call.handles)
-            right = not freed and kept == [Place(*model.held[place.handle][1:]) for place in kept]
+            right = not freed and kept == [Place(*twin.held[place.handle][1:]) for place in kept]
         if not right:
             self.findings.note("wrong_replays", f"{where}: {type(call).__name__} again")
 
 
 def _is_at(state: State, epoch: int, seq: int, live: list[Held]) -> bool:
     held = {region.handle: region for region in live}
-    return (state.epoch, state.seq, state.model.held) == (epoch, seq, held)
+    return (state.epoch, state.seq, state.twin.held) == (epoch, seq, held)
 
 
 def _outcome(answer: Answer) -> Outcome:
@@ -316,7 +316,7 @@ def _digest_of(kept: list[Place], freed: list[int]) -> int:
 
 
 def _lines(steps: list[Step]) -> Iterator[str]:
-    """Yield the calls as bench/torture.c reads them."""
+    """Yield the calls as torture.c reads them."""
     yield str(len(steps))
     for step in steps:
         match step.call:

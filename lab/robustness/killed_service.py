@@ -4,7 +4,7 @@ Every other kill comes from outside at a random moment; the others hit a store i
 pool, by a fuse (bench/fuse.c) that burns with every store, so that they hit commits half done.
 
 An engine stops at the first call without an answer. So after a kill nothing moves, and the
-books of each pool can be held against its engine's model: as last acknowledged, or with the call
+books of each pool can be held against its engine's twin: as last acknowledged, or with the call
 whose answer never came done wholly.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 from lab.bench.building import compile_fused_extension
-from lab.robustness.model import Findings
+from lab.robustness.twin import Findings
 from lab.robustness.victim import Victim
 from odma_service._native import Arena, Recovery
 from odma_service.client import Client
@@ -54,7 +55,7 @@ class Kills:
     in_batch: int = 0
 
 
-class Tally:
+class ServiceKills:
     """What became of the kills so far."""
 
     def __init__(self) -> None:
@@ -99,12 +100,13 @@ class Fuse:
 
 def torture(
     directory: Path, kills: int, seed: int, findings: Findings, watch: Callable[[], None]
-) -> Tally:
+) -> ServiceKills:
     """Kill a server so many times, or as many as it takes to find something wrong."""
-    random, tally, fuse = Random(seed), Tally(), Fuse(directory / "fuse")
+    random, tally, fuse = Random(seed), ServiceKills(), Fuse(directory / "fuse")
     if kills == 0:
         return tally
-    program = ("-c", FUSED_SERVER, str(fuse.path), str(compile_fused_extension(directory)))
+    extension = compile_fused_extension(directory)
+    program = (sys.executable, "-c", FUSED_SERVER, str(fuse.path), str(extension))
     process, target = start(directory, program=program)
     try:
         with Client(target) as service:

@@ -66,7 +66,7 @@ def service_of(
     """Run the service with its pools in a directory, and its traces going to an address."""
     directory.mkdir()
     flags = ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key)] if pair else []
-    environment = {}
+    environment = dict(os.environ)
     if collector:
         flags.append("--traces")
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{collector}"

@@ -1,12 +1,11 @@
-"""`odma bench soak`: engines at work for as long as one likes, and all that can go wrong.
+"""`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
 With faults engines crash, forget, hang, send garbage and break their streams, and the server is
-killed, ended and stopped. Every engine holds the books against its model again and again.
+killed, ended and stopped. Every engine holds the books against its twin again and again.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from array import array
@@ -24,8 +23,11 @@ import typer
 from google.protobuf.message import Message
 
 from lab.robustness.engine import Engine
-from lab.robustness.model import Findings
 from lab.robustness.servers import resident_bytes
+from lab.robustness.twin import Findings
+from odma_service.cli.failures import BadResultError
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.client import Client
 from odma_service.client.local import start, stop
 from odma_service.errors import OdmaError
@@ -53,32 +55,31 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    minutes: Annotated[float, typer.Option(min=0.01, max=10_000, help="How long.")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0.01, max=10_000, help="Minutes to run.")] = 1.0,
     faults: Annotated[
         bool, typer.Option("--faults", help="Let engines and the server fail, too.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the loads and the faults.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the loads and of the faults.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Let six engines work, by calls and by streams, and compare all the time.
 
-    Exits with 1 if anything was lost, doubled, leaked or answered otherwise the second time, or
+    Exit code 1: something was lost, doubled, leaked or answered differently the second time, or
     if a call ended with INTERNAL or UNKNOWN.
     """
     with workplace() as directory:
         figures, findings = soak(directory, minutes, seed, faults=faults)
-    for words in findings.words:
-        typer.echo(f"odma bench soak: {words}", err=True)
-    if as_json:
-        typer.echo(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            typer.echo(f"{name:14} {value}")
-    if findings.words or any(figures["errors"].get(code) for code in BUGS):
-        raise typer.Exit(1)
+    show(figures, as_json)
+    bugs = [
+        f"{figures['errors'][code]} calls ended with {code}"
+        for code in BUGS
+        if code in figures["errors"]
+    ]
+    if findings.words or bugs:
+        raise BadResultError(*findings.words, *bugs)
 
 
-class Tally:
+class CallCounts:
     """What the calls of all engines came to."""
 
     def __init__(self) -> None:
@@ -106,7 +107,7 @@ class Tally:
 class CountingClient(Client):
     """A client whose every attempt is counted."""
 
-    def __init__(self, target: str, tally: Tally) -> None:
+    def __init__(self, target: str, tally: CallCounts) -> None:
         super().__init__(target, timeout_seconds=TIMEOUT_SECONDS, retry_seconds=PATIENCE_SECONDS)
         self._tally = tally
 
@@ -129,7 +130,7 @@ class CountingClient(Client):
 class Subject:
     """One engine in a thread, what it does and what befalls it."""
 
-    def __init__(self, number: int, target: str, seed: int, findings: Findings, tally: Tally):
+    def __init__(self, number: int, target: str, seed: int, findings: Findings, tally: CallCounts):
         self._name = f"engine-{number}"
         self._single_stream = number % 2 == 0
         self._streaming = number % 3 != 0
@@ -260,7 +261,7 @@ class Host:
     A life's first half warms up: threads come with the first busy moments, and stay.
     """
 
-    def __init__(self, directory: Path, seed: int, tally: Tally) -> None:
+    def __init__(self, directory: Path, seed: int, tally: CallCounts) -> None:
         self._directory = directory
         self._random = Random(seed)
         self._tally = tally
@@ -306,7 +307,7 @@ def soak(
     directory: Path, minutes: float, seed: int, *, faults: bool
 ) -> tuple[dict[str, Any], Findings]:
     """Run it, and return what came of it."""
-    findings, tally, over = Findings(), Tally(), Event()
+    findings, tally, over = Findings(), CallCounts(), Event()
     random = Random(seed)
     begun = time.monotonic()
     host = Host(directory, random.randrange(2**32), tally)

@@ -54,7 +54,7 @@ static void want(int found, int expected) {
 
 static odma_op read_op(void) {
     char kind[16], id[ODMA_ID_BYTES + 1];
-    odma_op op = {.overflow_risk = -1, .quantiles = {-1}};
+    odma_op op = {0};
     want(scanf("%15s", kind), 1);
     if (strcmp(kind, "free") == 0) {
         op.kind = ODMA_OP_FREE;
@@ -71,7 +71,7 @@ static odma_op read_op(void) {
 }
 
 static void read_batch(odma_batch *batch) {
-    *batch = (odma_batch){.max_copy_tokens = ODMA_UNSET};
+    *batch = (odma_batch){0};
     want(scanf("%" SCNu64 " %" SCNu64 " %" SCNu32 " %" SCNu32 " %" SCNu32, &batch->seq,
                &batch->completed_seq, &batch->pass_refused, &batch->used_count, &batch->op_count),
          5);

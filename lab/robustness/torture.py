@@ -1,14 +1,12 @@
-"""`odma bench torture`: processes killed at random moments, and what they forgot: nothing.
+"""`odma bench torture`: processes are killed at random moments and must forget nothing.
 
-One kill in ten hits a real server under load, every other of these at a store into a pool's file;
-the others hit a process that does little else than commit, so that many hit a commit that is half
-done. A kill counts as in a batch if the next
-attach found something to drop or to do again.
+One kill in ten hits a real server under load, every other of these at a store into a pool's file.
+The others hit a process that does little else than commit, so that many hit a commit that is half
+done. A kill counts as in a batch if the next attach found something to drop or to do again.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,10 @@ from rich.progress import Progress
 
 from lab.bench.building import compile_program
 from lab.robustness import killed_arena, killed_service
-from lab.robustness.model import Findings
+from lab.robustness.twin import Findings
+from odma_service.cli.failures import BadResultError
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.replay.workplace import workplace
 
 ENOUGH_KILLS = 100  # for the share in a batch to mean something
@@ -36,27 +37,22 @@ app = typer.Typer()
 @app.command()
 def command(
     kills: Annotated[int, typer.Option(min=1, max=1_000_000, help="Processes to kill.")] = 1_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the loads and the moments.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the loads and of the moments.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
-    """Kill processes at work and compare what is left with what was acknowledged.
+    """Kill processes at work, and compare their books with the answers they gave.
 
-    Exits with 1 if anything was lost, doubled, leaked or answered otherwise the second time,
-    or if fewer than a fifth of 100 or more kills hit a batch. Stops at the first such thing.
+    Exit code 1: something was lost, doubled, leaked or answered differently the second time,
+    or fewer than a fifth of 100 or more kills hit a batch. Stops at the first such thing.
     """
     with workplace() as directory, _progress(quiet=as_json) as progress:
         task = progress.add_task("kills", total=kills)
         outcome, findings = torture(directory, kills, seed, lambda: progress.advance(task))
-    for words in findings.words:
-        typer.echo(f"odma bench torture: {words}", err=True)
-    if as_json:
-        typer.echo(json.dumps(outcome))
-    else:
-        for name, value in outcome.items():
-            typer.echo(f"{name:14} {value}")
-    rare = kills >= ENOUGH_KILLS and outcome["in_batch"] < LEAST_IN_BATCH * outcome["kills"]
-    if findings.words or rare:
-        raise typer.Exit(1)
+    show(outcome, as_json)
+    if findings.words:
+        raise BadResultError(*findings.words)
+    if kills >= ENOUGH_KILLS and outcome["in_batch"] < LEAST_IN_BATCH * outcome["kills"]:
+        raise BadResultError(f"fewer than {LEAST_IN_BATCH:.0%} of the kills hit a batch")
 
 
 def torture(

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lab.robustness.engine import Engine
-from lab.robustness.model import Findings, Held, Model
+from lab.robustness.twin import Findings, Held, Twin
 from odma_service.client import Client
 from odma_service.errors import RefusedError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -62,11 +62,11 @@ class Victim(Engine):
         if chance < OPEN_SHARE:
             self._make(service, Open(uuid.uuid4().hex))
         elif chance < OPEN_SHARE + RECONCILE_SHARE:
-            held = list(self._model.held)
+            held = list(self._twin.held)
             gone = set(self._random.sample(held, min(len(held), MOST_LEFT_OUT)))
             self._make(service, Reconcile(tuple(handle for handle in held if handle not in gone)))
         elif chance < OPEN_SHARE + RECONCILE_SHARE + ALONE_SHARE:
-            op = self._load.alone(self._model)
+            op = self._load.alone(self._twin)
             if not isinstance(op, Trim):  # which only a batch can do
                 self._make(service, op)
         else:
@@ -83,31 +83,31 @@ class Victim(Engine):
         return answer
 
     def _ask(self, service: Client, call: Call) -> object:
-        held = self._model.held
+        held = self._twin.held
         try:
             match call:
                 case Allocate():
                     place = Held(call.request_id, *self.pool.allocate(call))
-                    self._model = Model({**held, place.handle: place})
+                    self._twin = Twin({**held, place.handle: place})
                     return place
                 case Extend():
                     name = held[call.handle].request_id
                     place = Held(name, *self.pool.extend(call))
-                    self._model = Model({**held, place.handle: place})
+                    self._twin = Twin({**held, place.handle: place})
                     return place
                 case Free():
                     again = self.pool.free(call).already_free
-                    self._model = Model({h: held[h] for h in held if h != call.handle})
+                    self._twin = Twin({h: held[h] for h in held if h != call.handle})
                     return again
                 case Reconcile():
                     told = self.pool.reconcile(list(call.kept))
-                    self._model = Model({handle: held[handle] for handle in call.kept})
+                    self._twin = Twin({handle: held[handle] for handle in call.kept})
                     places = [Held(held[p.handle].request_id, *p) for p in told.kept]
                     return places, set(told.freed)
                 case Open():
                     self._how["open_id"] = call.open_id
                     self.pool = service.open_pool(self.name, take_over=True, **self._how)
-                    self._model, self._last = Model(), None
+                    self._twin, self._last = Twin(), None
                     return self.pool.ref.epoch
         except RefusedError:
             return None
@@ -116,7 +116,7 @@ class Victim(Engine):
     # After a kill
 
     def examine(self, service: Client, findings: Findings) -> None:
-        """Hold the books of a service that was started again against the model."""
+        """Hold the books of a service that was started again against the twin."""
         call, self._doubt = self._doubt, None
         if call is None:
             super().examine(service, findings)
@@ -125,21 +125,21 @@ class Victim(Engine):
         facts, regions = service.get_pool(self.name), service.list_regions(self.name)
         where = f"pool {self.name}, {type(call).__name__} after seq {self.pool.seq}"
         live = self._live(regions)
-        before, epoch = self._model, self.pool.ref.epoch
+        before, epoch = self._twin, self.pool.ref.epoch
         if isinstance(call, Open) and facts.summary.pool.epoch != epoch:
-            self._model, expected_seq = Model(), 0
+            self._twin, expected_seq = Twin(), 0
         else:
-            self._model, expected_seq = _done(before, call, live), self.pool.seq
-        done = self._model is not before
+            self._twin, expected_seq = _done(before, call, live), self.pool.seq
+        done = self._twin is not before
         if facts.last_seq != expected_seq:
             findings.note("lost", f"{where}: the books are at seq {facts.last_seq}")
             return
         self._compare(where, facts, regions, findings)
         if not isinstance(call, Open):
             self._ask_again(where, service, findings)
-        expected = _answer(call, before, self._model, facts, done=done)
+        expected = _answer(call, before, self._twin, facts, done=done)
         if isinstance(call, Reconcile):
-            self._model = before  # whose words the answer is told in
+            self._twin = before  # whose words the answer is told in
         answer = self._make(service, call)
         if (done or isinstance(call, Free | Reconcile)) and answer != expected:
             findings.note("wrong_replays", f"{where}: {call} again: {answer}, not {expected}")
@@ -150,28 +150,28 @@ class Victim(Engine):
         return {region.handle: region for region in held}
 
 
-def _done(model: Model, call: Call, live: dict[int, Held]) -> Model:
-    """Return the model after a call if the books show it done, else the model itself."""
-    held = model.held
+def _done(twin: Twin, call: Call, live: dict[int, Held]) -> Twin:
+    """Return the twin after a call if the books show it done, else the twin itself."""
+    held = twin.held
     match call:
         case Allocate():
             new = {h: place for h, place in live.items() if place.request_id == call.request_id}
-            return Model({**held, **new}) if new else model
+            return Twin({**held, **new}) if new else twin
         case Extend():
             now = live.get(call.handle)
             if now is None or now.length_tokens <= held[call.handle].length_tokens:
-                return model
+                return twin
             grown = held[call.handle]._replace(length_tokens=now.length_tokens)
-            return Model({**held, call.handle: grown})
+            return Twin({**held, call.handle: grown})
         case Free() if call.handle not in live:
-            return Model({h: held[h] for h in held if h != call.handle})
+            return Twin({h: held[h] for h in held if h != call.handle})
         case Reconcile() if not (held.keys() - set(call.kept)) & live.keys():
-            return Model({handle: held[handle] for handle in call.kept})
-    return model
+            return Twin({handle: held[handle] for handle in call.kept})
+    return twin
 
 
 def _answer(
-    call: Call, before: Model, now: Model, facts: pool_pb.GetPoolResponse, *, done: bool
+    call: Call, before: Twin, now: Twin, facts: pool_pb.GetPoolResponse, *, done: bool
 ) -> object:
     """Return what a call is answered that is asked again; of some only where it was done."""
     match call:

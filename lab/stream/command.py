@@ -1,8 +1,7 @@
-"""`odma predictor stream`: what predictions cost and cover while the kind of prompt changes."""
+"""`odma predictor stream`: cost and coverage of predictions while the kind of prompt changes."""
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lab.stream.stream import AHEAD, RECOVERED, Kind, Phase, phase_of, serve_stream
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, default_model
 from predictor_onnx.rows import Rows, read_rows
@@ -39,7 +40,8 @@ def command(
         typer.Argument(help="Parquet files, one phase each. FILE:MODEL takes one model's rows."),
     ],
     delay: Annotated[
-        str, typer.Option(help="Requests until the mean answer is there, divided by commas.")
+        str,
+        typer.Option(help="Requests until an answer of mean length is there, divided by commas."),
     ] = "0",
     target: Annotated[
         float, typer.Option(min=0.5, max=0.99, help="Share of answers that should fit.")
@@ -47,7 +49,7 @@ def command(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Shuffles of each phase.")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="Most rows of a phase.")] = 1_500,
     warmup: Annotated[
-        int, typer.Option(min=0, help="First requests of the stream, which are not counted.")
+        int, typer.Option(min=0, help="First requests of the stream to leave uncounted.")
     ] = 300,
     split: Annotated[
         str, typer.Option(help="Rows of this split, where the file has any; all: every row.")
@@ -59,12 +61,12 @@ def command(
         str | None, typer.Option("--model", help="A model directory. none: the live histograms.")
     ] = None,
     text: Annotated[bool, typer.Option(help="Tell the model the prompts.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve files one after the other as a drifting stream, with the history as it runs.
 
-    Reserved is what the corrected prediction gives each request at the target, in output
-    tokens. Recovery is after how many requests of a phase the next 100 are covered to 0.93.
+    Reserved: output tokens of the corrected prediction at the target. Recovery: requests of a
+    phase until the next 100 are covered to 0.93.
     """
     kinds = [_rows_of(name, split) for name in file]
     chosen = None if model == "none" else Predictor.load(Path(model) if model else default_model())
@@ -95,10 +97,7 @@ def command(
         "recovered": f"{RECOVERED} of the next {AHEAD}",
         "runs": runs,
     }
-    if as_json:
-        typer.echo(json.dumps(facts))
-    else:
-        _show(facts)
+    show(facts, as_json, _picture)
 
 
 def _numbers(text: str) -> list[float]:
@@ -107,7 +106,7 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         found = [-1.0]
     if not all(0 <= number <= 10_000 for number in found):
-        raise typer.BadParameter(f"--delay: numbers from 0 to 10,000, not {text!r}")
+        raise InvalidError("delay", f"numbers from 0 to 10,000, not {text!r}")
     return found
 
 
@@ -182,9 +181,8 @@ def _phase_object(seeds: Sequence[Phase]) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(f"model {facts['model'] or 'none'}, {facts['seeds']} seeds")
+def _picture(facts: dict[str, Any]) -> RenderableType:
+    parts: list[RenderableType] = [f"model {facts['model'] or 'none'}, {facts['seeds']} seeds"]
     for run in facts["runs"]:
         table = Table(title=f"answers after {run['delay_requests']:g} requests")
         for heading in HEADINGS:
@@ -200,4 +198,5 @@ def _show(facts: dict[str, Any]) -> None:
                 ),
                 "never" if recovery is None else f"{recovery:.0f}",
             )
-        console.print(table)
+        parts.append(table)
+    return Group(*parts)

@@ -33,13 +33,15 @@ from odma_service.values import (
     PlaneGroup,
     Predicted,
     Refusal,
+    Text,
     Used,
 )
 
 RECOVERED = 0.93
 AHEAD = 100
 CAPACITY_TOKENS = 2**24
-LEAST_TOKENS = 2**15
+MOST_STEPS = 2**15
+"""Decode steps from one request to the next, where each has ended before the next begins."""
 EPOCH = 1
 
 
@@ -119,12 +121,11 @@ def serve_stream(
     path = directory / "stream.arena"
     pool = Pool.create(path, spec, EPOCH, "stream", policy)
     try:
-        engine = _Engine(Learner(pool, model=lambda: model))
-        speed = actual.mean() / delay if delay else np.inf
+        engine = _Engine(pool, model, actual.mean() / delay if delay else np.inf)
         for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
             engine.report(number)
             maximum = prompt + most_output_tokens
-            engine.begin(number, text, prompt, int(actual[number]), maximum, speed)
+            engine.begin(number, text, prompt, int(actual[number]), maximum)
             if watch is not None:
                 watch(number)
     finally:
@@ -167,19 +168,24 @@ class _Run(NamedTuple):
 
 
 class _Engine:
-    """The engine's side: what runs, and the batches it sends."""
+    """The engine's side: what runs, and the batches it sends.
 
-    def __init__(self, learner: Learner) -> None:
+    speed: tokens that each running answer grows by, thus decode steps, from request to request.
+    """
+
+    def __init__(self, pool: Pool, model: Model | None, speed: float) -> None:
         self.reserved: list[int] = []
         self.sources: list[Source] = []
-        self._learner = learner
+        self._learner = Learner(pool, model=lambda: model, step=lambda: self._step)
+        self._step = 0
+        self._speed = speed
         self._due: list[tuple[float, int]] = []
         self._running: dict[int, _Run] = {}
         self._length: dict[int, int] = {}  # reserved by now
-        self._speed = np.inf
 
     def report(self, now: int) -> None:
         """Tell the pool what has ended, how far the others are, and grow those that are full."""
+        self._step = int(now * min(self._speed, MOST_STEPS))
         ops: list[Op] = []
         while self._due and self._due[0][0] <= now:
             run = self._running.pop(heappop(self._due)[1])
@@ -195,18 +201,16 @@ class _Engine:
                 ops.append(Extend(run.handle, told, want))
         self._apply(used, ops)
 
-    def begin(
-        self, number: int, text: str | None, prompt: int, output: int, maximum: int, speed: float
-    ) -> None:
+    def begin(self, number: int, text: str | None, prompt: int, output: int, maximum: int) -> None:
         """Ask for a region; the answer will be there when `output` tokens are written."""
-        op = Allocate(str(number), prompt, max_total_tokens=maximum, text=text)
+        told = None if text is None else Text.of(text)
+        op = Allocate(str(number), prompt, max_total_tokens=maximum, text=told)
         answers = self._learner.question([op]).answers()
         place = self._apply([], [op], predictions_of(answers))
         self.reserved.append(place.length_tokens - prompt)
         self.sources.append(answers[0].source if answers[0] else Source.NOTHING)
-        self._speed = speed
         self._running[number] = _Run(place.handle, number, prompt, output, maximum)
-        heappush(self._due, (number + output / speed, number))
+        heappush(self._due, (number + output / self._speed, number))
 
     def _apply(
         self, used: list[Used], ops: list[Op], predictions: Sequence[Predicted | None] = ()

@@ -3,9 +3,14 @@
 from odma_service._native.arena import (
     CLASS_OTHER,
     CLASS_POOL,
+    LEARNT_ENOUGH,
+    MOST_BLOCKS,
+    MOST_CAPACITY_TOKENS,
+    MOST_LIMITS,
     Arena,
     optimal_limits,
 )
+from odma_service._native.operations import MOST_TEXT_BYTES, NAME_BYTES, TEXT_RULE, text_of
 from odma_service._native.records import (
     ArenaGeometry,
     ArenaReport,
@@ -22,6 +27,13 @@ from odma_service._native.records import (
 __all__ = [
     "CLASS_OTHER",
     "CLASS_POOL",
+    "LEARNT_ENOUGH",
+    "MOST_BLOCKS",
+    "MOST_CAPACITY_TOKENS",
+    "MOST_LIMITS",
+    "MOST_TEXT_BYTES",
+    "NAME_BYTES",
+    "TEXT_RULE",
     "Arena",
     "ArenaGeometry",
     "ArenaReport",
@@ -34,4 +46,5 @@ __all__ = [
     "RegionEntry",
     "TenantUse",
     "optimal_limits",
+    "text_of",
 ]

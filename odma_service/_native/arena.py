@@ -16,7 +16,6 @@ from odma_service._native.operations import (
     batch_error,
     check_numbers,
     copies_from,
-    given,
     op_struct,
     ops_array,
     places_from,
@@ -35,7 +34,9 @@ from odma_service._native.records import (
     Recovery,
     RegionEntry,
     TenantUse,
+    policy_struct,
 )
+from odma_service._native.rules import broken_rule, new_reason, sentence_of
 from odma_service.errors import (
     BooksCorruptError,
     BooksError,
@@ -61,6 +62,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from odma_service.values import Batch, Op, Place, Predicted, Quantiles, Result
+
+MOST_BLOCKS: int = lib.ODMA_MAX_BLOCKS
+MOST_CAPACITY_TOKENS: int = lib.ODMA_MAX_TOKENS
+MOST_LIMITS: int = lib.ODMA_LIMITS
+LEARNT_ENOUGH: int = lib.ODMA_LEARNT_ENOUGH
+"""Completions from which lengths are known."""
 
 CLASS_POOL: int = lib.ODMA_CLASS_POOL
 """Index of all request classes together."""
@@ -118,11 +125,9 @@ class Arena:
 
         Raises InvalidError for a bad geometry, PoolLimitError without room, BooksError.
         """
-        arena, reason = ffi.new("odma_arena **"), _reason()
-        try:
-            wanted = ffi.new("odma_geometry *", geometry._asdict())
-        except (OverflowError, TypeError) as error:
-            raise InvalidError("geometry", str(error)) from None
+        geometry.check()
+        arena, reason = ffi.new("odma_arena **"), new_reason()
+        wanted = ffi.new("odma_geometry *", geometry._asdict())
         status = lib.odma_arena_create(os.fsencode(path), wanted, arena, reason)
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
@@ -137,7 +142,7 @@ class Arena:
         An epoch of another boot is ended. Raises PoolNotFoundError, PoolLimitError, or the
         BooksError that says why the file cannot be used; the file is as before.
         """
-        arena, reason = ffi.new("odma_arena **"), _reason()
+        arena, reason = ffi.new("odma_arena **"), new_reason()
         wanted = ffi.NULL if geometry is None else ffi.new("odma_geometry *", geometry._asdict())
         boot = ffi.NULL if boot_id is None else boot_id.encode()
         status = lib.odma_arena_attach(os.fsencode(path), wanted, boot, arena, reason)
@@ -232,25 +237,7 @@ class Arena:
 
         Raises VersionError unless expected_version, if not 0, is in force.
         """
-        record = ffi.new(
-            "odma_policy *",
-            {
-                "name": policy.name.encode(),
-                "start": policy.start,
-                "overflow": policy.overflow,
-                "step_tokens": policy.step_tokens,
-                "max_copy_tokens": policy.max_copy_tokens,
-                "limit_count": len(policy.limits_tokens),
-                "limits_tokens": policy.limits_tokens,
-                "overflow_risk": policy.overflow_risk,
-                "safety_share": policy.safety_share,
-                "unsure_ratio": policy.unsure_ratio,
-                "growth": policy.growth,
-                "tenant_share": policy.tenant_share,
-                "tenant_count": len(policy.tenants),
-                "tenants": [(name.encode(), *shares) for name, *shares in policy.tenants],
-            },
-        )
+        record = policy_struct(policy)
         status = lib.odma_arena_set_policy(self._arena, record, expected_version)
         if status == lib.ODMA_VERSION:
             raise VersionError(expected_version, self.policy().version)
@@ -329,10 +316,11 @@ class Arena:
             struct.epoch = epoch
             struct.seq = batch.seq
             struct.completed_seq = batch.completed_seq
-            struct.max_copy_tokens = given(batch.max_copy_tokens)
+            struct.max_copy_tokens = batch.max_copy_tokens or 0
         except (OverflowError, TypeError):
             check_numbers("", batch)
             raise InvalidError("epoch", f"must be 0 to 2^64 - 1, not {epoch!r}") from None
+        struct.given = 0 if batch.max_copy_tokens is None else lib.ODMA_GIVEN_MAX_COPY
         struct.pass_refused = bool(batch.pass_refused)
         struct.used_count = len(batch.used)
         struct.op_count = len(batch.ops)
@@ -416,7 +404,7 @@ class Arena:
 
     def check(self) -> None:
         """Raise BooksCorruptError with the broken rule unless the books keep every rule."""
-        reason = _reason()
+        reason = new_reason()
         self._insist(lib.odma_arena_check(self._arena, reason), reason=reason)
 
     # --- what was learnt ---
@@ -613,10 +601,9 @@ def optimal_limits(
 
 
 def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
-    sentence = ffi.string(reason).decode(errors="replace") if reason is not None else ""
+    sentence = "" if reason is None else sentence_of(reason)
     if status == lib.ODMA_INVALID:
-        field, _, rule = sentence.partition(": ")
-        return InvalidError(field, rule)
+        return broken_rule(reason)
     if status == lib.ODMA_NOT_FOUND:
         return PoolNotFoundError(path.stem)
     if not sentence:
@@ -624,10 +611,6 @@ def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
     if status == lib.ODMA_NO_SPACE:
         return PoolLimitError(f"{path}: {sentence}")
     return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
-
-
-def _reason() -> Any:
-    return ffi.new("char[]", lib.ODMA_REASON_BYTES)
 
 
 def _text(padded: Any) -> str:

@@ -25,10 +25,10 @@ ffibuilder.cdef("".join(map(declarations, HEADERS)))
 ffibuilder.set_source(
     "odma_service._native._odma",
     "".join(f'#include "{header}"\n' for header in HEADERS),
-    sources=[str(path) for path in sorted(CSRC.glob("*.c"))],
-    depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
+    sources=[str(CSRC / "odma.c")],
+    depends=[str(path) for path in sorted(CSRC.rglob("*.[ch]"))],
     include_dirs=[str(CSRC)],
     libraries=["m"],
-    extra_compile_args=["-std=c11", "-O2", "-flto=auto"],
+    extra_compile_args=["-std=c11", "-O2", "-flto=auto", "-fvisibility=hidden"],
     extra_link_args=["-flto=auto"],
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from odma_service._native._odma import ffi, lib
+from odma_service._native.rules import broken_rule, new_reason, sentence_of, set_field
 from odma_service.errors import InvalidError, OdmaError
 
 if TYPE_CHECKING:
@@ -94,16 +95,16 @@ class LpddrModel:
             ("controller", controller),
         ):
             for field, value in values.items():
-                _set(getattr(device, name), field, value, f"{name}.{field}")
+                set_field(getattr(device, name), field, value, f"{name}.{field}")
         for field in COORDINATES:
             bits = list(mapping.get(field, ()))
             if len(bits) > lib.ODMA_LPDDR_BITS:
                 raise InvalidError(f"mapping.{field}", f"at most {lib.ODMA_LPDDR_BITS} bits")
             padded = bits + [lib.ODMA_LPDDR_NO_BIT] * (lib.ODMA_LPDDR_BITS - len(bits))
-            _set(device.mapping, field, padded, f"mapping.{field}")
-        _set(device, "channels", channels, "channels")
-        _set(device, "interleave_bytes", interleave_bytes, "interleave_bytes")
-        reason = _reason()
+            set_field(device.mapping, field, padded, f"mapping.{field}")
+        set_field(device, "channels", channels, "channels")
+        set_field(device, "interleave_bytes", interleave_bytes, "interleave_bytes")
+        reason = new_reason()
         _insist(lib.odma_lpddr_check(device, reason), reason)
 
     def locate(self, address: int) -> tuple[int, int, int, int]:
@@ -119,14 +120,14 @@ class LpddrModel:
         asked = ffi.new("odma_lpddr_traffic *")
         for field in traffic._fields:
             if field != "sequential":
-                _set(asked, field, getattr(traffic, field), field)
+                set_field(asked, field, getattr(traffic, field), field)
         asked.pattern = lib.ODMA_LPDDR_SEQUENTIAL if traffic.sequential else lib.ODMA_LPDDR_RANDOM
         array = None if runs is None else _runs(runs)
         if array is not None:
             asked.pattern = lib.ODMA_LPDDR_RUNS
             asked.runs = ffi.cast("odma_run *", ffi.from_buffer(array))
             asked.run_count = len(array)
-        result, reason = ffi.new("odma_lpddr_result *"), _reason()
+        result, reason = ffi.new("odma_lpddr_result *"), new_reason()
         _insist(lib.odma_lpddr_run(self._device, asked, result, reason), reason)
         return Played(*(getattr(result, field) for field in Played._fields))
 
@@ -136,7 +137,7 @@ class LpddrModel:
         measured: Sequence[tuple[int, int, float]] = (),
     ) -> Estimator:
         """Calibrate an estimator. `measured`: (run_bytes, window, bytes_per_second)."""
-        made, reason = ffi.new("odma_estimator **"), _reason()
+        made, reason = ffi.new("odma_estimator **"), new_reason()
         try:
             points = ffi.new("odma_lpddr_measured[]", [tuple(point) for point in measured])
         except (OverflowError, TypeError) as error:
@@ -180,22 +181,9 @@ def _runs(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return array
 
 
-def _set(struct: Any, field: str, value: Any, name: str) -> None:
-    try:
-        setattr(struct, field, value)
-    except (OverflowError, TypeError) as error:
-        raise InvalidError(name, str(error)) from None
-
-
-def _reason() -> Any:
-    return ffi.new("char[]", lib.ODMA_REASON_BYTES)
-
-
 def _insist(status: int, reason: Any) -> None:
     if status == lib.ODMA_OK:
         return
-    sentence = ffi.string(reason).decode(errors="replace")
     if status == lib.ODMA_INVALID:
-        field, _, rule = sentence.partition(": ")
-        raise InvalidError(field, rule)
-    raise OdmaError(sentence)
+        raise broken_rule(reason)
+    raise OdmaError(sentence_of(reason))

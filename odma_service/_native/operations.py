@@ -8,7 +8,6 @@ the operation, which keeps the batch's fingerprint apart from others.
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
@@ -26,6 +25,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Result,
+    Text,
     Trim,
     Used,
 )
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 ID_BYTES: int = lib.ODMA_ID_BYTES
 NAME_BYTES: int = lib.ODMA_NAME_BYTES
-MOST_TEXT_BYTES = 16 * 1024
+MOST_TEXT_BYTES: int = lib.ODMA_TEXT_BYTES
+TEXT_RULE = f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8"
 _NAME_RULE = f"up to {NAME_BYTES} bytes of UTF-8 without NUL"
-UNSET: int = lib.ODMA_UNSET
 
 _FREE, _TRIM, _EXTEND, _ALLOCATE = (
     lib.ODMA_OP_FREE,
@@ -47,9 +47,13 @@ _FREE, _TRIM, _EXTEND, _ALLOCATE = (
     lib.ODMA_OP_EXTEND,
     lib.ODMA_OP_ALLOCATE,
 )
+_GIVEN_MAX_TOTAL, _GIVEN_RISK, _GIVEN_QUANTILES = (
+    lib.ODMA_GIVEN_MAX_TOTAL,
+    lib.ODMA_GIVEN_RISK,
+    lib.ODMA_GIVEN_QUANTILES,
+)
 _PLACED, _FREED, _ALREADY_FREE = lib.ODMA_PLACED, lib.ODMA_FREED, lib.ODMA_ALREADY_FREE
 _NO_RULE = lib.ODMA_RULE_NONE
-_NO_PREDICTION = (-1.0,)
 
 _REASONS: dict[int, Reason] = {int(reason): reason for reason in Reason}
 _NEW_FREED = Freed(already_free=False)
@@ -149,27 +153,28 @@ def _fields(op: Op, prediction: Predicted | None) -> dict[str, object]:
 
 
 def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, object]:
-    texts = _texts(op)
-    if isinstance(texts, _Flaw):
-        texts = {"has_text": 1, "text_digest": _digest(repr(op).encode())}
-    return (
-        texts
-        | {
-            "kind": _ALLOCATE,
-            "prompt_tokens": op.prompt_tokens,
-            "generated_tokens": op.generated_tokens,
-            "max_total_tokens": given(op.max_total_tokens),
-            "guess_tokens": op.predicted_output_tokens or 0,
-            "overflow_risk": _risk(op.overflow_risk),
-        }
-        | _prediction_fields(prediction)
-    )
-
-
-def _prediction_fields(prediction: Predicted | None) -> dict[str, object]:
+    fields = _texts(op)
+    if isinstance(fields, _Flaw):
+        fields = {"text_digest": _halves(Text(_shown(op).encode()))}
+    fields["kind"] = _ALLOCATE
+    fields["prompt_tokens"] = op.prompt_tokens
+    fields["generated_tokens"] = op.generated_tokens
+    fields["guess_tokens"] = op.predicted_output_tokens or 0
+    given = 0
+    if op.max_total_tokens is not None:
+        fields["max_total_tokens"] = op.max_total_tokens
+        given |= _GIVEN_MAX_TOTAL
+    if op.overflow_risk is not None:
+        fields["overflow_risk"] = op.overflow_risk
+        given |= _GIVEN_RISK
     if type(prediction) is Prediction:
-        return _prediction_fields(prediction.quantiles) | {"raw": prediction.raw}
-    return {"quantiles": _NO_PREDICTION if prediction is None else prediction}
+        fields["raw"] = prediction.raw
+        prediction = prediction.quantiles
+    if prediction is not None:
+        fields["quantiles"] = prediction
+        given |= _GIVEN_QUANTILES
+    fields["given"] = given
+    return fields
 
 
 class _Flaw(NamedTuple):
@@ -199,15 +204,26 @@ def _texts(op: Allocate) -> dict[str, object] | _Flaw:
     }
     if op.text is None:
         return texts
-    text = _packed(op.text, MOST_TEXT_BYTES, nul=True)
+    text = text_of(op.text)
     if text is None:
-        return _Flaw("text", f"up to {MOST_TEXT_BYTES:,} bytes of UTF-8")
-    return texts | {"has_text": 1, "text_digest": _digest(text)}
+        return _Flaw("text", TEXT_RULE)
+    texts["text_digest"] = _halves(text)
+    return texts
 
 
-def _packed(text: object, most_bytes: int, *, nul: bool = False) -> bytes | None:
+def text_of(text: object) -> Text | None:
+    """Return the text of an Allocate, None if it is none: up to MOST_TEXT_BYTES of UTF-8."""
+    if isinstance(text, str):
+        try:
+            text = Text.of(text)
+        except UnicodeEncodeError:
+            return None
+    return text if isinstance(text, Text) and len(text) <= MOST_TEXT_BYTES else None
+
+
+def _packed(text: object, most_bytes: int) -> bytes | None:
     """Return `text` in UTF-8, or None if it is none, too long, or has a NUL."""
-    if not isinstance(text, str) or (not nul and "\0" in text):
+    if not isinstance(text, str) or "\0" in text:
         return None
     try:
         data = text.encode()
@@ -216,26 +232,16 @@ def _packed(text: object, most_bytes: int, *, nul: bool = False) -> bytes | None
     return data if len(data) <= most_bytes else None
 
 
-def given(value: int | None) -> int:
-    """Return `value`, or UNSET for None; a value that looks like UNSET is one less.
-
-    Nothing that may be unset reaches so far: the largest capacity is 2^28.
-    """
-    if value is None:
-        return UNSET
-    return value if value != UNSET else UNSET - 1
+def _shown(op: Allocate) -> str:
+    """Return all that an operation says, its text as a str."""
+    if isinstance(op.text, Text):
+        op = op._replace(text=op.text.data.decode(errors="surrogateescape"))
+    return repr(op)
 
 
-def _risk(risk: float | None) -> float:
-    """Return the risk, -1 for the policy's; C refuses what is above 1, so negative ones too."""
-    if risk is None:
-        return -1.0
-    return risk if not risk < 0 else 2.0 - risk
-
-
-def _digest(data: bytes) -> tuple[int, int]:
-    digest = blake2b(data, digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+def _halves(text: Text) -> tuple[int, int]:
+    first, second = text.digest[:8], text.digest[8:]
+    return int.from_bytes(first, "little"), int.from_bytes(second, "little")
 
 
 def _check_op(path: str, op: Op) -> None:

@@ -5,26 +5,28 @@ They mirror the structs of odma.h, with lengths in tokens instead of blocks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from odma_service._native._odma import ffi, lib
+from odma_service._native.rules import (
+    broken_rule,
+    new_reason,
+    set_field,
+    set_items,
+    set_name,
+)
 from odma_service.errors import InvalidError
 from odma_service.values import Moves, Overflow, Quantiles, Start, TenantShare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-LARGEST_STEP_TOKENS = 2**20
-MOST_LIMITS = 16
-MOST_TENANTS = 16
-NAME_BYTES = 32
 UINT32_MAX = 2**32 - 1
 
 
@@ -38,6 +40,14 @@ class ArenaGeometry(NamedTuple):
     max_copies: int
     model_length_tokens: int
     digest: int
+
+    def check(self) -> None:
+        """Raise InvalidError with the field that breaks its rule."""
+        struct, reason = ffi.new("odma_geometry *"), new_reason()
+        for field, value in self._asdict().items():
+            set_field(struct, field, value)
+        if lib.odma_geometry_check(struct, reason) != lib.ODMA_OK:
+            raise broken_rule(reason)
 
 
 class EngineRecord(NamedTuple):
@@ -77,22 +87,9 @@ class PolicyRecord:
     version: int = 0
 
     def __post_init__(self) -> None:
-        limits = self.limits_tokens
-        for field, holds, rule in (
-            ("name", 1 <= len(self.name.encode()) <= NAME_BYTES, f"1 to {NAME_BYTES} bytes"),
-            ("step_tokens", _is_count(self.step_tokens, 1, LARGEST_STEP_TOKENS), "1 to 2^20"),
-            ("limits_tokens", len(limits) <= MOST_LIMITS, f"at most {MOST_LIMITS} limits"),
-            ("limits_tokens", _ascend(limits), "ascending from at least 1, to 2^28"),
-            ("overflow_risk", 0 <= self.overflow_risk <= 1, "0 to 1"),
-            ("safety_share", 0 <= self.safety_share <= 0.9, "0 to 0.9"),
-            ("unsure_ratio", _is_ratio(self.unsure_ratio), "0, or at least 1"),
-            ("growth", 1 <= self.growth <= 4, "1 to 4"),
-            ("tenant_share", 0 < self.tenant_share <= 1, "above 0, at most 1"),
-            ("max_copy_tokens", _is_count(self.max_copy_tokens, 0, UINT32_MAX), "0 to 2^32 - 1"),
-            *_tenant_rules(self.tenants, self.safety_share),
-        ):
-            if not holds:
-                raise InvalidError(field, rule)
+        reason = new_reason()
+        if lib.odma_policy_check(policy_struct(self), reason) != lib.ODMA_OK:
+            raise broken_rule(reason)
 
     @property
     def unguaranteed_share(self) -> float:
@@ -134,36 +131,35 @@ class PolicyRecord:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _tenant_rules(
-    tenants: tuple[TenantShare, ...], safety_share: float
-) -> Iterator[tuple[str, bool, str]]:
-    """Yield field, whether it keeps its rule, and the rule."""
-    yield "tenants", len(tenants) <= MOST_TENANTS, f"at most {MOST_TENANTS} tenants"
-    for i, (name, guaranteed, maximum) in enumerate(tenants):
-        field = f"tenants[{i}]"
-        rule = f"1 to {NAME_BYTES} bytes without NUL"
-        yield f"{field}.name", 1 <= len(name.encode()) <= NAME_BYTES and "\0" not in name, rule
-        known = {tenant.name for tenant in tenants[:i]}
-        yield f"{field}.name", name not in known, "each tenant once"
-        yield f"{field}.maximum_share", 1e-9 <= maximum <= 1, "above 0, at most 1"
-        yield f"{field}.guaranteed_share", 0 <= guaranteed <= maximum, "0 to maximum_share"
-    guaranteed = sum(tenant.guaranteed_share for tenant in tenants)
-    rule = "guaranteed_share of all and safety_share: at most 1 together"
-    yield "tenants", not tenants or guaranteed + safety_share <= 1 + 1e-9, rule
+_POLICY_NUMBERS = (
+    "start",
+    "overflow",
+    "step_tokens",
+    "max_copy_tokens",
+    "overflow_risk",
+    "safety_share",
+    "unsure_ratio",
+    "growth",
+    "tenant_share",
+)
 
 
-def _is_count(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and least <= value <= most
-
-
-def _ascend(limits: tuple[int, ...]) -> bool:
-    return all(_is_count(limit, 1, 2**28) for limit in limits) and all(
-        a < b for a, b in pairwise(limits)
-    )
-
-
-def _is_ratio(value: float) -> bool:
-    return value == 0 or (value >= 1 and math.isfinite(value))
+def policy_struct(policy: PolicyRecord) -> Any:
+    """Return `policy` as an odma_policy *. Raises InvalidError for what C has no room for."""
+    struct = ffi.new("odma_policy *")
+    set_name(struct, policy.name, "name")
+    for field in _POLICY_NUMBERS:
+        set_field(struct, field, getattr(policy, field))
+    set_items(struct, "limits_tokens", policy.limits_tokens)
+    struct.limit_count = len(policy.limits_tokens)
+    if len(policy.tenants) > lib.ODMA_TENANTS:
+        raise InvalidError("tenants", f"at most {lib.ODMA_TENANTS}, not {len(policy.tenants)}")
+    struct.tenant_count = len(policy.tenants)
+    for i, tenant in enumerate(policy.tenants):
+        set_name(struct.tenants[i], tenant.name, f"tenants[{i}].name")
+        for field in ("guaranteed_share", "maximum_share"):
+            set_field(struct.tenants[i], field, getattr(tenant, field), f"tenants[{i}].{field}")
+    return struct
 
 
 class Counters(NamedTuple):

@@ -1,12 +1,13 @@
-"""The commands of `odma`: one file a command. What runs them is in __main__.py."""
+"""The commands of `odma`: one file a command. __main__.py runs them; failures.py ends them."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from odma_service import __version__
+from odma_service.cli.failures import EXIT_CODES
 from odma_service.cli.lazy import lazily
 
 COMMANDS = {
@@ -28,16 +29,18 @@ COMMANDS = {
 """In the order of the help."""
 
 app = typer.Typer(
+    name="odma",
     cls=lazily(COMMANDS),
     no_args_is_help=True,
     add_completion=False,
     help="Decides where each request's KV cache lives, for LLM engines that need it contiguous.",
+    epilog=EXIT_CODES,
 )
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"odma {version('odma-service')}")
+        typer.echo(f"odma {__version__}")
         raise typer.Exit
 
 

@@ -1,57 +1,40 @@
-"""`odma arena`: look into a pool's file, without the service and without changing it.
-
-All is done on a private copy, made when two readings of the file agreed.
-"""
+"""`odma arena`: look into a pool's file, without the service and without changing it."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 
 from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
-from odma_service.cli import view as status
-from odma_service.errors import BooksError, BooksMismatchError
+from odma_service.cli import view
+from odma_service.cli.failures import bad_result
+from odma_service.cli.lazy import Commands
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import Facts, show
+from odma_service.errors import BooksCorruptError, BooksMismatchError
 from odma_service.pool import PoolSpec
-from odma_service.pool.books import (
-    FileError,
-    attached,
-    failing_in_one_line,
-    is_locked,
-    opened,
-    read,
-)
+from odma_service.pool.books import IN_USE, Copy, copied
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.rpc.reports import policy_to, region_to
 
-READINGS = 50
-"""Of a file in use, until two agree: a commit takes much less time than a reading."""
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Check a pool's file, or show what is in it."
+)
 
-IN_USE = ", and a process has it open for writing now"
-app = typer.Typer(no_args_is_help=True, help="Check a pool's file, or show what is in it.")
-
-File = Annotated[Path, typer.Argument(help="NAME.pool of a pool directory, or set aside.")]
-
-
-class Copy(NamedTuple):
-    """A file's books as of one moment. in_use: a process has them open for writing."""
-
-    arena: Arena
-    in_use: bool
+File = Annotated[
+    Path, typer.Argument(help="NAME.pool of a pool directory, or a file that was set aside.")
+]
 
 
 @app.command()
 def check(file: File) -> None:
-    """Say whether the books keep every rule. Exit code 1: a broken rule; 2: unusable."""
-    with failing_in_one_line("check"), _copied(file) as copy:
+    """Say whether the books keep every rule. Exit code 1: they break one."""
+    with bad_result(BooksCorruptError), copied(file) as copy:
         copy.arena.check()
         report = copy.arena.report()
         told = f"ok: {report.live:,} regions, epoch {report.epoch}, seq {report.seq}"
@@ -62,60 +45,23 @@ def check(file: File) -> None:
 
 
 @app.command()
-def dump(
-    file: File,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def dump(file: File, as_json: AsJson = False) -> None:
     """Show what is in the books, as a picture or as JSON."""
-    with failing_in_one_line("dump"), _copied(file) as copy:
-        if as_json:
-            typer.echo(json.dumps(_as_object(file, copy)))
-            return
-        console = Console()
-        regions = [region_to(entry) for entry in _entries(copy.arena)]
-        console.print(status.picture(_as_message(file, copy.arena), regions, console.width))
-        console.print(status.list_of_regions(regions))
+    with bad_result(BooksCorruptError), copied(file) as copy:
+        show(_as_object(file, copy), as_json, lambda _: _picture(file, copy.arena))
 
 
-# The copy
-
-
-@contextmanager
-def _copied(file: Path) -> Iterator[Copy]:
-    """Attach a copy of a file. Raises FileError or why the copy cannot be used."""
-    content, in_use = _snapshot(file)
-    try:
-        with attached(file, content) as arena:
-            yield Copy(arena, in_use)
-    except BooksError as error:
-        raise type(error)(str(error) + IN_USE * in_use) from None
-
-
-def _snapshot(file: Path) -> tuple[bytes, bool]:
-    """Return a file's content as of one moment, and whether it was locked then."""
-    with opened(file, os.O_RDONLY) as descriptor:
-        return _steady(file, descriptor), is_locked(descriptor)
-
-
-def _steady(file: Path, descriptor: int) -> bytes:
-    """Return a content that nobody changed while it was read."""
-    last = b""
-    for _ in range(READINGS):
-        content = read(descriptor)
-        if content == last:
-            return content
-        last = content
-    raise FileError(f"{file}: it changes too fast to be copied; stop its engine, or look again")
-
-
-# What is in it
+def _picture(file: Path, arena: Arena) -> RenderableType:
+    regions = [region_to(entry) for entry in _entries(arena)]
+    pool = view.picture(_as_message(file, arena), regions, Console().width)
+    return Group(pool, view.list_of_regions(regions))
 
 
 def _entries(arena: Arena) -> list[Any]:
     return list(arena.regions(0, 2 * arena.geometry.max_regions))
 
 
-def _as_object(file: Path, copy: Copy) -> dict[str, Any]:
+def _as_object(file: Path, copy: Copy) -> Facts:
     arena = copy.arena
     report = arena.report()
     counters = report.counters._asdict()
@@ -135,7 +81,7 @@ def _as_object(file: Path, copy: Copy) -> dict[str, Any]:
 
 
 def _classes(arena: Arena) -> list[dict[str, Any]]:
-    """Return what was learnt, of all requests together first."""
+    """Return the learnt lengths: of all requests together, then of each class."""
     named = [(CLASS_POOL, "(pool)"), *enumerate(arena.class_names()), (CLASS_OTHER, "(other)")]
     classes = []
     for index, name in named:
@@ -154,7 +100,7 @@ def _classes(arena: Arena) -> list[dict[str, Any]]:
 
 
 def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
-    """Return what `odma status` would show of a pool, as far as a file tells."""
+    """Return a pool as the service would report it, as far as a file tells."""
     report, geometry = arena.report(), arena.geometry
     engine = arena.engine if report.epoch else None
     return pb.GetPoolResponse(
@@ -192,7 +138,7 @@ def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
 
 
 def _bytes_per_token(arena: Arena) -> int:
-    """Return what the service wrote down; an engine's own file need not tell."""
+    """Return the service's own note, or 0: an engine's own file need not have it."""
     try:
         return PoolSpec.from_json(arena.description()).geometry.bytes_per_token
     except BooksMismatchError:

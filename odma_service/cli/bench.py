@@ -1,4 +1,4 @@
-"""`odma bench`: what the service costs, and what it survives."""
+"""`odma bench`: the costs of the service, and the deaths it survives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = {
 app = typer.Typer(
     cls=lazily(COMMANDS),
     no_args_is_help=True,
-    help="Measure, and kill, what the service rests on. Each command prints JSON if asked.",
+    help="Measure the parts of the service, and kill them at work. Every command takes --json.",
 )
 
 

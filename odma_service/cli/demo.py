@@ -7,16 +7,15 @@ of memory, was not. A trace or an option that cannot be used exits with 2.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,15 +24,18 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
-from odma_service.cli.options import Ca, Cert, Key, connect
+from odma_service.cli.failures import BadResultError, bad_result
+from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key
+from odma_service.cli.output import show
 from odma_service.client import Client
 from odma_service.client.local import own_server
 from odma_service.demo.engine import EngineKind, Tally
 from odma_service.demo.play import play
 from odma_service.demo.report import Outcome, as_object, table_of
-from odma_service.errors import OdmaError
-from odma_service.traces import Trace, TraceError, generate, read_trace
+from odma_service.errors import InvalidError, OdmaError
+from odma_service.traces import Trace, generate, read_trace
 from odma_service.values import Moves
 
 POLICIES = ("static", "s3", "odma", "elastic")
@@ -107,9 +109,7 @@ def command(
     cert: Cert = None,
     key: Key = None,
     drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, as the last line.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Play an engine against a real server, over gRPC, and check every token it keeps."""
     kind = EngineKind(
@@ -124,12 +124,15 @@ def command(
         drop_copy=drop_copy,
     )
     policies = _policies(policy)
-    with _failing_in_one_line():
-        load = _load(trace, rows, seed, kind)
-        server = own_server() if target is None else nullcontext(target)
-        with server as address, connect(address, ca, cert, key, retry_seconds=30) as service:
-            outcomes = _play(load, policies, kind, service, quiet=as_json)
-    _show(load, kind, outcomes, as_json=as_json)
+    load = _load(trace, rows, seed, kind)
+    server = own_server() if target is None else nullcontext(target)
+    with (
+        bad_result(OdmaError),
+        server as address,
+        Connection(address, ca, cert, key).client(retry_seconds=30) as service,
+    ):
+        outcomes = _play(load, policies, kind, service, quiet=as_json)
+    show(as_object(outcomes), as_json, lambda _: _picture(load, kind, outcomes))
     strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
     flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
     flaws += [
@@ -138,17 +141,15 @@ def command(
         if strict and outcome.policy == "elastic"
         for omission in outcome.omissions()
     ]
-    for flaw in flaws:
-        typer.echo(f"odma demo: {flaw}", err=True)
     if flaws:
-        raise typer.Exit(1)
+        raise BadResultError(*flaws)
 
 
 def _policies(names: str) -> list[str]:
     policies = [name.strip() for name in names.split(",")]
     for name in policies:
         if name not in POLICIES:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(POLICIES)}")
+            raise InvalidError("policy", f"some of {', '.join(POLICIES)}, not {name!r}")
     return list(dict.fromkeys(policies))
 
 
@@ -191,20 +192,7 @@ def _mover(progress: Progress, task: TaskID) -> Callable[[Tally], None]:
     return watch
 
 
-def _show(load: Trace, kind: EngineKind, outcomes: list[Outcome], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(as_object(outcomes)))
-        return
-    for note in load.notes:
-        typer.echo(f"note: {note}")
+def _picture(load: Trace, kind: EngineKind, outcomes: list[Outcome]) -> RenderableType:
     title = f"{load.label}: {len(load):,} requests, {kind.capacity_tokens:,} tokens of memory"
-    Console().print(table_of(outcomes, title))
-
-
-@contextmanager
-def _failing_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except OdmaError as error:
-        typer.echo(f"odma demo: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, TraceError) else 1) from None
+    notes = (Text(f"note: {note}") for note in load.notes)
+    return Group(*notes, table_of(outcomes, title))

@@ -1,4 +1,4 @@
-"""`odma health`: a probe, run every few seconds. So it imports little, and can be all there is."""
+"""`odma health`: a probe. It runs every few seconds, so it imports little."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ from typing import Annotated
 
 import typer
 
-from odma_service.cli.options import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
+from odma_service.cli.failures import BAD, bad_result
+from odma_service.cli.options import Connection, connecting
 from odma_service.errors import ServiceError
 
 app = typer.Typer()
 
 
 @app.command()
+@connecting
 def command(
-    target: Target = DEFAULT_TARGET,
+    connection: Connection,
     service: Annotated[
-        str, typer.Option(help="A service, or odma.alive; empty: all together.")
+        str, typer.Option(help="A service's name, or odma.alive. Empty: all services together.")
     ] = "",
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
 ) -> None:
-    """Exit with 0 if the service is serving, else with 1: it drains, or does not answer.
+    """Ask if the service serves. Exit code 1: it drains, or it does not answer.
 
-    odma.alive is serving while the service drains, too.
+    odma.alive serves while the service drains, too.
     """
-    try:
-        with connect(target, ca, cert, key) as client:
-            serving = client.is_serving(service)
-    except ServiceError as error:
-        typer.echo(f"odma health: {error}", err=True)
-        raise typer.Exit(1) from None
+    with bad_result(ServiceError), connection.client() as client:
+        serving = client.is_serving(service)
     typer.echo("serving" if serving else "not serving")
-    raise typer.Exit(0 if serving else 1)
+    raise typer.Exit(0 if serving else BAD)

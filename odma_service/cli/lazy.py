@@ -1,4 +1,4 @@
-"""Groups of commands that are imported when they are asked for.
+"""Groups of commands: a command is imported when it is asked for, and its failure is one line.
 
 A command is a module with an `app`. Those of `lab` need a source tree: they are found beside the
 package, never by what else is called `lab` on the machine.
@@ -9,35 +9,54 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from odma_service.cli.failures import CommandError, exit_code_of
 from odma_service.errors import OdmaError
 
 LAB = "lab"
+COMPLETION = ("install_completion", "show_completion")
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
-def lazily(table: Mapping[str, str]) -> type[TyperGroup]:
-    """Return a kind of group with commands by name: the modules that hold them."""
+class Commands(TyperGroup):
+    """Commands of this module, and those of a table: modules by the names of their commands."""
 
-    class Lazy(TyperGroup):
-        def list_commands(self, ctx: Any) -> list[str]:
-            return [*super().list_commands(ctx), *table]
+    table: ClassVar[Mapping[str, str]] = {}
 
-        def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            if cmd_name not in table:
-                return super().get_command(ctx, cmd_name)
-            command: Any = get_command(_app_of(table[cmd_name]))
-            command.name = cmd_name
-            return command
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *self.table]
 
-    return Lazy
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.table:
+            return super().get_command(ctx, cmd_name)
+        command: Any = get_command(_app_of(self.table[cmd_name]))
+        command.name = cmd_name
+        command.params = [each for each in command.params if each.name not in COMPLETION]
+        return command
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # typer ends quietly: nobody reads any more
+            raise
+        except (OdmaError, OSError) as error:
+            raise CommandError(f"{ctx.command_path} {ctx.invoked_subcommand}", error) from error
+
+    def main(self, *args: Any, **how: Any) -> NoReturn:
+        how["standalone_mode"] = False
+        run = super().main
+        sys.exit(exit_code_of(lambda: run(*args, **how)))
+
+
+def lazily(table: Mapping[str, str]) -> type[Commands]:
+    """Return a kind of group with the commands of a table."""
+    return type("Lazy", (Commands,), {"table": table})
 
 
 def _app_of(module: str) -> typer.Typer:
@@ -49,6 +68,8 @@ def _app_of(module: str) -> typer.Typer:
 
 def _find_lab() -> bool:
     """Make `lab` importable if the package lies in a source tree."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
     folder = SOURCE_TREE / LAB
     if LAB not in sys.modules:
         spec = spec_from_file_location(
@@ -65,8 +86,6 @@ _absent = typer.Typer()
 
 
 @_absent.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _explain(ctx: typer.Context) -> None:
+def _explain(_: typer.Context) -> None:
     """Needs a source tree of ODMA."""
-    raise OdmaError(
-        f"{ctx.command_path} measures a source tree and is in no package: run it in a clone of ODMA"
-    )
+    raise OdmaError("it needs a source tree of ODMA, which no package has: run it in a clone")

@@ -1,20 +1,17 @@
-"""`odma lpddr`: what layouts cost on LPDDR memory, and how far the models can be trusted.
-
-A failure is one line on stderr and exit code 2.
-"""
+"""`odma lpddr`: what layouts cost on LPDDR memory, and how far the models can be trusted."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from odma_service.cli.lazy import lazily
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.lpddr import layouts, read_device
 
@@ -34,33 +31,41 @@ def _lpddr() -> None:
 def estimate(
     device: Annotated[str, typer.Option(help="mlu370-x4, mlu370-x8 or a file.")] = "mlu370-x4",
     tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 4096,
-    bytes_per_token: Annotated[int, typer.Option(help="Of a token in one plane.")] = 1024,
-    planes: Annotated[int, typer.Option(help="The K or V of one layer is a plane.")] = 56,
+    bytes_per_token: Annotated[int, typer.Option(help="Bytes of a token in one plane.")] = 1024,
+    planes: Annotated[int, typer.Option(help="Planes; the K or the V of one layer is one.")] = 56,
     window: Annotated[int, typer.Option(help="Runs in flight.")] = 16,
     descriptor_ns: Annotated[
-        float | None, typer.Option(help="Cost of one run, instead of the device's.")
+        float | None,
+        typer.Option(help="Nanoseconds a run costs on top of its bytes. Default: the device's."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw bandwidth over run length into this file.")
+        Path | None, typer.Option(help="File to draw bandwidth over run length into.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compare layouts of one sequence's KV cache: contiguous, paged, per token."""
+    """Compare what layouts of one KV cache cost: contiguous, in pages, token by token."""
     chosen = read_device(device)
     if descriptor_ns is not None:
         chosen = replace(chosen, descriptor_seconds=descriptor_ns * 1e-9)
-    if not 0 <= chosen.descriptor_seconds <= 1:
-        raise InvalidError("descriptor_ns", "0 to 1e9")
     found = layouts.compare(chosen, tokens, bytes_per_token, planes, window)
     if plot is not None:
         _draw(layouts.bandwidth_curves(chosen), plot, f"{device}: bandwidth over run length")
-    if as_json:
-        facts = {"device": device, "window": window, "energy": "ratios only, LPDDR4-derived"}
-        typer.echo(json.dumps(facts | {"layouts": [layout._asdict() for layout in found]}))
-        return
+    facts = {
+        "device": device,
+        "window": window,
+        "energy": "ratios only, LPDDR4-derived",
+        "layouts": [layout._asdict() for layout in found],
+    }
+    title = (
+        f"{tokens:,} tokens, {planes} planes of {bytes_per_token:,} bytes on {device}, "
+        f"{window} in flight, {chosen.descriptor_seconds * 1e9:g} ns a descriptor"
+    )
+    show(facts, as_json, lambda _: _table(found, title))
+
+
+def _table(found: list[layouts.Layout], title: str) -> Table:
     table = Table(
-        title=f"{tokens:,} tokens, {planes} planes of {bytes_per_token:,} bytes on {device}, "
-        f"{window} in flight, {chosen.descriptor_seconds * 1e9:g} ns a descriptor",
+        title=title,
         caption="Energy is relative and LPDDR4-derived. These are models, not a card.",
         title_justify="left",
     )
@@ -78,7 +83,7 @@ def estimate(
             f"{layout.activations / 1000:,.0f}k",
             f"{layout.relative_energy:.2f}",
         )
-    Console().print(table)
+    return table
 
 
 def _draw(curves: dict[int, list[float]], path: Path, title: str) -> None:

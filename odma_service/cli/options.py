@@ -1,4 +1,4 @@
-"""How the commands connect: where, and what a service with TLS and tokens asks for.
+"""Options that several commands have: where the service is and how to reach it; JSON.
 
 The token comes from ODMA_TOKEN alone: other users can read a command line.
 """
@@ -6,17 +6,21 @@ The token comes from ODMA_TOKEN alone: other users can read a command line.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from odma_service.client import Client, Tls
+if TYPE_CHECKING:
+    from odma_service.client import Client
 
-DEFAULT_TARGET = "127.0.0.1:50051"
 TOKEN = "ODMA_TOKEN"
 
-Target = Annotated[str, typer.Option(help="The service: host:port or unix:/path.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Ca = Annotated[
     Path | None,
     typer.Option(envvar="ODMA_CLIENT_CA", help="PEM file: who signs the service's certificate."),
@@ -27,17 +31,35 @@ Cert = Annotated[
 Key = Annotated[Path | None, typer.Option(envvar="ODMA_CLIENT_KEY", help="PEM file: its key.")]
 
 
-def connect(
-    target: str,
-    ca: Path | None = None,
-    cert: Path | None = None,
-    key: Path | None = None,
-    retry_seconds: float = 0,
-) -> Client:
-    """Return a client with the token of the environment; with TLS if there is a PEM file.
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where the service is, and how to reach it: with TLS if there is a PEM file."""
 
-    Raises OdmaError for a file that cannot be read.
-    """
-    tls = Tls(ca, cert, key) if ca or cert or key else None
-    token = os.environ.get(TOKEN, "").strip()
-    return Client(target, retry_seconds=retry_seconds, tls=tls, token=token or None)
+    target: Annotated[str, typer.Option(help="The service: host:port or unix:/path.")] = (
+        "127.0.0.1:50051"
+    )
+    ca: Ca = None
+    cert: Cert = None
+    key: Key = None
+
+    def client(self, retry_seconds: float = 0) -> Client:
+        """Return a client with the token of the environment. Raises OdmaError for a bad file."""
+        from odma_service.client import Client, Tls
+
+        tls = Tls(self.ca, self.cert, self.key) if self.ca or self.cert or self.key else None
+        token = os.environ.get(TOKEN, "").strip()
+        return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
+
+
+def connecting(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a Connection in place of its first parameter."""
+    _, *own = signature(command, eval_str=True).parameters.values()
+    shared = signature(Connection, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        connection = Connection(*(given.pop(name) for name in shared))
+        command(connection, **given)
+
+    run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
+    return run

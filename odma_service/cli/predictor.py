@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from odma_service.cli.failures import BadResultError
 from odma_service.cli.lazy import lazily
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import Facts, show
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import Predictor, default_model
 
@@ -25,9 +26,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path | None, typer.Option("--model", help="A model directory; without it our own.")
+    Path | None, typer.Option("--model", help="A model directory. Default: the shipped model.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -49,16 +49,16 @@ def evaluate(
     model: Model = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="A folder of such files: the history is of their training rows."),
+        typer.Option(help="Folder of such files whose training rows are the history."),
     ] = None,
     delay: Annotated[int, typer.Option(min=0, help="Rows until a completion is known.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Shuffles to average over.")] = 3,
     every_row: Annotated[
-        bool, typer.Option("--every-row", help="Rows marked for training, too.")
+        bool, typer.Option("--every-row", help="Score the rows marked for training, too.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model, beside the quantiles of past lengths alone."""
+    """Score a model beside the quantiles of past lengths alone."""
     from predictor_onnx.evaluate import evaluate as scores
 
     report = scores(
@@ -68,15 +68,12 @@ def evaluate(
         seeds=seeds,
         delay=delay,
         every_row=every_row,
-        say=lambda name: typer.echo(f"{name} ...", err=True),
+        say=lambda name: _heard(f"{name} ..."),
     )
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    Console().print(_scores(report))
+    show(report, as_json, _scores)
 
 
-def _scores(report: dict[str, Any]) -> Table:
+def _scores(report: Facts) -> Table:
     table = Table(
         "set",
         title=f"{report['model_version']}, history: {report['history']}",
@@ -107,21 +104,22 @@ def train(
         list[Path],
         typer.Argument(help="Parquet files as for `evaluate`, one set each, or decision logs."),
     ],
-    out: Annotated[Path, typer.Option(help="Where the model directory is written.")],
-    name: Annotated[str, typer.Option(help="What the model's version starts with.")] = "own",
+    out: Annotated[Path, typer.Option(help="Directory to write the model to.")],
+    name: Annotated[str, typer.Option(help="First word of the model's version.")] = "own",
     seed: Annotated[int, typer.Option(min=0, help="The same rows and seed: the same model.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     licence: Annotated[
-        str, typer.Option(help="What the card says of the licences of these rows.")
+        str, typer.Option(help="Licences of these rows, for the card.")
     ] = "not stated",
     base: Annotated[
-        Path | None, typer.Option(help="The model that learns on from logs; without it our own.")
+        Path | None,
+        typer.Option(help="Model that learns on from logs. Default: the shipped model."),
     ] = None,
 ) -> None:
     """Train a model on the rows marked for training, or one that learns on from decision logs.
 
-    It is proved to be served as trained. From logs it is written only if it predicts the latest
-    requests in them better than the model that it was made from; exit code 1 if it does not.
+    The model is proved to predict as it was trained. One from logs is written only if it predicts
+    their latest requests better than the model it learnt on from; if not, the exit code is 1.
     """
     try:
         from predictor_onnx.decisions import is_log
@@ -138,8 +136,7 @@ def train(
         compared, tuned = tune(files, base or default_model(), out, name, seed, tuning, _heard)
         typer.echo(_told(compared))
         if tuned is None:
-            typer.echo("not better than chance: nothing is written")
-            raise typer.Exit(1)
+            raise BadResultError("not better than chance: nothing is written")
         typer.echo(f"better: wrote {tuned.version} to {out}")
         return
     recipe = Recipe()

@@ -1,20 +1,28 @@
-"""`odma replay`: what each policy would give on a trace. A failure is one line, exit code 2."""
+"""`odma replay`: what each policy would give on a trace."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import Facts, show
 from odma_service.errors import InvalidError
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
@@ -33,9 +41,9 @@ def command(
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out so many requests at first.")] = 0,
+    skip: Annotated[int, typer.Option(min=0, help="Requests to leave out at the beginning.")] = 0,
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="Runs; after the first, of the trace reordered.")
+        int, typer.Option(min=1, max=100, help="Runs. Each but the first reorders the trace.")
     ] = 1,
     capacity_tokens: Annotated[
         int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")
@@ -46,42 +54,46 @@ def command(
     ] = None,
     model_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Most tokens of a request. Default: cuts no answer off."),
+        typer.Option(min=2, help="Most tokens of a request. Default: enough for every answer."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
     ] = "mlu370-x4",
     peak_tflops: Annotated[
-        float, typer.Option(min=1e-3, help="Peak of the device; half of it is reached.")
+        float, typer.Option(min=1e-3, help="Peak compute of the device; half of it is assumed.")
     ] = 96.0,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=4_096, help="Most requests running at once.")
     ] = 256,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-6, help="Open loop: arrivals so many times as fast as recorded."),
+        typer.Option(
+            min=1e-6, help="Open loop, with arrivals this many times as fast as recorded."
+        ),
     ] = None,
     swap_gbytes: Annotated[
         float,
-        typer.Option(min=0, help="Swap the preempted at so many GB/s instead of computing again."),
+        typer.Option(
+            min=0, help="Swap preempted requests at this many GB/s; 0: compute them again."
+        ),
     ] = 0.0,
     predictor: Annotated[
         str | None,
-        typer.Option(help="live, history, model, exact or lognormal:SIGMA, for all that predict."),
+        typer.Option(help="For every policy: live, history, model, exact or lognormal:SIGMA."),
     ] = None,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=GUARANTEED[:MAXIMUM], shares of the pool; repeat it for others."),
+        typer.Option(
+            help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
+        ),
     ] = None,
     parameters: Annotated[
-        Path | None, typer.Option(help="Tuned parameters other than the committed ones.")
+        Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, as the last line.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
@@ -111,24 +123,21 @@ def command(
                 comparison = replay.compare(load, names, setting, tuning, directory, watch)
             compared.append(comparison)
             if not as_json:
-                show(comparison)
+                show_comparison(comparison)
     if report is not None:
         for line in (*replay.write_report(compared, report), f"wrote {report}"):
             typer.echo(line, err=as_json)
     if as_json:
-        typer.echo(json.dumps(_object(compared)))
+        show(_object(compared), as_json)
 
 
 def policies_of(names: str) -> list[str]:
-    """Return the policies of an option."""
-    try:
-        return [replay.check_name(name.strip()) for name in names.split(",")]
-    except InvalidError as error:
-        raise typer.BadParameter(str(error)) from None
+    """Return the policies that an option names. Raises InvalidError."""
+    return [replay.check_name(name.strip()) for name in names.split(",")]
 
 
 def tenant_of(text: str) -> TenantShare:
-    """Return the shares of an option.
+    """Return the shares that an option gives. Raises InvalidError.
 
     >>> tenant_of("chat=0.4")
     TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
@@ -138,7 +147,7 @@ def tenant_of(text: str) -> TenantShare:
     try:
         return TenantShare(name, float(guaranteed), float(maximum or 1))
     except ValueError:
-        raise typer.BadParameter(f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
+        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
 def progress_bar(quiet: bool) -> Progress:
@@ -155,8 +164,8 @@ def progress_bar(quiet: bool) -> Progress:
     )
 
 
-def _watch(progress: Progress, total: int) -> replay.Watch:
-    tasks: dict[str, Any] = {}
+def _watch(progress: Progress, total: int) -> replay.Progress:
+    tasks: dict[str, TaskID] = {}
 
     def watch(policy: str, seed: int, finished: int) -> None:
         name = f"{policy}, seed {seed}"
@@ -169,12 +178,12 @@ def _watch(progress: Progress, total: int) -> replay.Watch:
     return watch
 
 
-def _object(compared: Sequence[replay.Comparison]) -> dict[str, Any]:
+def _object(compared: Sequence[replay.Comparison]) -> Facts:
     objects = [replay.as_object(comparison) for comparison in compared]
     return objects[0] if len(objects) == 1 else {"traces": objects}
 
 
-def show(comparison: replay.Comparison) -> None:
+def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = Console()
@@ -200,14 +209,14 @@ def show(comparison: replay.Comparison) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def _sizes(facts: dict[str, Any]) -> str:
+def _sizes(facts: Facts) -> str:
     return (
         f"maximum = min(input + {facts['max_output_tokens']:,},"
         f" {facts['model_length_tokens']:,}) tokens, pool {facts['capacity_tokens']:,} tokens"
     )
 
 
-def _assumed(assumed: dict[str, Any]) -> str:
+def _assumed(assumed: Facts) -> str:
     return (
         f"{assumed['device']}, {assumed['model']}: "
         f"{assumed['peak_flops_per_second'] / 1e12:g} TFLOP/s x {assumed['compute_efficiency']:g}, "
@@ -221,13 +230,13 @@ def _assumed(assumed: dict[str, Any]) -> str:
     )
 
 
-def _windows(windows: Sequence[dict[str, Any]]) -> str:
+def _windows(windows: Sequence[Facts]) -> str:
     first = windows[0]
     kind = "finished requests" if first["steady"] else "the whole run: too few requests,"
     return f"window: {kind} {first['first']:,} to {first['last']:,}"
 
 
-def _table(facts: dict[str, Any]) -> Table:
+def _table(facts: Facts) -> Table:
     table = Table()
     for heading, _ in replay.COLUMNS:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
@@ -236,7 +245,7 @@ def _table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _tenant_table(facts: dict[str, Any]) -> Table:
+def _tenant_table(facts: Facts) -> Table:
     table = Table("policy", "tenant")
     for heading in ("requests", "tokens/s", "TTFT p50/p99 s", "preempted"):
         table.add_column(heading, justify="right")

@@ -28,9 +28,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from odma_service.cli import view as status
-from odma_service.cli.options import DEFAULT_TARGET, Ca, Cert, Key, Target, connect
-from odma_service.cli.watch import LOST, line_of
+from odma_service.cli import view
+from odma_service.cli.options import Connection, connecting
 from odma_service.client import Client
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -49,7 +48,7 @@ RATES = (
 
 
 class Look(NamedTuple):
-    """What one look at a service saw. apply_seconds: cumulative counts by upper bound."""
+    """One look at a service. apply_seconds: cumulative counts by upper bound."""
 
     at: float
     pools: list[pool_pb.GetPoolResponse]
@@ -61,33 +60,31 @@ app = typer.Typer()
 
 
 @app.command()
+@connecting
 def command(
+    connection: Connection,
     pool: Annotated[str, typer.Argument(help="The pool to map. Without it: the first.")] = "",
-    target: Target = DEFAULT_TARGET,
     metrics: Annotated[
-        str, typer.Option(help="host:port of the metrics, for the time of an Apply; empty: none.")
+        str, typer.Option(help="The metrics, host:port, for the time of an Apply. Empty: none.")
     ] = "127.0.0.1:9464",
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
 ) -> None:
-    """Show pools and what happens to them, live. q or Ctrl-C ends it."""
+    """Show pools and their events, live. q or Ctrl-C ends it."""
     console = Console()
     if not (sys.stdin.isatty() and console.is_terminal):
-        raise OdmaError("odma top needs a terminal; see odma status and odma watch")
+        raise OdmaError("it needs a terminal; see odma status and odma watch")
     events: deque[str] = deque(maxlen=EVENTS_SHOWN)
-    with connect(target, ca, cert, key) as service, _keys() as keys:
+    with connection.client() as service, _keys() as keys:
         threading.Thread(target=_read_events, args=(service, events), daemon=True).start()
         before: Look | None = None
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 try:
                     now = look(service, pool, metrics)
-                    shown = picture(now, before, list(events), target, console.width)
+                    shown = picture(now, before, list(events), connection.target, console.width)
                     before = now
                 except UnavailableError as error:
-                    shown = Text(f"no answer from {target}: {error}", style="red")
+                    shown = Text(f"no answer from {connection.target}: {error}", style="red")
                     before = None
                 live.update(shown, refresh=True)
                 if _quit_pressed(keys, every):
@@ -116,7 +113,7 @@ def look(service: Client, mapped: str, metrics: str) -> Look:
 def picture(
     now: Look, before: Look | None, events: list[str], target: str, width: int
 ) -> RenderableType:
-    """Return what is shown of a look, with rates since the one before."""
+    """Return the picture of a look, with rates since the one before."""
     headline = Text.assemble(
         ("odma top", "bold"),
         f"   {target}   pools {len(now.pools)}   "
@@ -128,8 +125,8 @@ def picture(
     if now.pools:
         first = now.pools[0]
         title = f"{first.summary.pool.name}: {first.free_runs} free runs"
-        cells = max(width - status.MARGIN - 4, 10)
-        parts.append(Panel(status.bar(first, now.regions, cells), title=title, title_align="left"))
+        cells = max(width - view.MARGIN - 4, 10)
+        parts.append(Panel(view.bar(first, now.regions, cells), title=title, title_align="left"))
     told = Text("\n".join(events) or "nothing yet", overflow="ellipsis", no_wrap=True)
     parts.append(Panel(told, title="events", title_align="left"))
     return Group(*parts)
@@ -149,7 +146,7 @@ def _pools(now: Look, before: Look | None) -> Table:
         seconds = now.at - before.at if before else 0.0
         table.add_row(
             Text(summary.pool.name),
-            status.state(summary),
+            view.state(summary),
             Text(summary.policy),
             _filled(written, reserved),
             f"{written:.0%}",
@@ -181,7 +178,7 @@ def _rate(
 
 
 def _apply_seconds(metrics: str) -> dict[float, float]:
-    """Return how many Apply took at most so long, by upper bound; nothing without metrics."""
+    """Return the number of Apply by upper bound of their time; nothing without metrics."""
     if not metrics:
         return {}
     try:
@@ -214,9 +211,9 @@ def _read_events(service: Client, events: deque[str]) -> None:
         try:
             for answer in service.watch():
                 if answer.lost:
-                    events.append(LOST)
+                    events.append(view.LOST)
                 if answer.HasField("event"):
-                    events.append(line_of(answer.event))
+                    events.append(view.line_of(answer.event))
         except UnavailableError:
             time.sleep(1)
         except (OdmaError, ValueError):  # it may not watch, or the view has ended

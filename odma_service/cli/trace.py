@@ -1,26 +1,25 @@
-"""`odma trace`: describe, generate and import request traces.
-
-A failure is one line on stderr and exit code 2.
-"""
+"""`odma trace`: describe, generate and import request traces."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from odma_service import traces
-from odma_service.errors import OdmaError
+from odma_service.cli.lazy import Commands
+from odma_service.cli.options import AsJson
+from odma_service.cli.output import show
 
-app = typer.Typer(no_args_is_help=True, help="Describe, generate and import request traces.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Describe, generate and import request traces."
+)
 
 
 @app.command()
@@ -28,15 +27,11 @@ def describe(
     file: Annotated[
         Path, typer.Argument(help="Parquet, Azure CSV, Mooncake JSONL or a decision log.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a trace's size, rate, lengths and cap."""
-    with _failing_in_one_line():
-        description = traces.describe(traces.read_trace(file))
-    if as_json:
-        typer.echo(json.dumps(asdict(description)))
-    else:
-        _show(description)
+    description = traces.describe(traces.read_trace(file))
+    show(asdict(description), as_json, lambda _: _picture(description))
 
 
 @app.command()
@@ -46,9 +41,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 1,
 ) -> None:
     """Write a synthetic trace: heavy-tailed, drifting, the same for the same seed."""
-    with _failing_in_one_line():
-        trace = traces.generate(rows, seed)
-        traces.write_trace(trace, out)
+    trace = traces.generate(rows, seed)
+    traces.write_trace(trace, out)
     _report(trace, out)
 
 
@@ -63,11 +57,10 @@ def servegen(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")] = 1,
 ) -> None:
     """Sample a trace that drifts as a production service did, over hours or days."""
-    with _failing_in_one_line():
-        trace = traces.sample_servegen(
-            rates, histograms, rows=rows, seed=seed, start_hours=start_hours, hours=hours
-        )
-        traces.write_trace(trace, out)
+    trace = traces.sample_servegen(
+        rates, histograms, rows=rows, seed=seed, start_hours=start_hours, hours=hours
+    )
+    traces.write_trace(trace, out)
     _report(trace, out)
 
 
@@ -79,18 +72,8 @@ def import_(
     out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
 ) -> None:
     """Turn a published trace, or a decision log, into parquet."""
-    with _failing_in_one_line():
-        trace = traces.import_trace(src, out)
+    trace = traces.import_trace(src, out)
     _report(trace, out)
-
-
-@contextmanager
-def _failing_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except OdmaError as error:
-        typer.echo(f"odma trace: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _report(trace: traces.Trace, out: Path) -> None:
@@ -99,22 +82,18 @@ def _report(trace: traces.Trace, out: Path) -> None:
     typer.echo(f"wrote {len(trace):,} requests of {trace.label} to {out}")
 
 
-def _show(description: traces.Description) -> None:
-    console = Console()
+def _picture(description: traces.Description) -> RenderableType:
     arrivals = Table(title=Text(description.label), show_header=False, title_justify="left")
     for name, value in _facts(description):
         arrivals.add_row(name, Text(value))
-    console.print(arrivals)
-
     lengths = Table("tokens", title="lengths", title_justify="left")
     for field in fields(traces.Spread):
         lengths.add_column(field.name, justify="right")
     for name in ("input", "output", "total"):
         spread = getattr(description, f"{name}_tokens")
         lengths.add_row(name, *(f"{value:,.0f}" for value in astuple(spread)))
-    console.print(lengths)
-    for note in description.notes:
-        console.print(Text(f"note: {note}"))
+    notes = (Text(f"note: {note}") for note in description.notes)
+    return Group(arrivals, lengths, *notes)
 
 
 def _facts(description: traces.Description) -> Iterator[tuple[str, str]]:

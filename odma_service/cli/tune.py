@@ -21,7 +21,7 @@ def command(
         Path, typer.Option(help="Folder with the public traces (traces/, servegen/).")
     ] = Path("../shared/data"),
     policy: Annotated[
-        str, typer.Option(help="Which to tune, divided by commas. Default: all.")
+        str, typer.Option(help="Policies to tune, divided by commas. Default: all.")
     ] = ",".join(replay.NAMES),
     out: Annotated[Path, typer.Option(help="The file to write.")] = replay.TUNED,
     capacity_tokens: Annotated[

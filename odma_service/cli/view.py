@@ -1,8 +1,9 @@
-"""`odma status`: a pool as a picture in the terminal."""
+"""Pools, regions and events as people see them in a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -14,6 +15,7 @@ from odma_service.rpc.v1 import types_pb2 as types
 
 BAR_ROWS = 4
 MARGIN = 10
+LOST = "events were lost"
 LOOKS = {
     "used": ("█", "green"),
     "reserved, unused": ("▒", "yellow"),
@@ -82,8 +84,21 @@ def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
 
 
 def state(pool: pool_pb.PoolSummary) -> str:
-    """Return how far the pool's owner is, in lower case."""
+    """Return the pool's state in lower case."""
     return pool_pb.PoolState.Name(pool.state).removeprefix("POOL_STATE_").lower()
+
+
+def kind_of(event: pool_pb.Event) -> str:
+    """Return the kind of an event in lower case, also one that this version does not know."""
+    known = {number: name for name, number in pool_pb.EventKind.items()}
+    return known.get(event.kind, f"kind_{event.kind}").removeprefix("EVENT_KIND_").lower()
+
+
+def line_of(event: pool_pb.Event) -> str:
+    """Return an event as one printable line, in UTC."""
+    at = datetime.fromtimestamp(event.unix_seconds, UTC)
+    line = f"{at:%H:%M:%S}  {event.pool.name:<16} {kind_of(event):<13} {event.reason}".rstrip()
+    return "".join(c if c.isprintable() else " " for c in line)
 
 
 def _headline(pool: pool_pb.GetPoolResponse) -> Text:
@@ -103,7 +118,7 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
 
 
 def bar(pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int) -> Text:
-    """Return the pool's addresses as rows of cells, `width` each, and what they mean below."""
+    """Return the pool's addresses as rows of `width` cells, with a legend below."""
     capacity = pool.summary.capacity_tokens
     kinds = cells(capacity, regions, BAR_ROWS * width)
     bar = Text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import FrameType
 
 from odma_service.errors import OdmaError
 
+ODMA = (sys.executable, "-m", "odma_service")
 READY = "odma ready on "
 START_SECONDS = 30
 STOP_SECONDS = 10
@@ -51,14 +51,16 @@ def start(
     listen: str = "127.0.0.1:0",
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    program: Sequence[str] = ("-m", "odma_service"),
+    program: Sequence[str] = ODMA,
 ) -> tuple[subprocess.Popen[str], str]:
-    """Start a server that keeps pools and log in `directory`; return it and its address.
+    """Start a server that keeps pools and log in `directory`; return it and where it listens.
 
-    `program`: what Python runs as `odma`.
+    `environment`: in the place of this process's own.
+    `program`: the command that is run as `odma`.
+    Raises ServerError, with the end of the log, if it is not ready in `START_SECONDS`.
     """
     log = directory / "server.log"
-    command = [sys.executable, *program, "serve", "--listen", listen]
+    command = [*program, "serve", "--listen", listen]
     command += ["--pool-dir", str(directory / "pools"), "--metrics-listen", "", *flags]
     with log.open("a") as errors:
         # A session of its own: Ctrl-C is for the demo, which then stops the server.
@@ -68,7 +70,7 @@ def start(
             stderr=errors,
             text=True,
             start_new_session=True,
-            env={**os.environ, **(environment or {})},
+            env=environment,
         )
     assert process.stdout is not None
     deadline = Timer(START_SECONDS, process.kill)
@@ -78,7 +80,7 @@ def start(
     if not line.startswith(READY):
         stop(process)
         raise ServerError(f"the server did not start: {log.read_text()[-2000:].strip()}")
-    return process, line.removeprefix(READY).split(",")[0].strip()
+    return process, line.removeprefix(READY).strip()
 
 
 def stop(process: subprocess.Popen[str]) -> None:

@@ -1,7 +1,7 @@
-"""What changes with experience: predictions, bucket limits, the safety share."""
+"""Learning: predictions, bucket limits and the safety share change with experience."""
 
 from odma_service.learning.calibration import Source
-from odma_service.learning.foresight import Foreseen, Model, Question
+from odma_service.learning.forecast import Forecast, Model, Question
 from odma_service.learning.learner import ClassCoverage, Learner, predictions_of
 from odma_service.learning.observer import Change, Observer
 from odma_service.learning.recalibration import LimitsReport, RecalibrationReport
@@ -9,7 +9,7 @@ from odma_service.learning.recalibration import LimitsReport, RecalibrationRepor
 __all__ = [
     "Change",
     "ClassCoverage",
-    "Foreseen",
+    "Forecast",
     "Learner",
     "LimitsReport",
     "Model",

@@ -1,7 +1,7 @@
-"""Calibration: predictions corrected by how wrong the last ones were, or left for what is better.
+"""Calibration: predictions corrected by how wrong the last ones were, or replaced by lengths alone.
 
-What a model says is moved, level by level, so that the actual lengths of the last completions
-fell where the level says (split conformal prediction in a rolling window; Vovk et al.,
+A model's prediction is moved, level by level, so that the actual lengths of the last completions
+fell where each level says (split conformal prediction in a rolling window; Vovk et al.,
 Algorithmic Learning in a Random World, 2005). An integrating correction (ACI, quantile
 tracking, PID) learns faster, but answers come late, and until they do it goes on integrating:
 it winds up, and reserves many times the need. A window cannot.
@@ -11,12 +11,12 @@ it winds up, and reserves many times the need. A window cannot.
                  (Kolmogorov and Smirnov's test): scores of a change do not outlive it
     censoring    a request that stopped at its limit, or runs, has at least its score: one that
                  runs past its grant is a miss from that moment on
-    delay        the scores are those of a life table (history.py), and what is outstanding
+    delay        the scores are those of a life table (survival.py), and what is outstanding
                  makes a correction more cautious
     clipping     a correction leads to no length beyond the lately longest; while part of the
                  lengths is still unseen (history.py) it may widen a prediction, never narrow it
-    gate         where the lengths of the period, without any model, fit those completions
-                 better than the corrected model does, they are the prediction
+    gate         the lengths of the period, without any model, are the prediction where they fit
+                 those completions better than the corrected model does
 
 All of it is a function of the arena, so it is the same after a crash.
 """
@@ -32,27 +32,31 @@ from numpy.typing import NDArray
 
 from odma_service.learning.drift import CRITICAL
 from odma_service.learning.history import (
-    Evidence,
-    Floats,
-    Lengths,
+    KnownRequests,
     as_logs,
     as_quantiles,
-    life_table,
     period_of,
+)
+from odma_service.learning.survival import (
+    LEVELS,
+    Distribution,
+    Flags,
+    Floats,
+    life_table,
+    outliving,
 )
 from odma_service.values import QUANTILE_LEVELS, Quantiles
 
-LEVELS = np.array(QUANTILE_LEVELS)
 MEDIAN = QUANTILE_LEVELS.index(0.5)
 SCORED = (50, 100, 200)
 """Completions scored: as many of the newest as are of one kind."""
 LEAST_SCORED = 32
 OUTSTANDING = 0.3
-"""For each request that runs beside a completion scored, the risk shrinks by this share: what
-is outstanding may be of another kind than what has come in."""
+"""The risk shrinks by this share for each running request per scored completion: the requests
+that run may be of another kind than those that have ended."""
 UNSEEN = 0.05
 GATE_MARGIN = 0.97
-"""The window has to be so much better: a model sees a change of prompts, it does not."""
+"""Share of the model's loss that the window must beat: a model sees prompts change, it does not."""
 
 
 class Source(StrEnum):
@@ -66,7 +70,7 @@ class Source(StrEnum):
 
 
 class Coverage(NamedTuple):
-    """How many of `known` requests were as short as predicted at their risk, and should be."""
+    """How many of `known` requests were as short as predicted, and the share that should be."""
 
     covered: int
     known: int
@@ -80,7 +84,7 @@ class Coverage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What is done to a prediction. `window` and `longest` are log(1 + output tokens)."""
+    """A correction of predictions. `window` and `longest` are log(1 + output tokens)."""
 
     source: Source
     corrections: Floats
@@ -96,18 +100,18 @@ class Calibration:
         return _ascending(moved)
 
 
-def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
-    """Return what the last completions, and the requests running, say about predictions."""
+def calibrate(known: KnownRequests, lengths: Distribution) -> Calibration:
+    """Return the calibration that the last completions and the running requests ask for."""
     narrow = lengths.unseen <= UNSEEN
     window = lengths.at(_cautious(LEVELS, lengths.completions))
     longest = float(window[-1]) if narrow else np.inf
-    ring = evidence.ring[_is_told(evidence.ring["raw"])][-SCORED[-1] :]
+    ring = known.ring[_is_told(known.ring["raw"])][-SCORED[-1] :]
     if len(ring) < LEAST_SCORED:
         return Calibration(Source.MODEL, np.zeros(len(LEVELS)), window, longest)
     actual = np.log1p(ring["output_tokens"].astype(np.float64))[:, None]
     scores = actual - np.log1p(ring["raw"].astype(np.float64))
     newest = _of_one_kind(scores[:, MEDIAN])
-    corrections = _corrections(evidence, newest)
+    corrections = _corrections(known, newest)
     actual, scores, finished = actual[-newest:], scores[-newest:], ring["censored"][-newest:] == 0
     losses = [
         _loss(scores - _quantiles(scores, finished), finished),
@@ -119,13 +123,13 @@ def calibrate(evidence: Evidence, lengths: Lengths) -> Calibration:
     return Calibration(source, corrections, window, longest)
 
 
-def coverage(evidence: Evidence) -> Coverage:
+def coverage(known: KnownRequests) -> Coverage:
     """Return how often the last requests stayed within what was predicted for them.
 
-    At the risk that each accepted. One that runs past it counts as soon as it does; one that
-    stopped at its limit below it counts nowhere.
+    Each is judged at the risk that it accepted. A request that outgrows its prediction counts
+    at once; one that was stopped below it counts nowhere.
     """
-    seen = np.concatenate([evidence.ring, evidence.running])
+    seen = np.concatenate([known.ring, known.running])
     seen = seen[_is_told(seen["quantiles"])]
     if not len(seen):
         return Coverage(0, 0, 0.0)
@@ -135,19 +139,21 @@ def coverage(evidence: Evidence) -> Coverage:
         [np.interp(level, LEVELS, row) for level, row in zip(levels, logs, strict=True)]
     )
     within = seen["output_tokens"] <= np.ceil(np.expm1(granted) - 1e-3)
-    known = ~within | (seen["censored"] == 0)
-    return Coverage(int((within & known).sum()), int(known.sum()), float(levels[known].mean()))
+    counted = ~within | (seen["censored"] == 0)
+    return Coverage(
+        int((within & counted).sum()), int(counted.sum()), float(levels[counted].mean())
+    )
 
 
-def _corrections(evidence: Evidence, requests: int) -> Floats:
+def _corrections(known: KnownRequests, requests: int) -> Floats:
     """Return the quantile of the scores at each level, in the period of the last requests."""
-    period = period_of(evidence, requests)
+    period = period_of(known, requests)
     told = _is_told(period.seen["raw"])
     logs = np.log1p(period.seen["raw"][told].astype(np.float64))
     entered, reached = as_logs(period.entered[told]), as_logs(period.reached[told])
     ended = period.ended[told]
     found = np.empty(len(LEVELS))
-    outstanding = len(evidence.running) / max(period.completions, 1)
+    outstanding = len(known.running) / max(period.completions, 1)
     risks = 1 - _cautious(LEVELS, int(ended.sum()))
     levels = 1 - risks / (1 + OUTSTANDING * outstanding)
     for column, level in enumerate(levels):
@@ -175,28 +181,28 @@ def _of_one_kind(scores: Floats) -> int:
 
 
 def _is_told(quantiles: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether there is a prediction, in each row; a file may hold anything."""
+    """Return for each row whether it has a prediction; a file may hold anything."""
     return np.isfinite(quantiles).all(axis=1) & (quantiles[:, 0] >= 0) & (quantiles[:, -1] > 0)
 
 
 def _cautious(levels: Floats, count: int) -> Floats:
-    """Return levels so much higher that a new length, too, is below with their probability."""
+    """Return levels raised so that a new length, too, is below with their probability."""
     return np.minimum(levels * (count + 1) / max(count, 1), 1.0)
 
 
-def _quantiles(scores: Floats, finished: NDArray[np.bool_]) -> Floats:
-    """Return the quantile at LEVELS[i] of column i, where unfinished ones are at least theirs."""
+def _quantiles(scores: Floats, finished: Flags) -> Floats:
+    """Return the quantile at LEVELS[i] of column i, where an unfinished score is a lower bound."""
     count = len(scores)
     order = np.argsort(scores, axis=0, kind="stable")
     ascending = np.take_along_axis(scores, order, 0)
     at_risk = np.arange(count, 0, -1)[:, None]
-    below = 1 - np.cumprod(1 - finished[order] / at_risk, axis=0)
+    below = 1 - outliving(finished[order], at_risk)
     places = (below < _cautious(LEVELS, count) - 1e-9).sum(axis=0)
     found = ascending[np.minimum(places, count - 1), np.arange(len(LEVELS))]
     return np.asarray(found, np.float64)
 
 
-def _loss(errors: Floats, finished: NDArray[np.bool_]) -> float:
+def _loss(errors: Floats, finished: Flags) -> float:
     """Return the mean pinball loss; an unfinished one counts where it is known to be above."""
     known = finished[:, None] | (errors > 0)
     return float(np.where(known, np.maximum(LEVELS * errors, (LEVELS - 1) * errors), 0).mean())

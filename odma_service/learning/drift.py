@@ -2,9 +2,9 @@
 
 Two questions, both of which must be answered with yes. Have the lengths changed since the
 limits in force were found (Kolmogorov and Smirnov's test, on decayed weights), or are twice as
-many known? The first to finish are the short ones, so what is known at first is not how
-lengths are. And would the limits that are best now save a worthwhile share of what is
-reserved? The second alone would follow noise; the first alone would change limits for nothing.
+many known? The short ones finish first, so the lengths known at first are not typical. And would
+the limits that are best now save a worthwhile share of what is reserved? The second alone would
+follow noise; the first alone would change limits for nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def drift_between(before: NDArray[np.float64], now: NDArray[np.float64]) -> Drif
 
 
 def has_news(before: NDArray[np.float64] | None, now: NDArray[np.float64]) -> bool:
-    """Whether a histogram tells what the one that limits were found on did not."""
+    """Whether a histogram tells more than `before`, on which the limits were found."""
     if before is None or now.sum() >= 2 * before.sum():
         return True
     return drift_between(before, now).found

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from odma_service._native import optimal_limits
+from odma_service.learning.survival import kaplan_meier
 from odma_service.pool.policy import longest_tokens
 from odma_service.values import QUANTILE_LEVELS
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 RISKS = (0.1, 0.3, 0.5, 0.7, 0.9)
 OVERFLOW_TOKEN_STEPS = 10.0
-"""What an overflow costs for each token of the region. Copying a token takes as long as reading
+"""Cost of an overflow for each token of the region. Copying a token takes as long as reading
 two, and memory that a token wastes for a step costs 0.7 of its share of that step: together 0.9
 token-steps for the model and card of the design. The rest is the chance that no hole is long
 enough, and somebody is preempted. From 3 to 30 it makes no difference (docs/decisions/0008)."""
@@ -41,8 +42,8 @@ enough, and somebody is preempted. From 3 to 30 it makes no difference (docs/dec
 class Cheapest(NamedTuple):
     """A policy with other limits and another risk.
 
-    gain is how much more of what is reserved it would write to, overflows counted as if what
-    they cost were reserved too.
+    gain: the share of the reserved memory that it would write to in addition, with the cost of
+    overflows counted as reserved.
     """
 
     policy: PolicyRecord
@@ -52,7 +53,7 @@ class Cheapest(NamedTuple):
 class Seen(NamedTuple):
     """Requests that ended or run: tokens, weights that sum to their number, and predictions.
 
-    weights      what is censored is spread over the longer outputs, as Kaplan and Meier do it
+    weights      each censored request is spread over the longer outputs (survival.py)
     quantiles    of output tokens, one row of QUANTILE_LEVELS each
     """
 
@@ -63,10 +64,10 @@ class Seen(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """What limits are chosen by, for one risk, at the bins of the histograms.
+    """The costs that limits are chosen by, for one risk, at the bins of the histograms.
 
     steps[i]  token-steps that need a limit of upper_tokens[i] or more
-    tolls[i]  what a limit there costs those that outgrow it
+    tolls[i]  the cost of a limit there for the requests that outgrow it
     written   token-steps that are written to
     """
 
@@ -105,7 +106,7 @@ def cheapest(pool: Pool) -> Cheapest | None:
 def seen_requests(pool: Pool, longest: int) -> Seen | None:
     """Return the last completions and all that runs, none above `longest` tokens.
 
-    Who had no prediction gets today's. None while there is none for anybody.
+    A request without a prediction gets today's. None while nothing can be predicted today.
     """
     today = pool.quantiles("")
     if today is None:
@@ -173,12 +174,8 @@ def output_at(risk: float, quantiles: Floats, most: Floats) -> Floats:
 def _weights(outputs: Floats, censored: NDArray[np.bool_]) -> Floats:
     """Return the share of each times their number; at one length the censored end last."""
     order = np.lexsort((censored, outputs))
-    at_risk = np.arange(len(order), 0, -1)
-    passing = np.where(censored[order], 1.0, 1 - 1 / at_risk)
-    passing[-1] = 0.0  # what is left after all others
-    surviving = np.cumprod(passing)
-    weights = np.empty(len(order))
-    weights[order] = -np.diff(surviving, prepend=1.0) * len(order)
+    weights, stopped = np.empty(len(order)), censored[order].astype(np.float64)
+    weights[order] = kaplan_meier(1 - stopped, stopped)
     return weights
 
 

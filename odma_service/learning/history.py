@@ -15,23 +15,21 @@ and the regions that live, so it is the same after a crash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from odma_service.learning.predictor import WINDOW, History
-from odma_service.values import QUANTILE_LEVELS, Quantiles
-
-Floats = NDArray[np.float64]
+from odma_service.learning.predictor import WINDOW
+from odma_service.learning.survival import Distribution, Flags, Floats, life_table
+from odma_service.values import Quantiles
 
 BEYOND = (0.1, 0.35, 0.9)
 """Where the rest lies that outlives the table, in log above its end: the thirds' medians of an
 exponential of mean 0.5, about the spread of answers to prompts of one kind."""
 
 
-class Evidence(NamedTuple):
+class KnownRequests(NamedTuple):
     """The last completions of a class, oldest first, and its running requests.
 
     Both are arrays of odma_completion. `ever` counts the completions there have been.
@@ -42,45 +40,23 @@ class Evidence(NamedTuple):
     ever: int
 
 
-class Lengths(NamedTuple):
-    """A distribution of log(1 + output tokens): values ascend, weights sum to 1.
-
-    completions: how many it is from; unseen: the weight that outlives them, and is guessed.
-    """
-
-    logs: Floats
-    weights: Floats
-    completions: int
-    unseen: float
-
-    def at(self, levels: Floats) -> Floats:
-        """Return quantiles, interpolated between neighbours as History's are.
-
-        >>> Lengths(np.array([1.0, 2.0, 3.0]), np.full(3, 1 / 3), 3, 0.0).at(np.array([0.25]))
-        array([1.5])
-        """
-        below = np.cumsum(self.weights) - self.weights
-        places = levels * (1 - self.weights[-1])
-        return np.asarray(np.interp(places, below, self.logs), np.float64)
-
-
 class Period(NamedTuple):
     """The requests seen in a period: completions, then running ones.
 
     entered and reached are tokens, when the period or the request began and when it ended or
-    now; entered is -1 for who began within it. ended: finished, not stopped or running.
+    now; entered is -1 for a request that began within it. ended: finished, not stopped or running.
     """
 
     seen: NDArray[np.void]
     entered: Floats
     reached: Floats
-    ended: NDArray[np.bool_]
+    ended: Flags
     completions: int
 
 
-def period_of(evidence: Evidence, requests: int) -> Period:
+def period_of(known: KnownRequests, requests: int) -> Period:
     """Return the period of the last `requests` that began, or of half as many completions."""
-    ring, running = evidence.ring, evidence.running
+    ring, running = known.ring, known.running
     issues = np.sort(np.concatenate([ring["issue"], running["issue"]]).astype(np.float64))
     began = issues[-min(requests, len(issues))]
     until = ring["until"].astype(np.float64)
@@ -91,31 +67,17 @@ def period_of(evidence: Evidence, requests: int) -> Period:
     return Period(seen, _entered(seen, reached, began), reached, seen["censored"] == 0, count)
 
 
-def lately(evidence: Evidence) -> Lengths | None:
+def lately(known: KnownRequests) -> Distribution | None:
     """Return the lengths of the period of the last WINDOW requests, None without completions."""
-    if not len(evidence.ring):
+    if not len(known.ring):
         return None
-    period = period_of(evidence, WINDOW)
+    period = period_of(known, WINDOW)
     return life_table(as_logs(period.entered), as_logs(period.reached), period.ended, BEYOND)
 
 
 def as_logs(tokens: Floats) -> Floats:
     """Return log(1 + tokens); -inf for -1."""
     return np.log(np.maximum(1 + tokens, 0), out=np.full(len(tokens), -np.inf), where=tokens > -1)
-
-
-def history_of(lengths: Lengths | None) -> History:
-    """Return the history that a model is given."""
-    if lengths is None:
-        return History()
-    mean = float(lengths.logs @ lengths.weights)
-    variance = float((lengths.logs - mean) ** 2 @ lengths.weights)
-    return History(
-        mean,
-        variance**0.5,
-        as_quantiles(lengths.at(np.array(QUANTILE_LEVELS))),
-        min(lengths.completions, WINDOW),
-    )
 
 
 def as_quantiles(values: Floats) -> Quantiles:
@@ -129,28 +91,3 @@ def _entered(seen: NDArray[np.void], reached: Floats, began: float) -> Floats:
     issue, until = seen["issue"].astype(np.float64), seen["until"].astype(np.float64)
     before = np.clip(began - issue, 0, None) / np.maximum(until - issue, 1)
     return np.asarray(np.minimum(reached * before, reached) - (before == 0), np.float64)
-
-
-def life_table(
-    entered: Floats, reached: Floats, ended: NDArray[np.bool_], beyond: Sequence[float] = (0.0,)
-) -> Lengths:
-    """Return the distribution of where requests end, on any scale of logarithms of length.
-
-    What outlives the longest lies `beyond` it, in equal parts.
-    """
-    order = np.lexsort((~ended, reached))
-    reached, ended = reached[order], ended[order]
-    at_risk = np.searchsorted(np.sort(entered), reached) - np.arange(len(reached))
-    last = np.arange(len(reached)) == len(reached) - 1
-    ending = np.where(ended, 1 / np.maximum(at_risk, np.where(last, 1, 2)), 0)
-    surviving = np.cumprod(1 - ending)
-    weights = -np.diff(surviving, prepend=1.0)
-    unseen, count = float(surviving[-1]), int(ended.sum())
-    if unseen == 0:
-        return Lengths(reached[ended], weights[ended], count, 0.0)
-    return Lengths(
-        np.append(reached[ended], reached[-1] + np.array(beyond)),
-        np.append(weights[ended], np.full(len(beyond), unseen / len(beyond))),
-        count,
-        unseen,
-    )

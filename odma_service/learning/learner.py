@@ -1,8 +1,8 @@
 """Learner: a pool that predicts how long answers will be, from those it has seen.
 
-Whoever can wait for a model away from the pool's lock asks in two steps: `asks` under the
-lock, `answers` without, then `apply` with them under the lock again. `apply` alone does all
-three.
+A caller that can wait for a model away from the pool's lock goes three steps: `asks` under the
+lock, `answers` without it, then `apply` with the answers under the lock again. `apply` alone
+does all three.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from odma_service._native import LEARNT_ENOUGH
 from odma_service.errors import RefusedError
 from odma_service.learning.calibration import Coverage, Source, coverage
 from odma_service.learning.drift import has_news, is_worth_it
 from odma_service.learning.expected import cheapest
-from odma_service.learning.foresight import REFRESHED_STEPS, Foreseen, Foresight, Question
+from odma_service.learning.forecast import Forecast, Forecaster, Question
 from odma_service.learning.observer import Change
 from odma_service.learning.recalibration import (
-    LEARNT_ENOUGH,
     RecalibrationReport,
     recalibrate,
     seen_weights,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from odma_service.learning.foresight import Model
+    from odma_service.learning.forecast import Model
     from odma_service.learning.observer import Observer
     from odma_service.pool import Pool
     from odma_service.pool.policy import PolicyRecord
@@ -50,10 +50,12 @@ if TYPE_CHECKING:
 
 FREES_PER_ADAPTATION = 64
 LEAST_SHARE_CHANGE = 0.005
+STALE_STEPS = 16
+"""A completion more among a hundred changes little, and an engine waits for the answer."""
 
 
 class ClassCoverage(NamedTuple):
-    """How predictions for a class fare, and what the next one would rest on."""
+    """How predictions for a class fared, and the source of the next one."""
 
     coverage: Coverage
     source: Source
@@ -66,7 +68,9 @@ class Learner:
     """Predictions, recalibration after drift and the adaptive safety share around one pool.
 
     What was learnt is in the pool's books: a Learner can be made anew at any time. `model`
-    gives the model of the moment; without one predictions are the live histograms'.
+    gives the model of the moment; without one predictions are the live histograms'. What is
+    known about a class is read anew once it is `stale_steps` decode steps old. A batch is a
+    step, unless `step` counts them otherwise.
     """
 
     def __init__(
@@ -75,11 +79,14 @@ class Learner:
         observer: Observer | None = None,
         *,
         model: Callable[[], Model | None] = lambda: None,
+        stale_steps: int = STALE_STEPS,
+        step: Callable[[], int] | None = None,
     ) -> None:
         self.pool = pool
         self._observer = observer
         self._model = model
-        self._foresight = Foresight(pool)
+        self._stale_steps = stale_steps
+        self._forecaster = Forecaster(pool, step or (lambda: pool.last_seq))
         self._frees = 0
         self._counted = _ends(pool)
         self._calibrated: NDArray[np.float64] | None = None  # lengths when limits were looked at
@@ -139,29 +146,33 @@ class Learner:
         return self._install(policy, expected_version, Change.SET, "asked for")
 
     def asks(self, ops: Sequence[Op], seq: int | None = None) -> Question | None:
-        """Return what a model has to be asked for these operations, None for nothing.
+        """Return the question that a model has to answer about these operations, None for none.
 
-        `seq`: of their batch, for one that cannot be new is answered without.
+        `seq` is that of their batch: a batch that cannot be new needs no model.
         """
         model = self._model() if self._uses_predictions() else None
         new = seq is None or seq == self.pool.last_seq + 1
         if model is None or not new or not any(isinstance(op, Allocate) for op in ops):
             return None
-        return self._foresight.question(model, _allocates(ops), REFRESHED_STEPS)
+        return self._forecaster.question(model, _allocates(ops), self._stale_steps)
 
-    def question(self, ops: Sequence[Op]) -> Question:
-        """Return what is known now about those operations that allocate."""
-        return self._foresight.question(self._model(), _allocates(ops))
+    def question(self, ops: Sequence[Op], stale_steps: int | None = None) -> Question:
+        """Return what is known about those operations that allocate.
+
+        `stale_steps` takes the place of the Learner's; 0: what the books say now.
+        """
+        stale = self._stale_steps if stale_steps is None else stale_steps
+        return self._forecaster.question(self._model(), _allocates(ops), stale)
 
     def coverage(self, request_class: str) -> ClassCoverage:
-        """Return how the predictions for a class fare: of its last completions."""
-        evidence = self._foresight.evidence(request_class)
-        calibration = self._foresight.basis(request_class).calibration
+        """Return how the predictions for the last completions of a class fared."""
+        known = self._forecaster.known(request_class)
+        calibration = self._forecaster.knowledge(request_class, stale_steps=0).calibration
         modelled = self._model() is not None and calibration is not None
         source = calibration.source if modelled and calibration else Source.HISTOGRAM
-        if evidence.ever == 0 or not self._uses_predictions():
+        if known.ever == 0 or not self._uses_predictions():
             source = Source.NOTHING
-        return ClassCoverage(coverage(evidence), source)
+        return ClassCoverage(coverage(known), source)
 
     @property
     def model_version(self) -> str:
@@ -293,21 +304,21 @@ def _acted_on(prediction: Predicted | None) -> Quantiles | None:
     return prediction.quantiles if isinstance(prediction, Prediction) else prediction
 
 
-def predictions_of(answers: Sequence[Foreseen | None]) -> list[Predicted | None]:
-    """Return what a pool acts on for each operation."""
-    return [_prediction(foreseen) for foreseen in answers]
+def predictions_of(answers: Sequence[Forecast | None]) -> list[Predicted | None]:
+    """Return the prediction for each operation, as a pool takes it."""
+    return [_prediction(forecast) for forecast in answers]
 
 
-def _prediction(foreseen: Foreseen | None) -> Predicted | None:
-    """Return what is acted on: a model's word alone is kept, but trusted after 32 completions."""
-    if foreseen is None:
+def _prediction(forecast: Forecast | None) -> Predicted | None:
+    """Return the prediction: a model's word alone is kept, but trusted after 32 completions."""
+    if forecast is None:
         return None
-    quantiles = foreseen.quantiles
-    if foreseen.raw is None:
+    quantiles = forecast.quantiles
+    if forecast.raw is None:
         return quantiles
-    if foreseen.source is Source.MODEL and foreseen.completions < LEARNT_ENOUGH:
+    if forecast.source is Source.MODEL and forecast.completions < LEARNT_ENOUGH:
         quantiles = None
-    return Prediction(quantiles, foreseen.raw)
+    return Prediction(quantiles, forecast.raw)
 
 
 def _allocates(ops: Sequence[Op]) -> list[Allocate | None]:

@@ -1,7 +1,7 @@
-"""Observer: who is told what a Learner did, for metrics, events and logs.
+"""Observer: hears what a Learner did, for metrics, events and logs.
 
-It is told by the thread that holds the pool, between the decision and its answer. So it
-returns soon, waits for nothing and does not raise.
+The thread that holds the pool calls it, between the decision and its answer. So it returns
+soon, waits for nothing and does not raise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Change(Enum):
-    """Who changed a policy: somebody by hand, new limits, or the adaptive safety share."""
+    """Why a policy changed: a caller set it, limits were found, or the safety share adapted."""
 
     SET = 1
     RECALIBRATED = 2
@@ -25,7 +25,7 @@ class Change(Enum):
 
 
 class Observer(Protocol):
-    """What an observer of one pool is told."""
+    """The calls to an observer of one pool."""
 
     def decided(
         self,

@@ -1,8 +1,8 @@
 """Predictor: how long an answer will be, from its prompt and from the answers before it.
 
-What came before is worth more than any text: the last completions of the same model and class
-(History) set the level and the spread, the prompt moves and narrows them. Without text the
-counts and the history remain; without history the answer is wide.
+The answers before it are worth more than any text: the last completions of the same model and
+class (History) set the level and the spread, the prompt moves and narrows them. Without text the
+counts and the history remain; without history the prediction is wide.
 
 A model is a directory that describes itself:
 
@@ -29,7 +29,8 @@ import onnxruntime
 from odma_service._native import features
 from odma_service.errors import ModelError
 from odma_service.learning.sketch import features_of, sketched
-from odma_service.values import QUANTILE_LEVELS, Quantiles
+from odma_service.learning.survival import Distribution, summaries
+from odma_service.values import QUANTILE_LEVELS, Quantiles, Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,7 +42,7 @@ WINDOW = 100
 """Completions that a History is of, at most."""
 
 RESEARCH = "research-"
-"""What the version of a model starts with that was trained on non-commercial data."""
+"""The version of a model that was trained on non-commercial data starts with this."""
 
 HISTORY_FIELDS = 3 + len(QUANTILE_LEVELS)
 FILES = ("config.json", "model.onnx", "embeddings.bin", "reference.json", "card.md")
@@ -77,26 +78,37 @@ class History:
     def of(cls, output_tokens: Iterable[float]) -> History:
         """Return the history of these completions, oldest first: of the last WINDOW of them.
 
-        Made anew it costs tens of microseconds: keep it until something completes.
-
         >>> History.of([6, 6, 6]).quantiles[2] == math.log(7)
         True
         """
-        logs = sorted(math.log1p(tokens) for tokens in list(output_tokens)[-WINDOW:])
-        if not logs:
+        logs = np.log1p(np.sort(np.array(list(output_tokens)[-WINDOW:], np.float64)))
+        count = len(logs)
+        return cls.of_lengths(Distribution(logs, np.full(count, 1 / max(count, 1)), count, 0.0))
+
+    @classmethod
+    def of_lengths(cls, lengths: Distribution) -> History:
+        """Return the history that a distribution of lengths makes."""
+        if not len(lengths.logs):
             return cls()
-        mean = math.fsum(logs) / len(logs)
-        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / len(logs))
-        a, b, c, d, e, f, g = (_between(logs, level) for level in QUANTILE_LEVELS)
-        return cls(mean, sd, (a, b, c, d, e, f, g), len(logs))
+        [row] = summaries(lengths.logs[None], lengths.weights[None]).tolist()
+        mean, sd, a, b, c, d, e, f, g = row
+        return cls(mean, sd, (a, b, c, d, e, f, g), min(lengths.completions, WINDOW))
 
 
 class PromptInput(NamedTuple):
-    """What is known of a request: its prompt (UTF-8, None: not told), its length, its history."""
+    """A request as a model is told of it: its prompt (None: not told), length and history."""
 
-    text: bytes | None
+    text: Text | None
     prompt_tokens: int
     history: History
+
+
+class _Seen(NamedTuple):
+    """The features of a text, and what they were made with."""
+
+    embeddings: features.Embeddings
+    prompt_tokens: int
+    features: NDArray[np.float32]
 
 
 class Predictor:
@@ -139,23 +151,32 @@ class Predictor:
         return list(map(tuple, tokens.tolist()))
 
     def inputs(self, prompts: Sequence[PromptInput]) -> NDArray[np.float32]:
-        """Return what the network is given for each prompt: rows of features and history."""
+        """Return the inputs of the network for each prompt: rows of features and history."""
         width = self._embeddings.width
         rows = np.zeros((len(prompts), width + 1 + HISTORY_FIELDS), np.float32)
         for row, (text, prompt_tokens, history) in zip(rows, prompts, strict=True):
             if text is None:
                 row[width - features.STATS] = math.log1p(max(prompt_tokens, 0))
             else:
-                self._embeddings.embed(text, prompt_tokens, row[:width])
+                row[:width] = self._features(text, prompt_tokens)
                 row[width] = 1
             row[width + 1 :] = (history.mean, history.sd, *history.quantiles, history.count)
         return rows
 
-    def sketch(self, text: bytes, prompt_tokens: int) -> str:
-        """Return what it makes of a prompt, for a model with the same embeddings to learn from."""
-        row = np.zeros(self._embeddings.width, np.float32)
-        self._embeddings.embed(text, prompt_tokens, row)
-        return sketched(row, self._embeddings.arrays[2], self._name)
+    def sketch(self, text: Text, prompt_tokens: int) -> str:
+        """Return the sketch of a prompt, from which a model with the same embeddings can learn."""
+        features = self._features(text, prompt_tokens)
+        return sketched(features, self._embeddings.arrays[2], self._name)
+
+    def _features(self, text: Text, prompt_tokens: int) -> NDArray[np.float32]:
+        """Return the features of a prompt, which its text keeps."""
+        seen = text.seen
+        if isinstance(seen, _Seen) and seen[:2] == (self._embeddings, prompt_tokens):
+            return seen.features
+        features = np.zeros(self._embeddings.width, np.float32)
+        self._embeddings.embed(text.data, prompt_tokens, features)
+        text.seen = _Seen(self._embeddings, prompt_tokens, features)
+        return features
 
     def seen(self, sketch: str) -> NDArray[np.float32] | None:
         """Return the features that a sketch stands for, None if it is of other embeddings."""
@@ -193,7 +214,7 @@ def _prompt(example: dict[str, Any]) -> PromptInput:
     a, b, c, d, e, f, g = map(float, told["quantiles"])
     history = History(float(told["mean"]), float(told["sd"]), (a, b, c, d, e, f, g), told["count"])
     return PromptInput(
-        None if text is None else text.encode(), int(example["prompt_tokens"]), history
+        None if text is None else Text.of(text), int(example["prompt_tokens"]), history
     )
 
 
@@ -282,10 +303,3 @@ def _session(file: Path, width: int) -> Any:
     if shapes != wanted:
         raise ModelError(file, f"inputs and outputs are {shapes}, not {wanted}")
     return session
-
-
-def _between(ascending: Sequence[float], level: float) -> float:
-    place = level * (len(ascending) - 1)
-    below = int(place)
-    above = min(below + 1, len(ascending) - 1)
-    return ascending[below] + (place - below) * (ascending[above] - ascending[below])

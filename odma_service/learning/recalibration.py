@@ -1,11 +1,9 @@
 """Recalibration: the bucket limits that would have wasted least on the lengths seen.
 
 The lengths are the decayed histogram of total tokens. A request that stopped at its limit
-would have gone on, and so will one that still runs: its weight is spread over the longer ones,
-as the Kaplan-Meier estimate does it: at each length the finished share of those still at risk
-ends there. Without the running ones the first to finish, the short ones, would seem to be all
-there is. What
-is left after the longest finished request ends at the longest length there can be.
+would have gone on, and so will one that still runs: its weight is spread over the longer ones
+(survival.py). Without the running ones the first to finish, the short ones, would seem to be all
+there is. What is left after the longest finished request ends at the longest length there can be.
 
 A token wasted beside a long request is wasted for longer. So lengths count by the time their
 requests stay, which is taken to be proportional to the length itself.
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from odma_service._native import optimal_limits
+from odma_service._native import LEARNT_ENOUGH, MOST_LIMITS, optimal_limits
 from odma_service.errors import InvalidError, NothingLearntError
+from odma_service.learning.survival import kaplan_meier
 from odma_service.pool.policy import longest_tokens
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
     from odma_service._native import Histogram, PolicyRecord
     from odma_service.pool import Pool
-
-LEARNT_ENOUGH = 32
-MOST_LIMITS = 16
 
 
 class LimitsReport(NamedTuple):
@@ -113,7 +109,7 @@ def _lengths(pool: Pool, histogram: Histogram) -> Lengths:
 def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest: int) -> Lengths:
     """Return the lengths of a histogram, none above `longest`, which is the last of them."""
     finished, censored = histogram.total_finished, histogram.total_censored
-    weights = uncensored(finished, censored)
+    weights = kaplan_meier(finished, censored)
     below = int(np.searchsorted(upper_tokens, longest))
     return Lengths(
         np.append(upper_tokens[:below], np.uint32(longest)),
@@ -124,17 +120,6 @@ def lengths_seen(upper_tokens: NDArray[np.uint32], histogram: Histogram, longest
 def lengths_staying(lengths: Lengths) -> Lengths:
     """Return the lengths that are in memory at some moment."""
     return Lengths(lengths.upper_tokens, lengths.weights * lengths.upper_tokens)
-
-
-def uncensored(finished: NDArray[np.float64], censored: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the weights with each censored one spread over the longer lengths."""
-    total = float((finished + censored).sum())
-    at_risk = np.cumsum((finished + censored)[::-1])[::-1]
-    ending = np.divide(finished, at_risk, out=np.zeros_like(finished), where=at_risk > 0)
-    surviving = np.cumprod(1 - np.clip(ending, 0, 1))
-    weights = total * -np.diff(surviving, prepend=1.0)
-    weights[-1] += total * surviving[-1]
-    return np.clip(weights, 0, None)
 
 
 def limits_report(policy: PolicyRecord, lengths: Lengths) -> LimitsReport:

@@ -1,6 +1,6 @@
 """The safety share of `elastic`: as small as the preemptions seen allow.
 
-What is kept back from admission is lost to it, and each preemption throws away a whole
+The share that is kept back is lost to admission, and each preemption throws away a whole
 prefill. Preempting the youngest is cheap: where answers are heavy-tailed, one preemption for
 every seventh request costs less than the room that would prevent it. So the share grows when
 there are more, and shrinks only when there are hardly any.

@@ -1,10 +1,10 @@
-"""Sketch: what a model makes of a prompt, as short as a decision log may carry it.
+"""Sketch: the features of a prompt, as short as a decision log may carry them.
 
 Mean embeddings of words, pairs and pieces, shares of them that are known, and the counts, one
-signed byte each, in base64 behind the name of the embeddings. Whoever has the model can check a
-guess of the prompt against it, and piece a short prompt together: docs/guides/security.md. Counts
-are kept as 127 steps of their square roots, so a number in the prompt that is above 8 is known to
-a tenth of itself at best, and to a fifth if it is large.
+signed byte each, in base64 behind the name of the embeddings. Anybody who has the model can
+check a guess of the prompt against it, and piece a short prompt together: docs/guides/security.md.
+Counts are kept as 127 steps of their square roots, so a number in the prompt that is above 8 is
+known to a tenth of itself at best, and to a fifth if it is large.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ MOST_STAT = 33.0
 
 
 def sketched(row: Floats, scales: Floats, name: str) -> str:
-    """Return the sketch of a row of features, as Embeddings.embed writes it. `name`: of theirs.
+    """Return the sketch of a row of features, as Embeddings.embed writes it.
 
-    scales: what one step stands for in each dimension of the embeddings, (dims,).
+    name: the embeddings'.
+    scales: the size of one step in each dimension of the embeddings, (dims,).
     """
     means, rest = np.split(row, [GROUPS * len(scales)])
     known, stats = np.split(rest, [GROUPS])
@@ -44,7 +45,7 @@ def sketched(row: Floats, scales: Floats, name: str) -> str:
 def features_of(sketch: str, scales: Floats, name: str) -> Floats | None:
     """Return the row of features that a sketch stands for, None if it is not of these embeddings.
 
-    A sketch of theirs that is broken is None too.
+    A broken sketch of theirs is None too.
     """
     of, _, coded = sketch.partition(":")
     try:

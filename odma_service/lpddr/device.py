@@ -24,6 +24,7 @@ from odma_service._native.lpddr import (
 )
 from odma_service.errors import InvalidError
 from odma_service.lpddr import mapping as mappings
+from odma_service.pool.geometry import check_descriptor_seconds
 
 DATA = Path(__file__).parent.parent / "data"
 GRADE = "lpddr5-6400"
@@ -57,6 +58,9 @@ class LpddrDevice:
     mapping: str | Mapping[str, Any] = mappings.INTERLEAVED
     descriptor_seconds: float = 0.0
     measured: tuple[tuple[int, int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_descriptor_seconds(self.descriptor_seconds)
 
     @property
     def clock_seconds(self) -> float:
@@ -142,8 +146,6 @@ def read_device(name: str | Path) -> LpddrDevice:
     for key in ("channels", "interleave_bytes"):
         _check_number(key, table[key], whole=True)
     _check_number("descriptor_seconds", table["descriptor_seconds"], whole=False)
-    if not 0 <= table["descriptor_seconds"] <= 1:
-        raise InvalidError("descriptor_seconds", "0 to 1")
     if not isinstance(table["mapping"], str | dict) or not isinstance(table["grade"], str):
         raise InvalidError("mapping", "a name or a table; the grade a name")
     points = []

@@ -13,6 +13,7 @@ import numpy as np
 from odma_service.errors import InvalidError
 from odma_service.lpddr.bandwidth import bandwidth, estimator
 from odma_service.lpddr.device import LpddrDevice
+from odma_service.pool.geometry import MOST_PLANES
 
 PAGES_TOKENS = (256, 64, 16)
 MOST_RUNS = 1 << 24
@@ -40,8 +41,8 @@ def compare(
     for name, value in (("tokens", tokens), ("bytes_per_token", bytes_per_token)):
         if not 1 <= value <= 1 << 24:
             raise InvalidError(name, f"1 to 2^24, not {value}")
-    if not 1 <= planes <= 4096:
-        raise InvalidError("planes", f"1 to 4,096, not {planes}")
+    if not 1 <= planes <= MOST_PLANES:
+        raise InvalidError("planes", f"1 to {MOST_PLANES:,}, not {planes}")
     if planes * tokens > MOST_RUNS:
         raise InvalidError("tokens", f"at most {MOST_RUNS:,} over all planes")
     layouts: list[Layout] = []

@@ -3,11 +3,12 @@
 pool      the door, for the service and for an engine that embeds a pool
 geometry  what a token takes in every plane, and how many tokens fit on a device
 policy    the four named policies
-books     a pool's file as an operator finds it
+books     a pool's file as an operator finds it: a copy to look into, setting it aside
 """
 
+from odma_service._native import MOST_CAPACITY_TOKENS
+from odma_service.pool.books import set_aside
 from odma_service.pool.pool import (
-    MOST_CAPACITY_TOKENS,
     MOST_EPOCH,
     NAME,
     NAME_RULE,
@@ -15,7 +16,6 @@ from odma_service.pool.pool import (
     ClassHistory,
     Pool,
     PoolSpec,
-    set_aside,
 )
 
 __all__ = [

@@ -114,14 +114,19 @@ class Device:
     def __post_init__(self) -> None:
         if not 1e6 <= self.bandwidth_bytes_per_second <= 1e15:
             raise InvalidError("bandwidth_bytes_per_second", "1e6 to 1e15")
-        if not 0 <= self.descriptor_seconds <= 1:
-            raise InvalidError("descriptor_seconds", "0 to 1")
+        check_descriptor_seconds(self.descriptor_seconds)
         if not 0 < self.copy_efficiency <= 1:
             raise InvalidError("copy_efficiency", "above 0, at most 1")
 
     def token_seconds(self, bytes_per_token: int) -> float:
         """Return what copying one token costs: every byte is read and written."""
         return 2 * bytes_per_token / (self.bandwidth_bytes_per_second * self.copy_efficiency)
+
+
+def check_descriptor_seconds(seconds: float, field: str = "descriptor_seconds") -> None:
+    """Raise InvalidError unless a copy descriptor may take so long."""
+    if not 0 <= seconds <= 1:
+        raise InvalidError(field, "0 to 1")
 
 
 PRESETS = {

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from odma_service._native import (
     CLASS_OTHER,
     CLASS_POOL,
+    MOST_BLOCKS,
+    MOST_CAPACITY_TOKENS,
     Arena,
     ArenaGeometry,
     ArenaReport,
@@ -62,8 +64,6 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
-MOST_CAPACITY_TOKENS = 2**28
-MOST_BLOCKS = 2**24
 MOST_EPOCH = 2**53 - 1
 OTHER_CLASSES = "(other)"
 
@@ -101,31 +101,33 @@ class PoolSpec:
             raise InvalidError("open_id", "1 to 64 bytes")
         if self.owner and not NAME.fullmatch(self.owner):
             raise InvalidError("owner", NAME_RULE)
-        if self.block_tokens not in {2**i for i in range(11)}:
-            raise InvalidError("block_tokens", "a power of two, 1 to 1,024")
-        most_tokens = min(MOST_CAPACITY_TOKENS, MOST_BLOCKS * self.block_tokens)
         for field, least, most in (
-            ("capacity_tokens", self.block_tokens, most_tokens),
             ("model_length_tokens", 1, MOST_MODEL_LENGTH_TOKENS),
             ("ttl_seconds", 1, 86_400),
             ("retention_seconds", self.ttl_seconds, 2_592_000),
-            ("max_regions", 1, 65_536),
-            ("max_ops", 1, 4096),
-            ("max_copies", 1, 4096),
         ):
-            value = getattr(self, field)
-            if not isinstance(value, int) or not least <= value <= most:
-                raise InvalidError(field, f"{least:,} to {most:,}, not {value!r}")
+            self._insist_within(field, least, most)
+        self._arena_geometry(blocks=1).check()  # blocks follow from capacity_tokens
+        most_tokens = min(MOST_CAPACITY_TOKENS, MOST_BLOCKS * self.block_tokens)
+        self._insist_within("capacity_tokens", self.block_tokens, most_tokens)
         if self.moves not in set(Moves):
             raise InvalidError("moves", "NONE, OWN_GROWTH or ANY")
         self.geometry.check_alignment(self.block_tokens)
         whole = self.capacity_tokens // self.block_tokens * self.block_tokens
         object.__setattr__(self, "capacity_tokens", whole)
 
+    def _insist_within(self, field: str, least: int, most: int) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or not least <= value <= most:
+            raise InvalidError(field, f"{least:,} to {most:,}, not {value!r}")
+
     def arena_geometry(self) -> ArenaGeometry:
         """Return what has to be the same for books to be used again."""
+        return self._arena_geometry(self.capacity_tokens // self.block_tokens)
+
+    def _arena_geometry(self, blocks: int) -> ArenaGeometry:
         return ArenaGeometry(
-            blocks=self.capacity_tokens // self.block_tokens,
+            blocks=blocks,
             block_tokens=self.block_tokens,
             max_regions=self.max_regions,
             max_ops=self.max_ops,
@@ -434,19 +436,6 @@ class Pool:
         name = OTHER_CLASSES if index == CLASS_OTHER else self._arena.class_names()[index]
         known = self._arena.quantiles(index)
         return ClassHistory(name, self._arena.histogram(index), known and known[0])
-
-
-def set_aside(path: Path, reason: str) -> Path:
-    """Rename books that cannot be used to NAME.set-aside-N and return the new path.
-
-    The reason goes into a text file beside it. Nothing reads them again but people.
-    """
-    number = 1
-    while (aside := path.with_name(f"{path.name}.set-aside-{number}")).exists():
-        number += 1
-    path.rename(aside)
-    aside.with_name(f"{aside.name}.reason").write_text(reason + "\n")
-    return aside
 
 
 def _insist_next(epoch: int, last_epoch: int) -> None:

@@ -11,8 +11,8 @@ compare   all policies on one load
 
 from odma_service.replay.compare import (
     Comparison,
+    Progress,
     Setting,
-    Watch,
     as_object,
     compare,
     run_policy,
@@ -33,11 +33,11 @@ __all__ = [
     "History",
     "Limits",
     "Load",
+    "Progress",
     "Serving",
     "Setting",
     "Tuner",
     "Tuning",
-    "Watch",
     "Window",
     "as_object",
     "by_tenant",

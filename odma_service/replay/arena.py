@@ -88,7 +88,8 @@ class ArenaMemory:
             max_regions=max(1024, batch_cap),
         )
         self._pool = Pool.create(self._path, spec, EPOCH, "replay", policy)
-        self._learner = Learner(self._pool, model=lambda: predictor.model)
+        self._step = 0
+        self._learner = Learner(self._pool, model=lambda: predictor.model, step=lambda: self._step)
         self._single = kind.single_stream
         self._asker_is_victim = policy.overflow is Overflow.PREEMPT
         self._predicts = policy.start is Start.QUANTILE
@@ -125,6 +126,7 @@ class ArenaMemory:
     def decide(self, step: Step) -> Decision:
         """Give back, grow and admit, in one batch."""
         tick = step.tick
+        self._step = step.number  # steps without a batch let knowledge grow old, too
         ops: list[Op] = [Free(run.handle, end, output) for run, end, output in step.ended]
         ops += [Extend(run.handle, run.lead + tick + 1) for run in step.full]
         ops += [self._allocate(asked) for asked in step.asked]

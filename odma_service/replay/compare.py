@@ -43,8 +43,8 @@ from odma_service.values import TenantShare
 
 NO_PREFIX_REUSE = "no prefix reuse"
 PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
-Watch = Callable[[str, int, int], None]
-"""Told a policy, a seed, and how many requests have finished."""
+Progress = Callable[[str, int, int], None]
+"""Takes a policy, a seed, and the number of requests that have finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def compare(
     setting: Setting,
     tuning: Tuning,
     directory: Path,
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> Comparison:
     """Serve a trace under every policy; seed 0 is the trace as it is, others reorder it."""
     names = list(dict.fromkeys((IDEAL, *policies)))
@@ -168,7 +168,7 @@ def run_policy(
     tuning: Tuning,
     directory: Path,
     seed: int = 0,
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> Outcome:
     """Serve a load under one policy."""
     if name == IDEAL_BEST:

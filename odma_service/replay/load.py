@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from odma_service.errors import InvalidError
 from odma_service.traces import Trace
+from odma_service.values import Text
 
 LEAST_OUTPUT_TOKENS = 4_096
 BLOCK_TOKENS = 16
@@ -39,7 +40,7 @@ class Request(NamedTuple):
     limited: bool
     request_class: str
     prefix_ids: tuple[int, ...] = ()
-    text: str | None = None
+    text: Text | None = None
     tenant: str = ""
 
     @property
@@ -97,7 +98,7 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
     limited |= wanted > maxima
     classes = trace.request_class or ("",) * len(trace)
     prefixes = trace.prefix_ids or ((),) * len(trace)
-    texts = trace.texts or (None,) * len(trace)
+    texts = tuple(map(Text.of, trace.texts)) if trace.texts else (None,) * len(trace)
     tenants = trace.tenant or ("",) * len(trace)
     requests = tuple(
         Request(

@@ -33,7 +33,7 @@ NORMAL_QUANTILES = (-1.2816, -0.6745, 0.0, 0.6745, 1.2816, 1.6449, 2.3263)
 
 
 class LengthsAlone:
-    """What stands in a model's place and knows the history only."""
+    """A model that knows the history only."""
 
     @property
     def version(self) -> str:
@@ -62,7 +62,7 @@ class Predictor(NamedTuple):
         return self.guesses is not None
 
     def quantiles(self, asked: Asked) -> Quantiles | None:
-        """Return quantiles of a request's output tokens, None if the pool has to say."""
+        """Return quantiles of a request's output tokens, None if the pool predicts."""
         if self.guesses is None:
             return None
         guess = self.guesses[asked.number]

@@ -1,1 +1,1 @@
-"""The gRPC service: pools by name, and the rpcs that are put to them."""
+"""The gRPC service: pools by name, and the rpcs on them."""

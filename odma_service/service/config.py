@@ -4,7 +4,7 @@
     --pool-dir    ODMA_POOL_DIR    pool-dir = "/run/odma"
 
 A setting has one name, spelt as each place spells names. An unknown one is an error in all
-three: a mistyped setting that is silently ignored is found when it hurts. Lists are arrays in
+three: a mistyped setting would otherwise be found when it hurts. Lists are arrays in
 TOML, repeated flags, and separated by commas in the environment.
 """
 
@@ -39,7 +39,7 @@ NOT_SETTINGS = {
     "ODMA_REQUIRE_CLIENTS",
     "ODMA_TOKEN",
 }
-"""Variables with our prefix that other tools of the project read."""
+"""Variables with our prefix for other tools of the project."""
 
 UNIX = "unix:"
 HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:\s]+):(?P<port>[0-9]{1,5})")
@@ -83,7 +83,7 @@ def _check_metrics_address(address: str) -> str:
 
 
 class Settings(BaseSettings):
-    """What a server is told. Times are seconds."""
+    """The settings of a server. Times are seconds."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the sources in order; the file is the one that the sources before it name."""
+        """Put the sources in order; flags or environment name the file."""
         file = init_settings().get("config") or env_settings().get("config")
         file_settings = InitSettingsSource(settings_cls, _read(Path(file)) if file else {})
         return init_settings, env_settings, file_settings
@@ -202,7 +202,7 @@ class Settings(BaseSettings):
 def load(flags: Mapping[str, Any]) -> Settings:
     """Return the settings, with `flags` by field name before all else.
 
-    Raises InvalidError that names the flag, variable or key and what would have worked.
+    Raises InvalidError that names the flag, variable or key, and the rule that it breaks.
     """
     _check_environment()
     try:
@@ -215,7 +215,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
 
 
 def _where(field: str, flags: Mapping[str, Any]) -> str:
-    """Name the place that a bad value came from."""
+    """Return the source of a bad value."""
     if field in flags:
         return f"--{_kebab(field)}"
     variable = PREFIX + field.upper()

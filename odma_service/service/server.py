@@ -1,4 +1,4 @@
-"""The server: every object is built here, and handed to those that need it."""
+"""The server: builds every object, and hands it to those that need it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
 from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from odma_service.service.watch.tracing import Traces
+    from odma_service.service.watch.tracing import OtelSpans
 
 SPARE_STREAMS = 16
-"""More streams than pools: those that have not sent a batch yet, or whose client is dead."""
+"""Streams beyond one for each pool: some have no batch yet, some have a dead client."""
 
 OPTIONS = (
     *GUARD_OPTIONS,
@@ -60,17 +60,17 @@ OPTIONS = (
     # A stopped or vanished client does not answer pings: its calls end after 20 + 10 seconds.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what clients may do
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # of clients
 )
 MOST_HEALTH_WATCHERS = 64
-"""Clients that watch the health at once, each with a thread of its own; others wait."""
+"""Clients that may watch the health at once, each with a thread of its own; others wait."""
 
 ALIVE = "odma.alive"
 """The health of this name is SERVING as long as the process answers, while it drains too."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
-"""Callers are told UNAVAILABLE for so long at least; then so long answers may be on their way."""
+"""Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -91,8 +91,8 @@ def run(settings: Settings) -> None:
     models = Models(
         _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
     )
-    traces = _traces(settings)
-    witness = Witness(decisions=_decision_log(settings, models), spans=traces)
+    spans = _otel_spans(settings)
+    telemetry = Telemetry(decisions=_decision_log(settings, models), spans=spans)
     registry = Registry(
         _own_directory(settings.pool_dir),
         max_pools=settings.max_pools,
@@ -101,31 +101,31 @@ def run(settings: Settings) -> None:
         monotonic=time.monotonic,
         wall=time.time,
         model=models.now,
-        witness=witness,
+        telemetry=telemetry,
     )
     models.start()
     registry.attach_all()
     try:
         with reaping(registry):
-            _serve(settings, registry, traces)
+            _serve(settings, registry, spans)
     finally:
         models.stop()
         registry.close()
-        witness.close()
+        telemetry.close()
     log.info("stopped")
 
 
-def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> None:
+def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
     calls = Calls(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
-    # A client that opens calls and sends no message holds a thread for each: not all of them.
+    # A client that sends no message holds a thread for each of its calls; it must not get all.
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     server = grpc.server(
         calls,
         options=(*OPTIONS, most_streams),
         interceptors=[
-            *([traces.observer()] if traces else []),
+            *([spans.observer()] if spans else []),
             RpcMetrics(metrics),
             Guard(identities, calls, settings.max_calls),
         ],
@@ -159,10 +159,10 @@ def _serve(settings: Settings, registry: Registry, traces: Traces | None) -> Non
             healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         registry.close()
         memory.streams.end_all(draining())
-        registry.witness.events.end()
+        registry.telemetry.events.end()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
-        # From stop() on nothing is answered, not even a question for the health.
+        # From stop() on nothing is answered, not even a health check.
         wait(calls.under_way(), settings.drain_seconds - notice_seconds)
         server.stop(notice_seconds).wait()
     memory.streams.close()
@@ -175,9 +175,9 @@ def _names() -> list[str]:
 
 
 def _add_health(server: grpc.Server) -> health.HealthServicer:
-    """Add the standard health service, which tells of each service and of all together."""
-    # Its other kind of Watch freezes the whole server: it sends to one client under the lock that
-    # the end of another one's call waits for, in the thread that would do the sending.
+    """Add the standard health service, for each service and for all together."""
+    # Its Watch by callback freezes the whole server: it sends to one client under a lock; the end
+    # of another client's call waits for this lock in the thread that would do the sending.
     watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
     healthy = health.HealthServicer(
         experimental_non_blocking=False, experimental_thread_pool=watchers
@@ -202,7 +202,7 @@ def _wait_for_stop() -> None:
 def _listening(
     server: grpc.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
 ) -> Iterator[list[str]]:
-    """Bind the server to addresses; yield them with the ports that were really taken."""
+    """Bind the server to addresses; yield them with the ports really taken."""
     sockets = [Path(address.removeprefix(UNIX)) for address in addresses if _is_unix(address)]
     for path in sockets:
         _remove_stale(path)
@@ -229,9 +229,12 @@ def _decision_log(settings: Settings, models: Models) -> DecisionLog | None:
     return DecisionLog(settings.decision_log, bytes_)
 
 
-def _traces(settings: Settings) -> Traces | None:
-    """Return traces, if they are wanted: what they need is imported only then."""
-    return import_module("odma_service.service.watch.tracing").traces() if settings.traces else None
+def _otel_spans(settings: Settings) -> OtelSpans | None:
+    """Return the spans of traces, if they are wanted. Only then OpenTelemetry is imported."""
+    if not settings.traces:
+        return None
+    spans: OtelSpans = import_module("odma_service.service.watch.tracing").otel_spans()
+    return spans
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
@@ -248,7 +251,7 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
 
 
 def _try_bind(address: str) -> None:
-    """Raise OdmaError with the system's reason, which gRPC does not tell, if binding fails."""
+    """Raise OdmaError with the system's reason if binding fails: gRPC does not give it."""
     host, _, port = address.rpartition(":")
     reason: OSError | None = None
     try:
@@ -293,7 +296,7 @@ def _model_directory(setting: str) -> Path | None:
 
 
 def _own_directory(path: Path) -> Path:
-    """Return the directory of the pools, made if there is none, closed to other users."""
+    """Return the directory of the pools, closed to other users; make it if it is missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)

@@ -53,6 +53,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Start,
+    Text,
     Trim,
     Used,
 )
@@ -179,6 +180,10 @@ def test_every_reason_of_the_header_has_a_value():
         (Allocate("a", 1, request_class="\0"), "request_class"),
         (Allocate("a", 1, tenant="t" * 33), "tenant"),
         (Allocate("a", 1, text="x" * 16_385), "text"),
+        (Allocate("a", 1, text="é" * 8_193), "text"),
+        (Allocate("a", 1, text=Text(b"x" * 16_385)), "text"),
+        (Allocate("a", 1, text="\ud800"), "text"),
+        (Allocate("a", 1, text=b"x"), "text"),
         (Allocate("a", 1, predicted_output_tokens=0), "predicted_output_tokens"),
         (Allocate("a", 0), "prompt_tokens"),
         (Allocate("a", 2**32 - 1), "prompt_tokens"),
@@ -285,6 +290,24 @@ def test_predictions_are_no_part_of_the_body(arena):
     again = arena.apply(EPOCH, one, [None])
     assert again == first._replace(replayed=True)
     assert arena.replay(EPOCH, one) == again
+
+
+def test_an_operation_that_is_shown_says_nothing_of_its_text():
+    op = Allocate("a", 1, text=Text.of("a secret"))
+    assert "secret" not in repr(op)
+    assert op == Allocate("a", 1, text=Text(b"a secret"))
+    assert op != Allocate("a", 1, text=Text(b"a secre7"))
+
+
+@pytest.mark.parametrize("request_id", ["a", "a\0b"])
+def test_a_text_that_was_encoded_before_makes_the_same_body(arena, request_id):
+    one = batch(1, Allocate(request_id, 1, text="Wie groß?"))
+    first = arena.apply(EPOCH, one)
+    again = batch(1, Allocate(request_id, 1, text=Text.of("Wie groß?")))
+    assert arena.replay(EPOCH, again) == first._replace(replayed=True)
+    for text in ("Wie groß!", Text.of("Wie groß!")):
+        with pytest.raises(SeqChangedError):
+            arena.replay(EPOCH, batch(1, Allocate(request_id, 1, text=text)))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import CSRC
 
 FUZZ = Path(__file__).with_name("fuzz")
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TARGETS = ("batches", "features", "files")
 
 
@@ -21,7 +21,7 @@ def test_nothing_that_was_found_comes_back(tmp_path, target):
             os.environ.get("CC", "gcc"),
             *("-std=c11", "-g", "-O1", "-fsanitize=address,undefined"),
             *("-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{FUZZ}"),
-            *(FUZZ / f"{target}.c", FUZZ / "driver.c", *sorted(CSRC.glob("*.c"))),
+            *(FUZZ / f"{target}.c", FUZZ / "driver.c", CSRC / "odma.c"),
             *("-o", program, "-lm", "-pthread"),
         ],
         check=True,

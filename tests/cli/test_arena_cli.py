@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from running import odma
 
 from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
 from odma_service.values import Allocate, Batch, End, Free, Moves, Overflow, Start
@@ -20,8 +19,7 @@ POLICY = PolicyRecord("elastic", Start.STEP, Overflow.COMPACT, step_tokens=64)
 def odma_arena(command, path, *flags, code=0):
     """Run a command that leaves the file as it is, and return what it says."""
     before = path.read_bytes() if path.is_file() else None
-    command = [sys.executable, "-m", "odma_service", "arena", command, str(path), *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = odma("arena", command, path, *flags)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
     assert before is None or path.read_bytes() == before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import product
 from threading import Event, Thread
 
@@ -12,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from running import odma
 from typer.testing import CliRunner
 
-from odma_service.cli.demo import app
+from odma_service.cli import app
 from odma_service.client import Client
 from odma_service.client import local as server
 from odma_service.demo.device import Device, Move
@@ -240,7 +239,7 @@ def trace_file(tmp_path):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["demo", *map(str, arguments)])
 
 
 def outcome_of(result):
@@ -332,10 +331,8 @@ def test_a_synthetic_load_that_is_not_short_of_memory_proves_nothing(target):
 
 
 def test_a_server_of_its_own_is_started_and_stopped(trace_file):
-    command = [sys.executable, "-m", "odma_service", "demo", "--trace", str(trace_file), "--json"]
-    done = subprocess.run(
-        [*command, *FLAGS], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = odma("demo", "--trace", trace_file, "--json", *FLAGS)
+    assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])["policies"]
     assert [outcome["finished"] for outcome in outcomes] == [38, 38, 38]
 

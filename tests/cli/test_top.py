@@ -6,14 +6,15 @@ import os
 import pty
 import struct
 import subprocess
-import sys
 import termios
 from contextlib import suppress
 from fcntl import F_SETFL, fcntl, ioctl
 
-from conftest import open_pool, wait_for
+from running import odma
+from servers import open_pool, wait_for
 
 from odma_service.client import Allocate
+from odma_service.client.local import ODMA
 
 ROWS, COLUMNS = 40, 120
 
@@ -24,7 +25,7 @@ def test_a_terminal_shows_pools_and_events_until_q(server, service, name):
     terminal, inside = pty.openpty()
     ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     before = termios.tcgetattr(inside)
-    command = [sys.executable, "-m", "odma_service", "top", name, "--target", server.target]
+    command = [*ODMA, "top", name, "--target", server.target]
     command += ["--metrics", "", "--every", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
     process = subprocess.Popen(
@@ -62,7 +63,6 @@ def test_a_terminal_shows_pools_and_events_until_q(server, service, name):
 
 
 def test_without_a_terminal_it_says_what_else_there_is(server):
-    command = [sys.executable, "-m", "odma_service", "top", "--target", server.target]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = odma("top", "--target", server.target)
     assert run.returncode == 2
-    assert run.stderr == "odma: odma top needs a terminal; see odma status and odma watch\n"
+    assert run.stderr == "odma top: it needs a terminal; see odma status and odma watch\n"

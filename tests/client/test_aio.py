@@ -6,8 +6,8 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from conftest import CAPACITY_TOKENS, PATIENCE_SECONDS, PLANES, open_pool, places_of, wait_for
-from test_watch import kinds, small_service
+from servers import CAPACITY_TOKENS, PATIENCE_SECONDS, PLANES, open_pool, places_of, wait_for
+from watching import kinds, small_service
 
 from odma_service.client import Client
 from odma_service.client.aio import AsyncClient
@@ -23,7 +23,7 @@ from odma_service.errors import (
     UnavailableError,
 )
 from odma_service.service.door.watchers import MOST_WATCHERS
-from odma_service.service.watch.events import Kind
+from odma_service.service.watch.events import EventKind
 from odma_service.values import Allocate, End, Extend, Free, Freed, Moves, Place, Used
 
 POOL = {
@@ -322,21 +322,21 @@ def test_a_killed_server_is_told_as_a_loss_and_found_pools_are_told_of(servers, 
 def test_a_watcher_that_reads_late_fills_nobodys_memory_and_is_told_what_it_lost(tmp_path):
     events = 5_000
 
-    async def watch(witness, target):
+    async def watch(telemetry, target):
         async with AsyncClient(target) as client, aclosing(client.watch()) as answers:
             await anext(answers)
             for i in range(events):
-                witness.tell(Kind.OPENED, "p", i + 1, reason="x" * 1_000)
+                telemetry.tell(EventKind.OPENED, "p", i + 1, reason="x" * 1_000)
             told = [await anext(answers)]
-            while told[-1].cursor < witness.events.last:
+            while told[-1].cursor < telemetry.events.last:
                 told.append(await anext(answers))
             cursors = [answer.cursor for answer in told if answer.HasField("event")]
             assert cursors == sorted(set(cursors))
             assert len(cursors) < events  # flow control held back what was not read
             assert any(answer.lost for answer in told)
 
-    with small_service(tmp_path, kept=4) as (witness, target):
-        asyncio.run(watch(witness, target))
+    with small_service(tmp_path, kept=4) as (telemetry, target):
+        asyncio.run(watch(telemetry, target))
 
 
 def test_who_stops_watching_gives_its_place_back(servers):

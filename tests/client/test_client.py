@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from conftest import books, open_pool, places_of, wait_for
+from servers import books, open_pool, places_of, wait_for
 
 from odma_service import errors
 from odma_service.client import Client, PoolClient

@@ -24,6 +24,7 @@ from odma_service.values import (
     Refusal,
     Start,
     TenantShare,
+    Text,
     Trim,
     Used,
 )
@@ -44,7 +45,7 @@ OPS = [
     Trim(1, 2),
     Extend(1, 2, 3),
     Allocate("r", 5),
-    Allocate("s", 5, 6, 7, "class", "tenant", 0.0, 8, ""),
+    Allocate("s", 5, 6, 7, "class", "tenant", 0.0, 8, Text.of("¿")),
 ]
 
 

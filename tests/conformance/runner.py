@@ -1,6 +1,6 @@
 """Plays the conformance scenarios against a server.
 
-    python tests/conformance_runner.py 127.0.0.1:50051 [PART OF A NAME]
+    python tests/conformance/runner.py 127.0.0.1:50051 [PART OF A NAME]
 
 tests/conformance/README.md explains the file and what is checked.
 """

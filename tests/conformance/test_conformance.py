@@ -3,63 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-from fcntl import LOCK_EX, flock
-from functools import cache
-from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from runner import FILE, Engine, Failure, fill, match
-
-ROOT = Path(__file__).parents[2]
-JAVASCRIPT = ROOT / "examples" / "javascript"
-CPP = ROOT / "build" / "cpp"
-CPP_PACKAGES = ("grpc++", "protobuf", "nlohmann_json")
-BUILD_SECONDS = 500
-
-
-def run(*command: str | Path, timeout: float = 100) -> str:
-    """Return what a program prints; it must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def miss_client(missing: str) -> NoReturn:
-    """Skip a test for want of a client's packages, or fail if they must not be missing."""
-    if os.environ.get("ODMA_REQUIRE_CLIENTS"):
-        pytest.fail(missing)
-    pytest.skip(missing)
-
-
-def need_node() -> str:
-    """Return the path of node, whose packages are there."""
-    node = shutil.which("node")
-    if node and (JAVASCRIPT / "node_modules" / "@grpc").is_dir():
-        return node
-    miss_client("no JavaScript client: `make examples/javascript/node_modules/.installed` gets it")
-
-
-@cache
-def need_cpp() -> Path:
-    """Return the folder of the C++ programs, built if they are not, or not any more."""
-    tools = ("g++", "make", "protoc", "grpc_cpp_plugin", "pkg-config")
-    there = (
-        all(map(shutil.which, tools))
-        and not subprocess.run(["pkg-config", "--exists", *CPP_PACKAGES], check=False).returncode
-    )
-    if not there:
-        miss_client("no C++ client: `make deps` gets what it needs from Debian")
-    command = ["make", "-s", f"-j{os.cpu_count()}", "-C", ROOT / "examples" / "cpp"]
-    CPP.mkdir(parents=True, exist_ok=True)
-    with (CPP / "lock").open("w") as lock:  # tests may run in several processes
-        flock(lock, LOCK_EX)
-        run(*command, "CXXFLAGS=-O0 -Werror", timeout=BUILD_SECONDS)
-    return CPP
+from running import BUILD_SECONDS, need_cpp, need_node, run
 
 
 def test_the_python_client_keeps_the_contract(server):
@@ -68,13 +16,13 @@ def test_the_python_client_keeps_the_contract(server):
 
 
 def test_the_javascript_client_keeps_the_contract(server):
-    told = run(need_node(), FILE.with_name("conformance.js"), server.target)
+    told = run(need_node(), FILE.with_name("runner.js"), server.target)
     assert told.count("\nok ") + 1 == len(json.loads(FILE.read_text())["scenarios"])
 
 
 @pytest.mark.timeout(BUILD_SECONDS + 100)
 def test_the_cpp_client_keeps_the_contract(server):
-    told = run(need_cpp() / "conformance", FILE, server.target)
+    told = run(need_cpp() / "runner", FILE, server.target)
     assert told.count("\nok ") + 1 == len(json.loads(FILE.read_text())["scenarios"])
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import grpc
 import pytest
 from google.rpc import error_details_pb2 as details_pb
 from google.rpc.status_pb2 import Status
+from paths import DOCS
 
 from odma_service import errors
 from odma_service.client.failures import error_of
@@ -16,7 +15,7 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.rpc.statuses import INTERNAL, status_of
 from odma_service.values import Reason, Refusal
 
-TABLE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
+TABLE = DOCS / "reference" / "errors.md"
 
 SAMPLES = (
     errors.InvalidError("field", "a rule"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from test_conformance import ROOT
+from paths import DOCS
 
 from odma_service.rpc.v1 import memory_service_pb2, pool_service_pb2, types_pb2
 from odma_service.service.rpc import statuses
 
-GUIDE = (ROOT / "docs" / "guides" / "engine.md").read_text()
+GUIDE = (DOCS / "guides" / "engine.md").read_text()
 PROTOS = (memory_service_pb2, pool_service_pb2, types_pb2)
 REASONS = types_pb2.RefusalReason.DESCRIPTOR.values_by_name
 

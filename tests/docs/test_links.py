@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", "docs/**/*.md", "examples/*.md", "examples/*/*.md", "tests/**/README.md")
 PAGES = sorted(set(chain.from_iterable(map(ROOT.glob, PATTERNS))))
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from paths import DOCS
 
 from odma_service.service.config import Settings
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "operator.md"
+GUIDE = DOCS / "guides" / "operator.md"
 ROW = re.compile(r"^\| `([a-z-]+)` \| (.*?) \| (.*?) \|$", re.MULTILINE)
 
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+from paths import ROOT
+
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

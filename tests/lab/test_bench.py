@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
+from running import odma
 
 from lab.bench import building
 from lab.bench.arena import SOURCE
 from lab.bench.building import BenchError
 from odma_service.__main__ import main
 from odma_service.cli import lazy
-
-
-def odma(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "odma_service", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
 
 
 @pytest.fixture(scope="module")

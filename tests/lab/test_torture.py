@@ -5,12 +5,11 @@ and `make soak` for long.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from running import odma
 
-from lab.robustness.model import Findings, Held, Model, Outcome
+from lab.robustness.twin import Findings, Held, Outcome, Twin
 from odma_service.values import Allocate, Batch, End, Extend, Free, Freed, Place
 
 KINDS = ("lost", "doubled", "leaked", "wrong_replays")
@@ -18,8 +17,7 @@ KINDS = ("lost", "doubled", "leaked", "wrong_replays")
 
 @pytest.mark.timeout(300)
 def test_nothing_is_forgotten_when_processes_are_killed():
-    command = [sys.executable, "-m", "odma_service", "bench", "torture", "--kills", "60", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    run = odma("bench", "torture", "--kills", 60, "--json", timeout=280)
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
     assert told["kills"] == told["service"]["kills"] + told["arena"]["kills"] == 60
@@ -31,9 +29,7 @@ def test_nothing_is_forgotten_when_processes_are_killed():
 
 
 def test_nothing_is_forgotten_while_engines_and_the_server_fail():
-    command = [sys.executable, "-m", "odma_service", "bench", "soak"]
-    command += ["--minutes", "0.1", "--faults", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = odma("bench", "soak", "--minutes", 0.1, "--faults", "--json")
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
     assert [told[kind] for kind in KINDS] == [0, 0, 0, 0]
@@ -53,7 +49,7 @@ def found(model: list[Held], live: list[Held], held_tokens: int | None = None) -
     findings = Findings()
     if held_tokens is None:
         held_tokens = sum(region.length_tokens for region in live)
-    findings.compare("here", Model({region.handle: region for region in model}), live, held_tokens)
+    findings.compare("here", Twin({region.handle: region for region in model}), live, held_tokens)
     assert len(findings.words) == sum(getattr(findings, kind) for kind in KINDS)
     return {kind: getattr(findings, kind) for kind in KINDS if getattr(findings, kind)}
 
@@ -90,7 +86,7 @@ def test_a_request_with_two_regions_is_doubled():
 
 def test_a_model_follows_the_answers():
     first = Batch(1, 0, [], [Allocate("a", 10), Allocate("b", 10)])
-    model = Model().after(first.ops, Outcome((Place(1, 0, 64), Place(2, 64, 64)), (), ()))
+    model = Twin().after(first.ops, Outcome((Place(1, 0, 64), Place(2, 64, 64)), (), ()))
     assert model.held == {1: HELD, 2: OTHER}
     second = Batch(2, 0, [], [Free(1, End.FINISHED), Extend(2, 100)])
     model = model.after(second.ops, Outcome((Freed(), Place(2, 0, 128)), (), ()))

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import odma
 
 from lab.stream.stream import Kind, phase_of, serve_stream
 from odma_service._native.records import COMPLETION
 from odma_service.learning import Learner, Source
 from odma_service.learning.calibration import calibrate, coverage
-from odma_service.learning.foresight import longer_than
-from odma_service.learning.history import Evidence, history_of, lately
+from odma_service.learning.forecast import longer_than
+from odma_service.learning.history import KnownRequests, lately
 from odma_service.learning.predictor import History
 from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
-from odma_service.values import Allocate, Batch, End, Free, Moves, PlaneGroup
+from odma_service.values import Allocate, Batch, End, Free, Moves, PlaneGroup, Text
 
 EPOCH = 1
 SPEC = PoolSpec(
@@ -47,9 +46,11 @@ class Model:
     def __init__(self, median):
         self.median = median
         self.asked = 0
+        self.history = None
 
     def predict(self, prompts):
         self.asked += len(prompts)
+        self.history = prompts[-1].history
         return [
             tuple(part * self.median(prompt.prompt_tokens) for part in SPREAD) for prompt in prompts
         ]
@@ -68,12 +69,12 @@ def entries(output_tokens, *, began=None, until=None, raw=None, censored=False, 
     return rows
 
 
-def evidence(ring, running=None):
-    return Evidence(ring, entries([]) if running is None else running, len(ring))
+def known(ring, running=None):
+    return KnownRequests(ring, entries([]) if running is None else running, len(ring))
 
 
 def calibrated(ring, running=None):
-    seen = evidence(ring, running)
+    seen = known(ring, running)
     return calibrate(seen, lately(seen))
 
 
@@ -82,7 +83,7 @@ def calibrated(ring, running=None):
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=256))
 def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
-    history = history_of(lately(evidence(entries(outputs))))
+    history = History.of_lengths(lately(known(entries(outputs))))
     plain = History.of(outputs)
     assert history.count == plain.count
     assert history.mean == pytest.approx(plain.mean)
@@ -91,8 +92,8 @@ def test_without_delay_history_is_that_of_the_last_100_completions(outputs):
 
 
 def test_without_completions_there_is_no_history():
-    assert lately(evidence(entries([]))) is None
-    assert history_of(None) == History()
+    assert lately(known(entries([]))) is None
+    assert History.of([]) == History()
 
 
 def late(lengths, now, tokens_per_request):
@@ -106,17 +107,17 @@ def late(lengths, now, tokens_per_request):
     ring = entries(lengths[done], began=began[done], until=np.ceil(ends[done]))
     running = entries((now - began[runs]) * tokens_per_request, began=began[runs], censored=True)
     running["until"] = now
-    return evidence(ring, running)
+    return known(ring, running)
 
 
 def test_lengths_are_right_though_the_long_ones_end_last():
     lengths = np.exp(np.random.default_rng(1).normal(6, 1, 2000))
     seen = late(lengths, 200, 10)  # the mean answer takes 66 requests
     plain = History.of(seen.ring["output_tokens"].tolist())
-    history = history_of(lately(seen))
+    history = History.of_lengths(lately(seen))
     assert plain.mean < 5.8
     assert abs(history.mean - 6) < 0.15
-    assert abs(history_of(lately(late(lengths, 1500, 10))).mean - 6) < 0.15
+    assert abs(History.of_lengths(lately(late(lengths, 1500, 10))).mean - 6) < 0.15
 
 
 def test_a_shift_to_longer_answers_is_seen_before_the_first_has_ended():
@@ -126,7 +127,7 @@ def test_a_shift_to_longer_answers_is_seen_before_the_first_has_ended():
     assert seen.ring["output_tokens"].max() < 100
     now = lately(seen)
     assert now.unseen > 0.5
-    assert history_of(now).quantiles[5] > np.log(2000)
+    assert History.of_lengths(now).quantiles[5] > np.log(2000)
 
 
 # --- correction ---
@@ -204,16 +205,16 @@ def test_while_longer_answers_are_unseen_nothing_is_narrowed_and_the_model_kept(
 def test_an_overflow_counts_when_it_happens_and_a_short_run_not_yet():
     grant = np.tile(np.array([10, 20, 30, 40, 50, 60, 70.0]), (100, 1))
     ring = entries(np.full(100, 60), quantiles=grant)
-    assert coverage(evidence(ring))[:2] == (100, 100)
+    assert coverage(known(ring))[:2] == (100, 100)
     running = entries([59, 60, 61, 500], quantiles=grant[:4], censored=True)
-    assert coverage(evidence(ring, running))[:2] == (100, 102)
-    assert coverage(evidence(ring)).target == pytest.approx(0.95)
+    assert coverage(known(ring, running))[:2] == (100, 102)
+    assert coverage(known(ring)).target == pytest.approx(0.95)
 
 
 def test_a_file_may_hold_anything():
     ring = entries(some_lengths(64), raw=np.nan, quantiles=np.inf)
     assert calibrated(ring).corrected((1.0,) * 7) == pytest.approx((1.0,) * 7)
-    assert coverage(evidence(ring)).known == 0
+    assert coverage(known(ring)).known == 0
 
 
 @given(
@@ -267,10 +268,10 @@ def open_learner(tmp_path):
     """Return a function that opens a pool with a policy and a learner with a model."""
     pools = []
 
-    def open_with(model, policy="odma"):
+    def open_with(model, policy="odma", **others):
         record = named(policy, SPEC.model_length_tokens, SPEC.capacity_tokens)
         pools.append(Pool.create(tmp_path / f"{len(pools)}.books", SPEC, EPOCH, "boot", record))
-        return Learner(pools[-1], model=lambda: model)
+        return Learner(pools[-1], model=lambda: model, **others)
 
     yield open_with
     for pool in pools:
@@ -330,6 +331,74 @@ def test_a_request_that_is_asked_for_again_costs_the_model_nothing(open_learner)
     assert other.asked == 2
 
 
+def step(learner, *ops):
+    seq = learner.pool.last_seq + 1
+    learner.apply(EPOCH, Batch(seq, seq - 1, [], list(ops)))
+
+
+def complete(learner, count, output):
+    """Let requests begin and end without asking the learner."""
+    for number in range(count):
+        place = learner.pool.allocate(EPOCH, Allocate(f"r{number}", 20))
+        learner.pool.free(EPOCH, Free(place.handle, End.FINISHED, output))
+
+
+@pytest.mark.parametrize(("stale_steps", "renewed"), [(0, "111111"), (1, "111111"), (3, "001001")])
+@pytest.mark.parametrize("asked_by", ["asks", "question", "apply"])
+def test_what_is_known_of_a_class_is_no_older_than_the_learner_lets_it_be(
+    open_learner, asked_by, stale_steps, renewed
+):
+    model = Model(lambda prompt: 100)
+    learner = open_learner(model, stale_steps=stale_steps)
+    complete(learner, 40, 100)
+    learner.question([Allocate("first", 20)]).answers()
+    step(learner)
+    seen = ""
+    for number, _ in enumerate(renewed):
+        complete(learner, 1, 1000)
+        before, op = model.history, Allocate(f"s{number}", 20 + number)
+        if asked_by == "apply":
+            step(learner, op)
+        else:
+            getattr(learner, asked_by)([op]).answers()
+            step(learner)
+        seen += str(int(model.history != before))
+    assert seen == renewed
+
+
+def test_an_engine_that_sends_no_batch_in_some_steps_counts_them_itself(open_learner):
+    steps = [20, 6, 5, 3, 2, 1, 0]
+    model = Model(lambda prompt: 100)
+    learner = open_learner(model, stale_steps=3, step=lambda: steps[-1])
+    complete(learner, 40, 100)
+    seen = ""
+    while steps:
+        complete(learner, 1, 1000)
+        before = model.history
+        learner.question([Allocate("a", 20)]).answers()
+        seen += str(int(model.history != before))
+        steps.pop()
+    assert seen == "1001011"
+
+
+def test_a_learner_that_may_be_stale_can_be_asked_what_the_books_say_now(open_learner):
+    learner = open_learner(Model(lambda prompt: 100))
+    complete(learner, 40, 100)
+    ops = [Allocate("a", 20)]
+    before = learner.question(ops).answers()
+    step(learner)
+    complete(learner, 40, 1000)
+    assert learner.question(ops).answers() == before
+    assert learner.question(ops, stale_steps=0).answers() != before
+
+
+def test_a_text_is_too_long_by_its_bytes(open_learner):
+    learner = open_learner(Model(lambda prompt: 100))
+    texts = ("é" * 8192, "é" * 8193, "\ud800", Text(b"x" * 16_384), Text(b"x" * 16_385))
+    answers = learner.question([Allocate("a", 20, text=text) for text in texts]).answers()
+    assert [answer is not None for answer in answers] == [True, False, False, True, False]
+
+
 def test_a_model_alone_is_noted_but_not_trusted(open_learner):
     learner = open_learner(Model(lambda prompt: 100))
     place = learner.allocate(EPOCH, Allocate("first", 20))
@@ -347,11 +416,11 @@ def test_a_class_with_few_completions_uses_the_pools(open_learner):
     serve(learner, 40, output=100, request_class="chat")
     serve(learner, 31, output=800, request_class="new")
     chat, mixed = (learner.question([Allocate("a", 20, request_class=c)]) for c in ("chat", "new"))
-    assert chat.asked[0].prompt.history.sd == pytest.approx(0, abs=1e-6)
-    assert mixed.asked[0].prompt.history.sd > 0.5
+    assert chat.inputs[0].prompt.history.sd == pytest.approx(0, abs=1e-6)
+    assert mixed.inputs[0].prompt.history.sd > 0.5
     serve(learner, 1, output=800, request_class="new")
     own = learner.question([Allocate("a", 20, request_class="new")])
-    assert own.asked[0].prompt.history.mean == pytest.approx(np.log(801))
+    assert own.inputs[0].prompt.history.mean == pytest.approx(np.log(801))
 
 
 def test_coverage_says_what_a_class_rests_on(open_learner):
@@ -388,9 +457,8 @@ def test_the_command_serves_a_stream_and_leaves_out_its_warm_up(tmp_path):
         column = {"prompt_tokens": [20] * 150, "output_tokens": [tokens] * 150}
         column |= {"prompt": [f"how long, {i}?" for i in range(150)], "model": ["m"] * 150}
         parquet.write_table(pyarrow.table(column), file)
-    command = [sys.executable, "-m", "odma_service", "predictor", "stream", *files]
-    command += ["--delay", "0", "--seeds", "1", "--warmup", "160", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    flags = ("--delay", 0, "--seeds", 1, "--warmup", 160, "--json")
+    done = odma("predictor", "stream", *files, *flags)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     short, long = json.loads(done.stdout)["runs"][0]["phases"]

@@ -29,7 +29,7 @@ from odma_service.learning.expected import (
     levels_at,
     seen_requests,
 )
-from odma_service.learning.recalibration import Lengths, limits_report, uncensored
+from odma_service.learning.recalibration import Lengths, limits_report
 from odma_service.learning.safety import LEAST_SHARE, MOST_SHARE, adapted_share
 from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
@@ -252,25 +252,6 @@ def test_the_last_limit_holds_the_longest_request_whatever_was_seen(open_learner
     complete(learner, [10] * 40)
     for limits in (1, 2, 16):
         assert learner.recalibrate(limits=limits).after.limits_tokens[-1] == 4096
-
-
-WEIGHTS = st.lists(st.integers(0, 5), min_size=6, max_size=6)
-
-
-@given(WEIGHTS, WEIGHTS)
-def test_stopped_requests_go_to_the_longer_lengths(finished, censored):
-    finished, censored = np.array(finished, float), np.array(censored, float)
-    weights = uncensored(finished, censored)
-    assert weights.sum() == pytest.approx((finished + censored).sum())
-    assert np.all(weights >= 0)
-    longer = np.cumsum(weights[::-1])[::-1]
-    assert np.all(longer >= np.cumsum((finished + censored)[::-1])[::-1] - 1e-9)
-
-
-def test_stopped_requests_are_spread_as_the_finished_ones_lie():
-    finished, censored = np.array([2.0, 0, 1, 3, 0]), np.array([0, 4.0, 0, 0, 0])
-    assert uncensored(finished, censored) == pytest.approx([2, 0, 2, 6, 0])
-    assert uncensored(np.zeros(3), np.array([1.0, 1, 1])) == pytest.approx([0, 0, 3])
 
 
 def test_waste_is_what_lies_beyond_a_request():

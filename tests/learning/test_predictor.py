@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import odma
 
 from odma_service.errors import InvalidError, ModelError
 from odma_service.learning.predictor import (
@@ -25,11 +24,13 @@ from odma_service.learning.predictor import (
     PromptInput,
     default_model,
 )
+from odma_service.learning.survival import LEVELS
+from odma_service.values import Text
 from predictor_onnx.evaluate import evaluate, over_reservation, pinball
-from predictor_onnx.rows import LEVELS, histories, read_rows, resting, running, summarise
+from predictor_onnx.rows import histories, read_rows, resting, running, summarise
 
 PAST = History.of(range(50, 650, 6))
-PROMPT = b"Explain in three sentences why the sky is blue."
+PROMPT = Text(b"Explain in three sentences why the sky is blue.")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def write_rows(file, rows, seed=1, split="val", models=("a", "b")):
     st.lists(st.integers(0, 2**31), max_size=120),
 )
 def test_quantiles_ascend_and_are_lengths_whatever_is_asked(shipped, text, prompt_tokens, past):
-    [quantiles] = shipped.predict([PromptInput(text, prompt_tokens, History.of(past))])
+    told = None if text is None else Text(text)
+    [quantiles] = shipped.predict([PromptInput(told, prompt_tokens, History.of(past))])
     assert len(quantiles) == len(LEVELS)
     assert all(map(math.isfinite, quantiles))
     assert list(quantiles) == sorted(quantiles)
@@ -83,13 +85,27 @@ def test_quantiles_ascend_and_are_lengths_whatever_is_asked(shipped, text, promp
 def test_an_answer_does_not_depend_on_its_batch(shipped):
     prompts = [
         PromptInput(text, 9, past)
-        for text in (PROMPT, None, b"", b"x" * 5_000)
+        for text in (PROMPT, None, Text(b""), Text(b"x" * 5_000))
         for past in (PAST, History())
     ]
     together = np.array(shipped.predict(prompts))
     alone = np.array([shipped.predict([prompt])[0] for prompt in prompts])
     assert together == pytest.approx(alone, rel=1e-4)
     assert shipped.predict([]) == []
+
+
+def test_a_text_keeps_its_features_for_the_model_and_the_length_that_they_are_of(shipped):
+    text, other = Text(b"How far is the moon?"), Predictor.load(default_model())
+    shipped.predict([PromptInput(text, 9, PAST)])
+    seen = text.seen
+    sketch = shipped.sketch(text, 9)
+    assert text.seen is seen
+    assert sketch == shipped.sketch(Text(text.data), 9)
+    for predictor, prompt_tokens in ((shipped, 10), (other, 10)):
+        seen = text.seen
+        answer = predictor.predict([PromptInput(text, prompt_tokens, PAST)])
+        assert text.seen is not seen
+        assert answer == predictor.predict([PromptInput(Text(text.data), prompt_tokens, PAST)])
 
 
 def test_answers_follow_the_level_of_the_history(shipped):
@@ -347,11 +363,6 @@ def test_non_commercial_rows_make_a_model_only_under_a_name_that_says_so(tmp_pat
 
 
 # --- commands
-
-
-def odma(*arguments):
-    command = [sys.executable, "-m", "odma_service", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_commands_score_and_show(tmp_path):

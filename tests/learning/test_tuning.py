@@ -7,14 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import open_pool, wait_for
-from test_predictor import odma
+from running import odma
+from servers import open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, default_model
 from odma_service.learning.sketch import features_of
-from odma_service.values import Allocate, End, Free, PolicyChange
+from odma_service.values import Allocate, End, Free, PolicyChange, Text
 from predictor_onnx.decisions import is_log, read_logs
 
 PROMPT = "Name three rivers of Africa that a boat can follow for 1234567 metres."
@@ -29,25 +29,25 @@ def shipped():
 
 
 def test_a_sketch_is_nearly_what_the_model_sees_and_has_no_number_of_the_prompt(shipped):
-    seen, whole = shipped.seen(shipped.sketch(PROMPT.encode(), 17)), features(shipped, 17)
+    seen, whole = shipped.seen(shipped.sketch(Text.of(PROMPT), 17)), features(shipped, 17)
     steps = float(np.abs(shipped.embeddings[0]).max()) / 127
     assert seen[:96] == pytest.approx(whole[:96], abs=steps / 2 + 1e-6)
     assert seen[96:] == pytest.approx(whole[96:], abs=0.45)
     near = features(shipped, 17, PROMPT.replace("1234567", "1300000"))
     assert whole[-51:].tolist() != near[-51:].tolist()
-    other = shipped.sketch(PROMPT.replace("1234567", "1300000").encode(), 17)
+    other = shipped.sketch(Text.of(PROMPT.replace("1234567", "1300000")), 17)
     assert shipped.seen(other)[-51:].tolist() == seen[-51:].tolist()
 
 
 def features(model, prompt_tokens, text=PROMPT):
     from odma_service.learning.predictor import History, PromptInput
 
-    [row] = model.inputs([PromptInput(text.encode(), prompt_tokens, History())])
+    [row] = model.inputs([PromptInput(Text.of(text), prompt_tokens, History())])
     return row[: model.width]
 
 
 def test_a_sketch_of_other_embeddings_or_a_broken_one_is_none(shipped):
-    sketch = shipped.sketch(PROMPT.encode(), 17)
+    sketch = shipped.sketch(Text.of(PROMPT), 17)
     name, coded = sketch.split(":")
     for other in ("", ":", f"0{name}:{coded}", f"{name}:{coded[:-4]}", f"{name}:%%", f"{name}:é"):
         assert shipped.seen(other) is None
@@ -65,7 +65,7 @@ def test_a_log_holds_sketches_only_where_it_is_told_to(servers, tmp_path, name, 
         wait_for(lambda log=log: log.read_text().count("\n") == 2, "two records")
         sketches = [json.loads(line)["sketch"] for line in log.read_text().splitlines()]
         told = flag == "--decision-log-sketches"
-        assert sketches == [shipped.sketch(PROMPT.encode(), 17) if told else None, None]
+        assert sketches == [shipped.sketch(Text.of(PROMPT), 17) if told else None, None]
         assert "rivers" not in log.read_text()
 
 
@@ -232,7 +232,7 @@ def test_a_model_that_would_be_no_better_is_not_written(servers, tmp_path, name)
     log = logged(servers, tmp_path / "log", name, 800, turned=0.8)
     made = odma("predictor", "train", log, "--out", tmp_path / "tuned", "--steps", 150)
     assert made.returncode == 1
-    assert "not better than chance: nothing is written" in made.stdout
+    assert "odma predictor train: not better than chance: nothing is written" in made.stderr
     assert not (tmp_path / "tuned").exists()
 
 

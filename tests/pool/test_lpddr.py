@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lab.bench import lpddr_rows as rows
-from odma_service.cli import lpddr as lpddr_cli
+from odma_service.cli import app
 from odma_service.errors import InvalidError
 from odma_service.lpddr import (
     COPY,
@@ -66,7 +66,7 @@ def files(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(lpddr_cli.app, arguments)
+    return CliRunner().invoke(app, ["lpddr", *arguments])
 
 
 def test_the_models_agree_with_the_cycle_level_simulator(files):

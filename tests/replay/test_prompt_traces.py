@@ -13,6 +13,7 @@ from odma_service.replay.loop import serve
 from odma_service.replay.policies import memory_of
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Serving
+from odma_service.values import Text
 
 ROWS = 120
 
@@ -45,7 +46,7 @@ def test_a_prompt_stays_with_its_answer(prompts):
     trace = shuffled(traces.read_trace(prompts), 3)
     load = load_of(trace, limits_for(trace, 4096))
     for request in load.requests:
-        assert request.text == f"Count to {request.output_tokens - 1}."
+        assert request.text == Text.of(f"Count to {request.output_tokens - 1}.")
 
 
 @pytest.mark.parametrize("name", ["model", "history"])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from odma_service.cli import trace as trace_cli
+from odma_service.cli import app
 from odma_service.errors import OdmaError
 from odma_service.traces import (
     LARGEST_TOKENS,
@@ -454,7 +454,7 @@ def test_requests_of_one_moment_have_no_rate(moments):
 
 
 def run(*arguments):
-    return CliRunner().invoke(trace_cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["trace", *map(str, arguments)])
 
 
 def test_the_command_generates_a_trace_and_describes_it(tmp_path):
@@ -496,7 +496,7 @@ def test_a_failing_command_says_one_line_and_exits_with_two(written, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert result.stdout == ""
-        assert result.stderr.startswith("odma trace: ")
+        assert result.stderr.startswith(f"odma trace {arguments[0]}: ")
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out.parquet").exists()
 

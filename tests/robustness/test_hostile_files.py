@@ -15,13 +15,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
 
 import pytest
-from conftest import PATIENCE_SECONDS, PLANES, READY, books, open_pool, wait_for
+from servers import PATIENCE_SECONDS, PLANES, Server, books, open_pool, wait_for
 
 from odma_service._native import Arena
 from odma_service.client import Client
+from odma_service.client.local import ODMA
 from odma_service.errors import (
     BooksLockedError,
     OdmaError,
@@ -278,34 +278,24 @@ def insist_on(*wrapper):
 
 
 @contextmanager
-def boxed(wrapper, pool_dir, log):
-    """Run a server through another program; yield its address."""
-    command = [*wrapper, sys.executable, "-m", "odma_service", "serve", "--log-format", "json"]
-    command += ["--listen", "127.0.0.1:0", "--pool-dir", str(pool_dir)]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        deadline = Timer(PATIENCE_SECONDS, process.kill)
-        deadline.start()
-        try:
-            line = process.stdout.readline()
-            deadline.cancel()
-            assert line.startswith(READY), log.read_text()
-            yield line.removeprefix(READY).strip()
-        finally:
-            process.kill()
+def boxed(wrapper, directory):
+    """Run a server through another program; yield it."""
+    server = Server(directory, ("--log-format", "json"), program=(*wrapper, *ODMA)).start()
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
-def test_a_server_in_a_pid_namespace_of_its_own_is_locked_out(servers, tmp_path):
+def test_a_server_in_a_pid_namespace_of_its_own_is_locked_out(servers):
     box = ("unshare", "-rpf", "--kill-child")
     insist_on(*box)
-    first, log = servers(), tmp_path / "second.log"
+    first = servers()
     with Client(first.target) as service:
         pool = open_pool(service, "p")
         pool.apply(ops=[Allocate("r", 50)])
-    with boxed(box, first.pool_dir, log) as target, Client(target, retry_seconds=0) as second:
-        [line] = [line for line in log.read_text().splitlines() if "left alone" in line]
+    with boxed(box, first.directory) as other, Client(other.target, retry_seconds=0) as second:
+        [line] = [line for line in other.log.read_text().splitlines() if "left alone" in line]
         assert IN_USE in line
         with pytest.raises(UnavailableError, match="has it open"):
             open_pool(second, "p", take_over=True)
@@ -316,9 +306,9 @@ def test_a_server_in_a_pid_namespace_of_its_own_is_locked_out(servers, tmp_path)
         assert len(second.list_regions("p")) == 1
 
 
-def fills_up(box, place, log):
+def fills_up(box, directory):
     """Insist that a server says that there is no room, and has not half a file."""
-    with boxed(box, place, log) as target, Client(target, retry_seconds=0) as service:
+    with boxed(box, directory) as server, Client(server.target, retry_seconds=0) as service:
         open_pool(service, "small").apply(ops=[Allocate("r", 50)])
         with pytest.raises(PoolLimitError, match="cannot reserve"):
             open_pool(service, "large", max_regions=65_536)
@@ -335,13 +325,13 @@ def test_a_full_file_system_is_said_when_a_pool_is_opened(tmp_path):
     mount = f'mount -t tmpfs -o size=16m,mode=700 tmpfs {place} && exec "$@"'
     box = ("unshare", "-rm", "sh", "-c", mount, "sh")
     insist_on(*box)
-    fills_up(box, place, tmp_path / "log")
+    fills_up(box, tmp_path)
 
 
 def test_a_limit_of_file_sizes_is_like_a_full_file_system(tmp_path):
     box = ("prlimit", "--fsize=16000000")
     insist_on(*box)
-    fills_up(box, tmp_path / "pools", tmp_path / "log")
+    fills_up(box, tmp_path)
 
 
 # --- another boot ---

@@ -1,6 +1,6 @@
 """Random and mutated messages over every rpc, against a real server.
 
-    python tests/wire_fuzz.py --seconds 60
+    make fuzz-wire SECONDS=60
 
 Messages are made from the descriptors, with names, epochs, handles and seqs of pools that live,
 so that they get far; or they are such messages with some bytes changed, or no messages at all.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -34,12 +33,13 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from paths import ROOT
+from servers import Server
 
 from odma_service.pool import Pool
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 
-ROOT = Path(__file__).parents[2]
 TOKENS = {
     "token-of-the-engine": ("engine", "engine", 90),
     "token-of-another-one": ("another", "engine", 4),
@@ -398,27 +398,18 @@ class Covered:
 
     def __init__(self, directory: Path) -> None:
         self._data = directory / "coverage"
-        self._pools = directory / "pools"
-        self.log = directory / "log"
-        command = [sys.executable, "-m", "coverage", "run", f"--data-file={self._data}", "--branch"]
-        command += ["--include=*/odma_service/service/*", "-m", "odma_service", "serve"]
-        command += ["--listen", "127.0.0.1:0", "--pool-dir", str(self._pools), "--reflection"]
-        command += ["--max-pools", "5", "--log-level", "debug"]
-        command += ["--token-file", str(_token_file(directory)), "--metrics-listen", "127.0.0.1:0"]
-        command += ["--decision-log", str(directory / "decisions.jsonl")]
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-            )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line.startswith("odma ready on "), self.log.read_text()
-        self.target = line.removeprefix("odma ready on ").split(",")[0].strip()
+        covering = ("-m", "coverage", "run", f"--data-file={self._data}", "--branch")
+        covering += ("--include=*/odma_service/service/*",)
+        flags = ("--reflection", "--max-pools", "5", "--log-level", "debug")
+        flags += ("--token-file", str(_token_file(directory)), "--metrics-listen", "127.0.0.1:0")
+        flags += ("--decision-log", str(directory / "decisions.jsonl"))
+        self._server = Server(
+            directory,
+            flags,
+            environment={"PYTHONFAULTHANDLER": "1"},
+            program=(sys.executable, *covering, "-m", "odma_service"),
+        ).start()
+        self._process, self.target = self._server.process, self._server.target
 
     def stop(self) -> list[str]:
         """End the server; return what is wrong with how it ended, its log and its books."""
@@ -431,13 +422,13 @@ class Covered:
         except subprocess.TimeoutExpired:
             self._process.send_signal(signal.SIGABRT)  # tells where its threads are
             self._process.communicate()
-            bad.append("the server does not stop:\n" + self.log.read_text()[-8000:])
+            bad.append("the server does not stop:\n" + self._server.log.read_text()[-8000:])
         if self._process.returncode != 0 and not bad:
             bad.append(f"the server ended with exit code {self._process.returncode}")
-        log = self.log.read_text()
+        log = self._server.log.read_text()
         if "Traceback" in log or "a call failed inside" in log:
             bad.append("the server's log has a traceback:\n" + log[-4000:])
-        for file in self._pools.glob("*.pool"):
+        for file in self._server.pool_dir.glob("*.pool"):
             with Pool.attach(file, "") as pool:
                 pool.check()
         return bad

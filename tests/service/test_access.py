@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 
 import grpc
 import pytest
 from certificates import LOCAL, Authority
-from conftest import Server, open_pool, wait_for
 from descriptors import RPCS, call, error_info, pool_names_of
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from test_conformance import JAVASCRIPT, need_node, run
+from paths import DOCS, JAVASCRIPT
+from running import fail_to_serve, need_node, odma, run
+from servers import Server, open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import (
@@ -81,7 +78,7 @@ def guarded(tmp_path_factory):
     directory = tmp_path_factory.mktemp("guarded")
     tokens = write(directory / "tokens.toml", *usual_entries())
     flags = ("--token-file", str(tokens), "--max-owner-pools", "256", "--max-pools", "1024")
-    server = Server(directory / "pools", flags).start()
+    server = Server(directory, flags).start()
     yield server
     server.kill()
 
@@ -113,7 +110,7 @@ def test_operators_cannot_touch_the_places_of_a_pool():
 
 
 def test_the_page_on_security_names_every_rpc():
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "security.md").read_text()
+    page = (DOCS / "guides" / "security.md").read_text()
     assert [rpc for rpc in ROLES if rpc.rpartition("/")[2] not in page] == []
 
 
@@ -156,10 +153,8 @@ def test_health_asks_nobody_who_he_is(guarded):
 
 
 def test_the_commands_send_the_token_of_the_environment(guarded):
-    command = [sys.executable, "-m", "odma_service", "status", "--target", guarded.target]
     for token, code in ((token_of("ops"), 0), ("x" * 16, 2)):
-        environment = os.environ | {"ODMA_TOKEN": token}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        run = odma("status", "--target", guarded.target, environment={"ODMA_TOKEN": token})
         assert run.returncode == code, run.stderr
         assert token not in run.stderr + run.stdout
 
@@ -341,11 +336,8 @@ def test_a_certificate_is_an_identity_too(servers, tmp_path, name):
 
 def test_certificates_as_identities_need_a_client_authority(tmp_path):
     tokens = write(tmp_path / "tokens.toml", entry("alice", "engine", certificate="alice"))
-    command = [sys.executable, "-m", "odma_service", "serve", "--token-file", str(tokens)]
-    command += ["--listen", "127.0.0.1:0", "--pool-dir", str(tmp_path / "pools")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 2
-    assert "tls-client-ca: needed" in run.stderr
+    address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "pools")
+    assert "tls-client-ca: needed" in fail_to_serve("--token-file", tokens, *address)
 
 
 JAVASCRIPT_CLIENT = """

@@ -6,9 +6,9 @@ import math
 
 import grpc
 import pytest
-from conftest import CAPACITY_TOKENS, GEOMETRY, books, open_pool
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from servers import CAPACITY_TOKENS, GEOMETRY, books, open_pool
 
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import odma
+from typer.main import get_command
 
-from odma_service.cli.serve import command
+from odma_service.cli.serve import app
 from odma_service.errors import InvalidError
 from odma_service.service import config
+
+OF_TYPER = {"--install-completion", "--show-completion", "--help"}
 
 
 @pytest.fixture(autouse=True)
@@ -162,8 +164,10 @@ def test_a_bad_value_names_its_key(file):
 
 
 def test_every_setting_has_a_flag():
-    flags = set(command.__annotations__) - {"return", "config_file"}
-    assert flags | {"config"} == set(config.Settings.model_fields)
+    flags = {option.opts[0] for option in get_command(app).params}
+    assert flags - OF_TYPER == {
+        f"--{field.replace('_', '-')}" for field in config.Settings.model_fields
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,10 +183,10 @@ def test_every_setting_has_a_flag():
     ],
 )
 def test_a_failure_is_one_line_and_exit_code_2(arguments, message):
-    command = [sys.executable, "-m", "odma_service", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = odma(*arguments)
     assert run.returncode == 2
     assert run.stdout == ""
     [line] = run.stderr.splitlines()
-    assert line.startswith("odma: ")
+    called = "odma" if arguments == ["nonsense"] else f"odma {arguments[0]}"
+    assert line.startswith(f"{called}: ")
     assert message in line

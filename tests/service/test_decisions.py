@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import open_pool, wait_for
+from paths import DOCS
+from running import fail_to_serve, run
+from servers import open_pool, wait_for
 
 from odma_service.client import Client
+from odma_service.client.local import ODMA
 from odma_service.errors import OdmaError
 from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
@@ -30,7 +31,7 @@ from odma_service.values import (
     Refusal,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "decision-log.md"
+PAGE = DOCS / "reference" / "decision-log.md"
 SECRET = "my mother's maiden name is Szymborska"
 
 
@@ -164,11 +165,9 @@ def test_the_log_is_its_owners_alone(logging_server, log, name):
 def test_a_log_that_another_server_writes_ends_the_second_in_one_line(
     logging_server, log, tmp_path
 ):
-    command = [sys.executable, "-m", "odma_service", "serve", "--listen", "127.0.0.1:0"]
-    command += ["--pool-dir", str(tmp_path / "p2"), "--metrics-listen", "", "--decision-log", log]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 2
-    assert run.stderr == f"odma: cannot write the decision log {log}: another server writes it\n"
+    address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "p2", "--metrics-listen", "")
+    told = fail_to_serve(*address, "--decision-log", log)
+    assert told == f"odma serve: cannot write the decision log {log}: another server writes it\n"
 
 
 # --- the file ---
@@ -233,8 +232,7 @@ def test_a_decision_log_is_a_trace_for_the_replay(logging_server, log, name):
     assert trace.request_class == ("c0", "c1", "c0")
     assert trace.t_seconds[0] == 0 < trace.t_seconds[2]
     assert trace.notes == ("dropped 1 row that did not end by themselves",)
-    command = [sys.executable, "-m", "odma_service", "trace", "describe", "--json", str(log)]
-    assert json.loads(subprocess.check_output(command))["requests"] == 3
+    assert json.loads(run(*ODMA, "trace", "describe", "--json", log))["requests"] == 3
 
 
 @pytest.mark.parametrize(

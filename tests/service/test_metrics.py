@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import urllib.request
 from array import array
 from ipaddress import ip_address
@@ -16,28 +15,29 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import open_pool, wait_for
+from paths import DOCS, ROOT
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from running import fail_to_serve
+from servers import Server, metrics_address, open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.service import config
+from odma_service.service.watch import metrics
 from odma_service.values import Allocate, End, Extend, Free, PolicyChange, TenantShare, Used
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "reference" / "observability.md"
+PAGE = DOCS / "reference" / "observability.md"
 QUANTILES = 7
 
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory):
     """Return a server that is scraped, and that writes a decision log."""
-    from conftest import Server
-
     directory = tmp_path_factory.mktemp("scraped")
     flags = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json")
     flags += ("--decision-log", str(directory / "decisions.jsonl"))
-    running = Server(directory / "pools", flags).start()
+    running = Server(directory, flags).start()
     yield running
     running.kill()
 
@@ -46,12 +46,6 @@ def scraped(tmp_path_factory):
 def service(scraped):
     with Client(scraped.target) as client:
         yield client
-
-
-def metrics_address(server) -> str:
-    """Return where the log says that metrics are."""
-    lines = map(json.loads, server.log.read_text().splitlines())
-    return [line["metrics"] for line in lines if line["event"] == "serving"][-1]
 
 
 def scrape(server) -> list:
@@ -254,18 +248,25 @@ def test_metrics_may_listen_on_ipv6(servers):
 
 
 def test_a_metrics_port_that_is_taken_ends_the_server_in_one_line(scraped, tmp_path):
-    command = [sys.executable, "-m", "odma_service", "serve", "--listen", "127.0.0.1:0"]
-    command += ["--pool-dir", str(tmp_path / "p"), "--metrics-listen", metrics_address(scraped)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 2
-    assert "cannot serve metrics on" in run.stderr.splitlines()[-1]
-    assert "Address already in use" in run.stderr.splitlines()[-1]
+    address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "p")
+    told = fail_to_serve(*address, "--metrics-listen", metrics_address(scraped))
+    assert "cannot serve metrics on" in told.splitlines()[-1]
+    assert "Address already in use" in told.splitlines()[-1]
 
 
 def test_a_client_that_says_nothing_holds_up_no_scrape(scraped):
     host, _, port = metrics_address(scraped).rpartition(":")
     with socket.create_connection((host, int(port))):
         assert value(scrape(scraped), "odma_build_info") == 1
+
+
+def test_a_client_that_says_nothing_is_let_go_and_leaves_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "SLOWEST_CLIENT_SECONDS", 0.1)
+    with metrics.serving_metrics("127.0.0.1:0", CollectorRegistry()) as address:
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            assert client.recv(1) == b""
+    assert capsys.readouterr().err == ""
 
 
 # --- the page and a real Prometheus ---

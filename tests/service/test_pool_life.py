@@ -10,7 +10,8 @@ import threading
 
 import grpc
 import pytest
-from conftest import open_in, open_pool, registry_of, state, wait_for
+from registries import open_in, registry_of, state
+from servers import open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import EpochError
@@ -119,7 +120,7 @@ def test_a_server_closes_the_pool_of_a_silent_owner_by_itself(servers):
 
 ENGINE = """
 import sys; sys.path.insert(0, sys.argv[2])
-from conftest import open_pool
+from servers import open_pool
 from odma_service.client import Allocate, Client
 with Client(sys.argv[1]) as service:
     pool = open_pool(service, "stopped")
@@ -136,7 +137,13 @@ with Client(sys.argv[1]) as service:
 
 def test_a_stopped_engine_disturbs_nobody_and_finds_out_that_it_was_replaced(servers, request):
     server = servers("--workers", "1")
-    command = [sys.executable, "-c", ENGINE, server.target, str(request.config.rootpath / "tests")]
+    command = [
+        sys.executable,
+        "-c",
+        ENGINE,
+        server.target,
+        str(request.config.rootpath / "tests" / "support"),
+    ]
     engine = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert engine.stdout.readline() == "at work\n"

@@ -6,7 +6,8 @@ import json
 import shutil
 
 import pytest
-from conftest import open_pool, wait_for
+from running import fail_to_serve
+from servers import open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import InvalidError, PoolNotFoundError
@@ -210,15 +211,11 @@ def test_a_bad_model_is_refused_and_the_old_one_stays(servers, model_dir):
 
 
 def test_a_server_does_not_start_with_a_model_it_cannot_use(tmp_path):
-    from test_restart import fail_to_serve
-
     address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "pools")
     assert "model" in fail_to_serve(*address, "--predictor-model", tmp_path / "nothing")
 
 
 def test_a_research_model_is_served_only_where_it_may_be(servers, model_dir, tmp_path):
-    from test_restart import fail_to_serve
-
     rename(model_dir, "research-1")
     flags = ("--predictor-model", str(model_dir))
     address = ("--listen", "127.0.0.1:0", "--pool-dir", tmp_path / "pools")

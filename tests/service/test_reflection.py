@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from conftest import Server
 from descriptors import RPCS, error_info, form_of
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -12,6 +11,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from servers import Server
 
 SECONDS = 30
 
@@ -62,7 +62,7 @@ class Stranger:
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("reflecting") / "pools", ("--reflection",)).start()
+    server = Server(tmp_path_factory.mktemp("reflecting"), ("--reflection",)).start()
     with grpc.insecure_channel(server.target) as channel:
         yield Stranger(channel)
     server.kill()

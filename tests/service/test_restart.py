@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +12,9 @@ from contextlib import contextmanager, nullcontext
 
 import grpc
 import pytest
-from conftest import READY, books, open_pool, places_of, wait_for
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from running import fail_to_serve, odma
+from servers import books, open_pool, places_of, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
@@ -307,17 +306,9 @@ def test_several_addresses_are_served_at_once(servers, tmp_path):
         assert [pool.pool.name for pool in other.list_pools().pools] == ["p"]
 
 
-def fail_to_serve(*arguments):
-    command = [sys.executable, "-m", "odma_service", "serve", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 2
-    assert READY not in run.stdout
-    return run.stderr
-
-
 def test_a_port_in_use_is_an_error(restarted, tmp_path):
     complaint = fail_to_serve("--listen", restarted.target, "--pool-dir", tmp_path / "other")
-    assert f"odma: cannot listen on {restarted.target}: Address already in use" in complaint
+    assert f"odma serve: cannot listen on {restarted.target}: Address already in use" in complaint
 
 
 def test_a_socket_in_use_is_an_error(servers, tmp_path):
@@ -357,8 +348,7 @@ def test_listening_beyond_this_machine_is_warned_of(servers):
 
 def test_health_as_a_command_is_an_exit_code(restarted):
     def health(*arguments):
-        command = [sys.executable, "-m", "odma_service", "health", *arguments]
-        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+        return odma("health", *arguments).returncode
 
     assert health("--target", restarted.target) == 0
     predictor = ("--service", "odma.v1.PredictorService")
@@ -370,9 +360,8 @@ def test_health_as_a_command_is_an_exit_code(restarted):
 
 
 def test_the_health_command_imports_nothing_of_the_service(restarted):
-    command = [sys.executable, "-X", "importtime", "-m", "odma_service", "health"]
-    command += ["--target", restarted.target]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    run = odma("health", "--target", restarted.target, environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert run.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert "odma_service.client" in imported
     assert not imported & {
@@ -380,5 +369,5 @@ def test_the_health_command_imports_nothing_of_the_service(restarted):
         "onnxruntime",
         "odma_service.cli.serve",
         "odma_service.service.server",
-        "rich.table",
+        "rich",
     }

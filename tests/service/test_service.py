@@ -10,11 +10,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import CAPACITY_TOKENS, books, open_in, open_pool, places_of, registry_of, state
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
+from registries import open_in, registry_of, state
+from servers import CAPACITY_TOKENS, books, open_pool, places_of
 
 from odma_service.client import Client
 from odma_service.errors import (

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import open_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from test_metrics import metrics_address
+from running import run
+from servers import metrics_address, open_pool
 from typer.testing import CliRunner
 
 from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
 from odma_service.cli import app
 from odma_service.client import Client
+from odma_service.client.local import ODMA
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.pool.policy import named
 from odma_service.replay import by_tenant
@@ -353,8 +352,7 @@ def test_another_policy_keeps_the_tenants_unless_it_says_otherwise(service, name
 def test_status_shows_what_tenants_hold(server, service, name):
     pool = open_pool(service, name, policy=policy_change())
     pool.apply(ops=[whole("1", 2560, "chat")])
-    command = [sys.executable, "-m", "odma_service", "status", name, "--target", server.target]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = run(*ODMA, "status", name, "--target", server.target)
     row = next(line for line in shown.splitlines() if "chat" in line)
     assert [word for word in row.split() if word[0].isdigit()][-6:] == [
         "1", "2,560", "2,048", "4,096", "512", "0",

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from conftest import books, open_in, open_pool, places_of, wait_for
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from registries import open_in
+from servers import books, open_pool, places_of, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import (

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from certificates import DAY, LOCAL, Authority, write_key
-from conftest import Server, open_pool, wait_for
 from cryptography.hazmat.primitives.asymmetric import ec
+from running import odma
+from servers import Server, open_pool, wait_for
 
 from odma_service.client import Client, Tls
 from odma_service.errors import OdmaError, UnavailableError
@@ -57,7 +55,7 @@ def mutual(authority, own, tmp_path_factory):
 
 
 def running(tmp_path_factory, *flags):
-    server = Server(tmp_path_factory.mktemp("server") / "pools", ("--reflection", *flags)).start()
+    server = Server(tmp_path_factory.mktemp("server"), ("--reflection", *flags)).start()
     yield server
     server.kill()
 
@@ -148,9 +146,7 @@ def test_the_commands_speak_tls_with_flags_and_variables(mutual, authority, engi
 
 
 def health(server, flags, variables):
-    command = [sys.executable, "-m", "odma_service", "health", "--target", server.target, *flags]
-    run = subprocess.run(command, env=os.environ | variables, capture_output=True, check=False)
-    return run.returncode
+    return odma("health", "--target", server.target, *flags, environment=variables).returncode
 
 
 # --- what is refused at start ---
@@ -243,9 +239,7 @@ def test_metrics_stay_on_the_loopback_unless_told_so(listen, authority, own):
 
 
 def test_a_server_that_would_listen_too_widely_does_not_start(tmp_path):
-    command = [sys.executable, "-m", "odma_service", "serve", "--listen", "0.0.0.0:0"]
-    command += ["--pool-dir", str(tmp_path / "pools")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = odma("serve", "--listen", "0.0.0.0:0", "--pool-dir", tmp_path / "pools")
     assert (run.returncode, run.stdout) == (2, "")
     assert "is reachable from other machines" in run.stderr
 

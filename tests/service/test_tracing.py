@@ -11,7 +11,7 @@ from concurrent import futures
 
 import grpc
 import pytest
-from conftest import PLANES, open_pool, wait_for
+from servers import PLANES, open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.client.aio import AsyncClient
@@ -254,11 +254,11 @@ def test_the_wait_for_a_pool_is_a_part(tmp_path):
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from odma_service.service.watch.tracing import Traces
+    from odma_service.service.watch.tracing import OtelSpans
 
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
-    spans, lock = Traces(provider), threading.Lock()
+    spans, lock = OtelSpans(provider), threading.Lock()
     with spans.waiting(lock):
         assert lock.locked()
     assert not kept.get_finished_spans()

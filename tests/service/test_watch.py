@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 
 import grpc
 import pytest
-from conftest import open_pool, wait_for
+from servers import open_pool, wait_for
+from watching import kinds, small_service
 
 from odma_service.client import Client, PoolClient
+from odma_service.client.local import ODMA
 from odma_service.errors import InvalidError, StreamLimitError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import (
     PoolServiceStub,
-    add_PoolServiceServicer_to_server,
 )
 from odma_service.service.door.watchers import MOST_WATCHERS
-from odma_service.service.pools.registry import Registry
-from odma_service.service.rpc.pools import PoolService
-from odma_service.service.watch.events import Events, Kind
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.events import EventKind
 from odma_service.values import Allocate, End, Free, PolicyChange
 
 
-def kinds(answers) -> list[str]:
-    names = (pb.EventKind.Name(answer.event.kind) for answer in answers)
-    return [name.removeprefix("EVENT_KIND_") for name in names]
-
-
 def test_every_kind_has_the_number_that_the_proto_gives_it():
-    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in Kind} == {
+    assert {f"EVENT_KIND_{kind.name}": kind.value for kind in EventKind} == {
         name: number for name, number in pb.EventKind.items() if number
     }
 
@@ -141,39 +131,13 @@ def test_a_cursor_that_means_nothing_is_refused(service, cursor, incarnation):
         next(service.watch("", cursor, incarnation))
 
 
-@contextmanager
-def small_service(tmp_path, kept: int):
-    """Serve a registry that keeps few events."""
-    registry = Registry(
-        tmp_path,
-        max_pools=4,
-        max_owner_pools=4,
-        boot_id="boot",
-        monotonic=lambda: 0.0,
-        wall=lambda: 0.0,
-        witness=Witness(Events(kept=kept)),
-    )
-    server = grpc.server(ThreadPoolExecutor(2))
-    service = PoolService(registry)
-    add_PoolServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield registry.witness, f"127.0.0.1:{port}"
-    finally:
-        registry.witness.events.end()
-        server.stop(0).wait()
-        service.watchers.close()
-        registry.close()
-
-
 def test_a_watcher_that_is_too_slow_is_told_and_goes_on_with_what_there_is(tmp_path):
-    with small_service(tmp_path, kept=4) as (witness, target), Client(target) as service:
+    with small_service(tmp_path, kept=4) as (telemetry, target), Client(target) as service:
         answers = service.watch()
         greeting = next(answers)
         answers.close()
         for i in range(10):
-            witness.tell(Kind.OPENED, "p", i + 1)
+            telemetry.tell(EventKind.OPENED, "p", i + 1)
         answers = service.watch("", greeting.cursor, greeting.incarnation)
         told = list(islice(answers, 6))
         assert [answer.lost for answer in told] == [False, True] + [False] * 4
@@ -260,7 +224,7 @@ def test_what_is_logged_is_what_is_watched_and_holds_no_text(servers, name):
 
 
 def test_the_command_prints_an_event_a_line(server, service, name):
-    command = [sys.executable, "-m", "odma_service", "watch", name, "--target", server.target]
+    command = [*ODMA, "watch", name, "--target", server.target]
     command += ["--json", "--count", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         opened: list[PoolClient] = []

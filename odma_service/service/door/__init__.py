@@ -1,1 +1,1 @@
-"""Who may come in, how many at once, and how a handler is called."""
+"""Access to the service: callers, their limits, and the handlers that they reach."""

@@ -1,7 +1,7 @@
-"""Who may call what: identities, their roles, and whose pools they see.
+"""Access: identities, the rpcs that their roles may call, and the pools that they see.
 
-An identity is a name with a role. A caller shows that it is one by a bearer token or by a name
-in its client certificate; the token file lists them. Without a token file everybody may call
+An identity is a name with a role. A caller proves its identity by a bearer token or by a name in
+its client certificate; the token file lists them. Without a token file everybody may call
 everything.
 """
 
@@ -23,7 +23,7 @@ from odma_service.service.door.private import Reloaded, read_file
 
 
 class Role(StrEnum):
-    """What an identity may do. READ_ONLY: look at the pools of the identity of the same name."""
+    """The rights of an identity. READ_ONLY: to see the pools of the identity of the same name."""
 
     ENGINE = "engine"
     OPERATOR = "operator"
@@ -53,10 +53,10 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/odma.v1.PredictorService/Predict": _READ,
     "/odma.v1.EmulatorService/EstimateAccess": _READ,
 }
-"""Every rpc of ours and who may call it; one that is missing here, nobody may."""
+"""The roles that may call each rpc of ours; nobody may call an rpc that is missing here."""
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
-"""Open to everybody: they tell nothing about pools."""
+"""Services open to everybody: they tell nothing about pools."""
 
 BEARER = "Bearer "
 TOKEN = re.compile(r"[!-~]{16,512}", re.ASCII)
@@ -68,14 +68,14 @@ Proof = TypeVar("Proof", bytes, str)
 
 
 class Identity(NamedTuple):
-    """Who calls."""
+    """A caller, by name and role."""
 
     name: str
     role: Role
 
 
 CALLER: ContextVar[Identity | None] = ContextVar("caller", default=None)
-"""Who makes the call that this code runs for. None: nobody was asked who he is."""
+"""The caller that this code runs for. None: callers need no identity."""
 
 
 class _Table(NamedTuple):
@@ -88,18 +88,18 @@ class Access:
     """The identities of a token file, as it is now."""
 
     def __init__(self, file: Path) -> None:
-        """Read the file. Raises OdmaError that names what is wrong in it."""
+        """Read the file. Raises OdmaError that names its fault."""
         self._table = Reloaded([file], lambda: _read(file))
 
     @property
     def takes_certificates(self) -> bool:
-        """Whether an identity is known by the name in its certificate."""
+        """Whether a certificate proves any identity of the file."""
         return bool(self._table.get().by_certificate)
 
     def by_token(self, authorization: str) -> Identity:
-        """Return whose token the value of an `authorization` header holds. Raises IdentityError.
+        """Return the identity of the token in an `authorization` header. Raises IdentityError.
 
-        Digests are looked up, not tokens, so how long it takes tells nothing about a token.
+        Digests are looked up, not tokens. So the time of a look-up tells nothing about a token.
         """
         token = authorization[len(BEARER) :]
         if authorization[: len(BEARER)].lower() != BEARER.lower():
@@ -111,7 +111,7 @@ class Access:
         return identity
 
     def by_certificate(self, names: Iterable[str]) -> Identity:
-        """Return whose certificate has these names. Raises IdentityError."""
+        """Return the identity of the certificate with these names. Raises IdentityError."""
         table = self._table.get().by_certificate
         found = {table[name] for name in names if name in table}
         if len(found) != 1:
@@ -123,12 +123,12 @@ class Access:
         return found.pop()
 
     def knows(self, identity: Identity) -> bool:
-        """Return whether the file still has this identity, by whatever proof."""
+        """Return whether the file still has this identity, with any proof."""
         return identity in self._table.get().identities
 
 
 def is_open(rpc: str) -> bool:
-    """Return whether `rpc`, as "/package.Service/Method", asks nobody who he is."""
+    """Return whether `rpc`, as "/package.Service/Method", is open to everybody."""
     return rpc.startswith(OPEN_SERVICES)
 
 
@@ -139,21 +139,24 @@ def insist_role(rpc: str, identity: Identity) -> None:
 
 
 def may_see(spec: PoolSpec) -> bool:
-    """Return whether the caller may know of the pool: its owner, an operator, or unasked."""
+    """Return whether the caller may know of the pool."""
     return may_see_of(spec.owner)
 
 
 def may_see_of(owner: str) -> bool:
-    """Return whether the caller may know of what belongs to `owner`."""
+    """Return whether the caller may know of the pools of `owner`: it is the owner or an operator.
+
+    Where callers need no identity, everybody may.
+    """
     caller = CALLER.get()
     return caller is None or caller.role is Role.OPERATOR or caller.name == owner
 
 
 def claimed(spec: PoolSpec, before: PoolSpec | None) -> PoolSpec:
-    """Return `spec` as that of the caller, who opens a pool that was `before`'s.
+    """Return `spec` with its owner: the caller, who opens the pool that `before` describes.
 
-    A pool stays its owner's when it is closed; one opened when nobody was asked is anybody's.
-    Raises PoolForeignError.
+    A closed pool keeps its owner. A pool without an owner, opened where callers need no identity,
+    is open to everybody. Raises PoolForeignError.
     """
     caller, owner = CALLER.get(), before.owner if before else ""
     if caller is None:
@@ -169,7 +172,7 @@ def claimed(spec: PoolSpec, before: PoolSpec | None) -> PoolSpec:
 def _read(file: Path) -> _Table:
     try:
         content = tomllib.loads(read_file(file, private=True).decode())
-    except ValueError:  # its message would quote the file
+    except ValueError:  # the message of this error would quote the file
         raise OdmaError(f"{file} is no TOML file") from None
     entries = content.pop("identity", [])
     if content or not isinstance(entries, list):
@@ -186,7 +189,7 @@ def _read(file: Path) -> _Table:
 
 
 def _add(table: _Table, entry: Mapping[str, Any]) -> None:
-    """Add an identity. Raises ValueError, which never quotes a secret."""
+    """Add an identity. Raises ValueError; its message never quotes a secret."""
     unknown = set(entry) - {"name", "role", *PROOFS}
     if unknown:
         raise ValueError(f"unknown key {min(unknown)!r}; known are name, role, {', '.join(PROOFS)}")

@@ -1,8 +1,8 @@
-"""One guard before every rpc: who calls, how much at once, and whether the message is one.
+"""The guard of every rpc: it identifies the caller, limits the calls and checks the messages.
 
-It refuses with the same details as every other error, also where gRPC's own answer has none:
-for an rpc that is not served and for a message that cannot be parsed. What it refuses before the
-message is read takes none of the threads that answer calls, nor do health and reflection.
+A refusal has the same details as every other error, also where gRPC's own answer has none: for
+an rpc that is not served and for a message that cannot be parsed. A refusal before the message
+is read takes none of the threads that answer calls. Neither do health and reflection.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import grpc
 import structlog
@@ -27,6 +28,7 @@ from odma_service.errors import (
 )
 from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, Access, Identity
+from odma_service.service.door.handlers import CallShape, Handler, Parse, Parts
 from odma_service.service.rpc.statuses import abort, status_of
 
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -37,18 +39,14 @@ GUARD_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
 MOST_SILENT = 15
-"""Questions for the health whose message has not come; each holds a thread."""
+"""Health checks that may wait for their message; each holds a thread."""
 CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
-
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Answer = Callable[..., Any]
-Parse = Callable[[bytes], Any]
 
 log = structlog.get_logger()
 
 
 class Calls(ThreadPoolExecutor):
-    """The threads that answer calls, and how many calls are with them, waiting ones too."""
+    """The threads that answer calls, and the calls that they have or will get."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
@@ -60,7 +58,7 @@ class Calls(ThreadPoolExecutor):
         return len(self._under_way)
 
     def under_way(self) -> set[Future[Any]]:
-        """Return the calls under way, to be waited for."""
+        """Return the calls under way, for a caller that waits for them."""
         return self._under_way.copy()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -72,10 +70,10 @@ class Calls(ThreadPoolExecutor):
 
 
 class Silent:
-    """Calls whose message has not come, each with a thread that waits for it.
+    """Calls that wait for their message, each in a thread.
 
-    One that is too many costs the oldest its place, so that with one thread more than `most`
-    every call is read.
+    One call too many costs the oldest its place. So one thread more than `most` is enough to
+    read every call.
     """
 
     def __init__(self, most: int) -> None:
@@ -84,7 +82,7 @@ class Silent:
         self._waiting: list[grpc.ServicerContext] = []
 
     def first(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """Return a call's message, None if none came."""
+        """Return the message of a call, or None if none came."""
         with self._lock:
             self._waiting.append(context)
             for oldest in self._waiting[: -self._most]:
@@ -92,7 +90,7 @@ class Silent:
         try:
             return next(requests, None)
         except grpc.RpcError as gone:
-            gone.__traceback__ = None  # for the reason that Streams tells
+            gone.__traceback__ = None  # or it stays in memory: see Streams
             return None
         finally:
             with self._lock:
@@ -100,18 +98,25 @@ class Silent:
 
 
 class _Unusable(NamedTuple):
-    """What a message that is none is parsed to.
+    """Stands for a message that cannot be used.
 
-    Each error is made when it is raised: one that belonged to the message, with a traceback that
-    holds the message, would keep the call and its place in the connection until Python looks for
-    garbage.
+    Its error is made anew for each raise. An error kept here would get a traceback that refers
+    to this object: a cycle, which keeps the call and its place in the connection until Python
+    looks for garbage.
     """
 
     error: Callable[[], OdmaError]
 
 
+class _Checks(NamedTuple):
+    """The checks of each request and of each response, for one shape of handlers."""
+
+    asked: Callable[[Any], None]
+    answered: Callable[[], None]
+
+
 class Guard(grpc.ServerInterceptor):
-    """Lets calls through to their servicers. It is the innermost of the interceptors."""
+    """Lets calls through to their servicers. It has to be the innermost of the interceptors."""
 
     def __init__(self, identities: Access | None, calls: Calls, most_calls: int) -> None:
         self._identities = identities
@@ -122,13 +127,19 @@ class Guard(grpc.ServerInterceptor):
         self._probing = ThreadPoolExecutor(MOST_SILENT + 1, thread_name_prefix="probe")
         self._silent = Silent(MOST_SILENT)
         self._guarded: dict[str, Handler] = {}
+        self._checks = {
+            CallShape.UNARY: _Checks(_insist_usable, _nothing),
+            CallShape.SERVER_STREAM: _Checks(_insist_usable, self._insist_still_known),
+            CallShape.BOTH_STREAMS: _Checks(self._insist_next, _nothing),
+            CallShape.BOTH_BY_CALLBACK: _Checks(self._insist_next, _nothing),
+        }
 
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
         details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Return who answers the call: its servicer, or a refusal."""
+        """Return the guarded handler of the call's servicer, or a refusal."""
         rpc = details.method
         try:
             guarded = self._guarded.get(rpc)
@@ -160,7 +171,7 @@ class Guard(grpc.ServerInterceptor):
             raise IdentityError("send 'authorization: Bearer TOKEN'")
 
     def _insist_known(self, rpc: str, context: grpc.ServicerContext) -> None:
-        """Learn the caller from its certificate, unless its token has told."""
+        """Learn the caller from its certificate, unless it has shown a token."""
         if self._identities is None or CALLER.get() is not None or access.is_open(rpc):
             return
         shown: Any = context.auth_context()
@@ -178,8 +189,13 @@ class Guard(grpc.ServerInterceptor):
         if self._identities and caller and not self._identities.knows(caller):
             raise IdentityError("this identity is not known here any more")
 
+    def _insist_next(self, request: object) -> None:
+        """Check the next message of a stream. Raises OdmaError."""
+        self._insist_still_known()
+        _insist_usable(request)
+
     def _refusal(self, error: OdmaError) -> Handler:
-        """Return a handler, good for rpcs of every kind, that ends the call at once."""
+        """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
@@ -187,105 +203,51 @@ class Guard(grpc.ServerInterceptor):
                 log.info("caller refused", peer=context.peer(), reason=str(error))
             abort(context, status_of(error))
 
-        refuse.experimental_thread_pool = self._refusing  # type: ignore[attr-defined]
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()
 
     def _guard(self, rpc: str, handler: Handler) -> Handler:
         """Return `handler` with the checks that need the message or the connection."""
-        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
-        form: Any
-        guarded: Any
-        at_once = getattr(answer, "experimental_non_blocking", False)  # it sends by itself
-        own_pool = getattr(answer, "experimental_thread_pool", None)
-        if at_once and handler.request_streaming:
-            form, guarded = grpc.stream_stream_rpc_method_handler, self._lending(rpc, answer)
-        elif handler.request_streaming:  # reflection
-            own_pool = own_pool or self._reflecting
-            form, guarded = grpc.stream_stream_rpc_method_handler, self._exchanging(rpc, answer)
-        elif handler.response_streaming:
-            form, guarded = grpc.unary_stream_rpc_method_handler, self._telling(rpc, answer)
-        elif access.is_open(rpc):
-            form, guarded = grpc.stream_stream_rpc_method_handler, self._probed(answer)
-            at_once, own_pool = True, self._probing
-        else:
-            form, guarded = grpc.unary_unary_rpc_method_handler, self._answering(rpc, answer)
-        guarded.experimental_non_blocking = at_once
-        guarded.experimental_thread_pool = own_pool
-        made: Handler = form(
-            guarded, _parser(handler.request_deserializer), handler.response_serializer
-        )
-        return made
+        parts = Parts.of(handler)
+        guarded = parts.around(partial(self._checked, rpc, self._checks[parts.shape]))
+        if parts.shape is CallShape.UNARY and access.is_open(rpc):  # a health check
+            guarded = self._by_callback(guarded)
+        elif parts.shape is CallShape.BOTH_STREAMS:  # reflection
+            guarded = guarded._replace(threads=parts.threads or self._reflecting)
+        return guarded._replace(parse=_parser(parts.parse)).handler()
 
-    def _answering(self, rpc: str, answer: Answer) -> Answer:
-        def answering(request: Any, context: grpc.ServicerContext) -> Any:
-            with _refusing(context):
-                self._insist_known(rpc, context)
-                _insist_usable(request)
-                return answer(request, context)
+    def _by_callback(self, unary: Parts) -> Parts:
+        """Return a unary rpc in a shape that lets its caller be silent."""
 
-        return answering
-
-    def _probed(self, answer: Answer) -> Answer:
-        """Answer one message, as _answering does, of a caller that may be silent."""
-
-        def probed(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
+        def by_callback(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
             request = self._silent.first(requests, context)
             if request is None:
                 context.set_code(grpc.StatusCode.CANCELLED)
             else:
-                with _refusing(context):
-                    _insist_usable(request)
-                    send(answer(request, context))
+                send(unary.function(request, context))
             send(None)
 
-        return probed
+        return unary._replace(
+            shape=CallShape.BOTH_BY_CALLBACK, function=by_callback, threads=self._probing
+        )
 
-    def _telling(self, rpc: str, answer: Answer) -> Answer:
-        def telling(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with _refusing(context):
-                self._insist_known(rpc, context)
-                _insist_usable(request)
-                for response in answer(request, context):
-                    self._insist_still_known()
-                    yield response
-
-        return telling
-
-    def _exchanging(self, rpc: str, answer: Answer) -> Answer:
-        def exchanging(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with _refusing(context):
-                self._insist_known(rpc, context)
-                yield from answer(self._usable(requests), context)
-
-        return exchanging
-
-    def _lending(self, rpc: str, answer: Answer) -> Answer:
-        def lending(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
-            with _refusing(context):
-                self._insist_known(rpc, context)
-                answer(self._usable(requests), context, send)
-
-        return lending
-
-    def _usable(self, requests: Iterator[Any]) -> Iterator[Any]:
-        """Yield the messages of a stream; raise OdmaError for what is none."""
-        for request in requests:
-            self._insist_still_known()
-            _insist_usable(request)
-            yield request
+    @contextmanager
+    def _checked(
+        self, rpc: str, checks: _Checks, context: grpc.ServicerContext
+    ) -> Iterator[_Checks]:
+        """Check a call; end it with the status of an error, also of one left to gRPC."""
+        try:
+            self._insist_known(rpc, context)
+            yield checks
+        except grpc.RpcError as gone:
+            gone.__traceback__ = None  # or it stays in memory: see Streams
+        except OdmaError as error:
+            abort(context, status_of(error))
+        except NotImplementedError:  # by the base class of a servicer
+            abort(context, status_of(UnimplementedError("this rpc is not built yet")))
 
 
-@contextmanager
-def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status of an error, also of one that a servicer leaves to gRPC."""
-    try:
-        yield
-    except grpc.RpcError as gone:
-        gone.__traceback__ = None  # for the reason that Streams tells
-    except OdmaError as error:
-        abort(context, status_of(error))
-    except NotImplementedError:  # by the base class of a servicer
-        abort(context, status_of(UnimplementedError("this rpc is not built yet")))
+def _nothing() -> None:
+    """Check nothing."""
 
 
 def _insist_usable(request: object) -> None:
@@ -294,7 +256,7 @@ def _insist_usable(request: object) -> None:
 
 
 def _parser(parse: Parse | None) -> Parse:
-    """Return `parse`, but for what it would refuse: gRPC has only INTERNAL for that."""
+    """Return `parse` with a refusal of ours where gRPC's would be INTERNAL."""
 
     assert parse is not None  # our rpcs have messages
 

@@ -1,4 +1,4 @@
-"""Files that hold secrets: who may read them is checked, and they are read again when changed."""
+"""Files that hold secrets: their permissions are checked, and changed files are read again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = structlog.get_logger()
 
 
 def read_file(path: Path, *, private: bool) -> bytes:
-    """Return what a regular file of at most 1 MiB holds. Raises OdmaError that names it.
+    """Return the content of a regular file of at most 1 MiB. Raises OdmaError that names it.
 
-    A private one has to belong to this user and be readable for nobody else; one of root's may
-    be readable for a group, as secrets that a machine's administrator hands out are.
+    A private file has to belong to this user and be closed to all others. It may also be root's
+    and readable for a group, as secrets are that an administrator hands out.
     """
     try:
         with path.open("rb") as file:
@@ -54,13 +54,13 @@ def _insist_private(path: Path, found: os.stat_result) -> None:
 
 
 class Reloaded(Generic[Value]):
-    """What `read` makes of some files, read again when one of them changes.
+    """A value read from files, and read again when one of them changes.
 
-    While the new files are bad the old value stays, and the log says why.
+    While the new files are bad, the old value stays and the log names the reason.
     """
 
     def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
-        """Read for the first time. Raises what `read` raises."""
+        """Read for the first time. Raises the errors of `read`."""
         self._files = files
         self._read = read
         self._lock = Lock()
@@ -86,7 +86,7 @@ class Reloaded(Generic[Value]):
             log.info("changed files read", files=names)
 
     def _look(self) -> list[tuple[int, ...]]:
-        """Return what differs once a file was written or replaced."""
+        """Return stamps that differ once a file was written or replaced."""
         stamps: list[tuple[int, ...]] = []
         for file in self._files:
             try:

@@ -2,15 +2,13 @@
 
 grpcio gives a stream one of the threads that answer calls, for as long as the client likes. So
 streams have threads of their own, a bounded number, and no stream takes one from a call. The
-handler answers by a callback, as grpcio's own health service does: then another thread can end
-a stream that waits for its client.
+handler sends by callback: so another thread can end a stream that waits for its client.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import grpc
@@ -18,16 +16,17 @@ from grpc_status import rpc_status
 
 from odma_service.errors import InvalidError, StreamLimitError, StreamReplacedError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.statuses import told
 
 END_SECONDS = 1.0
-"""So long a stream that is to end may be at a batch, or its client not take an answer."""
+"""A stream that is to end has so long for its batch, and its client to take an answer."""
 
 Send = Callable[[pb.StreamResponse | None], None]
 
 
 class Stream:
-    """One stream. Its lock is held from the moment a request is here until its answer is sent."""
+    """One stream. Its lock is held from the arrival of a request until its answer is sent."""
 
     def __init__(self, context: grpc.ServicerContext, send: Send) -> None:
         self.lock = Lock()
@@ -37,7 +36,7 @@ class Stream:
         self._send = send
 
     def answer(self, answer: pb.ApplyResponse) -> None:
-        """Send an answer; wait while the client does not take it."""
+        """Send an answer; wait until the client takes it."""
         self._send(pb.StreamResponse(apply=answer))
 
     def end(self, error: Exception | None = None, seconds: float = END_SECONDS) -> None:
@@ -59,21 +58,20 @@ class Stream:
             self.lock.release()
 
 
-class Streams:
-    """The open streams. Called by grpcio as the handler of the rpc."""
+class Streams(OwnThreads):
+    """The open streams, and the handler of the rpc."""
 
-    experimental_non_blocking = True  # grpcio gives the handler `send`
+    experimental_non_blocking = True
 
     def __init__(
         self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
     ) -> None:
+        super().__init__(most_streams, "stream")
         self._apply = apply
         self._most_streams = most_streams
         self._lock = Lock()
         self._open: set[Stream] = set()
         self._by_pool: dict[str, Stream] = {}
-        # One thread more than streams: it tells those that are too many.
-        self.experimental_thread_pool = ThreadPoolExecutor(most_streams + 1, "stream")
 
     def __call__(
         self, requests: Iterator[pb.StreamRequest], context: grpc.ServicerContext, send: Send
@@ -86,23 +84,19 @@ class Streams:
             self._serve(stream, requests)
             stream.end()
         except grpc.RpcError as gone:
-            # The client went. grpcio keeps the error in a cycle with the call, whose place in the
-            # connection would be taken until Python looks for garbage.
+            # The client is gone. grpcio keeps the error in a cycle with the call: the call and its
+            # place in the connection would stay until Python looks for garbage.
             gone.__traceback__ = None
-        except Exception as error:  # noqa: BLE001  told to the client, and logged
+        except Exception as error:  # noqa: BLE001  the client gets it, and the log
             stream.end(error)
         finally:
             self._leave(stream)
 
     def end_all(self, error: Exception) -> None:
-        """Tell every stream `error`, after the batch that it is at."""
+        """End every stream with `error`, after the batch under way."""
         give_up = time.monotonic() + END_SECONDS
         for stream in list(self._open):
             stream.end(error, give_up - time.monotonic())
-
-    def close(self) -> None:
-        """Give the threads back, after the server has stopped."""
-        self.experimental_thread_pool.shutdown()
 
     def _serve(self, stream: Stream, requests: Iterator[pb.StreamRequest]) -> None:
         for request in requests:
@@ -125,7 +119,7 @@ class Streams:
             return True
 
     def _bind(self, stream: Stream, pool: str) -> None:
-        """Make this the stream of a pool whose owner it has turned out to be."""
+        """Make this the stream of a pool, after the pool has taken its first batch."""
         with self._lock:
             stream.pool = pool
             older = self._by_pool.get(pool)

@@ -1,4 +1,4 @@
-"""Who may connect: TLS, client certificates, and what may listen beyond the loopback.
+"""Connections: TLS, client certificates, and the rule for listening beyond the loopback.
 
 A connection of a Unix socket stays plain: the file's permissions guard it.
 """
@@ -32,7 +32,7 @@ class TlsFiles(NamedTuple):
 
 
 def credentials_of(settings: Settings, identities: Access | None) -> grpc.ServerCredentials | None:
-    """Return what the TCP listeners use, None where they are plain.
+    """Return the credentials of the TCP listeners, None where they are plain.
 
     Raises OdmaError for a file that cannot be used, and for a listener that others can reach
     but that is not both encrypted and closed to strangers, unless the settings allow it.
@@ -50,7 +50,7 @@ def credentials_of(settings: Settings, identities: Access | None) -> grpc.Server
 def _unguarded(
     settings: Settings, files: TlsFiles | None, identities: Access | None
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield the listeners that strangers can reach: address, what they lack, what would help."""
+    """Yield address, lack and remedy of each listener that strangers can reach."""
     guarded = files is not None and bool(identities or files.client_ca)
     for address in () if guarded else settings.listen:
         if not is_local(address):
@@ -76,7 +76,7 @@ def _files_of(settings: Settings) -> TlsFiles | None:
 
 
 def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Return credentials with which every handshake sees the files as they are then."""
+    """Return credentials that read changed files anew at every handshake."""
     paths = [path for path in files if path]
     certificates = Reloaded(paths, lambda: _certificates(files))
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
@@ -88,7 +88,7 @@ def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 def _certificates(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    """Return the files' contents, once OpenSSL has agreed to them."""
+    """Return the contents of the files, checked by OpenSSL. Raises OdmaError."""
     key = read_file(files.key, private=True)
     cert = read_file(files.cert, private=False)
     client_ca = read_file(files.client_ca, private=False) if files.client_ca else None
@@ -116,7 +116,7 @@ def _no_password() -> NoReturn:
 
 
 def is_local(address: str) -> bool:
-    """Return whether only this machine can reach a listener. Raises OdmaError for no address."""
+    """Return whether only this machine can reach a listener. Raises OdmaError for a bad address."""
     if address.startswith(UNIX):
         return True
     host, _, port = address.rpartition(":")

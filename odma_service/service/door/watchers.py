@@ -1,13 +1,11 @@
 """Watch: each watcher reads the kept events at its own pace, on a thread of its own.
 
-grpcio gives a stream one of the threads that answer calls, for as long as the client likes. So
-watchers have threads of their own, a bounded number, as Stream's clients do.
+Watchers have threads of their own, a bounded number, for the reason that streams have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import cast
 
@@ -17,28 +15,24 @@ from odma_service.errors import InvalidError, OdmaError, StreamLimitError, Unava
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.door.access import may_see_of
+from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.names import name_from
 from odma_service.service.rpc.statuses import abort, status_of
 from odma_service.service.watch.events import Event, Events
 
 MOST_WATCHERS = 32
 LOOK_SECONDS = 1.0
-"""So long a thread may still wait for events of a client that is gone."""
+"""A thread may wait so long for events after its client has gone."""
 
 
-class Watchers:
-    """Those who watch. Called by grpcio as the handler of the rpc."""
+class Watchers(OwnThreads):
+    """The clients that watch, and the handler of the rpc."""
 
     def __init__(self, events: Events) -> None:
+        super().__init__(MOST_WATCHERS, "watch")
         self._events = events
         self._lock = Lock()
         self._watching = 0
-        # One thread more than watchers: it tells those that are too many.
-        self.experimental_thread_pool = ThreadPoolExecutor(MOST_WATCHERS + 1, "watch")
-
-    def close(self) -> None:
-        """Give the threads back, after the server has stopped."""
-        self.experimental_thread_pool.shutdown()
 
     def __call__(
         self, request: pb.WatchRequest, context: grpc.ServicerContext

@@ -1,1 +1,1 @@
-"""The pools that this service has open, and the model that predicts for them."""
+"""The pools of this service, and the model that predicts for them."""

@@ -1,9 +1,9 @@
-"""Models: the one that predicts, exchanged for a new one while the service runs.
+"""Models: exchanges the model that predicts for a new one while the service runs.
 
-The directory is looked at every other second: a symbolic link that points elsewhere, or files
-that changed and have been still since the last look, are a new model. It is loaded and checked
-aside, then takes the place of the old one whole. One that cannot be used is refused, with a
-line in the log, and the old one stays.
+Every other second it looks at the directory. A symbolic link that points elsewhere is a new
+model; so are changed files that have not changed since the last look. A new model is loaded and
+checked aside; then it replaces the old one at once. A model that cannot be used is refused with
+a line in the log, and the old one stays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Models:
     def __init__(self, directory: Path | None, *, non_commercial: bool = False) -> None:
         """Load the first model. Raises InvalidError if it cannot be used.
 
-        non_commercial: whether it may be one that was trained on non-commercial data.
+        non_commercial: whether a model trained on non-commercial data may serve.
         """
         self._directory = directory
         self._non_commercial = non_commercial
@@ -49,7 +49,7 @@ class Models:
             Thread(target=self._keep_looking, name="models", daemon=True).start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         self._stopped.set()
 
     def _keep_looking(self) -> None:

@@ -1,4 +1,4 @@
-"""The reaper: looks at the clocks of all pools now and then, whether anybody calls or not."""
+"""The reaper: looks at the clocks of all pools twice a second, without being called."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The pools of the service, by name: opened, found again after a restart, taken over, closed.
 
 Each pool is a file NAME.pool in one directory. Two kinds of locks, taken in this order: the
-registry's, for which pools there are; then a pool's own, for all that is done with it, so that
-a slow call holds up nobody but callers of the same pool. A retry that meets its running
-original waits for it there.
+registry's, for the set of pools; then a pool's own, for all work on it. So a slow call holds up
+only callers of the same pool. A retry that comes while its original runs waits for it there.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from odma_service.learning import Learner, Model
 from odma_service.pool import Pool, PoolSpec, set_aside
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.door.access import claimed, may_see
-from odma_service.service.watch.events import Kind
-from odma_service.service.watch.witness import Witness
+from odma_service.service.watch.events import EventKind
+from odma_service.service.watch.telemetry import Telemetry
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -45,7 +44,7 @@ log = structlog.get_logger()
 
 
 class Opened(NamedTuple):
-    """What an owner is told about its pool."""
+    """The answer to an owner that opens its pool."""
 
     spec: PoolSpec
     epoch: int
@@ -53,7 +52,7 @@ class Opened(NamedTuple):
 
 
 class View(NamedTuple):
-    """A pool to look at. idle_seconds count from its owner's last call."""
+    """A pool to look at. idle_seconds: since the last call of its owner."""
 
     learner: Learner
     idle_seconds: float
@@ -65,7 +64,7 @@ class View(NamedTuple):
 
 
 class Entry:
-    """A pool and when its owner was last heard of. pool None: it is gone."""
+    """A pool and the time of its owner's last call. pool None: the pool is gone."""
 
     __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
 
@@ -74,18 +73,18 @@ class Entry:
         self.adopt(learner, now)
 
     def adopt(self, learner: Learner, now: float) -> None:
-        """Make this the entry of a pool whose owner was heard of now."""
+        """Make this the entry of a pool whose owner calls now."""
         self.pool: Pool | None = learner.pool
         self.learner = learner
         self.heard_at = now
-        self.stale = False  # as the log has it
+        self.stale = False  # as last reported
 
 
 class Registry:
-    """All pools of one directory, which nobody else may write to.
+    """All pools of one directory. Nobody else may write to it.
 
-    `monotonic` and `wall` tell seconds, `model` which model predicts now. `boot_id` names the
-    run of the machine: device memory does not outlive it.
+    `monotonic` and `wall` return seconds, `model` returns the model that predicts now. `boot_id`
+    names the run of the machine: device memory does not outlive it.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Registry:
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
-        witness: Witness | None = None,
+        telemetry: Telemetry | None = None,
         model: Callable[[], Model | None] = lambda: None,
     ) -> None:
         self._directory = directory
@@ -107,13 +106,13 @@ class Registry:
         self._monotonic = monotonic
         self._wall = wall
         self._model = model
-        self.witness = witness or Witness()
+        self.telemetry = telemetry or Telemetry()
         self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._closed = False
 
     def attach_all(self) -> None:
-        """Find the pools of an earlier run again; say of each that cannot be used why."""
+        """Attach the pools of an earlier run; log the reason for each that cannot be used."""
         for leftover in self._directory.glob(f"*{SUFFIX}{UNFINISHED}"):
             leftover.unlink()
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
@@ -125,7 +124,7 @@ class Registry:
                 log.error("pool left alone", file=str(path), reason=str(error))
 
     def close(self) -> None:
-        """Give all files back once the calls that hold them are done; refuse all others.
+        """Refuse new calls; give all files back after the calls that hold them.
 
         Epochs go on: the next start finds them.
         """
@@ -147,10 +146,10 @@ class Registry:
     def open(
         self, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool, take_over: bool
     ) -> Opened:
-        """Begin an epoch, in the books of an earlier one where their geometry is the same.
+        """Begin an epoch, in the books of an earlier one if their geometry is the same.
 
-        While an epoch lives, its open_id gets the same epoch again. `policy` is installed
-        unless the pool has one and `keep_policy` is set. Raises PoolOwnedError,
+        While an epoch lives, its open_id gets the same epoch again. `policy` is installed,
+        unless the pool has a policy and `keep_policy` is set. Raises PoolOwnedError,
         PoolForeignError, PoolLimitError, InvalidError, BooksLockedError.
         """
         with self._lock:
@@ -171,7 +170,7 @@ class Registry:
                 return _opened(entry.pool)
 
     def close_epoch(self, name: str, epoch: int) -> None:
-        """End an epoch; once more is the same as once. Raises EpochError for an older one."""
+        """End an epoch; a repeated call changes nothing. Raises EpochError for an older epoch."""
         entry = self._find(name)
         with entry.lock:
             pool = self._insist_seen(name, entry)
@@ -180,17 +179,17 @@ class Registry:
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             pool.close_epoch(epoch)
-            self.witness.tell(Kind.CLOSED, name, epoch)
+            self.telemetry.tell(EventKind.CLOSED, name, epoch)
 
     @contextmanager
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
-        with self.witness.spans.waiting(entry.lock):
+        with self.telemetry.spans.waiting(entry.lock):
             pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
-            self.witness.spans.serves(name, epoch)
+            self.telemetry.spans.serves(name, epoch)
             self._hear(name, entry)
             try:
                 yield entry.learner
@@ -207,9 +206,9 @@ class Registry:
             yield View(entry.learner, self._idle_seconds(entry))
 
     def reap(self) -> None:
-        """Tell of owners that fell silent, and close their pools after the retention time.
+        """Report owners that fell silent, and close their pools after the retention time.
 
-        A pool in use is left for the next time: its owner is not silent.
+        A pool in use is skipped: its owner is not silent.
         """
         for name, entry in list(self._entries.items()):
             if not entry.lock.acquire(blocking=False):
@@ -220,11 +219,11 @@ class Registry:
                     continue
                 entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
                 if entry.stale:
-                    self.witness.tell(Kind.STALE, name, pool.epoch)
+                    self.telemetry.tell(EventKind.STALE, name, pool.epoch)
             finally:
                 entry.lock.release()
 
-    # --- which pools there are ---
+    # --- the set of pools ---
 
     def _find(self, name: str) -> Entry:
         """Return a pool's entry. Raises PoolNotFoundError."""
@@ -238,7 +237,7 @@ class Registry:
         return entry
 
     def _entry(self, name: str) -> Entry | None:
-        """Return a pool's entry, attaching the file that another process may have given up."""
+        """Return a pool's entry, or attach its file, which another process may have given up."""
         entry = self._entries.get(name)
         path = self._path(name)
         if entry is not None or not os.path.lexists(path):
@@ -251,13 +250,13 @@ class Registry:
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        self.witness.tell(
-            Kind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+        self.telemetry.tell(
+            EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
         )
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
-        return Learner(pool, self.witness.observer_of(pool), model=self._model)
+        return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -267,7 +266,10 @@ class Registry:
         raise BooksMismatchError(f"{path}: its books are those of pool {pool.spec.name!r}")
 
     def _insist(self, name: str, entry: Entry) -> Pool:
-        """Return the pool of a locked entry, closed if its owner was silent for too long."""
+        """Return the pool of a locked entry; close its epoch if its owner was silent too long.
+
+        Raises PoolNotFoundError.
+        """
         pool = entry.pool
         if pool is None:
             self._insist_serving()
@@ -275,18 +277,21 @@ class Registry:
         if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
             epoch = pool.epoch
             pool.close_epoch(epoch)
-            self.witness.tell(Kind.EXPIRED, name, epoch)
+            self.telemetry.tell(EventKind.EXPIRED, name, epoch)
         return pool
 
     def _hear(self, name: str, entry: Entry) -> None:
-        """Note that the owner of a locked entry lives."""
+        """Record that the owner of a locked entry lives."""
         entry.heard_at = self._monotonic()
         if entry.stale:
             entry.stale = False
-            self.witness.tell(Kind.REVIVED, name, entry.learner.pool.epoch)
+            self.telemetry.tell(EventKind.REVIVED, name, entry.learner.pool.epoch)
 
     def _insist_seen(self, name: str, entry: Entry) -> Pool:
-        """Return the pool of a locked entry, as if there were none if the caller may not see it."""
+        """Return the pool of a locked entry.
+
+        Raises PoolNotFoundError also for a pool that the caller may not see.
+        """
         pool = self._insist(name, entry)
         if not may_see(pool.spec):
             raise PoolNotFoundError(name)
@@ -297,7 +302,7 @@ class Registry:
             raise draining()
 
     def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
-        """Set the books of a locked entry aside, so that the pool can be opened again."""
+        """Set the books of a locked entry aside: then the pool can be opened again."""
         if entry.pool is None:
             return
         entry.pool.close()
@@ -307,12 +312,12 @@ class Registry:
 
     def _set_aside(self, name: str, error: BooksError) -> None:
         aside = set_aside(self._path(name), str(error))
-        self.witness.tell(Kind.SET_ASIDE, name, reason=str(error), file=str(aside))
+        self.telemetry.tell(EventKind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
     def _make_room(self, owner: str) -> None:
-        """Forget the pool that was opened longest ago of those that are closed, if need be.
+        """Forget the closed pool that was opened longest ago, if a limit is reached.
 
-        An owner that has all the pools it may have makes room among its own.
+        An owner at its own limit makes room among its own pools. Raises PoolLimitError.
         """
         own = {
             name: entry
@@ -339,7 +344,7 @@ class Registry:
                 entry.pool.close()
             entry.pool = None
             self._path(name).unlink()
-        self.witness.tell(Kind.FORGOTTEN, name)
+        self.telemetry.tell(EventKind.FORGOTTEN, name)
 
     # --- opening ---
 
@@ -352,26 +357,26 @@ class Registry:
         return True
 
     def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
-        """Raise PoolOwnedError if somebody else owns the pool and nobody takes it over."""
+        """Raise PoolOwnedError if somebody else owns the pool and it is not taken over."""
         name, epoch = pool.spec.name, pool.epoch
         if not epoch:
             return
         if not take_over:
             raise PoolOwnedError(name, self._idle_seconds(entry))
-        self.witness.tell(Kind.TAKEN_OVER, name, epoch)
+        self.telemetry.tell(EventKind.TAKEN_OVER, name, epoch)
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
         self._make_room(spec.owner)
         path = self._path(spec.name)
         pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
-        self.witness.tell(Kind.OPENED, spec.name, pool.epoch, reason="with new books")
+        self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
         self, pool: Pool, entry: Entry, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool
     ) -> None:
-        """Begin an epoch for a locked entry, with new books where the geometry is another."""
+        """Begin an epoch for a locked entry, with new books if the geometry changes."""
         epoch = self._next_epoch(pool.report().last_epoch)
         if spec.arena_geometry() == pool.spec.arena_geometry():
             pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
@@ -382,10 +387,10 @@ class Registry:
             unfinished.replace(path)
             old.close()
         entry.adopt(self._learner(pool), self._monotonic())
-        self.witness.tell(Kind.OPENED, spec.name, epoch)
+        self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
 
     def _next_epoch(self, last: int) -> int:
-        """Return a number that no epoch had, not even in books that are lost."""
+        """Return a number that no epoch had before, not even in lost books."""
         return max(int(self._wall() * 1000), last + 1)
 
     def _idle_seconds(self, entry: Entry) -> float:
@@ -396,7 +401,7 @@ class Registry:
 
 
 def draining() -> UnavailableError:
-    """Return what a service that ends tells everybody."""
+    """Return the error of every call while the service drains."""
     return UnavailableError("the service is draining; try again")
 
 

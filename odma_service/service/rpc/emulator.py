@@ -1,4 +1,4 @@
-"""EmulatorService: what an access pattern costs on the device's memory."""
+"""EmulatorService: the cost of an access pattern on the device's memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from odma_service.errors import InvalidError
 from odma_service.lpddr import COPY, READ, WRITE, LpddrDevice, estimator, read_device
-from odma_service.pool.geometry import PRESETS
+from odma_service.pool.geometry import PRESETS, check_descriptor_seconds
 from odma_service.rpc.v1 import emulator_service_pb2 as pb
 from odma_service.rpc.v1.emulator_service_pb2_grpc import EmulatorServiceServicer
 from odma_service.service.rpc.statuses import reports_errors
@@ -28,7 +28,7 @@ WRITTEN = {
 
 
 class EmulatorService(EmulatorServiceServicer):
-    """Prices runs; keeps an estimator for each device and access it was asked about."""
+    """Prices runs; calibrates one device and access at a time."""
 
     def __init__(self) -> None:
         self._calibrating = Lock()
@@ -57,7 +57,7 @@ class EmulatorService(EmulatorServiceServicer):
 
 
 def _device_from(request: pb.EstimateAccessRequest) -> tuple[LpddrDevice, float, float]:
-    """Return the device, how much slower than it the bandwidth given is, and its descriptor."""
+    """Return the device, its slowdown to the bandwidth asked for, and seconds per descriptor."""
     asked = request.device
     preset = asked.preset or DEFAULT_PRESET
     if preset not in PRESETS:
@@ -70,8 +70,7 @@ def _device_from(request: pb.EstimateAccessRequest) -> tuple[LpddrDevice, float,
         slowdown = device.peak_bytes_per_second / asked.bandwidth_bytes_per_second
     if asked.HasField("descriptor_seconds"):
         descriptor_seconds = asked.descriptor_seconds
-    if not 0 <= descriptor_seconds / slowdown <= 1:
-        raise InvalidError("device.descriptor_seconds", "0 to 1")
+    check_descriptor_seconds(descriptor_seconds / slowdown, "device.descriptor_seconds")
     return device, slowdown, descriptor_seconds
 
 

@@ -30,7 +30,7 @@ from odma_service.wire import (
 
 
 class MemoryService(MemoryServiceServicer):
-    """What a pool's owner may call."""
+    """The calls of a pool's owner."""
 
     def __init__(self, registry: Registry, most_streams: int) -> None:
         self._registry = registry
@@ -71,8 +71,8 @@ class MemoryService(MemoryServiceServicer):
         return self._apply(request)
 
     @property
-    def Stream(self) -> Streams:  # type: ignore[override]  # a handler that carries its threads
-        """Handle Stream, which answers what Apply does."""
+    def Stream(self) -> Streams:  # type: ignore[override]  # see door/handlers.py
+        """Handle Stream: each answer is that of Apply."""
         return self.streams
 
     def _apply(self, request: pb.ApplyRequest) -> pb.ApplyResponse:
@@ -89,8 +89,8 @@ class MemoryService(MemoryServiceServicer):
         return answer_to(answer)
 
     def _predictions(self, question: Question) -> list[Predicted | None]:
-        """Ask the model, away from the lock: it takes time."""
-        with self._registry.witness.spans.part("predict"):
+        """Ask the model, without the lock: it takes time."""
+        with self._registry.telemetry.spans.part("predict"):
             return predictions_of(question.answers())
 
     @reports_errors

@@ -1,4 +1,4 @@
-"""OpenPool and SetPolicy: what an owner says, checked and with its defaults filled in."""
+"""OpenPool and SetPolicy: requests as values, checked, with defaults filled in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_MAX_REGIONS = 1024
 
 
 def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
-    """Return what is asked for. Raises InvalidError for the first field that breaks a rule."""
+    """Return the spec of a request. Raises InvalidError for the first field that breaks a rule."""
     name = name_from(request.name)
     model = _model_from(request)
     block_tokens = request.block_tokens or DEFAULT_BLOCK_TOKENS
@@ -53,7 +53,7 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
 
 
 def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:
-    """Return the policy that a new pool starts with."""
+    """Return the policy of a new pool."""
     return changed_policy(
         change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
     )
@@ -71,7 +71,7 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
 def changed_policy(change: PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
     """Return `base`, or the record that the change names, with its fields changed.
 
-    Tenants are no part of what a name stands for: those of `base` are kept.
+    A name stands for no tenants: those of `base` are kept.
     """
     if not change.tenants and not change.clear_tenants:
         change = change._replace(tenants=base.tenants)
@@ -101,7 +101,7 @@ def _geometry_from(message: types.Geometry, block_tokens: int) -> Geometry:
 
 
 def _capacity_from(request: pb.OpenPoolRequest, geometry: Geometry, block_tokens: int) -> int:
-    """Return the capacity in whole blocks, or as it is where PoolSpec will refuse it."""
+    """Return the capacity in whole blocks; one below a block as it is, for PoolSpec to refuse."""
     capacity = request.WhichOneof("capacity")
     if capacity is None:
         raise InvalidError("capacity_tokens", "capacity_tokens or capacity_bytes is required")

@@ -1,4 +1,4 @@
-"""PoolService: what pools there are and how they are doing."""
+"""PoolService: the pools and their state."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LARGEST_PAGE_REGIONS = 10_000
 
 
 class PoolService(PoolServiceServicer):
-    """What anybody may read."""
+    """The calls that read; every role may make them."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self.watchers = Watchers(registry.witness.events)
+        self.watchers = Watchers(registry.telemetry.events)
 
     @property
-    def Watch(self) -> Watchers:  # a handler that carries its threads
+    def Watch(self) -> Watchers:  # see door/handlers.py
         """Handle Watch."""
         return self.watchers
 

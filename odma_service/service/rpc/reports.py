@@ -28,7 +28,7 @@ BASES = {
 
 
 def summary_to(view: View) -> pb.PoolSummary:
-    """Return one line about a pool; of a closed one the epoch is its last."""
+    """Return the summary of a pool. The epoch of a closed pool is its last one."""
     pool, report = view.pool, view.pool.report()
     return pb.PoolSummary(
         pool=types.PoolRef(name=pool.spec.name, epoch=report.last_epoch),
@@ -42,7 +42,7 @@ def summary_to(view: View) -> pb.PoolSummary:
 
 
 def pool_to(view: View) -> pb.GetPoolResponse:
-    """Return all about a pool."""
+    """Return the full report of a pool."""
     pool, spec, report = view.pool, view.pool.spec, view.pool.report()
     upper, histogram = pool.bins(), pool.histogram()
     return pb.GetPoolResponse(

@@ -1,1 +1,1 @@
-"""What the service tells of itself: events, decisions, metrics, traces."""
+"""Observation of the service: events, decisions, metrics, traces."""

@@ -2,9 +2,9 @@
 
 docs/reference/decision-log.md has its fields.
 
-A call only puts down what it decided; a thread of the log's own makes records of it and writes
-them. What is put down has a bound: beyond it, decisions are dropped and counted, and no call
-ever waits. Texts of prompts are not even put down.
+A call only notes what it decided; a thread of the log's own makes records of the notes and
+writes them. Notes have a bound: beyond it, decisions are dropped and counted, and no call ever
+waits. Texts of prompts are not even noted.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from odma_service.values import (
     Quantiles,
     Refusal,
     Result,
+    Text,
 )
 from odma_service.values import End as EndOfRequest
 
 VERSION = 1
 MOST_QUEUED = 100_000
-"""Operations put down and not yet read."""
+"""Operations noted and not yet read."""
 MOST_WAITING = 4_096
 """Requests of a pool that are remembered while they have no region."""
 PAUSE_SECONDS = 0.1
@@ -79,7 +80,7 @@ class Life:
 
 
 class Noted(NamedTuple):
-    """What one call decided. ended: the handles that a Reconcile freed."""
+    """The decisions of one call. ended: the handles that a Reconcile freed."""
 
     pool: str
     epoch: int
@@ -94,10 +95,10 @@ class Noted(NamedTuple):
 
 
 class Sketcher(Protocol):
-    """What a Predictor offers here: what it makes of a prompt."""
+    """A Predictor, as far as it is used here."""
 
-    def sketch(self, text: bytes, prompt_tokens: int) -> str:
-        """Return it as one word."""
+    def sketch(self, text: Text, prompt_tokens: int) -> str:
+        """Return the sketch of a prompt, as one word."""
 
 
 class DecisionLog:
@@ -120,7 +121,7 @@ class DecisionLog:
         self._noted: deque[Noted] = deque()
         self._queued = 0
         self.dropped = 0
-        """Calls whose decisions were not put down, for there was no room."""
+        """Calls whose decisions were not noted, for lack of room."""
         self.written = 0
         """Records."""
         self.failed = 0
@@ -131,12 +132,12 @@ class DecisionLog:
         self._thread.start()
 
     def close(self) -> None:
-        """Write what was put down. Requests that still run are not written."""
+        """Write what was noted. Requests that still run are not written."""
         self._stop.set()
         self._thread.join()
         self._file.close()
 
-    # --- called by those who decide ---
+    # --- called by the threads that decide ---
 
     def adopt(self, pool: Pool) -> None:
         """Begin to follow an epoch of a pool, with the regions that it has."""
@@ -165,7 +166,7 @@ class DecisionLog:
         results: Sequence[Result],
         copies: Sequence[Copy],
     ) -> None:
-        """Put down what a call decided."""
+        """Note what a call decided."""
         if ops:
             model = self._sketcher()
             granted = zip(ops, results, strict=True)
@@ -174,11 +175,11 @@ class DecisionLog:
             self._put(pool, ops, predictions, results, copies, sketches=sketches)
 
     def reconciled(self, pool: Pool, freed: Sequence[int]) -> None:
-        """Put down the handles that a Reconcile freed."""
+        """Note the handles that a Reconcile freed."""
         self._put(pool, ended=freed)
 
     def epoch_over(self, pool: str) -> None:
-        """Put down that what the pool had is void."""
+        """Note that the pool's regions and requests are void."""
         with self._lock:
             self._noted.append(Noted(pool, 0, self._wall(), (), None, (), ()))
 
@@ -250,7 +251,7 @@ class PoolLives:
         self._waiting: OrderedDict[str, Life] = OrderedDict()
 
     def read(self, noted: Noted) -> list[str]:
-        """Follow what a call decided; return the records of the requests that are over."""
+        """Follow the decisions of a call; return the records of the requests that are over."""
         records: list[str] = []
 
         def end(life: Life, how: str, output_tokens: int | None = None) -> None:
@@ -355,13 +356,13 @@ class PoolLives:
 
 def _sketch(model: Sketcher, op: Op, result: Result) -> str | None:
     """Return the sketch of a prompt that was given a place: a refused one is asked for again."""
-    if not isinstance(op, Allocate) or op.text is None or not isinstance(result, Place):
-        return None
-    return model.sketch(op.text.encode(errors="replace"), op.prompt_tokens)
+    if isinstance(op, Allocate) and isinstance(op.text, Text) and isinstance(result, Place):
+        return model.sketch(op.text, op.prompt_tokens)
+    return None
 
 
 def _without_text(op: Op) -> Op:
-    """Return an operation as it is put down: that it had a text is all that is kept of one."""
+    """Return an operation as it is noted: of a text only that there was one."""
     if isinstance(op, Allocate) and op.text is not None:
         return op._replace(text="")
     return op

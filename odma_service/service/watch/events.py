@@ -1,8 +1,8 @@
-"""Events: what happened to pools, as log lines, and kept for a while for Watch.
+"""Events of pools: written to the log, and kept for a while for Watch.
 
-Each event has a cursor, one more than the one before it. Cursors belong to one incarnation, a
-run of the service. Events beyond the last KEPT are forgotten: a reader who comes back after
-that has lost some, and can see that it has.
+Each event has a cursor, one more than that of the event before. Cursors belong to one
+incarnation, a run of the service. Only the last KEPT events are kept: a reader that comes back
+later has lost some, and its answer says so.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KEPT = 4096
 log = structlog.get_logger()
 
 
-class Kind(IntEnum):
-    """What happened; numbered as EventKind in the proto."""
+class EventKind(IntEnum):
+    """Kinds of events, numbered as in the proto."""
 
     OPENED = 1
     RESUMED = 2
@@ -40,32 +40,38 @@ class Kind(IntEnum):
     EXPIRED = 12
 
 
-ENDS_EPOCH = {Kind.TAKEN_OVER, Kind.CLOSED, Kind.EXPIRED, Kind.SET_ASIDE, Kind.FORGOTTEN}
+ENDS_EPOCH = {
+    EventKind.TAKEN_OVER,
+    EventKind.CLOSED,
+    EventKind.EXPIRED,
+    EventKind.SET_ASIDE,
+    EventKind.FORGOTTEN,
+}
 
 _LINES = {
-    Kind.OPENED: ("info", "pool opened"),
-    Kind.RESUMED: ("info", "pool found"),
-    Kind.TAKEN_OVER: ("warning", "pool taken over"),
-    Kind.CLOSED: ("info", "pool closed"),
-    Kind.EXPIRED: ("warning", "pool closed: its owner is silent"),
-    Kind.STALE: ("warning", "pool stale: its owner is silent"),
-    Kind.REVIVED: ("info", "pool revived: its owner is back"),
-    Kind.SET_ASIDE: ("error", "pool set aside"),
-    Kind.FORGOTTEN: ("info", "pool forgotten, to make room"),
-    Kind.POLICY_SET: ("info", "policy set"),
-    Kind.RECALIBRATED: ("info", "bucket limits recalibrated"),
-    Kind.SAFETY_SHARE: ("info", "safety share adapted"),
+    EventKind.OPENED: ("info", "pool opened"),
+    EventKind.RESUMED: ("info", "pool found"),
+    EventKind.TAKEN_OVER: ("warning", "pool taken over"),
+    EventKind.CLOSED: ("info", "pool closed"),
+    EventKind.EXPIRED: ("warning", "pool closed: its owner is silent"),
+    EventKind.STALE: ("warning", "pool stale: its owner is silent"),
+    EventKind.REVIVED: ("info", "pool revived: its owner is back"),
+    EventKind.SET_ASIDE: ("error", "pool set aside"),
+    EventKind.FORGOTTEN: ("info", "pool forgotten, to make room"),
+    EventKind.POLICY_SET: ("info", "policy set"),
+    EventKind.RECALIBRATED: ("info", "bucket limits recalibrated"),
+    EventKind.SAFETY_SHARE: ("info", "safety share adapted"),
 }
 
 
 class Event(NamedTuple):
-    """One event. epoch and policy_version 0: it is not about one. reason: for people.
+    """One event. epoch, policy_version: 0 if the event is about none. reason: for people.
 
-    owner: the identity that may see the pool; empty where nobody was asked who he is.
+    owner: the identity that may see the pool; empty where callers need none.
     """
 
     cursor: int
-    kind: Kind
+    kind: EventKind
     pool: str
     epoch: int
     unix_seconds: float
@@ -75,27 +81,27 @@ class Event(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """What a reader gets: events behind its cursor, and whether others before them are gone."""
+    """The events behind a reader's cursor, and whether some before them are lost."""
 
     events: list[Event]
     lost: bool
 
 
 class Events:
-    """The last events of all pools. Any thread may tell or read them."""
+    """The last events of all pools. Any thread may add or read them."""
 
     def __init__(self, wall: Callable[[], float] = time.time, kept: int = KEPT) -> None:
         self.incarnation = uuid.uuid4().hex
         self._wall = wall
         self._kept: deque[Event] = deque(maxlen=kept)
         self._last = 0
-        self._counts: Counter[Kind] = Counter()
+        self._counts: Counter[EventKind] = Counter()
         self._news = Condition()
         self._over = False
 
     def tell(
         self,
-        kind: Kind,
+        kind: EventKind,
         pool: str,
         epoch: int = 0,
         *,
@@ -104,7 +110,7 @@ class Events:
         owner: str = "",
         file: str = "",
     ) -> None:
-        """Write a log line, `file` is only for that, and keep the event. Waits for no reader."""
+        """Log an event and keep it, without a wait for readers. `file`: for the log line only."""
         known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
         level, line = _LINES[kind]
         told = {name: value for name, value in known.items() if value}
@@ -133,13 +139,13 @@ class Events:
         """The cursor of the last event, 0 before the first."""
         return self._last
 
-    def counts(self) -> dict[Kind, int]:
-        """Return how many of each kind were told in this incarnation."""
+    def counts(self) -> dict[EventKind, int]:
+        """Return the number of events of each kind in this incarnation."""
         with self._news:
-            return {kind: self._counts[kind] for kind in Kind}
+            return {kind: self._counts[kind] for kind in EventKind}
 
     def after(self, cursor: int, wait_seconds: float = 0.0) -> Missed:
-        """Return the events behind `cursor`, once there are any, or none after `wait_seconds`."""
+        """Return the events behind `cursor`; wait up to `wait_seconds` for the first."""
         with self._news:
             self._news.wait_for(lambda: self._over or self._last > cursor, wait_seconds)
             oldest = self._last - len(self._kept) + 1

@@ -1,11 +1,11 @@
-"""Metrics for Prometheus: read from the pools when somebody scrapes, and served over HTTP.
+"""Metrics for Prometheus: read from the pools at each scrape, and served over HTTP.
 
-A scrape holds a pool for as long as it takes to copy a few numbers out of its books; what is
-computed from them is computed after that. So no call waits for a scrape longer than for another
-call. Names of pools are bounded by max-pools, classes by 64 a pool, buckets and the tenants that
-a policy names by 16; no label has a value that a client may choose beyond those.
+A scrape holds a pool only to copy a few numbers out of its books; it computes after that. So no
+call waits longer for a scrape than for another call. The number of series is bounded: max-pools
+bounds the pools, a pool has up to 64 classes, a policy up to 16 buckets and 16 tenants. No other
+label has a value that a client may choose.
 
-docs/reference/observability.md has the list; a test compares it with a real scrape.
+docs/reference/observability.md lists the metrics; a test compares it with a real scrape.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from socket import AF_INET6
-from socketserver import ThreadingMixIn
-from threading import Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from typing import NamedTuple
 
 import grpc
 import structlog
@@ -29,7 +25,7 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    make_wsgi_app,
+    start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -38,23 +34,21 @@ from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
+from odma_service.service.door.handlers import CallShape
 from odma_service.service.pools.registry import Registry
-from odma_service.service.watch.observed import CallObserver, Watch
-from odma_service.service.watch.witness import OP_NAMES, Tally
+from odma_service.service.watch.observed import CallObserver, CallWatch
+from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
 
 BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
 SLOWEST_CLIENT_SECONDS = 10.0
 SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
-if TYPE_CHECKING:
-    from odma_service.service.watch.observed import Handler
-
 log = structlog.get_logger()
 
 
 class Reading(NamedTuple):
-    """What a scrape copies out of one pool."""
+    """The numbers that a scrape copies out of one pool."""
 
     spec: PoolSpec
     policy: PolicyRecord
@@ -64,7 +58,7 @@ class Reading(NamedTuple):
     completions: list[Completion]
     classes: list[ClassHistory]
     tenants: list[TenantUse]
-    tally: Tally
+    refusals: RefusalCounts
 
 
 Value = Callable[[Reading], float]
@@ -119,7 +113,7 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     (
         "preemption_advice",
         "Refusals that named whom to preempt, since the service started.",
-        lambda r: r.tally.advised,
+        lambda r: r.refusals.advised,
     ),
 )
 
@@ -186,7 +180,9 @@ LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
         "refusals",
         "Operations refused, since the service started.",
         ("operation", "reason"),
-        lambda r: (((op, reason.name), r.tally.refusals[op, reason]) for op, reason in REFUSABLE),
+        lambda r: (
+            ((op, reason.name), r.refusals.by_reason[op, reason]) for op, reason in REFUSABLE
+        ),
     ),
     (
         "safety_hits",
@@ -220,7 +216,7 @@ REFUSABLE: list[tuple[str, Reason]] = [
     for op, reasons in ((Allocate, Reason), (Extend, Reason), (Trim, BY_HANDLE), (Free, BY_HANDLE))
     for reason in reasons
 ]
-"""Every refusal there can be has a series from the start, so that the first one shows."""
+"""Every possible refusal has a series from the start: so its first increase shows."""
 
 
 def _numbered(values: Iterable[float]) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -245,8 +241,8 @@ def _class_quantiles(
 def coverage(completions: Iterable[Completion]) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield for each level the share of predicted completions that were at most its quantile.
 
-    A completion that stopped at its limit within the quantile tells nothing of it and is left
-    out; beyond the quantile it is a miss like any other.
+    A completion that stopped at its limit within the quantile is left out: its full length is not
+    known. Beyond the quantile it is a miss like any other.
     """
     for i, level in enumerate(QUANTILE_LEVELS):
         told = [
@@ -263,10 +259,10 @@ class PoolCollector(Collector):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._witness = registry.witness
+        self._telemetry = registry.telemetry
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every family; those of pools are empty while the service drains."""
+        """Yield every family; the families of pools are empty while the service drains."""
         readings = list(self._readings())
         for metric in (GaugeMetricFamily, CounterMetricFamily):
             gauges = metric is GaugeMetricFamily
@@ -314,15 +310,15 @@ class PoolCollector(Collector):
             completions,
             classes,
             tenants,
-            self._witness.tally(name),
+            self._telemetry.refusals(name),
         )
 
     def _of_the_service(self) -> Iterator[Metric]:
         events = CounterMetricFamily("odma_events", "Events of pools.", labels=["kind"])
-        for kind, count in self._witness.events.counts().items():
+        for kind, count in self._telemetry.events.counts().items():
             events.add_metric([kind.name.lower()], count)
         yield events
-        decisions = self._witness.decisions
+        decisions = self._telemetry.decisions
         if decisions is not None:
             for name, text, count in (
                 ("written", "Records in the decision log.", decisions.written),
@@ -335,8 +331,8 @@ class PoolCollector(Collector):
 class RpcMetrics(CallObserver):
     """Counts calls and times answers.
 
-    Of a stream of requests each answer is timed from the request before it; a stream that answers
-    one request is not timed.
+    In a stream of requests each answer is timed from the request before it. A stream of answers
+    to one request is not timed.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -355,24 +351,24 @@ class RpcMetrics(CallObserver):
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
 
-    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
-        return _StopWatch(self, rpc, handler)
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
+        return _StopWatch(self, rpc, shape)
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, handler: Handler) -> None:
+    def __init__(self, metrics: RpcMetrics, rpc: str, shape: CallShape) -> None:
         self._metrics = metrics
         self._rpc = rpc
         self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = not handler.response_streaming
-        self._times_answers = handler.request_streaming
+        self._times_call = shape is CallShape.UNARY
+        self._times_answers = shape in {CallShape.BOTH_STREAMS, CallShape.BOTH_BY_CALLBACK}
         self._running = metrics.running.labels(rpc)
         self._running.inc()
         self._begun = perf_counter()
 
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         self._begun = perf_counter()
 
     def answered(self) -> None:
@@ -388,49 +384,33 @@ class _StopWatch:
 
 @contextmanager
 def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
-    """Serve a registry over HTTP at host:port; yield the address that was really taken.
+    """Serve a registry over HTTP at host:port; yield the address with the port really taken.
 
-    Without an address nothing listens. Raises OdmaError if it cannot be bound.
+    Without an address nothing listens. Raises OdmaError if the address cannot be bound.
     """
     if not address:
         yield ""
         return
     host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    kind = _Server6 if ":" in host else _Server
     try:
-        server = kind((host, int(port)), _QuietHandler)
+        server, _ = start_http_server(int(port), host.strip("[]"), registry)
     except OSError as error:
         raise OdmaError(f"cannot serve metrics on {address}: {error.strerror}") from None
-    server.set_app(make_wsgi_app(registry))
-    Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    server.RequestHandlerClass.timeout = SLOWEST_CLIENT_SECONDS  # type: ignore[attr-defined]
+    server.handle_error = _broke_off  # type: ignore[method-assign]  # it would print a traceback
     try:
-        yield f"{address.rpartition(':')[0]}:{server.server_port}"
+        yield f"{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a scrape broke off", client=str(client_address))
-
-
-class _Server6(_Server):
-    address_family = AF_INET6
-
-
-class _QuietHandler(WSGIRequestHandler):
-    timeout = SLOWEST_CLIENT_SECONDS
-
-    def log_message(self, *args: Any) -> None:
-        pass
+def _broke_off(request: object, client_address: object) -> None:
+    log.debug("a scrape broke off", client=str(client_address))
 
 
 def metrics_of(pools: Registry) -> CollectorRegistry:
-    """Return all that a service has to tell, but for what its calls do: see RpcMetrics."""
+    """Return all metrics of a service but those of its calls: see RpcMetrics."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each series, of no use to Prometheus 2
     registry = CollectorRegistry()
     registry.register(PoolCollector(pools))

@@ -1,11 +1,11 @@
 """OpenTelemetry traces: a span for each call, and one for each batch of a stream.
 
-A call continues the trace that its metadata name (W3C traceparent). A batch of a stream cannot,
-for its request has no metadata: it begins a trace of its own, linked to the span of the stream,
-which may last for days, and is sampled by itself.
+A call continues the trace that its metadata name (W3C traceparent). A batch of a stream has no
+metadata. So it begins a trace of its own, linked to the span of the stream, and is sampled by
+itself; a stream may last for days.
 
-What is in a span: docs/reference/observability.md. Where spans go, and how many, is set by the
-OTEL_* variables that all of OpenTelemetry reads. The extra `otel` has to be installed.
+docs/reference/observability.md lists the contents of a span. The OTEL_* variables, common to all
+of OpenTelemetry, set the receiver and the share of calls. The extra `otel` has to be installed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from threading import Lock, Thread
-from typing import TYPE_CHECKING
 
 import grpc
 import structlog
 
 from odma_service.errors import OdmaError
-from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, Watch
+from odma_service.service.door.handlers import CallShape
+from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, CallWatch
 from odma_service.service.watch.spans import Spans
-from odma_service.service.watch.witness import OP_NAMES
+from odma_service.service.watch.telemetry import OP_NAMES
 from odma_service.values import Copy, Op, Refusal, Result
 
 try:
@@ -38,16 +38,13 @@ try:
 except ImportError:
     raise OdmaError("traces need OpenTelemetry: pip install 'odma-service[otel]'") from None
 
-if TYPE_CHECKING:
-    from odma_service.service.watch.observed import Handler
-
 FLUSH_SECONDS = 3.0
-"""So long the last spans may take at shutdown; a collector that is gone loses them."""
+"""The last spans may take so long at shutdown; without a collector they are lost."""
 
 PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 UNTRACED = ("grpc.health.", "grpc.reflection.")
-"""Calls of nobody's interest: probes, and who lists the services."""
+"""Calls without a span: health probes, and listings of the services."""
 
 FAULTS = {
     grpc.StatusCode.UNKNOWN,
@@ -57,14 +54,14 @@ FAULTS = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DATA_LOSS,
 }
-"""What makes a server's span an error: semantic conventions for gRPC, "Recording errors"."""
+"""Statuses that make a server's span an error: conventions for gRPC, "Recording errors"."""
 
 
 log = structlog.get_logger()
 
 
-class Traces(Spans):
-    """Spans that are sent to a collector, in a thread of their own; what it cannot take is lost."""
+class OtelSpans(Spans):
+    """Spans sent to a collector, in a thread of their own; those that it cannot take are lost."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -72,7 +69,7 @@ class Traces(Spans):
 
     def observer(self) -> CallObserver:
         """Return the interceptor that makes the spans of calls. It has to be the first."""
-        return _RpcTraces(self._tracer)
+        return _RpcSpans(self._tracer)
 
     def part(self, name: str) -> AbstractContextManager[object]:
         return self._tracer.start_as_current_span(
@@ -111,14 +108,14 @@ class Traces(Spans):
         trace.get_current_span().add_event(kind, {"odma.pool": pool, "odma.reason": reason})
 
     def close(self) -> None:
-        # Told how long it may take, the SDK does not listen.
+        # The SDK ignores a limit of time.
         flush = Thread(target=self._provider.shutdown, name="traces", daemon=True)
         flush.start()
         flush.join(FLUSH_SECONDS)
 
 
-def traces() -> Traces:
-    """Return traces that go where the OTEL_* variables say. Raises OdmaError."""
+def otel_spans() -> OtelSpans:
+    """Return spans sent as the OTEL_* variables say. Raises OdmaError."""
     for variable in PROTOCOL_VARIABLES:
         if os.environ.get(variable, "grpc") != "grpc":
             raise OdmaError(f"{variable}: traces are sent by grpc only")
@@ -129,27 +126,28 @@ def traces() -> Traces:
     provider = TracerProvider(resource=Resource.create({**ours, **theirs}), shutdown_on_exit=False)
     try:
         exporter = OTLPSpanExporter()
-    except Exception as error:  # noqa: BLE001  whatever it makes of a variable that is wrong
+    except Exception as error:  # noqa: BLE001  a wrong variable may raise anything
         raise OdmaError(f"traces cannot be sent: {error}") from None
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    return Traces(provider)
+    return OtelSpans(provider)
 
 
-class _RpcTraces(CallObserver):
+class _RpcSpans(CallObserver):
     def __init__(self, tracer: trace.Tracer) -> None:
         super().__init__()
         self._tracer = tracer
 
-    def watch(self, rpc: str, handler: Handler, context: grpc.ServicerContext) -> Watch:
+    def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
         if rpc.startswith(UNTRACED):
             return _Unwatched()
         sent = {key: value for key, value in context.invocation_metadata() if type(value) is str}
         span = _Span(self._tracer, rpc, parent=propagate.extract(sent))
-        return _Steps(span, self._tracer, rpc) if handler.request_streaming else span
+        one_request = shape in {CallShape.UNARY, CallShape.SERVER_STREAM}
+        return span if one_request else _Steps(span, self._tracer, rpc)
 
 
 class _Unwatched:
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         pass
 
     def answered(self) -> None:
@@ -160,7 +158,7 @@ class _Unwatched:
 
 
 class _Span(_Unwatched):
-    """A span of a call, and the one that what happens in this thread belongs to."""
+    """A span of a call, and the current span of the thread that answers it."""
 
     def __init__(
         self,
@@ -199,7 +197,7 @@ class _Steps:
         self._rpc = rpc
         self._step: _Span | None = None
 
-    def asked(self) -> None:
+    def asked(self, request: object) -> None:
         stream = trace.Link(self._stream.span.get_span_context())
         self._step = _Span(self._tracer, self._rpc, parent=contexts.Context(), links=[stream])
 
@@ -217,7 +215,7 @@ class _Steps:
 
 
 class _ToLog(logging.Handler):
-    """What the SDK complains of, among the lines of our own log."""
+    """Puts complaints of the SDK among the lines of our own log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log.warning("traces", reason=record.getMessage())

@@ -117,11 +117,7 @@ static odma_report report_of(odma_arena *arena) {
 }
 
 static odma_op allocate_op(const char *id, uint32_t prompt_tokens) {
-    odma_op op = {.kind = ODMA_OP_ALLOCATE,
-                  .prompt_tokens = prompt_tokens,
-                  .max_total_tokens = ODMA_UNSET,
-                  .overflow_risk = -1,
-                  .quantiles = {-1}};
+    odma_op op = {.kind = ODMA_OP_ALLOCATE, .prompt_tokens = prompt_tokens};
     memcpy(op.request_id, id, strnlen(id, ODMA_ID_BYTES));
     return op;
 }
@@ -144,7 +140,6 @@ static void begin_step(odma_arena *arena) {
     step.batch = (odma_batch){.epoch = report.epoch,
                               .seq = report.seq + 1,
                               .completed_seq = report.seq,
-                              .max_copy_tokens = ODMA_UNSET,
                               .used = step.used,
                               .ops = step.ops};
     step.answer.results = step.results;
@@ -394,6 +389,8 @@ static void a_bad_geometry_makes_no_file(void) {
         const uint32_t over[] = {ODMA_MAX_BLOCKS + 1, 2048, ODMA_MAX_REGIONS + 1, ODMA_MAX_OPS + 1,
                                  ODMA_MAX_COPIES + 1, UINT32_MAX, 48};
         *fields[field / 2] = field % 2 ? over[field / 2] : 0;
+        GIVES(ODMA_INVALID, odma_geometry_check(&bad, reason));
+        if (field > 0 && field % 2 == 0) continue; /* create takes the default */
         GIVES(ODMA_INVALID, odma_arena_create(path, &bad, &arena, reason));
         CHECK(access(path, F_OK) != 0);
     }
@@ -406,13 +403,12 @@ static void a_bad_engine_or_epoch_changes_nothing(void) {
     odma_arena *arena = fresh();
     allocate_one(arena, "a", 100);
     odma_report before = report_of(arena);
-    for (int i = 0; i < 10; i++) {
+    for (int i = 1; i < 10; i++) {
         odma_engine bad = ENGINE;
-        if (i == 0) bad.moves = 0;
         if (i == 1) bad.moves = 4;
         if (i == 2) bad.single_ordered_stream = 2;
         if (i == 3) bad.copies_may_overlap = 2;
-        if (i == 4) bad.planes = 0;
+        if (i == 4) bad.moves = UINT32_MAX;
         if (i == 5) bad.descriptor_seconds = -1;
         if (i == 6) bad.descriptor_seconds = (double)NAN;
         if (i == 7) bad.token_seconds = -1;
@@ -489,9 +485,12 @@ static void a_bad_policy_is_not_installed(void) {
         if (i == 31) bad.tenants[2].maximum_share = 1.1;
         if (i == 32) bad.tenants[2].maximum_share = (double)NAN;
         if (i == 33) bad.safety_share = 0.26; /* 0.75 are guaranteed */
+        GIVES(ODMA_INVALID, odma_policy_check(&bad, reason));
+        if (i == 0 || i == 2 || i == 4 || i == 21 || i == 30) continue; /* unset: the default */
         GIVES(ODMA_INVALID, odma_arena_set_policy(arena, &bad, 0));
     }
     odma_policy good = POLICY;
+    OK(odma_policy_check(&good, reason));
     GIVES(ODMA_VERSION, odma_arena_set_policy(arena, &good, before.version + 1));
     OK(odma_arena_policy(arena, &after));
     CHECK(memcmp(&before, &after, sizeof after) == 0);
@@ -590,10 +589,10 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
     cases[13].op.prompt_tokens = 0;
     cases[14].op.prompt_tokens = UINT32_MAX;
     cases[15].op.generated_tokens = UINT32_MAX; /* and their sum wraps around */
-    cases[16].op.max_total_tokens = 0;
+    cases[16].op.given = ODMA_GIVEN_MAX_TOTAL;
     cases[17].op.max_total_tokens = 256 * 16 + 1;
-    cases[18].op.overflow_risk = 1.5F;
-    cases[19].op.overflow_risk = NAN;
+    cases[18].op.overflow_risk = -1e-300;
+    cases[19].op.overflow_risk = (double)NAN;
     for (int i = 0; i < ODMA_QUANTILES; i++) {
         cases[20].op.quantiles[i] = (float)(10 - i);
         cases[21].op.quantiles[i] = i == 3 ? NAN : 5;
@@ -609,6 +608,65 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
         CHECK(report_of(arena).live == 1);
         checked(arena);
     }
+    odma_arena_close(arena);
+}
+
+/* --- what is unset --- */
+
+static void a_zeroed_struct_asks_for_the_defaults(void) {
+    odma_arena *arena = NULL;
+    odma_geometry geometry = {.blocks = 256};
+    odma_engine engine = {0};
+    odma_policy made, policy = {0};
+    odma_result result;
+    unlink(path);
+    OK(odma_arena_create(path, &geometry, &arena, reason));
+    OK(odma_arena_policy(arena, &made));
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    CHECK(policy.version == made.version + 1 && strcmp(policy.name, "static") == 0);
+    policy.version = made.version;
+    CHECK(memcmp(&policy, &made, sizeof made) == 0);
+    OK(odma_arena_open_epoch(arena, 1, &engine, NULL, NULL, 0));
+    OK(odma_arena_engine(arena, &engine));
+    CHECK(engine.moves == ODMA_MOVES_NONE && engine.planes == 1);
+    OK(odma_arena_geometry(arena, &geometry));
+    CHECK(geometry.block_tokens == 16 && geometry.model_length_tokens == 256 * 16);
+    OK(odma_geometry_check(&geometry, reason));
+    OK(odma_policy_check(&policy, reason));
+
+    odma_op op = {.kind = ODMA_OP_ALLOCATE, .request_id = "a", .prompt_tokens = 10};
+    OK(odma_arena_unary(arena, 1, &op, &result));
+    CHECK(result.outcome == ODMA_PLACED && result.length == 256);
+    odma_arena_close(arena);
+    OK(odma_arena_attach(path, &(odma_geometry){.blocks = 256}, NULL, &arena, reason));
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void a_zero_that_is_meant_is_given(void) {
+    odma_arena *arena = fresh();
+    uint64_t grows = allocate_one(arena, "grows", 16);
+    allocate_one(arena, "behind", 16);
+    for (int copies = 0; copies < 2; copies++) {
+        begin_step(arena);
+        step.batch.given = copies ? 0 : ODMA_GIVEN_MAX_COPY;
+        add_op(extend_op(grows, 200));
+        OK(run_step(arena));
+        CHECK(step.results[0].outcome == (copies ? ODMA_PLACED : ODMA_REFUSED));
+        CHECK(copies || step.results[0].reason == ODMA_REASON_COPY_BUDGET);
+    }
+    odma_policy policy = POLICY;
+    policy.start = ODMA_START_QUANTILE;
+    OK(odma_arena_set_policy(arena, &policy, 0));
+    for (int given = 0; given < 2; given++) {
+        begin_step(arena);
+        add_op(allocate_op(given ? "empty answer" : "no prediction", 160));
+        step.ops[0].max_total_tokens = 640;
+        step.ops[0].given = given ? ODMA_GIVEN_QUANTILES : 0;
+        OK(run_step(arena));
+        CHECK(step.results[0].length == (given ? 12 : 40)); /* 161 in steps of 64, or all */
+    }
+    checked(arena);
     odma_arena_close(arena);
 }
 
@@ -722,7 +780,7 @@ static void the_stored_answer_survives_and_knows_its_body(void) {
         CHECK(memcmp(step.results, first.results, sizeof *step.results) == 0);
     }
     struct step other = step;
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 14; i++) {
         step = other;
         step.batch.ops = step.ops;
         if (i == 0) step.ops[0].prompt_tokens++;
@@ -732,11 +790,13 @@ static void the_stored_answer_survives_and_knows_its_body(void) {
         if (i == 4) step.ops[0].generated_tokens++;
         if (i == 5) step.ops[0].max_total_tokens = 2048;
         if (i == 6) step.ops[0].guess_tokens = 1;
-        if (i == 7) step.ops[0].overflow_risk = 0.5F;
-        if (i == 8) step.ops[0].has_text = 1;
+        if (i == 7) step.ops[0].overflow_risk = 0.5;
+        if (i == 8) step.ops[0].text_digest[1] = 1;
         if (i == 9) step.batch.pass_refused = 1;
-        if (i == 10) step.batch.max_copy_tokens = 0;
+        if (i == 10) step.batch.given = ODMA_GIVEN_MAX_COPY;
         if (i == 11) step.batch.op_count = 0;
+        if (i == 12) step.ops[0].given = ODMA_GIVEN_RISK;
+        if (i == 13) step.ops[0].given = ODMA_GIVEN_MAX_TOTAL;
         insist_status(run_step(arena), ODMA_SEQ_CHANGED, "another body", i);
         insist_status(odma_arena_replay(arena, &step.batch, &step.answer), ODMA_SEQ_CHANGED,
                       "another body", i);
@@ -881,8 +941,7 @@ static void the_largest_batch_is_answered(void) {
     odma_copy copy;
     odma_place moved;
     odma_answer answer = {.results = results, .copies = &copy, .moved = &moved};
-    odma_batch batch = {.epoch = 1, .seq = 1, .max_copy_tokens = ODMA_UNSET,
-                        .op_count = ODMA_MAX_OPS, .used = used, .ops = ops};
+    odma_batch batch = {.epoch = 1, .seq = 1, .op_count = ODMA_MAX_OPS, .used = used, .ops = ops};
     for (uint32_t i = 0; i < ODMA_MAX_OPS; i++) {
         char id[16];
         snprintf(id, sizeof id, "%u", i);
@@ -897,9 +956,13 @@ static void the_largest_batch_is_answered(void) {
         used[i].handle = results[i].handle;
         ops[i] = i % 2 ? extend_op(results[i].handle, 256) : free_op(results[i].handle, 100);
     }
-    batch = (odma_batch){.epoch = 1, .seq = 2, .completed_seq = 1, .max_copy_tokens = ODMA_UNSET,
-                         .used_count = ODMA_MAX_OPS, .op_count = ODMA_MAX_OPS,
-                         .used = used, .ops = ops};
+    batch = (odma_batch){.epoch = 1,
+                         .seq = 2,
+                         .completed_seq = 1,
+                         .used_count = ODMA_MAX_OPS,
+                         .op_count = ODMA_MAX_OPS,
+                         .used = used,
+                         .ops = ops};
     OK(odma_arena_apply(arena, &batch, &answer));
     checked(arena);
     CHECK(answer.copy_count <= 1 && answer.moved_count <= 1);
@@ -1018,7 +1081,6 @@ static void batches_on_many_regions_keep_every_rule(void) {
         odma_batch batch = {.epoch = 1,
                             .seq = seq,
                             .completed_seq = seq - 1,
-                            .max_copy_tokens = ODMA_UNSET,
                             .pass_refused = 1,
                             .op_count = BATCH,
                             .ops = ops};
@@ -1655,6 +1717,8 @@ static const struct {
     FACT(a_bad_policy_is_not_installed),
     FACT(a_bad_batch_consumes_no_seq),
     FACT(a_bad_value_is_the_result_of_its_operation),
+    FACT(a_zeroed_struct_asks_for_the_defaults),
+    FACT(a_zero_that_is_meant_is_given),
     FACT(an_epoch_ends_with_its_books_and_keeps_what_was_learnt),
     FACT(an_epoch_ends_while_runs_wait),
     FACT(a_batch_may_move_more_regions_than_live_at_once),

@@ -61,7 +61,7 @@ static uint64_t any_handle(struct engine *engine, struct input *input) {
 
 static odma_op any_op(struct engine *engine, struct input *input) {
     odma_op op = {.kind = take(input, 16) == 0 ? take(input, 8) : 1 + take(input, 4)};
-    op.overflow_risk = take(input, 4) == 0 ? (float)take(input, 200) / 128 : -1;
+    op.overflow_risk = take(input, 4) == 0 ? take(input, 200) / 128.0 : 0;
     op.handle = any_handle(engine, input);
     op.end = take(input, 6);
     op.output_tokens = take(input, 512);
@@ -69,14 +69,14 @@ static odma_op any_op(struct engine *engine, struct input *input) {
     op.want_tokens = take(input, 3) == 0 ? take(input, 1024) : 0;
     op.prompt_tokens = take(input, 256);
     op.generated_tokens = take(input, 4) == 0 ? take(input, 64) : 0;
-    op.max_total_tokens = take(input, 8) == 0 ? ODMA_UNSET : take(input, 2048);
+    op.max_total_tokens = take(input, 8) == 0 ? 0 : take(input, 2048);
     op.request_id[0] = (char)take(input, 20);
     op.request_class[0] = (char)take(input, 70);
     op.tenant[0] = (char)take(input, 3);
-    op.quantiles[0] = -1;
     if (take(input, 3) == 0)
         for (int i = 0; i < ODMA_QUANTILES; i++)
             op.quantiles[i] = (i == 0 ? 0 : op.quantiles[i - 1]) + (float)take(input, 64);
+    op.given = take(input, 32);
     return op;
 }
 
@@ -114,7 +114,8 @@ static void any_batch(struct engine *engine, struct input *input) {
     odma_batch batch = {.epoch = engine->epoch,
                         .seq = engine->seq + (take(input, 24) != 0),
                         .completed_seq = engine->seq - take(input, 3),
-                        .max_copy_tokens = take(input, 4) == 0 ? take(input, 512) : ODMA_UNSET,
+                        .max_copy_tokens = take(input, 4) == 0 ? take(input, 512) : 0,
+                        .given = take(input, 2) * ODMA_GIVEN_MAX_COPY,
                         .pass_refused = take(input, 2),
                         .used_count = take(input, REGIONS + 1),
                         .op_count = take(input, OPS + 1),

@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "arena.h"
+#include "arena/arena.h"
 #include "fuzz.h"
 
 enum { REGIONS = 6, OPS = 8, COPIES = 16 };
@@ -47,7 +47,6 @@ static odma_status apply(odma_arena *arena, uint64_t seq, odma_op *ops, uint32_t
     odma_batch batch = {.epoch = epoch,
                         .seq = seq,
                         .completed_seq = seq - 1,
-                        .max_copy_tokens = ODMA_UNSET,
                         .op_count = count,
                         .ops = ops};
     return odma_arena_apply(arena, &batch, &answer);
@@ -59,8 +58,6 @@ static void fill(odma_op *ops, uint32_t count, char first) {
         ops[i] = (odma_op){.kind = ODMA_OP_ALLOCATE,
                            .prompt_tokens = 40 + 8 * i,
                            .max_total_tokens = 128,
-                           .overflow_risk = -1,
-                           .quantiles = {-1},
                            .request_id = {(char)(first + (char)i)}};
 }
 
@@ -70,7 +67,7 @@ static void write_file(const uint8_t *bytes, size_t size) {
     close(file);
 }
 
-/* The sum of file.c, written once more: a file whose sums agree gets further. */
+/* The sum of record.c, written once more: a file whose sums agree gets further. */
 static void mend_books_sum(uint8_t *bytes) {
     uint64_t sum = 0;
     for (uint64_t place = 0; place < books_bytes; place += 8) {

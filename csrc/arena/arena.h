@@ -1,0 +1,252 @@
+/* arena.h - an arena's books and indexes, which the files of this room share.
+ *
+ * The books are plain memory, as it lies in a pool's file (record.c draws it),
+ * divided into granules of 32 bytes. The process works on a copy of them, marks
+ * the granules that it changes, and commits. Indexes (runs, bins, request ids,
+ * accounts) live in process memory only and are rebuilt from the books.
+ *
+ *   change.c, read.c      the doors: they take the lock; those of change.c commit
+ *   file.c                a file made, attached, closed
+ *   batch.c               a whole batch; digest.c, prefetch.c look at it first
+ *   record.c              the bytes of the file, and how they change
+ *   ops.c, check.c        one operation; every rule
+ *   plan.c                where a region goes, and what has to move for it
+ *   index.c               all indexes emptied, or built from the books
+ *   policy.c, shares.c    lengths and admission; what tenants hold and may claim
+ *   learn.c               histograms and completions
+ *   slots.c, runs.c       who holds what; the blocks in address order
+ *   bins.c, ids.c         free runs by length; regions by request id
+ *   defaults.c            what a field that is 0 means
+ *   base.c                what all of them use
+ *   limits.c              optimal bucket limits, which need no arena
+ */
+#ifndef ODMA_ARENA_H
+#define ODMA_ARENA_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../odma.h"
+
+enum {
+    GRANULE_BYTES = 32,
+    LINE_BYTES = 64,     /* of a cache */
+    RECORDS = 3,         /* two batches take turns, the third is for the rest */
+    RECORD_OTHER = 2,
+    SLOT_BITS = 20,      /* of a handle; the rest is the generation */
+    HANDLE_SLOT = (1 << SLOT_BITS) - 1,
+    SLOT_FREE = 0,       /* else an odma_region_state */
+    STATS = ODMA_CLASSES + 2,
+    EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
+    SUB_BINS = 64,       /* longer ones: bins per power of two */
+    FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
+    MOST_OUTPUT_TOKENS = 1 << 24
+};
+
+static const uint32_t NONE = UINT32_MAX;
+static const double LEVELS[ODMA_QUANTILES] = {0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99};
+static const uint64_t MAX_WIRE = (uint64_t)1 << 53;
+static const uint64_t NO_BATCH = UINT64_MAX;
+
+/* --- the books, as they lie in the file --- */
+
+struct slot {
+    uint32_t state;
+    uint32_t generation;  /* of the last handle issued for this slot */
+    uint32_t start;
+    uint32_t length;
+    uint32_t used_tokens; /* live: as said in batch `seq`, else it counts as full */
+    float overflow_risk;  /* live: accepted for it */
+    uint64_t seq;         /* waiting: the completed_seq that frees it */
+};
+
+/* What a region is held for. Its id and its prediction are in arrays of their
+ * own, for few operations look at them. */
+struct request {
+    uint64_t birth;       /* order of its allocate in this epoch */
+    uint64_t tenant;      /* hash of its name */
+    uint32_t prompt_tokens;
+    uint32_t generated_tokens;
+    uint32_t max_total_tokens;
+    uint16_t class_index;
+    uint16_t predicted;   /* 1: there is a prediction */
+};
+
+struct cell {
+    struct slot slot;
+    struct request request;
+};
+
+struct prediction {
+    float quantiles[ODMA_QUANTILES]; /* [0] < 0: none */
+    float pad;
+    float raw[ODMA_QUANTILES];
+    float more_pad;
+};
+
+struct stats {
+    double increment;     /* weight of the next completion: grows, so old ones decay */
+    uint64_t completions;
+    uint64_t pad[2];
+    double bins[4][ODMA_BINS]; /* output finished, censored; total finished, censored */
+    odma_completion ring[ODMA_RING];
+};
+
+/* An allocate within a guarantee that found no room. */
+struct claim {
+    uint64_t turn;        /* when it was last asked for; 0: no claim */
+    uint32_t blocks;
+    uint32_t request;     /* hash of its id */
+};
+
+struct books {
+    uint64_t epoch;       /* 0: none is running */
+    uint64_t last_epoch;
+    uint64_t seq;
+    uint64_t completed_seq;
+    uint64_t births;
+    char boot_id[ODMA_BOOT_BYTES];
+    uint32_t class_count;
+    uint32_t description_bytes;
+    uint64_t turns;       /* batches and unary calls */
+    uint64_t pad[3];
+    odma_engine engine;
+    odma_counters counters;
+    odma_policy policy;   /* from here on a batch marks only what it changes */
+    struct claim claims[ODMA_TENANTS]; /* of the policy's tenants */
+    char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
+    uint8_t description[ODMA_DESCRIPTION_BYTES];
+    struct stats stats[STATS];
+    /* then table_size cells, as many request ids, as many predictions */
+};
+
+_Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
+_Static_assert(sizeof(struct request) == GRANULE_BYTES, "a request is one granule");
+_Static_assert(sizeof(struct prediction) % GRANULE_BYTES == 0, "predictions are whole granules");
+_Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
+_Static_assert(sizeof(struct books) % LINE_BYTES == 0,
+               "cells, ids and predictions are cache lines");
+
+/* --- indexes in process memory --- */
+
+/* What one batch has noted about a slot, valid if tick is the step's. */
+struct note {
+    uint32_t tick;
+    bool moved, pinned, listed, placed;
+};
+
+/* A run of blocks in address order: run i < table_size is slot i, the others
+ * are free runs. */
+struct run {
+    uint32_t start;
+    uint32_t length;
+    uint32_t prev, next;   /* in address order */
+    union {
+        uint32_t bin_prev; /* free runs of one bin */
+        uint32_t id_hash;  /* of a live slot's request id */
+    };
+    uint32_t bin_next;     /* free runs of one bin; free ids */
+    struct note note;
+};
+
+/* A request id's place in the table of ids. */
+struct entry {
+    uint32_t slot;         /* NONE: nothing */
+    uint32_t hash;
+};
+
+/* What one tenant holds in live regions. */
+struct account {
+    uint64_t tenant;       /* hash of its name */
+    uint32_t blocks;
+    uint32_t regions;
+    uint32_t owner;        /* index in the policy, NOT_NAMED; NO_ACCOUNT: nothing */
+    uint32_t pad;
+};
+
+/* A slot that the step has moved, and where it was before. */
+struct move {
+    uint32_t slot;
+    uint32_t first_start;
+};
+
+/* The batch in hand, or the operation that stands alone. */
+struct step {
+    uint64_t seq;                /* used_tokens said in it hold; NO_BATCH: none */
+    uint32_t tick;               /* of its notes */
+    uint32_t safety_blocks;      /* that admission must leave free */
+    uint32_t *hashes;            /* of its allocates' request ids */
+    uint32_t *freed_slots;       /* by it, as far as can be seen: at most max_ops */
+    struct move *moved;          /* at most max_copies */
+    uint32_t moved_count;
+    uint32_t moves;              /* moves so far, copied or not */
+    uint32_t pins;
+    uint32_t held_up;            /* bit i: an operation of the policy's tenant i was refused */
+    bool places_changed;         /* since they were put into results */
+    uint32_t copy_tokens_left;
+    odma_result *results;
+    odma_copy *copies;
+    uint32_t copy_count;
+    odma_place *places;
+    uint32_t place_count;
+};
+
+struct layout {
+    uint64_t record_bytes;
+    uint64_t results, copies, moved, indexes, granules; /* offsets in a record */
+    uint64_t books_offset;
+    uint64_t books_bytes;
+    uint64_t file_bytes;
+    uint32_t record_granules;    /* room for changed granules */
+    uint32_t table_size;
+};
+
+struct odma_arena {
+    pthread_mutex_t lock;
+    odma_geometry geometry;
+    struct layout layout;
+    int descriptor;
+    uint8_t *map;
+    volatile uint32_t *fork_mark; /* a page that a forked child sees zeroed */
+    uint64_t lsn;                /* of the last commit */
+    uint64_t sum;                /* of the file's books */
+    bool broken;
+    bool rebooted;
+    uint32_t recovery;           /* odma_recovery */
+    bool rescale;                /* some histogram's weights have grown too large */
+
+    struct books *books;
+    struct cell *cells;
+    char (*request_ids)[ODMA_ID_BYTES];
+    struct prediction *predictions;
+
+    uint32_t *dirty;             /* granules changed since the last commit */
+    uint32_t dirty_count;
+    uint64_t *dirty_bits;
+
+    struct run *runs;
+    uint32_t first_run, last_run;
+    uint32_t spare_runs;         /* free ids, chained by bin_next */
+    uint32_t bins[FREE_BINS];
+    uint64_t bin_bits[(FREE_BINS + 63) / 64];
+    uint32_t free_runs, free_blocks;
+    uint32_t live, waiting, waiting_blocks;
+    uint32_t *spare_slots;       /* a stack */
+    uint32_t spare_slot_count;
+    uint32_t *waits;             /* waiting slots, oldest seq first: a ring */
+    uint32_t waits_first;
+    struct entry *ids;           /* of request ids, open addressing */
+    uint32_t ids_mask;
+    struct account *accounts;    /* by tenant, open addressing, while it `limits` any */
+    uint32_t accounts_mask, account_count;
+    uint32_t named[ODMA_TENANTS]; /* places of the policy's tenants among them */
+    bool limits;                 /* the policy limits tenants */
+    uint32_t bin_upper[ODMA_BINS];
+
+    struct side *sides;          /* scratch of the planner and of index.c */
+    struct step step;
+};
+
+#endif

@@ -1,0 +1,139 @@
+/* base.c - what every file of this room uses: sums of bytes, the changed granules
+ * of the books, the arena's lock, and sentences of refusal.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+const char *odma_status_name(odma_status status) {
+    switch (status) {
+        case ODMA_OK: return "ok";
+        case ODMA_INVALID: return "invalid argument";
+        case ODMA_EPOCH: return "the epoch is over";
+        case ODMA_SEQ_CHANGED: return "the last seq with another body";
+        case ODMA_SEQ_OLD: return "an old seq";
+        case ODMA_SEQ_GAP: return "a seq beyond the next";
+        case ODMA_VERSION: return "another policy version";
+        case ODMA_NOT_FOUND: return "not found";
+        case ODMA_EXISTS: return "exists already";
+        case ODMA_LOCKED: return "open elsewhere";
+        case ODMA_FOREIGN: return "not our file";
+        case ODMA_MISMATCH: return "another layout or geometry";
+        case ODMA_CORRUPT: return "corrupt";
+        case ODMA_NO_SPACE: return "no space";
+        case ODMA_IO: return "input/output error";
+        case ODMA_BROKEN: return "the file changed under the arena";
+        case ODMA_FORKED: return "attached by the parent process";
+    }
+    return "unknown status";
+}
+
+static odma_status __attribute__((format(printf, 3, 4)))
+refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    if (reason != NULL) vsnprintf(reason, ODMA_REASON_BYTES, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+static bool within(double value, double least, double most) {
+    return value >= least && value <= most; /* false for NaN */
+}
+
+/* --- hashes --- */
+
+/* The finalizer of MurmurHash3: a bijection that spreads every bit. */
+static inline uint64_t mix(uint64_t value) {
+    value ^= value >> 33;
+    value *= 0xff51afd7ed558ccdULL;
+    value ^= value >> 33;
+    value *= 0xc4ceb9fe1a85ec53ULL;
+    return value ^ (value >> 33);
+}
+
+/* One step of a quick hash, whose end is to be mixed. */
+static inline uint64_t stir(uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+    return hash << 29 | hash >> 35;
+}
+
+static inline uint64_t word_at(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return word;
+}
+
+static uint64_t hash_bytes(const void *bytes, size_t count) {
+    const uint8_t *from = bytes;
+    uint64_t hash = count;
+    for (; count >= 8; count -= 8, from += 8) {
+        uint64_t word;
+        memcpy(&word, from, 8);
+        hash = stir(hash, word);
+    }
+    uint64_t rest = 0;
+    memcpy(&rest, from, count);
+    return mix(stir(hash, rest));
+}
+
+/* --- changes of the books --- */
+
+/* A granule is about to be committed. */
+static inline void mark_granule(odma_arena *arena, uint32_t granule) {
+    uint64_t bit = (uint64_t)1 << (granule % 64);
+    if (arena->dirty_bits[granule / 64] & bit) return;
+    arena->dirty_bits[granule / 64] |= bit;
+    arena->dirty[arena->dirty_count++] = granule;
+}
+
+static void books_mark(odma_arena *arena, const void *object, size_t bytes) {
+    size_t offset = (size_t)((const uint8_t *)object - (const uint8_t *)arena->books);
+    uint32_t last = (uint32_t)((offset + bytes - 1) / GRANULE_BYTES);
+    for (uint32_t i = (uint32_t)(offset / GRANULE_BYTES); i <= last; i++) mark_granule(arena, i);
+}
+
+static inline uint32_t granule_of_slot(uint32_t slot) {
+    return (uint32_t)((sizeof(struct books) + slot * sizeof(struct cell)) / GRANULE_BYTES);
+}
+static inline void mark_slot(odma_arena *arena, uint32_t slot) {
+    mark_granule(arena, granule_of_slot(slot));
+}
+
+/* Whether two granules differ. */
+static inline bool differ(const uint8_t *a, const uint8_t *b) {
+    return ((word_at(a) ^ word_at(b)) | (word_at(a + 8) ^ word_at(b + 8)) |
+            (word_at(a + 16) ^ word_at(b + 16)) | (word_at(a + 24) ^ word_at(b + 24))) != 0;
+}
+
+/* Overwrite whole granules of the books, and mark those that change. */
+static void books_put(odma_arena *arena, void *object, const void *from, size_t bytes) {
+    uint8_t *into = object;
+    const uint8_t *source = from;
+    uint32_t granule = (uint32_t)((into - (uint8_t *)arena->books) / GRANULE_BYTES);
+    for (size_t i = 0; i < bytes; i += GRANULE_BYTES, granule++) {
+        if (!differ(into + i, source + i)) continue;
+        memcpy(into + i, source + i, GRANULE_BYTES);
+        mark_granule(arena, granule);
+    }
+}
+
+/* --- the lock --- */
+
+static odma_status leave(odma_arena *arena, odma_status status) {
+    pthread_mutex_unlock(&arena->lock);
+    return status;
+}
+
+static odma_status enter(odma_arena *arena) {
+    if (arena == NULL) return ODMA_INVALID;
+    if (*arena->fork_mark == 0) return ODMA_FORKED;
+    pthread_mutex_lock(&arena->lock);
+    if (arena->broken) return leave(arena, ODMA_BROKEN);
+    return ODMA_OK;
+}
+
+static uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {
+    uint32_t unit = arena->geometry.block_tokens;
+    return tokens / unit + (tokens % unit != 0);
+}

@@ -1,0 +1,315 @@
+/* ops.c - one operation.
+ *
+ * Whatever can fail is looked at before the first change, so there is nothing to
+ * take back: an operation is refused whole or done whole.
+ */
+#include <string.h>
+
+/* --- results --- */
+
+/* A result that says where a region lies. It is looked at again once the batch
+ * is done if an earlier result of the batch said it too. */
+static void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
+    note_of(arena, slot)->placed = true;
+    *result = (odma_result){.outcome = ODMA_PLACED,
+                            .handle = handle_of(arena, slot),
+                            .start = arena->runs[slot].start,
+                            .length = arena->runs[slot].length};
+}
+
+/* What earlier results of the batch say of a region is about to be wrong. */
+static void will_change(odma_arena *arena, uint32_t slot) {
+    arena->step.places_changed |= note_of(arena, slot)->placed;
+}
+
+static void refused(const odma_arena *arena, uint32_t reason, uint32_t rule, odma_result *result) {
+    *result = (odma_result){.outcome = ODMA_REFUSED,
+                            .reason = reason,
+                            .rule = rule,
+                            .free_blocks = arena->free_blocks,
+                            .largest_run = largest_run(arena),
+                            .waiting_blocks = arena->waiting_blocks};
+}
+
+static void invalid(const odma_arena *arena, uint32_t rule, odma_result *result) {
+    bool unknown = rule == ODMA_RULE_HANDLE_DEAD || rule == ODMA_RULE_HANDLE_UNKNOWN;
+    refused(arena, unknown ? ODMA_REASON_NOT_FOUND : ODMA_REASON_INVALID, rule, result);
+}
+
+/* A tenant's own requests keep their order, whatever its guarantee. */
+static void hold_up(odma_arena *arena, const struct standing *tenant) {
+    if (tenant->index != NONE) arena->step.held_up |= (uint32_t)1 << tenant->index;
+}
+
+/* --- free, trim, extend --- */
+
+static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
+    uint32_t rule, slot = slot_of(arena, op->handle, &rule);
+    if (op->end < ODMA_END_FINISHED || op->end > ODMA_END_PREEMPTED) rule = ODMA_RULE_END;
+    if (op->output_tokens > MOST_OUTPUT_TOKENS) rule = ODMA_RULE_OUTPUT_TOKENS;
+    if (rule == ODMA_RULE_HANDLE_DEAD) {
+        *result = (odma_result){.outcome = ODMA_ALREADY_FREE};
+        return;
+    }
+    if (rule != ODMA_RULE_NONE) {
+        invalid(arena, rule, result);
+        return;
+    }
+    will_change(arena, slot);
+    odma_counters *counters = &arena->books->counters;
+    if (op->end == ODMA_END_FINISHED || op->end == ODMA_END_HIT_LIMIT)
+        learn(arena, slot, op->output_tokens, op->end == ODMA_END_HIT_LIMIT);
+    counters->finished += op->end == ODMA_END_FINISHED;
+    counters->hit_limit += op->end == ODMA_END_HIT_LIMIT;
+    counters->preempted += op->end == ODMA_END_PREEMPTED;
+    counters->frees++;
+    drop_id(arena, slot);
+    debit_region(arena, slot);
+    arena->live--;
+    set_waiting(arena, slot);
+    *result = (odma_result){.outcome = ODMA_FREED};
+}
+
+static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
+    uint32_t rule, slot = slot_of(arena, op->handle, &rule);
+    if (slot == NONE) {
+        invalid(arena, rule, result);
+        return;
+    }
+    uint32_t blocks = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
+    if (blocks < 1 || blocks > length || op->least_tokens < used_of(arena, slot)) {
+        if (blocks != length) {
+            invalid(arena, ODMA_RULE_TO_TOKENS, result);
+            return;
+        }
+    }
+    will_change(arena, slot);
+    bool at_once = frees_at_once(arena);
+    if (blocks < length && at_once) {
+        run_cut(arena, slot, blocks);
+    } else if (blocks < length) {
+        uint32_t tail = take_slot(arena);
+        if (tail == NONE) {
+            refused(arena, ODMA_REASON_TABLE_FULL, ODMA_RULE_NONE, result);
+            return;
+        }
+        run_cut_to_slot(arena, slot, blocks, tail);
+        set_waiting(arena, tail);
+    }
+    set_place(arena, slot);
+    resize_region(arena, slot, length);
+    arena->books->counters.trims++;
+    placed(arena, slot, result);
+}
+
+static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint32_t aim) {
+    uint32_t next = arena->runs[slot].next, length = arena->runs[slot].length;
+    uint32_t most = length + (is_free_run(arena, next) ? arena->runs[next].length : 0);
+    if (most < least) return false;
+    fix_used(arena, slot);
+    run_grow(arena, slot, aim < most ? aim : most);
+    set_place(arena, slot);
+    return true;
+}
+
+/* Name who makes way for a region that cannot grow by `more` blocks: as far as
+ * its tenant's guarantee goes those that borrow, else the youngest. */
+static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_result *result) {
+    struct standing tenant = standing_of(arena, arena->cells[slot].request.tenant);
+    if (is_covered(&tenant, more)) result->preempt_handle = borrower(arena, &tenant);
+    if (result->preempt_handle == 0) result->preempt_handle = youngest(arena, &tenant);
+    hold_up(arena, &tenant);
+}
+
+static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result) {
+    uint32_t rule, slot = slot_of(arena, op->handle, &rule);
+    if (slot != NONE) {
+        uint32_t most = blocks_of(arena, arena->cells[slot].request.max_total_tokens);
+        if (op->least_tokens < 1 || blocks_of(arena, op->least_tokens) > most)
+            rule = ODMA_RULE_LEAST_TOKENS;
+        else if (op->want_tokens != 0 &&
+                 (op->want_tokens < op->least_tokens || op->want_tokens > ODMA_MAX_TOKENS))
+            rule = ODMA_RULE_WANT_TOKENS;
+    }
+    if (rule != ODMA_RULE_NONE) {
+        invalid(arena, rule, result);
+        return;
+    }
+    will_change(arena, slot);
+    odma_counters *counters = &arena->books->counters;
+    uint32_t least = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
+    if (least > length) {
+        uint32_t aim = growth_blocks(arena, slot, op->least_tokens, op->want_tokens);
+        struct plan_refusal refusal = {0};
+        bool done = grow_in_place(arena, slot, least, aim) || plan_room(arena, slot, aim, &refusal);
+        if (!done && aim > least) {
+            refusal = (struct plan_refusal){0};
+            done = plan_room(arena, slot, least, &refusal);
+        }
+        if (!done) {
+            plan_way(arena, slot, least, &refusal);
+            refused(arena, refusal.reason, ODMA_RULE_NONE, result);
+            result->copy_tokens_needed = refusal.copy_tokens_needed;
+            advise_growth(arena, slot, least - length, result);
+            counters->refused_extends++;
+            return;
+        }
+        resize_region(arena, slot, length);
+        if (arena->live > 1 && arena->free_blocks < arena->step.safety_blocks)
+            counters->safety_hits_growth++;
+    }
+    counters->extends++;
+    placed(arena, slot, result);
+}
+
+/* --- allocate --- */
+
+/* The longest total of a request: as it says, else what the model and the memory hold. */
+static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
+    if (gives_max_total(op)) return op->max_total_tokens;
+    uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
+    uint32_t longest = arena->geometry.model_length_tokens;
+    return longest < capacity ? longest : (uint32_t)capacity;
+}
+
+static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
+    uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
+    if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
+    if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
+    if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
+        return ODMA_RULE_PROMPT_TOKENS;
+    if (!within(op->overflow_risk, 0, 1)) return ODMA_RULE_OVERFLOW_RISK;
+    bool sound = are_quantiles(op->quantiles) && are_quantiles(op->raw); /* zeros are, too */
+    return sound ? ODMA_RULE_NONE : ODMA_RULE_QUANTILES;
+}
+
+static bool is_predicted(const odma_op *op) {
+    return gives_quantiles(op) || op->raw[ODMA_QUANTILES - 1] > 0; /* they ascend */
+}
+
+/* Births and allocates are counted together: the one tells the other. */
+static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, uint32_t max_total,
+                          uint64_t tenant) {
+    bool predicted = is_predicted(op);
+    arena->books->counters.allocates++;
+    arena->cells[slot].request = (struct request){
+        .birth = ++arena->books->births,
+        .tenant = tenant,
+        .prompt_tokens = op->prompt_tokens,
+        .generated_tokens = op->generated_tokens,
+        .max_total_tokens = max_total,
+        .class_index = (uint16_t)class_for(arena, op->request_class),
+        .predicted = predicted};
+    mark_granule(arena, granule_of_slot(slot) + 1);
+    books_put(arena, arena->request_ids[slot], op->request_id, ODMA_ID_BYTES);
+    if (!predicted) return;
+    struct prediction *prediction = &arena->predictions[slot];
+    *prediction = (struct prediction){.quantiles = {-1}};
+    if (gives_quantiles(op))
+        memcpy(prediction->quantiles, op->quantiles, sizeof prediction->quantiles);
+    memcpy(prediction->raw, op->raw, sizeof prediction->raw);
+    books_mark(arena, prediction, sizeof *prediction);
+}
+
+static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t hash) {
+    struct slot *region = &arena->cells[slot].slot;
+    bool batch = arena->step.seq != NO_BATCH;
+    *region = (struct slot){.state = ODMA_REGION_LIVE,
+                            .generation = region->generation + 1,
+                            .overflow_risk = risk,
+                            .seq = batch ? arena->step.seq : 0};
+    set_place(arena, slot);
+    arena->runs[slot].note = (struct note){.tick = arena->step.tick};
+    add_id(arena, slot, hash);
+    arena->live++;
+    credit_region(arena, slot);
+}
+
+/* Why an allocate has to wait before anybody looks for a place, or none. */
+static uint32_t admission(const odma_arena *arena, uint32_t length, const struct standing *tenant,
+                          bool unsure) {
+    if (arena->live == arena->geometry.max_regions || arena->spare_slot_count == 0)
+        return ODMA_REASON_TABLE_FULL;
+    if (tenant->maximum < arena->geometry.blocks &&
+        (uint64_t)tenant->held + length > tenant->maximum)
+        return ODMA_REASON_QUOTA;
+    if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
+    if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
+        arena->free_blocks - length < arena->step.safety_blocks)
+        return ODMA_REASON_SAFETY_SHARE;
+    return ODMA_REASON_NONE;
+}
+
+/* An allocate was refused that its tenant's guarantee covers: it has a claim,
+ * and unless room is on its way somebody who borrows should make way. */
+static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
+                        const struct standing *tenant, odma_result *result) {
+    set_claim(arena, tenant, request, length);
+    uint64_t coming = (uint64_t)arena->free_blocks + arena->waiting_blocks;
+    bool short_of = coming < (uint64_t)length + arena->step.safety_blocks;
+    if (result->reason == ODMA_REASON_FRAGMENTED ||
+        (result->reason == ODMA_REASON_TABLE_FULL && arena->waiting == 0) ||
+        (short_of && (result->reason == ODMA_REASON_NO_SPACE ||
+                      result->reason == ODMA_REASON_SAFETY_SHARE)))
+        result->preempt_handle = borrower(arena, tenant);
+}
+
+static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
+                        odma_result *result) {
+    uint32_t max_total = max_total_of(arena, op);
+    uint32_t rule = allocate_rule(arena, op, max_total);
+    uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
+    if (alive != NONE) {
+        const struct request *request = &arena->cells[alive].request;
+        if (request->prompt_tokens == op->prompt_tokens &&
+            request->generated_tokens == op->generated_tokens &&
+            request->max_total_tokens == max_total) {
+            placed(arena, alive, result);
+            return;
+        }
+        rule = ODMA_RULE_REQUEST_ID_CHANGED;
+    }
+    if (rule != ODMA_RULE_NONE) {
+        invalid(arena, rule, result);
+        return;
+    }
+    uint32_t length = first_blocks(arena, op, max_total);
+    uint64_t name = tenant_hash(op->tenant);
+    struct standing tenant = standing_of(arena, name);
+    bool covered = tenant.index != NONE && is_covered(&tenant, length);
+    if (skip && !(covered && (arena->step.held_up >> tenant.index & 1) == 0)) {
+        refused(arena, ODMA_REASON_SKIPPED, ODMA_RULE_NONE, result);
+        hold_up(arena, &tenant);
+        return;
+    }
+    bool unsure = is_unsure(arena, op);
+    struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, unsure)};
+    uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
+    if (slot == NONE || !plan_new(arena, slot, length, &refusal)) {
+        if (slot != NONE) give_slot(arena, slot);
+        plan_hole(arena, NONE, length, &refusal);
+        refused(arena, refusal.reason, ODMA_RULE_NONE, result);
+        result->copy_tokens_needed = refusal.copy_tokens_needed;
+        if (covered) press_claim(arena, hash, length, &tenant, result);
+        hold_up(arena, &tenant);
+        arena->books->counters.refused_allocates++;
+        return;
+    }
+    end_claim(arena, &tenant, hash);
+    write_request(arena, slot, op, max_total, name);
+    if (arena->live > 0 && arena->free_blocks < arena->step.safety_blocks)
+        arena->books->counters.safety_hits_unsure++;
+    begin_region(arena, slot, (float)accepted_risk(arena, op), hash);
+    placed(arena, slot, result);
+}
+
+/* `hash` is that of an allocate's request id. */
+static void do_op(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
+                  odma_result *result) {
+    switch (op->kind) {
+        case ODMA_OP_FREE: do_free(arena, op, result); break;
+        case ODMA_OP_TRIM: do_trim(arena, op, result); break;
+        case ODMA_OP_EXTEND: do_extend(arena, op, result); break;
+        default: do_allocate(arena, op, hash, skip, result); break;
+    }
+}

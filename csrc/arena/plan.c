@@ -1,0 +1,472 @@
+/* plan.c - where a region goes, and what has to move for it.
+ *
+ * There are two plans. To relocate: the region that grows goes to the shortest
+ * hole that fits. To slide: the regions of one window of neighbours are packed
+ * against its ends, so that its holes become one. The window is the cheapest
+ * there is; it is found with two pointers, in one pass over the address order.
+ *
+ * What an engine can do decides what a plan may be. Where copies run in one
+ * order, a slide is a list of copies in which each may write where an earlier
+ * one has read: regions that go down are copied from the lowest up, regions
+ * that go up from the highest down, so no copy writes over what another still
+ * has to read. Engines that cannot copy onto an overlapping source get a slide
+ * in pieces as long as the shift. Where copies run in any order, nothing may be
+ * written that the same batch reads, so there are relocations only, each region
+ * moves once a batch, and what it leaves waits for completion.
+ */
+#include <math.h>
+
+/* One end of a window around a region that grows. */
+struct side {
+    uint32_t edge;   /* outermost run: free, or the region itself */
+    uint32_t gap;    /* free blocks between region and edge, edge included */
+    double price;
+};
+
+struct plan_refusal {
+    uint32_t reason;
+    uint32_t copy_tokens_needed;
+};
+
+struct cost {
+    uint64_t tokens;
+    uint64_t copies;
+    uint32_t moves;
+};
+
+/* --- what moving costs --- */
+
+/* Seconds of copies: see odma_engine. */
+static double price(const odma_arena *arena, uint64_t tokens, uint64_t copies) {
+    const odma_engine *engine = &arena->books->engine;
+    return (double)tokens * engine->token_seconds +
+           (double)copies * engine->planes * engine->descriptor_seconds;
+}
+
+/* Of one region in one piece: exact, but for slides that need several. */
+static double price_of(const odma_arena *arena, uint32_t slot) {
+    uint32_t used = used_of(arena, slot);
+    return price(arena, used, used > 0);
+}
+
+static uint64_t pieces(const odma_arena *arena, uint32_t used, uint32_t from, uint32_t to) {
+    uint64_t shift = (uint64_t)(from > to ? from - to : to - from) * arena->geometry.block_tokens;
+    if (used == 0 || shift == 0) return 0;
+    if (shift >= used || arena->books->engine.copies_may_overlap) return 1;
+    return (used + shift - 1) / shift;
+}
+
+static void add_cost(const odma_arena *arena, struct cost *cost, uint32_t slot, uint32_t to) {
+    uint32_t from = arena->runs[slot].start, used = used_of(arena, slot);
+    if (from == to) return;
+    cost->tokens += used;
+    cost->copies += pieces(arena, used, from, to);
+    cost->moves++;
+}
+
+static bool within_budget(const odma_arena *arena, const struct cost *cost) {
+    return cost->tokens <= arena->step.copy_tokens_left &&
+           arena->step.copy_count + cost->copies <= arena->geometry.max_copies &&
+           arena->step.moves + cost->moves <= arena->geometry.max_copies;
+}
+
+static bool may_move(odma_arena *arena, uint32_t run, bool ignore_pins) {
+    return is_live(arena, run) && (ignore_pins || !note_of(arena, run)->pinned);
+}
+
+static uint32_t allowed(const odma_arena *arena) {
+    uint32_t moves = arena->books->engine.moves, overflow = arena->books->policy.overflow;
+    return moves < overflow ? moves : overflow; /* the enums count alike */
+}
+
+/* --- moving --- */
+
+static void copy(odma_arena *arena, uint32_t slot, uint64_t from, uint64_t to, uint64_t tokens) {
+    uint64_t shift = from > to ? from - to : to - from;
+    arena->step.copies[arena->step.copy_count++] = (odma_copy){.handle = handle_of(arena, slot),
+                                                               .from_token = (uint32_t)from,
+                                                               .to_token = (uint32_t)to,
+                                                               .tokens = (uint32_t)tokens,
+                                                               .overlaps = shift < tokens};
+}
+
+/* Write down the copies of a region that moves from block `from` to `to`. */
+static void emit(odma_arena *arena, uint32_t slot, uint32_t from, uint32_t to) {
+    uint32_t used = used_of(arena, slot);
+    uint64_t count = pieces(arena, used, from, to);
+    if (count == 0) return;
+    uint64_t unit = arena->geometry.block_tokens, source = from * unit, target = to * unit;
+    uint64_t piece = count == 1 ? used : (from > to ? source - target : target - source);
+    for (uint64_t done = 0; done < used; done += piece) {
+        uint64_t tokens = used - done < piece ? used - done : piece;
+        uint64_t offset = from > to ? done : used - done - tokens;
+        copy(arena, slot, source + offset, target + offset, tokens);
+    }
+    arena->step.copy_tokens_left -= used;
+    arena->books->counters.copies += count;
+    arena->books->counters.copied_tokens += used;
+}
+
+static void note_move(odma_arena *arena, uint32_t slot) {
+    struct note *note = note_of(arena, slot);
+    if (!note->moved) {
+        note->moved = true;
+        arena->step.moved[arena->step.moved_count++] =
+            (struct move){.slot = slot, .first_start = arena->runs[slot].start};
+    }
+    arena->step.moves++;
+}
+
+static void shift(odma_arena *arena, uint32_t slot, uint32_t to) {
+    uint32_t from = arena->runs[slot].start;
+    if (from == to) return;
+    fix_used(arena, slot);
+    note_move(arena, slot);
+    emit(arena, slot, from, to);
+    arena->runs[slot].start = to;
+    set_place(arena, slot);
+}
+
+/* Where the runs of a window [left .. right] come to lie if its regions up to
+ * and including `pivot` go down and the others up. Either the cost is added up
+ * (`cost`), or they are moved. */
+static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t right,
+                 struct cost *cost) {
+    uint32_t low = arena->runs[left].start;
+    uint32_t high = arena->runs[right].start + arena->runs[right].length;
+    uint32_t before = arena->runs[left].prev, after = arena->runs[right].next;
+    uint32_t first_up = arena->runs[pivot].next;
+    if (cost == NULL) {
+        open_window(arena, left, right);
+        left = before == NONE ? arena->first_run : arena->runs[before].next;
+        right = after == NONE ? arena->last_run : arena->runs[after].prev;
+        first_up = arena->runs[pivot].next;
+    }
+    for (uint32_t id = left; id != first_up; id = arena->runs[id].next) {
+        if (is_free_run(arena, id)) continue;
+        if (cost != NULL)
+            add_cost(arena, cost, id, low);
+        else
+            shift(arena, id, low);
+        low += arena->runs[id].length;
+    }
+    for (uint32_t id = right; id != pivot; id = arena->runs[id].prev) {
+        if (is_free_run(arena, id)) continue;
+        high -= arena->runs[id].length;
+        if (cost != NULL)
+            add_cost(arena, cost, id, high);
+        else
+            shift(arena, id, high);
+    }
+}
+
+/* --- a hole for a new region --- */
+
+/* The cheapest window whose holes hold `length` blocks together. */
+static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins, uint32_t *left,
+                            uint32_t *right) {
+    double best = INFINITY, sum = 0;
+    uint32_t first = NONE, gap = 0;
+    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        if (!is_free_run(arena, id)) {
+            if (first == NONE) continue;
+            if (may_move(arena, id, ignore_pins)) {
+                sum += price_of(arena, id);
+            } else {
+                first = NONE;
+                gap = 0;
+                sum = 0;
+            }
+            continue;
+        }
+        if (first == NONE) first = id;
+        gap += arena->runs[id].length;
+        while (gap - arena->runs[first].length >= length) {
+            gap -= arena->runs[first].length;
+            for (first = arena->runs[first].next; !is_free_run(arena, first);
+                 first = arena->runs[first].next)
+                sum -= price_of(arena, first);
+        }
+        if (gap >= length && sum < best) {
+            best = sum;
+            *left = first;
+            *right = id;
+        }
+    }
+    return best < INFINITY;
+}
+
+/* Whether a run of `length` blocks will be free once all that waits is done. */
+static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
+    uint32_t sum = 0;
+    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        sum = is_live(arena, id) ? 0 : sum + arena->runs[id].length;
+        if (sum >= length) return true;
+    }
+    return false;
+}
+
+static bool no_plan(struct plan_refusal *refusal, uint32_t reason) {
+    refusal->reason = reason;
+    return false;
+}
+
+/* Refuse for the budget, naming the cheapest of the plans that were tried. */
+static bool over_budget(struct plan_refusal *refusal, const struct cost *cost) {
+    bool first = refusal->reason != ODMA_REASON_COPY_BUDGET;
+    if (first || cost->tokens < refusal->copy_tokens_needed)
+        refusal->copy_tokens_needed = (uint32_t)cost->tokens;
+    return no_plan(refusal, ODMA_REASON_COPY_BUDGET);
+}
+
+/* Why `blocks` cannot be had although nothing that was tried is against it;
+ * `would_do`: they could, once nothing waits any more. */
+static uint32_t lack(const odma_arena *arena, uint32_t blocks, bool would_do) {
+    if (arena->waiting > 0 && would_do) return ODMA_REASON_WAITS_FOR_COMPLETION;
+    return arena->free_blocks < blocks ? ODMA_REASON_NO_SPACE : ODMA_REASON_FRAGMENTED;
+}
+
+/* Let a slot that holds nothing hold `length` blocks, moving others if the
+ * policy and the engine allow it. */
+static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
+                     struct plan_refusal *refusal) {
+    uint32_t hole = best_fit(arena, length);
+    if (hole == NONE) {
+        bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
+                      arena->books->engine.single_ordered_stream;
+        if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH)
+            return no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
+        uint32_t left = NONE, right = NONE;
+        if (!cheapest_window(arena, length, false, &left, &right))
+            return no_plan(
+                refusal, arena->step.pins > 0 && cheapest_window(arena, length, true, &left, &right)
+                             ? ODMA_REASON_PINNED
+                             : lack(arena, length, waiting_would_do(arena, length)));
+        struct cost cost = {0};
+        uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
+        pack(arena, left, pivot, right, &cost);
+        if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
+        pack(arena, left, pivot, right, NULL);
+        hole = close_window(arena, pivot, after);
+        arena->books->counters.compactions++;
+    }
+    run_hold(arena, slot, hole, length);
+    return true;
+}
+
+/* --- room for a region that grows --- */
+
+/* The next free run beyond `side`, with what has to move to win it, or false. */
+static bool widen(odma_arena *arena, struct side *side, bool down, bool others, bool ignore_pins) {
+    uint32_t id = side->edge;
+    for (;;) {
+        id = down ? arena->runs[id].prev : arena->runs[id].next;
+        if (id == NONE) return false;
+        if (is_free_run(arena, id)) break;
+        if (!others || !may_move(arena, id, ignore_pins)) return false;
+        side->price += price_of(arena, id);
+    }
+    side->edge = id;
+    side->gap += arena->runs[id].length;
+    return true;
+}
+
+struct window {
+    uint32_t left, right;
+    double price;
+};
+
+/* The cheapest window around a region that wins it `more` blocks. */
+static bool cheapest_room(odma_arena *arena, uint32_t slot, uint32_t more, bool ignore_pins,
+                          struct window *best) {
+    bool others = allowed(arena) == ODMA_OVERFLOW_COMPACT;
+    bool itself = may_move(arena, slot, ignore_pins);
+    struct side *right = arena->sides;
+    uint32_t b = 0;
+    right[0] = (struct side){.edge = slot};
+    while (right[b].gap < more) {
+        right[b + 1] = right[b];
+        if (!widen(arena, &right[b + 1], false, others, ignore_pins)) break;
+        b++;
+    }
+    uint32_t free_behind = is_free_run(arena, arena->runs[slot].next) ? 1 : 0; /* costs nothing */
+    struct side left = {.edge = slot};
+    best->price = INFINITY;
+    for (;;) {
+        while (b > free_behind && left.gap + right[b - 1].gap >= more) b--;
+        double both = left.price + right[b].price;
+        if (left.gap + right[b].gap >= more && both < best->price)
+            *best = (struct window){.left = left.edge, .right = right[b].edge, .price = both};
+        if (!itself || left.gap >= more || left.price >= best->price) break;
+        if (left.edge == slot) left.price = price_of(arena, slot);
+        if (!widen(arena, &left, true, others, ignore_pins)) break;
+    }
+    return best->price < INFINITY;
+}
+
+static bool slide(odma_arena *arena, uint32_t slot, uint32_t length, const struct window *window,
+                  const struct cost *cost, struct plan_refusal *refusal) {
+    if (!within_budget(arena, cost)) return over_budget(refusal, cost);
+    pack(arena, window->left, slot, window->right, NULL);
+    close_window(arena, slot, arena->runs[slot].next);
+    fix_used(arena, slot);
+    run_grow(arena, slot, length);
+    set_place(arena, slot);
+    arena->books->counters.compactions++;
+    return true;
+}
+
+static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t hole,
+                     struct plan_refusal *refusal) {
+    uint32_t from = arena->runs[slot].start, to = arena->runs[hole].start;
+    struct cost cost = {0};
+    add_cost(arena, &cost, slot, to);
+    if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
+    uint32_t old = take_slot(arena);
+    if (old == NONE) return no_plan(refusal, ODMA_REASON_TABLE_FULL);
+    fix_used(arena, slot);
+    note_move(arena, slot);
+    emit(arena, slot, from, to);
+    run_swap(arena, slot, old);
+    run_hold(arena, slot, hole, length);
+    set_waiting(arena, old);
+    set_place(arena, slot);
+    return true;
+}
+
+static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
+    struct window window;
+    bool slides = arena->books->engine.single_ordered_stream;
+    if (arena->step.pins > 0 && arena->free_blocks >= more &&
+        allowed(arena) != ODMA_OVERFLOW_PREEMPT &&
+        ((slides && cheapest_room(arena, slot, more, true, &window)) ||
+         best_fit(arena, length) != NONE))
+        return ODMA_REASON_PINNED;
+    uint32_t behind = 0;
+    for (uint32_t id = arena->runs[slot].next; id != NONE && !is_live(arena, id);
+         id = arena->runs[id].next)
+        behind += arena->runs[id].length;
+    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->step.seq != NO_BATCH;
+    return lack(arena, more, behind >= more || (elsewhere && waiting_would_do(arena, length)));
+}
+
+/* Let a region that cannot grow in place have `length` blocks, by the cheaper
+ * plan that keeps the budget; of two that cost the same the slide, for it
+ * leaves its spare room behind the region. */
+static bool plan_room(odma_arena *arena, uint32_t slot, uint32_t length,
+                      struct plan_refusal *refusal) {
+    uint32_t more = length - arena->runs[slot].length;
+    if (allowed(arena) == ODMA_OVERFLOW_PREEMPT || arena->step.seq == NO_BATCH)
+        return no_plan(refusal, room_lack(arena, slot, more, length));
+    bool ordered = arena->books->engine.single_ordered_stream;
+    bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
+    struct window window;
+    struct cost cost = {0};
+    bool slides = ordered && arena->free_blocks >= more &&
+                  cheapest_room(arena, slot, more, false, &window);
+    if (slides) pack(arena, window.left, slot, window.right, &cost);
+    uint32_t hole = itself ? best_fit(arena, length) : NONE;
+    bool slide_first = slides && (hole == NONE || price(arena, cost.tokens, cost.copies) <=
+                                                      price_of(arena, slot));
+    if (slide_first && slide(arena, slot, length, &window, &cost, refusal)) return true;
+    if (hole != NONE && relocate(arena, slot, length, hole, refusal)) {
+        arena->books->counters.relocations++;
+        return true;
+    }
+    if (slides && !slide_first && slide(arena, slot, length, &window, &cost, refusal)) return true;
+    if (refusal->reason != ODMA_REASON_NONE) return false;
+    return no_plan(refusal, room_lack(arena, slot, more, length));
+}
+
+/* --- making way where copies run in any order ---
+ *
+ * Nothing can be won from a neighbour in the batch that moves it. But regions
+ * can be sent to holes elsewhere now, so that what they leave is one run once
+ * that is completed. The refusal then says so. */
+
+enum { MOST_EVACUATED = 4 };
+
+/* Runs in address order that fill [low, high), and the regions among them. */
+struct stretch {
+    uint32_t low, high;
+    uint32_t regions[MOST_EVACUATED], count;
+    double price;
+};
+
+/* Add the next run, unless it is a region that cannot go anywhere. */
+static bool take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
+    uint32_t length = arena->runs[id].length;
+    if (is_live(arena, id)) {
+        if (stretch->count == MOST_EVACUATED || !may_move(arena, id, false) ||
+            note_of(arena, id)->moved || best_fit(arena, length) == NONE)
+            return false;
+        stretch->regions[stretch->count++] = id;
+        stretch->price += price_of(arena, id);
+    }
+    stretch->high += length;
+    return true;
+}
+
+/* The hole outside of the stretch for its i-th region, or NONE. */
+static uint32_t elsewhere(const odma_arena *arena, const struct stretch *stretch, uint32_t i) {
+    uint32_t hole = best_fit(arena, arena->runs[stretch->regions[i]].length);
+    if (hole == NONE) return NONE;
+    uint32_t start = arena->runs[hole].start;
+    return start < stretch->low || start >= stretch->high ? hole : NONE;
+}
+
+static void send_away(odma_arena *arena, const struct stretch *stretch,
+                      struct plan_refusal *refusal) {
+    struct plan_refusal tried = {0};
+    uint32_t gone = 0;
+    for (; gone < stretch->count; gone++) {
+        uint32_t region = stretch->regions[gone], hole = elsewhere(arena, stretch, gone);
+        if (hole == NONE || !relocate(arena, region, arena->runs[region].length, hole, &tried))
+            break;
+    }
+    if (gone > 0) {
+        arena->books->counters.compactions++;
+        *refusal = (struct plan_refusal){.reason = ODMA_REASON_WAITS_FOR_COMPLETION};
+    } else if (tried.reason == ODMA_REASON_COPY_BUDGET) {
+        *refusal = tried;
+    }
+}
+
+static bool may_send_away(const odma_arena *arena) {
+    return !arena->books->engine.single_ordered_stream && arena->step.seq != NO_BATCH &&
+           allowed(arena) == ODMA_OVERFLOW_COMPACT;
+}
+
+/* Make way for `length` blocks in one run, anywhere but where `slot` lies (NONE:
+ * anywhere): the cheapest stretch whose regions all find a hole is cleared. */
+static void plan_hole(odma_arena *arena, uint32_t slot, uint32_t length,
+                      struct plan_refusal *refusal) {
+    struct stretch best = {.price = INFINITY};
+    if (!may_send_away(arena) || refusal->reason != ODMA_REASON_FRAGMENTED) return;
+    for (uint32_t first = arena->first_run; first != NONE; first = arena->runs[first].next) {
+        if (is_live(arena, first)) continue;
+        uint32_t start = arena->runs[first].start, id = first;
+        struct stretch stretch = {.low = start, .high = start};
+        while (id != NONE && id != slot && stretch.high - start < length &&
+               stretch.price < best.price && take_in(arena, &stretch, id))
+            id = arena->runs[id].next;
+        bool cleared = stretch.high - start >= length && stretch.price < best.price;
+        for (uint32_t i = 0; cleared && i < stretch.count; i++)
+            cleared = elsewhere(arena, &stretch, i) != NONE;
+        if (cleared) best = stretch;
+    }
+    if (best.price < INFINITY) send_away(arena, &best, refusal);
+}
+
+/* Make way for a region that plan_room() refused: behind it, or elsewhere. */
+static void plan_way(odma_arena *arena, uint32_t slot, uint32_t length,
+                     struct plan_refusal *refusal) {
+    if (!may_send_away(arena)) return;
+    uint32_t low = arena->runs[slot].start, end = low + arena->runs[slot].length;
+    struct stretch behind = {.low = low, .high = end};
+    uint32_t id = arena->runs[slot].next;
+    while (id != NONE && behind.high - low < length && take_in(arena, &behind, id))
+        id = arena->runs[id].next;
+    if (behind.high - low >= length) send_away(arena, &behind, refusal);
+    plan_hole(arena, slot, length, refusal);
+}

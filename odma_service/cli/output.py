@@ -1,0 +1,38 @@
+"""What a command prints: facts as JSON, or as a picture of them for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console, RenderableType
+
+Facts = dict[str, Any]
+
+
+def by_name(facts: Facts) -> str:
+    """Return a line for each fact."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in facts.items())
+
+
+def show(
+    facts: Facts, as_json: bool, picture: str | Callable[[Facts], RenderableType] = by_name
+) -> None:
+    """Print facts: as one line of JSON, or as their picture; a text is printed as it is."""
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    shown = picture if isinstance(picture, str) else picture(facts)
+    typer.echo(shown) if isinstance(shown, str) else Console().print(shown)
+
+
+def object_of(message: Message) -> Facts:
+    """Return a message as JSON has it, with the names of the proto and without gaps."""
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
