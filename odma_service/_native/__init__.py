@@ -21,7 +21,6 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
-    TenantShare,
     TenantUse,
 )
 
@@ -45,7 +44,6 @@ __all__ = [
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
-    "TenantShare",
     "TenantUse",
     "optimal_limits",
     "text_of",

@@ -33,7 +33,6 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
-    TenantShare,
     TenantUse,
     policy_struct,
 )
@@ -54,7 +53,7 @@ from odma_service.errors import (
     SeqOldError,
     VersionError,
 )
-from odma_service.values import Answer, Moves, Overflow, Start
+from odma_service.values import Answer, Moves, Overflow, Start, TenantShare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -558,9 +557,9 @@ class Arena:
         if status == lib.ODMA_SEQ_CHANGED:
             raise SeqChangedError(seq)
         if status == lib.ODMA_SEQ_OLD:
-            raise SeqOldError(seq, self.report().seq)
+            raise SeqOldError(seq, self.report().seq + 1)
         if status == lib.ODMA_SEQ_GAP:
-            raise SeqGapError(seq, self.report().seq)
+            raise SeqGapError(seq, self.report().seq + 1)
         raise _file_error(status, self.path, reason)
 
 

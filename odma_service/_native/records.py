@@ -20,7 +20,7 @@ from odma_service._native.rules import (
     set_name,
 )
 from odma_service.errors import InvalidError
-from odma_service.values import Moves, Overflow, Quantiles, Start
+from odma_service.values import Moves, Overflow, Quantiles, Start, TenantShare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,14 +62,6 @@ class EngineRecord(NamedTuple):
     planes: int
     descriptor_seconds: float
     token_seconds: float
-
-
-class TenantShare(NamedTuple):
-    """What one tenant is sure of and what it may hold, as shares of the capacity."""
-
-    name: str
-    guaranteed_share: float = 0.0
-    maximum_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

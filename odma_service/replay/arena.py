@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from odma_service.learning import Learner
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import PolicyRecord
 from odma_service.replay.load import BLOCK_TOKENS, Limits
 from odma_service.replay.memory import Asked, Decision, Placed, Run, Step
@@ -27,6 +27,7 @@ from odma_service.values import (
     Op,
     Overflow,
     Place,
+    PlaneGroup,
     Quantiles,
     Reason,
     Refusal,

@@ -18,9 +18,9 @@ from odma_service.learning.forecast import longer_than
 from odma_service.learning.history import KnownRequests, lately
 from odma_service.learning.predictor import History
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
-from odma_service.values import Allocate, Batch, End, Free, Moves, Text
+from odma_service.values import Allocate, Batch, End, Free, Moves, PlaneGroup, Text
 
 EPOCH = 1
 SPEC = PoolSpec(

@@ -10,6 +10,7 @@ from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.pools.registry import Opened, Registry
 from odma_service.service.rpc.opening import first_policy, spec_from
+from odma_service.values import PolicyChange
 
 
 class Clock:
@@ -40,7 +41,7 @@ def open_in(registry: Registry, name: str, **fields: object) -> Opened:
     """Open a pool of 1,024 tokens, but for `fields`."""
     usual = {"open_id": name, "capacity_tokens": 1024, "moves": types.MOVES_ANY}
     spec = spec_from(pb.OpenPoolRequest(name=name, geometry=GEOMETRY, **usual | fields))
-    policy = first_policy(types.PolicyChange(), spec)
+    policy = first_policy(PolicyChange(), spec)
     return registry.open(spec, policy, keep_policy=True, take_over=False)
 
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from odma_service.client import Client, PoolClient
 from odma_service.client.local import ODMA, start
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import Moves, Place, PlaneGroup
+from odma_service.wire import place_from, planes_to
 
 PATIENCE_SECONDS = 30
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("ODMA_")}
 """The environment of a server that is told by its flags alone."""
 
-GEOMETRY = types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)])
+PLANES = [PlaneGroup(count=2, bytes_per_token=64)]
+GEOMETRY = types.Geometry(planes=planes_to(PLANES))
 CAPACITY_TOKENS = 4096
 
 
@@ -75,13 +78,18 @@ class Server:
 def open_pool(service: Client, name: str, **fields: object) -> PoolClient:
     """Open a pool of 4,096 tokens whose engine can do everything, but for `fields`."""
     usual = {
-        "geometry": GEOMETRY,
+        "planes": PLANES,
         "capacity_tokens": CAPACITY_TOKENS,
-        "moves": types.MOVES_ANY,
+        "moves": Moves.ANY,
         "single_ordered_stream": True,
         "copies_may_overlap": True,
     }
     return service.open_pool(name, **usual | fields)
+
+
+def places_of(service: Client, name: str) -> dict[str, Place]:
+    """Return where the regions of a pool lie, by request id."""
+    return {r.request_id: place_from(r.place) for r in service.list_regions(name)}
 
 
 def books(service: Client, name: str) -> tuple[str, list[str]]:
