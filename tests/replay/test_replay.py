@@ -84,6 +84,16 @@ def test_skipping_steps_changes_nothing_where_the_preempted_are_swapped(tmp_path
     assert fast.recomputed_tokens == 0 < fast.swapped_tokens
 
 
+@pytest.mark.parametrize("overtake", [4, 20])
+def test_skipping_steps_changes_nothing_where_requests_may_pass(overtake, tmp_path):
+    load = small_load()
+    fast = run("elastic", load, tmp_path, overtake=overtake)
+    plain = run("elastic", load, tmp_path, serve_plainly, overtake=overtake)
+    assert (fast.sums, fast.finished) == (plain.sums, plain.finished)
+    assert fast.sums[-1].now_ps < run("elastic", load, tmp_path).sums[-1].now_ps
+    assert min(fast.arrived_ps) >= 0
+
+
 def test_most_steps_are_skipped_where_little_happens(tmp_path):
     history = run("static", small_load(), tmp_path)
     assert history.decisions * 5 < history.steps
