@@ -6,8 +6,10 @@ three times as much to make, and a decode step waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 
 class End(IntEnum):
@@ -35,6 +37,13 @@ class Reason(IntEnum):
     SKIPPED = 11
     CLAIMED = 12
 
+    @classmethod
+    def _missing_(cls, number: object) -> Reason:
+        """Return a reason of a newer service: a refusal all the same."""
+        reason = int.__new__(cls, cast("int", number))
+        reason._name_, reason._value_ = f"UNKNOWN_{number}", reason.real
+        return reason
+
 
 class Moves(IntEnum):
     """What an engine lets the pool move."""
@@ -58,6 +67,40 @@ class Overflow(IntEnum):
     PREEMPT = 1
     RELOCATE = 2
     COMPACT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneGroup:
+    """`count` planes of one shape. A pool's Geometry checks it, and so can name it."""
+
+    count: int
+    bytes_per_token: int
+    alignment_bytes: int = 1
+
+
+class TenantShare(NamedTuple):
+    """What one tenant is sure of and what it may hold, as shares of the capacity."""
+
+    name: str
+    guaranteed_share: float = 0.0
+    maximum_share: float = 1.0
+
+
+class PolicyChange(NamedTuple):
+    """A policy to install: a named record with some fields changed. None, () and "" keep."""
+
+    name: str = ""
+    step_tokens: int | None = None
+    limits_tokens: Sequence[int] = ()
+    clear_limits: bool = False
+    overflow_risk: float | None = None
+    safety_share: float | None = None
+    unsure_ratio: float | None = None
+    growth: float | None = None
+    tenant_share: float | None = None
+    max_copy_tokens: int | None = None
+    tenants: Sequence[TenantShare] = ()
+    clear_tenants: bool = False
 
 
 class Used(NamedTuple):
@@ -167,6 +210,15 @@ class Answer(NamedTuple):
     copies: list[Copy]
     moved: list[Place]
     policy_version: int
+
+
+class Reconciled(NamedTuple):
+    """Where the listed regions lie, which of them are dead, and which others were freed."""
+
+    kept: list[Place]
+    unknown: list[int]
+    freed: list[int]
+    last_seq: int
 
 
 QUANTILE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord, TenantShare
+from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
 from odma_service.values import (
     Allocate,
     Batch,
@@ -24,6 +24,7 @@ from odma_service.values import (
     Place,
     Prediction,
     Start,
+    TenantShare,
     Trim,
     Used,
 )

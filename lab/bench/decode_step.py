@@ -13,10 +13,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.bench.building import BenchError
-from odma_service.client import Client, allocate, extend, free, trim, used
+from odma_service.client import Client
 from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import End
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Extend,
+    Free,
+    Moves,
+    Op,
+    Place,
+    PlaneGroup,
+    PolicyChange,
+    Trim,
+    Used,
+)
+from odma_service.wire import batch_to
 
 USED = 60
 COPIES = 2
@@ -24,7 +37,7 @@ STEP, FRONT, WALL, GROWS, TAIL = 64, 512, 128, 256, 192
 """Tokens: by how much a region grows, and how long they are before that."""
 
 WRITTEN = {FRONT: FRONT, WALL: 100, GROWS: GROWS, TAIL: 150}
-GEOMETRY = types.Geometry(planes=[types.PlaneGroup(count=56, bytes_per_token=1024)])
+PLANES = [PlaneGroup(count=56, bytes_per_token=1024)]
 TEXT = "Explain in two or three sentences why the sky is blue at noon and red in the evening. " * 3
 
 
@@ -45,13 +58,13 @@ class DecodeStep:
         self._serial = 0
         self.pool = service.open_pool(
             name,
-            moves=types.MOVES_ANY,
-            geometry=GEOMETRY,
+            moves=Moves.ANY,
+            planes=PLANES,
             capacity_tokens=sum(lengths),
             model_length_tokens=1024,
             single_ordered_stream=True,
             copies_may_overlap=True,
-            policy=types.PolicyChange(
+            policy=PolicyChange(
                 name="elastic",
                 step_tokens=STEP,
                 safety_share=0,
@@ -62,8 +75,9 @@ class DecodeStep:
         self._held: dict[int, list[int]] = {FRONT: [], WALL: [], GROWS: [], TAIL: [], STEP: []}
         answer = self.pool.apply(ops=[self._new(length) for length in lengths])
         for length, result in zip(lengths, answer.results, strict=True):
-            self._held[length].append(result.place.handle)
-        self.pool.apply(ops=[free(handle, End.ABORTED) for handle in self._held.pop(STEP)])
+            assert isinstance(result, Place)
+            self._held[length].append(result.handle)
+        self.pool.apply(ops=[Free(handle, End.ABORTED) for handle in self._held.pop(STEP)])
         self._seq = self.pool.seq
 
     def ahead(self) -> pb.ApplyRequest:
@@ -71,9 +85,9 @@ class DecodeStep:
         tail, (front,) = self._held[TAIL], self._held[FRONT]
         return self._batch(
             [
-                *(free(handle, End.FINISHED, 40) for handle in tail),
-                extend(front, FRONT + 1, FRONT + STEP),
-                *(extend(h, GROWS + 1, GROWS + STEP) for h in self._held[GROWS][: self._grown]),
+                *(Free(handle, End.FINISHED, 40) for handle in tail),
+                Extend(front, FRONT + 1, FRONT + STEP),
+                *(Extend(h, GROWS + 1, GROWS + STEP) for h in self._held[GROWS][: self._grown]),
                 *(self._new(TAIL) for _ in tail),
             ]
         )
@@ -89,9 +103,9 @@ class DecodeStep:
         grown = self._held[GROWS][: self._grown]
         return self._batch(
             [
-                *(trim(handle, GROWS) for handle in grown),
-                trim(self._held[FRONT][0], FRONT),
-                *(free(handle, End.ABORTED) for handle in self._held[WALL]),
+                *(Trim(handle, GROWS) for handle in grown),
+                Trim(self._held[FRONT][0], FRONT),
+                *(Free(handle, End.ABORTED) for handle in self._held[WALL]),
                 *(self._new(WALL) for _ in self._held[WALL]),
             ]
         )
@@ -101,29 +115,24 @@ class DecodeStep:
         self._insist(answer, copies=0)
         self._held[WALL] = _handles(answer.results[-2:])
 
-    def _new(self, length: int) -> pb.Op:
+    def _new(self, length: int) -> Op:
         """Ask for a region of exactly this length."""
         self._serial += 1
         shortest = length == STEP
-        return allocate(
+        return Allocate(
             f"request-{self._serial}",
             1 if shortest else length - STEP,
             max_total_tokens=STEP if shortest else None,
             text=f"{self._serial}. {TEXT}" if self._predicted else None,  # never the same twice
         )
 
-    def _batch(self, ops: list[pb.Op]) -> pb.ApplyRequest:
-        return pb.ApplyRequest(
-            pool=self.pool.ref,
-            seq=self._seq + 1,
-            completed_seq=self._seq,
-            used=[
-                used(handle, WRITTEN[length])
-                for length, handles in self._held.items()
-                for handle in handles
-            ],
-            ops=ops,
-        )
+    def _batch(self, ops: list[Op]) -> pb.ApplyRequest:
+        used = [
+            Used(handle, WRITTEN[length])
+            for length, handles in self._held.items()
+            for handle in handles
+        ]
+        return batch_to(self.pool.ref, Batch(self._seq + 1, self._seq, used, ops))
 
     def _insist(self, answer: pb.ApplyResponse, copies: int) -> None:
         refused = any(result.HasField("refusal") for result in answer.results)

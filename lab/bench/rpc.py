@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lab.bench.decode_step import COPIES, GEOMETRY, USED, DecodeStep
+from lab.bench.decode_step import COPIES, PLANES, USED, DecodeStep
 from lab.robustness.servers import Server, certificate, echo_of, resident_bytes, service_of
-from odma_service.client.streaming import ApplyStream
+from odma_service.client.stream import ApplyStream
 from odma_service.replay.workplace import workplace
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import End
+from odma_service.values import End, Free, Moves
 
 OPERATIONS = (1, 16, 64)
 USUAL_OPERATIONS = 16
@@ -141,7 +141,7 @@ class Runs:
     def of_allocate(self, service: Server, echo: Server) -> Figures:
         """Time Allocate; the region is freed again between."""
         pool = service.client.open_pool(
-            "unary", moves=types.MOVES_ANY, geometry=GEOMETRY, capacity_tokens=2**16
+            "unary", moves=Moves.ANY, planes=PLANES, capacity_tokens=2**16
         )
         request = pb.AllocateRequest(
             pool=pool.ref, allocate=pb.Alloc(request_id="r", prompt_tokens=500)
@@ -150,7 +150,7 @@ class Runs:
         def turn() -> tuple[float, float]:
             echoed, _ = _timed(echo.client.memory.Allocate, request)
             took, answer = _timed(service.client.memory.Allocate, request)
-            pool.free(answer.place.handle, End.ABORTED)
+            pool.free(Free(answer.place.handle, End.ABORTED))
             echo.client.memory.Allocate(request, timeout=TIMEOUT_SECONDS)
             return took, echoed
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from odma_service import replay, traces
-from odma_service.pool.policy import TenantShare
 from odma_service.replay.prices import PICOSECONDS
 from odma_service.replay.workplace import workplace
+from odma_service.values import TenantShare
 
 STEADY, BURSTY = "steady", "bursty"
 SECONDS = 3_600

@@ -7,30 +7,16 @@ from random import Random
 from typing import Any
 
 from lab.robustness.load import Load
-from lab.robustness.model import Findings, Held, Model, Outcome
-from odma_service import client
+from lab.robustness.model import Findings, Held, Model
 from odma_service.client import Client, PoolClient
 from odma_service.errors import UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import (
-    Allocate,
-    Batch,
-    Copy,
-    Extend,
-    Free,
-    Freed,
-    Op,
-    Place,
-    Reason,
-    Refusal,
-    Result,
-    Trim,
-)
+from odma_service.values import Answer, Batch, Moves, PlaneGroup
+from odma_service.wire import answer_from, batch_to, place_from
 
 CAPACITY_TOKENS = 32_768
-GEOMETRY = types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=512)])
+PLANES = [PlaneGroup(count=2, bytes_per_token=512)]
 
 
 class Engine:
@@ -52,8 +38,8 @@ class Engine:
         self._load = Load(self._random, CAPACITY_TOKENS)
         self._model = Model()
         self._how: dict[str, Any] = {
-            "moves": types.MOVES_ANY,
-            "geometry": GEOMETRY,
+            "moves": Moves.ANY,
+            "planes": PLANES,
             "capacity_tokens": CAPACITY_TOKENS,
             "single_ordered_stream": single_stream,
             "copies_may_overlap": single_stream,
@@ -62,7 +48,7 @@ class Engine:
         }
         self.pool = service.open_pool(name, take_over=take_over, **self._how)
         self._asked: Batch | None = None  # not answered yet
-        self._last: tuple[pb.ApplyRequest, pb.ApplyResponse] | None = None
+        self._last: tuple[pb.ApplyRequest, Answer] | None = None
 
     def work(self, target: str) -> None:
         """Apply batches until there is no answer."""
@@ -89,14 +75,8 @@ class Engine:
     def prepare(self) -> pb.ApplyRequest:
         """Make the next batch, not sent yet."""
         batch = self._asked = self._load.batch(self._model, self.pool.seq + 1)
-        self.pool.pending = pb.ApplyRequest(
-            pool=self.pool.ref,
-            seq=batch.seq,
-            completed_seq=max(batch.completed_seq, self.pool.completed_seq),
-            pass_refused=batch.pass_refused,
-            used=[client.used(*entry) for entry in batch.used],
-            ops=[_op_to(op) for op in batch.ops],
-        )
+        completed_seq = max(batch.completed_seq, self.pool.completed_seq)
+        self.pool.pending = batch_to(self.pool.ref, batch._replace(completed_seq=completed_seq))
         return self.pool.pending
 
     def settle(self) -> None:
@@ -112,15 +92,15 @@ class Engine:
         answer = self.pool.reconcile(list(kept))
         where = f"pool {self.name}, reconciled after seq {answer.last_seq}"
         for place, held in zip(answer.kept, kept.values(), strict=False):
-            if _place_from(place) != held[1:]:
+            if place != held[1:]:
                 findings.note("lost", f"{where}: {held} is at {place}")
         if answer.unknown or set(answer.freed) != gone:
             findings.note("lost", f"{where}: {answer.unknown} unknown, {answer.freed} freed")
         self._model = Model(kept)
 
-    def _acknowledge(self, request: pb.ApplyRequest, answer: pb.ApplyResponse) -> None:
+    def _acknowledge(self, request: pb.ApplyRequest, answer: Answer) -> None:
         assert self._asked is not None
-        self._model = self._model.after(self._asked.ops, _outcome_from(answer))
+        self._model = self._model.after(self._asked.ops, answer)
         self._asked = None
         self._last = request, answer
         self.acknowledged += 1
@@ -152,7 +132,7 @@ class Engine:
         findings: Findings,
     ) -> None:
         live = [
-            Held(region.request_id, *_place_from(region.place))
+            Held(region.request_id, *place_from(region.place))
             for region in regions
             if region.state == pool_pb.REGION_STATE_LIVE
         ]
@@ -163,49 +143,8 @@ class Engine:
         if self._last is None:
             return
         request, answer = self._last
-        again = service.call(service.memory.Apply, request)
+        again = answer_from(service.call(service.memory.Apply, request))
         if not again.replayed:
             findings.note("wrong_replays", f"{where}: seq {request.seq} was done twice")
-        again.replayed = answer.replayed
-        if again != answer:
+        if again._replace(replayed=answer.replayed) != answer:
             findings.note("wrong_replays", f"{where}: seq {request.seq} was answered otherwise")
-
-
-# Messages
-
-
-def _op_to(op: Op) -> pb.Op:
-    match op:
-        case Free():
-            return client.free(*op)
-        case Trim():
-            return client.trim(*op)
-        case Extend():
-            return client.extend(*op)
-        case Allocate():
-            return client.allocate(
-                op.request_id, op.prompt_tokens, max_total_tokens=op.max_total_tokens
-            )
-
-
-def _outcome_from(answer: pb.ApplyResponse) -> Outcome:
-    return Outcome(
-        tuple(map(_result_from, answer.results)),
-        tuple(
-            Copy(copy.handle, copy.from_token, copy.to_token, copy.tokens, copy.overlaps)
-            for copy in answer.copies
-        ),
-        tuple(map(_place_from, answer.moved)),
-    )
-
-
-def _result_from(result: pb.Result) -> Result:
-    if result.HasField("place"):
-        return _place_from(result.place)
-    if result.HasField("refusal"):
-        return Refusal(Reason(result.refusal.reason))
-    return Freed()
-
-
-def _place_from(place: types.Place) -> Place:
-    return Place(place.handle, place.start_token, place.length_tokens)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from odma_service.values import Allocate, Copy, Free, Op, Place, Refusal, Result
+from odma_service.values import Allocate, Answer, Copy, Free, Op, Place, Refusal, Result
 
 
 class Held(NamedTuple):
@@ -73,7 +73,7 @@ class Model:
     def __init__(self, held: dict[int, Held] | None = None) -> None:
         self.held = held or {}
 
-    def after(self, ops: Sequence[Op], outcome: Outcome) -> Model:
+    def after(self, ops: Sequence[Op], outcome: Outcome | Answer) -> Model:
         """Return what is held once operations were answered so."""
         held = dict(self.held)
         for op, result in zip(ops, outcome.results, strict=True):

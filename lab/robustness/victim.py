@@ -10,12 +10,13 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass
 
-from lab.robustness.engine import Engine, _place_from
+from lab.robustness.engine import Engine
 from lab.robustness.model import Findings, Held, Model
 from odma_service.client import Client
 from odma_service.errors import RefusedError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.values import Allocate, Extend, Free, Op, Trim
+from odma_service.wire import place_from
 
 ALONE_SHARE, RECONCILE_SHARE, OPEN_SHARE = 0.3, 0.06, 0.02  # of all calls; the rest are batches
 MOST_LEFT_OUT = 3  # by a reconciliation
@@ -86,24 +87,22 @@ class Victim(Engine):
         try:
             match call:
                 case Allocate():
-                    how = {"max_total_tokens": call.max_total_tokens}
-                    answer = self.pool.allocate(call.request_id, call.prompt_tokens, **how)
-                    place = Held(call.request_id, *_place_from(answer))
+                    place = Held(call.request_id, *self.pool.allocate(call))
                     self._model = Model({**held, place.handle: place})
                     return place
                 case Extend():
-                    answer = self.pool.extend(call.handle, call.least_tokens)
-                    place = Held(held[call.handle].request_id, *_place_from(answer))
+                    name = held[call.handle].request_id
+                    place = Held(name, *self.pool.extend(call))
                     self._model = Model({**held, place.handle: place})
                     return place
                 case Free():
-                    again = self.pool.free(*call)
+                    again = self.pool.free(call).already_free
                     self._model = Model({h: held[h] for h in held if h != call.handle})
                     return again
                 case Reconcile():
                     told = self.pool.reconcile(list(call.kept))
                     self._model = Model({handle: held[handle] for handle in call.kept})
-                    places = [Held(held[p.handle].request_id, *_place_from(p)) for p in told.kept]
+                    places = [Held(held[p.handle].request_id, *p) for p in told.kept]
                     return places, set(told.freed)
                 case Open():
                     self._how["open_id"] = call.open_id
@@ -147,7 +146,7 @@ class Victim(Engine):
 
     def _live(self, regions: list[pool_pb.Region]) -> dict[int, Held]:
         live = [region for region in regions if region.state == pool_pb.REGION_STATE_LIVE]
-        held = [Held(region.request_id, *_place_from(region.place)) for region in live]
+        held = [Held(region.request_id, *place_from(region.place)) for region in live]
         return {region.handle: region for region in held}
 
 

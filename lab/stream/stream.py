@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from odma_service.errors import PoolLimitError
 from odma_service.learning import Learner, Model, Source, predictions_of
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
 from odma_service.values import (
     Allocate,
@@ -30,6 +30,7 @@ from odma_service.values import (
     Moves,
     Op,
     Place,
+    PlaneGroup,
     Predicted,
     Refusal,
     Used,

@@ -16,7 +16,6 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
-    TenantShare,
     TenantUse,
 )
 
@@ -33,7 +32,6 @@ __all__ = [
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
-    "TenantShare",
     "TenantUse",
     "optimal_limits",
 ]

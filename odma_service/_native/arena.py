@@ -34,7 +34,6 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
-    TenantShare,
     TenantUse,
 )
 from odma_service.errors import (
@@ -53,7 +52,7 @@ from odma_service.errors import (
     SeqOldError,
     VersionError,
 )
-from odma_service.values import Answer, Moves, Overflow, Start
+from odma_service.values import Answer, Moves, Overflow, Start, TenantShare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from odma_service.errors import InvalidError
-from odma_service.values import Moves, Overflow, Quantiles, Start
+from odma_service.values import Moves, Overflow, Quantiles, Start, TenantShare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,14 +52,6 @@ class EngineRecord(NamedTuple):
     planes: int
     descriptor_seconds: float
     token_seconds: float
-
-
-class TenantShare(NamedTuple):
-    """What one tenant is sure of and what it may hold, as shares of the capacity."""
-
-    name: str
-    guaranteed_share: float = 0.0
-    maximum_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

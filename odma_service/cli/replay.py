@@ -16,8 +16,8 @@ from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.errors import InvalidError
-from odma_service.pool.policy import TenantShare
 from odma_service.replay.workplace import workplace
+from odma_service.values import TenantShare
 
 TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"

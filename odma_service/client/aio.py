@@ -1,8 +1,8 @@
 """The client for asyncio: the same calls, retries and errors.
 
     async with AsyncClient("127.0.0.1:50051") as service:
-        pool = await service.open_pool("main", moves=MOVES_ANY, geometry=..., capacity_tokens=...)
-        answer = await pool.apply(ops=[allocate("request-1", prompt_tokens=700)])
+        pool = await service.open_pool("main", moves=Moves.ANY, planes=..., capacity_tokens=...)
+        answer = await pool.apply(ops=[Allocate("request-1", prompt_tokens=700)])
 
 A batch that is cancelled while it waits has no answer yet: resume() it. What only operators need
 is with the synchronous client.
@@ -19,23 +19,23 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
-from odma_service.client import (
-    CHANNEL_OPTIONS,
-    Tls,
-    allocate,
-    extend,
-    free,
-    open_request,
-)
+from odma_service.client.channel import CHANNEL_OPTIONS, Caller, Tls
 from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
-from odma_service.client.headers import Caller
-from odma_service.client.owner import Owner
-from odma_service.client.streaming import AsyncApplyStream
+from odma_service.client.owner import Owner, open_request
+from odma_service.client.stream import AsyncApplyStream
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.values import Allocate, Answer, Extend, Free, Freed, Op, Place, Reconciled, Used
+from odma_service.wire import (
+    allocate_to,
+    answer_from,
+    extend_to,
+    free_to,
+    place_from,
+    reconciled_from,
+)
 
 
 class AsyncClient:
@@ -128,23 +128,23 @@ class AsyncPoolClient(Owner):
 
     async def apply(
         self,
-        used: Iterable[pb.Used] = (),
-        ops: Iterable[pb.Op] = (),
+        used: Iterable[Used] = (),
+        ops: Iterable[Op] = (),
         *,
         completed_seq: int | None = None,
         max_copy_tokens: int | None = None,
         pass_refused: bool = False,
-    ) -> pb.ApplyResponse:
+    ) -> Answer:
         """As PoolClient.apply. After an UnavailableError or a cancellation call resume()."""
         self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return await self.resume()
 
-    async def resume(self) -> pb.ApplyResponse:
+    async def resume(self) -> Answer:
         """Send the batch without an answer again, and return its answer."""
         with self.waiting() as request:
             method = self._stream or self._client.memory.Apply
-            answer: pb.ApplyResponse = await self._client.call(method, request)
-        return answer
+            response: pb.ApplyResponse = await self._client.call(method, request)
+        return answer_from(response)
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[Self]:
@@ -164,34 +164,32 @@ class AsyncPoolClient(Owner):
         )
         return answer
 
-    async def allocate(self, request_id: str, prompt_tokens: int, **fields: Any) -> types.Place:
+    async def allocate(self, op: Allocate) -> Place:
         """As PoolClient.allocate."""
-        operation = allocate(request_id, prompt_tokens, **fields).allocate
-        request = pb.AllocateRequest(pool=self.ref, allocate=operation)
+        request = pb.AllocateRequest(pool=self.ref, allocate=allocate_to(op))
         answer: pb.AllocateResponse = await self._client.call(self._client.memory.Allocate, request)
-        return answer.place
+        return place_from(answer.place)
 
-    async def extend(self, handle: int, least_tokens: int, want_tokens: int = 0) -> types.Place:
+    async def extend(self, op: Extend) -> Place:
         """As PoolClient.extend."""
-        operation = extend(handle, least_tokens, want_tokens).extend
-        request = pb.ExtendRequest(pool=self.ref, extend=operation)
+        request = pb.ExtendRequest(pool=self.ref, extend=extend_to(op))
         answer: pb.ExtendResponse = await self._client.call(self._client.memory.Extend, request)
-        return answer.place
+        return place_from(answer.place)
 
-    async def free(self, handle: int, end: int, output_tokens: int = 0) -> bool:
+    async def free(self, op: Free) -> Freed:
         """As PoolClient.free."""
-        request = pb.FreeRequest(pool=self.ref, free=free(handle, end, output_tokens).free)
+        request = pb.FreeRequest(pool=self.ref, free=free_to(op))
         answer: pb.FreeResponse = await self._client.call(self._client.memory.Free, request)
-        return answer.already_free
+        return Freed(answer.already_free)
 
-    async def reconcile(self, handles: Sequence[int]) -> pb.ReconcileResponse:
+    async def reconcile(self, handles: Sequence[int]) -> Reconciled:
         """As PoolClient.reconcile."""
         request = pb.ReconcileRequest(pool=self.ref, handles=handles)
         answer: pb.ReconcileResponse = await self._client.call(
             self._client.memory.Reconcile, request
         )
         self.reconciled(answer)
-        return answer
+        return reconciled_from(answer)
 
     async def close_pool(self) -> None:
         """As PoolClient.close_pool."""

@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from odma_service import errors
 from odma_service.errors import OdmaError, ServiceError, UnavailableError
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import Reason, Refusal
+from odma_service.wire import refusal_from
 
 DOMAIN = "odma"
 FIRST_PAUSE_SECONDS = 0.02
@@ -51,24 +51,11 @@ class Patience:
         return pause_seconds
 
 
-_REASONS = {reason.value for reason in Reason}
-
-
 def _refused(details: Sequence[Any]) -> OdmaError:
     message = types.Refusal()
-    if not any(detail.Unpack(message) for detail in details) or message.reason not in _REASONS:
-        return ServiceError("refused, for a reason that this client does not know")
-    return errors.RefusedError(
-        Refusal(
-            Reason(message.reason),
-            message.free_tokens,
-            message.largest_run_tokens,
-            message.awaiting_completion_tokens,
-            message.copy_tokens_needed,
-            message.preempt_handle,
-            message.field,
-        )
-    )
+    if not any(detail.Unpack(message) for detail in details):
+        return ServiceError("refused, without a reason")
+    return errors.RefusedError(refusal_from(message))
 
 
 _ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {

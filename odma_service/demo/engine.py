@@ -21,15 +21,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from odma_service import client
 from odma_service.client import PoolClient
 from odma_service.demo.device import Device
 from odma_service.demo.load import Request
 from odma_service.demo.running import Running
 from odma_service.errors import OdmaError
-from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import End, Moves, Reason
+from odma_service.values import (
+    Allocate,
+    Answer,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Op,
+    Place,
+    Reason,
+    Refusal,
+    Result,
+    Used,
+)
 
 ADMISSIONS = 8  # asked for in one step: after a refusal the rest would only be skipped
 PATIENCE_STEPS = 1_000
@@ -156,9 +167,9 @@ class Engine:
         """Ask one batch and do what the answer says, up to where the step begins."""
         running, ended = self._running, self._ended
         written = running.written.tolist()
-        used = [client.used(*region) for region in zip(running.handles, written, strict=True)]
-        ops = [client.free(run.handle, run.end, run.output_tokens) for run in ended]
-        ops += [client.extend(running.handles[entry], written[entry] + 1) for entry in full]
+        used = [Used(*region) for region in zip(running.handles, written, strict=True)]
+        ops: list[Op] = [Free(run.handle, run.end, run.output_tokens) for run in ended]
+        ops += [Extend(running.handles[entry], written[entry] + 1) for entry in full]
         ops += [self._allocation(request) for request in asked]
         answer = self._apply(used, ops)
 
@@ -170,7 +181,7 @@ class Engine:
         self._device.check_regions(running.starts, running.lengths)
         self._preempt(victims)
 
-    def _apply(self, used: Sequence[pb.Used], ops: Sequence[pb.Op]) -> pb.ApplyResponse:
+    def _apply(self, used: Sequence[Used], ops: Sequence[Op]) -> Answer:
         completed_seq = self._completed_seq()
         started_ns = time.perf_counter_ns()
         answer = self._pool.apply(
@@ -186,8 +197,8 @@ class Engine:
         late = not self._kind.single_stream and self.tally.steps - self._answered_step < 2
         return max(self._pool.seq - late, 0)
 
-    def _allocation(self, request: Request) -> pb.Op:
-        return client.allocate(
+    def _allocation(self, request: Request) -> Op:
+        return Allocate(
             f"request-{request.number}",
             request.prompt_tokens,
             generated_tokens=self._generated.get(request.number, 0),
@@ -208,23 +219,21 @@ class Engine:
 
     # Doing what the answer says
 
-    def _give_back(self, seq: int, results: Iterable[pb.Result]) -> None:
+    def _give_back(self, seq: int, results: Iterable[Result]) -> None:
         for run, result in zip(self._ended, results, strict=True):
-            if not result.HasField("freed"):
+            if result != Freed():
                 raise EngineError(f"a free of a live region was answered with {result}")
             self._device.vacate(seq, run.start_token, run.tokens)
         self._ended = []
 
-    def _grow(
-        self, answer: pb.ApplyResponse, results: Iterable[pb.Result], full: Iterable[int]
-    ) -> set[int]:
+    def _grow(self, answer: Answer, results: Iterable[Result], full: Iterable[int]) -> set[int]:
         """Note where regions lie now, and return the handles of those to preempt."""
         running, places, victims = self._running, list(answer.moved), set()
         for entry, result in zip(full, results, strict=True):
-            if result.HasField("place"):
-                places.append(result.place)
-            else:
-                victims.add(self._victim(running.handles[entry], result.refusal))
+            if isinstance(result, Place):
+                places.append(result)
+            elif isinstance(result, Refusal):
+                victims.add(self._victim(running.handles[entry], result))
         moves = [
             running.place(running.entry(p.handle), p.start_token, p.length_tokens) for p in places
         ]
@@ -233,7 +242,7 @@ class Engine:
             self._blocked = None
         return victims - {NOBODY}
 
-    def _victim(self, handle: int, refusal: types.Refusal) -> int:
+    def _victim(self, handle: int, refusal: Refusal) -> int:
         """Return the region to preempt for one that cannot grow, or NOBODY to wait."""
         if self._refused(refusal) not in PREEMPT:
             return NOBODY
@@ -241,27 +250,26 @@ class Engine:
             return handle  # alone and at the end of the memory: it has to start elsewhere
         return refusal.preempt_handle
 
-    def _admit(self, asked: Sequence[Request], results: Iterable[pb.Result]) -> None:
+    def _admit(self, asked: Sequence[Request], results: Iterable[Result]) -> None:
         refused: list[Request] = []
         blocked: Reason | None = None
         for request, result in zip(asked, results, strict=True):
             self._queue.popleft()
-            if result.HasField("place"):
-                place = result.place
-                self._running.add(request, place.handle, place.start_token, place.length_tokens)
+            if isinstance(result, Place):
+                self._running.add(request, *result)
                 self._passed = self._passed + 1 if refused else 0
-            else:
+            elif isinstance(result, Refusal):
                 refused.append(request)
-                reason = self._refused(result.refusal)
-                passing = reason in ASK_AGAIN or result.refusal.awaiting_completion_tokens
+                reason = self._refused(result)
+                passing = reason in ASK_AGAIN or result.awaiting_completion_tokens
                 if not (blocked or passing or reason is Reason.SKIPPED):
                     blocked = reason
         self._queue.extendleft(reversed(refused))
         if asked:
             self._blocked = blocked
 
-    def _refused(self, refusal: types.Refusal) -> Reason:
-        reason = Reason(refusal.reason)
+    def _refused(self, refusal: Refusal) -> Reason:
+        reason = refusal.reason
         if reason in BUGS:
             raise EngineError(f"refused as {reason.name}: {refusal.field}")
         if reason is not Reason.SKIPPED:

@@ -14,11 +14,11 @@ from odma_service.demo.engine import Engine, EngineKind, Tally
 from odma_service.demo.load import Limits, Request, requests_of
 from odma_service.demo.report import Outcome
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.traces import Trace
+from odma_service.values import PlaneGroup, PolicyChange
 
 # K and V of the 28 layers of DeepSeek-R1-Distill-Qwen-7B, 4 heads of 128 in bf16.
-PLANES = types.PlaneGroup(count=56, bytes_per_token=1_024)
+PLANES = PlaneGroup(count=56, bytes_per_token=1_024)
 PRESET = "mlu370-x4"
 LEAST_REGIONS = 1_024
 
@@ -52,14 +52,14 @@ def _open(service: Client, policy: str, kind: EngineKind) -> PoolClient:
     """Open a pool that nobody has used, so that nothing is learnt from an earlier demo."""
     return service.open_pool(
         f"demo-{policy}-{uuid.uuid4().hex[:8]}",
-        device=types.Device(preset=PRESET),
-        geometry=types.Geometry(planes=[PLANES]),
+        preset=PRESET,
+        planes=[PLANES],
         capacity_tokens=kind.capacity_tokens,
         model_length_tokens=kind.model_length_tokens,
         moves=kind.moves,
         single_ordered_stream=kind.single_stream,
         copies_may_overlap=kind.copies_may_overlap,
-        policy=types.PolicyChange(name=policy),
+        policy=PolicyChange(name=policy),
         max_regions=max(LEAST_REGIONS, kind.batch_cap),
     )
 

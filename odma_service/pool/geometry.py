@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from odma_service.errors import InvalidError
+from odma_service.values import PlaneGroup
 
 MOST_GROUPS = 64
 MOST_PLANES = 4096
@@ -35,15 +36,6 @@ ELEMENT_BYTES = {
 
 PER_TOKEN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that keep a K and a V for every token."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlaneGroup:
-    """`count` planes of one shape. Geometry checks it, and so can name it."""
-
-    count: int
-    bytes_per_token: int
-    alignment_bytes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ only the values.
 
 from __future__ import annotations
 
-from odma_service._native import PolicyRecord, TenantShare
+from odma_service._native import PolicyRecord
 from odma_service.errors import InvalidError
 from odma_service.values import Overflow, Start
 
-__all__ = ["NAMES", "PolicyRecord", "TenantShare", "longest_tokens", "named"]
+__all__ = ["NAMES", "PolicyRecord", "longest_tokens", "named"]
 
 NAMES = ("static", "s3", "odma", "elastic")
 

@@ -37,9 +37,18 @@ from odma_service.pool.geometry import (
     PRESETS,
     Device,
     Geometry,
-    PlaneGroup,
 )
-from odma_service.values import Allocate, Extend, Free, Freed, Moves, Place, Reason, Refusal
+from odma_service.values import (
+    Allocate,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Place,
+    PlaneGroup,
+    Reason,
+    Refusal,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

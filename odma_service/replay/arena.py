@@ -11,14 +11,14 @@ from typing import NamedTuple, Self
 
 from odma_service.learning import Learner
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import PolicyRecord
 from odma_service.replay.load import BLOCK_TOKENS, Limits
 from odma_service.replay.memory import Step
 from odma_service.replay.pooled import EngineKind, PoolMemory
 from odma_service.replay.predict import Predictor
 from odma_service.replay.prices import Serving
-from odma_service.values import Answer, Batch, Quantiles
+from odma_service.values import Answer, Batch, PlaneGroup, Quantiles
 
 EPOCH = 1
 

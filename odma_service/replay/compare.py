@@ -13,7 +13,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from odma_service.pool.policy import TenantShare
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
 from odma_service.replay.loop import History, serve
@@ -40,6 +39,7 @@ from odma_service.replay.policies import (
 )
 from odma_service.replay.prices import Serving
 from odma_service.traces import Trace
+from odma_service.values import TenantShare
 
 NO_PREFIX_REUSE = "no prefix reuse"
 PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"

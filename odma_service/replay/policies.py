@@ -29,7 +29,6 @@ from pathlib import Path
 from odma_service.errors import InvalidError
 from odma_service.pool.policy import (
     PolicyRecord,
-    TenantShare,
     equal_limits,
     longest_tokens,
     named,
@@ -44,7 +43,7 @@ from odma_service.replay.prices import Serving
 from odma_service.replay.rivals.extents import ExtentMemory
 from odma_service.replay.rivals.paging import UNLIMITED_TOKENS, PagedMemory
 from odma_service.replay.rivals.prefix import PrefixMemory
-from odma_service.values import Moves, Overflow
+from odma_service.values import Moves, Overflow, TenantShare
 
 TUNED = Path(__file__).with_name("tuned.json")
 PAGES = (16, 64, 256)

@@ -19,9 +19,9 @@ from odma_service.learning.foresight import longer_than
 from odma_service.learning.history import Evidence, history_of, lately
 from odma_service.learning.predictor import History
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
-from odma_service.values import Allocate, Batch, End, Free, Moves
+from odma_service.values import Allocate, Batch, End, Free, Moves, PlaneGroup
 
 EPOCH = 1
 SPEC = PoolSpec(

@@ -32,9 +32,19 @@ from odma_service.learning.expected import (
 from odma_service.learning.recalibration import Lengths, limits_report, uncensored
 from odma_service.learning.safety import LEAST_SHARE, MOST_SHARE, adapted_share
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
-from odma_service.pool.policy import TenantShare, named
-from odma_service.values import Allocate, Batch, End, Free, Moves, Place, Reason
+from odma_service.pool.geometry import Geometry
+from odma_service.pool.policy import named
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Free,
+    Moves,
+    Place,
+    PlaneGroup,
+    Reason,
+    TenantShare,
+)
 
 EPOCH = 1
 SPEC = PoolSpec(

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from odma_service.errors import InvalidError
-from odma_service.pool.geometry import PRESETS, Geometry, PlaneGroup, device, from_model_config
+from odma_service.pool.geometry import PRESETS, Geometry, device, from_model_config
+from odma_service.values import PlaneGroup
 
 QWEN_7B = {
     "model_type": "qwen2",

@@ -19,9 +19,20 @@ from odma_service.errors import (
     VersionError,
 )
 from odma_service.pool import Pool, PoolSpec, set_aside
-from odma_service.pool.geometry import PRESETS, Geometry, PlaneGroup, device
+from odma_service.pool.geometry import PRESETS, Geometry, device
 from odma_service.pool.policy import named
-from odma_service.values import Allocate, Batch, End, Extend, Free, Freed, Moves, Reason, Used
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    PlaneGroup,
+    Reason,
+    Used,
+)
 
 EPOCH = 5
 BOOT = "a boot"

@@ -14,13 +14,13 @@ from conftest import open_pool, wait_for
 from odma_service.client import Client, allocate, extend, free
 from odma_service.errors import OdmaError
 from odma_service.pool import Pool, PoolSpec
-from odma_service.pool.geometry import Geometry, PlaneGroup
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.watch import decisions
 from odma_service.service.watch.decisions import DecisionLog, RotatedFile
 from odma_service.traces import TraceError, read_trace
-from odma_service.values import End, Moves
+from odma_service.values import End, Moves, PlaneGroup
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "decision-log.md"
 SECRET = "my mother's maiden name is Szymborska"

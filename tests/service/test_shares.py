@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import metrics_address
 from typer.testing import CliRunner
 
-from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord, TenantShare
+from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
 from odma_service.cli import app
 from odma_service.client import Client, allocate
 from odma_service.errors import InvalidError, RefusedError
@@ -39,6 +39,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Start,
+    TenantShare,
 )
 
 BLOCKS, UNIT = 256, 16

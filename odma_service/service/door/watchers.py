@@ -17,8 +17,8 @@ from odma_service.errors import InvalidError, OdmaError, StreamLimitError, Unava
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.door.access import may_see_of
+from odma_service.service.rpc.names import name_from
 from odma_service.service.rpc.statuses import abort, status_of
-from odma_service.service.rpc.translate import name_from
 from odma_service.service.watch.events import Event, Events
 
 MOST_WATCHERS = 32

@@ -12,19 +12,21 @@ from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceServicer
 from odma_service.service.door.streams import Streams
 from odma_service.service.pools.registry import Opened, Registry
+from odma_service.service.rpc.names import ref_from
 from odma_service.service.rpc.opening import changed_policy, first_policy, spec_from
-from odma_service.service.rpc.reports import planes_to, policy_to
+from odma_service.service.rpc.reports import policy_to
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.service.rpc.translate import (
+from odma_service.values import Predicted
+from odma_service.wire import (
     allocate_from,
-    apply_to,
+    answer_to,
     batch_from,
+    change_from,
     extend_from,
     free_from,
     place_to,
-    ref_from,
+    planes_to,
 )
-from odma_service.values import Predicted
 
 
 class MemoryService(MemoryServiceServicer):
@@ -41,7 +43,7 @@ class MemoryService(MemoryServiceServicer):
         spec = spec_from(request)
         opened = self._registry.open(
             spec,
-            first_policy(request.policy, spec),
+            first_policy(change_from(request.policy), spec),
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
         )
@@ -84,7 +86,7 @@ class MemoryService(MemoryServiceServicer):
             predictions = self._predictions(question)
             with self._registry.owned(name, epoch) as learner:
                 answer = learner.apply(epoch, batch, predictions)
-        return apply_to(answer)
+        return answer_to(answer)
 
     def _predictions(self, question: Question) -> list[Predicted | None]:
         """Ask the model, away from the lock: it takes time."""
@@ -166,7 +168,8 @@ class MemoryService(MemoryServiceServicer):
         expected = request.expected_version if request.HasField("expected_version") else None
         with self._registry.owned(name, epoch) as learner:
             pool = learner.pool
-            learner.set_policy(changed_policy(request.policy, pool.policy(), pool.spec), expected)
+            changed = changed_policy(change_from(request.policy), pool.policy(), pool.spec)
+            learner.set_policy(changed, expected)
             policy = pool.policy()
         return pb.SetPolicyResponse(policy=policy_to(policy))
 
@@ -182,7 +185,7 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         pool=types.PoolRef(name=spec.name, epoch=opened.epoch),
         capacity_tokens=spec.capacity_tokens,
         block_tokens=spec.block_tokens,
-        planes=planes_to(spec.geometry),
+        planes=planes_to(spec.geometry.planes),
         bytes_per_token=spec.geometry.bytes_per_token,
         model_length_tokens=spec.model_length_tokens,
         max_ops=spec.max_ops,

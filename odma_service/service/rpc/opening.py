@@ -12,15 +12,15 @@ from odma_service.pool.geometry import (
     Device,
     Geometry,
     ModelGeometry,
-    PlaneGroup,
     device,
     from_model_config,
 )
-from odma_service.pool.policy import PolicyRecord, TenantShare, named
+from odma_service.pool.policy import PolicyRecord, named
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.service.rpc.translate import name_from
-from odma_service.values import Moves
+from odma_service.service.rpc.names import name_from
+from odma_service.values import Moves, PolicyChange
+from odma_service.wire import planes_from
 
 DEFAULT_BLOCK_TOKENS = 16
 DEFAULT_TTL_SECONDS = 60
@@ -52,7 +52,7 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
     )
 
 
-def first_policy(change: types.PolicyChange, spec: PoolSpec) -> PolicyRecord:
+def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:
     """Return the policy that a new pool starts with."""
     return changed_policy(
         change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
@@ -68,36 +68,18 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
     )
 
 
-def changed_policy(change: types.PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
+def changed_policy(change: PolicyChange, base: PolicyRecord, spec: PoolSpec) -> PolicyRecord:
     """Return `base`, or the record that the change names, with its fields changed.
 
     Tenants are no part of what a name stands for: those of `base` are kept.
     """
-    has = change.HasField
-    tenants = tuple(map(_tenant_from, change.tenants))
-    if not tenants and not change.clear_tenants:
-        tenants = base.tenants
+    if not change.tenants and not change.clear_tenants:
+        change = change._replace(tenants=base.tenants)
+    fields = change._asdict()
     with _inside("policy"):
-        if change.name:
-            base = _named(change.name, spec)
-        return base.with_changes(
-            step_tokens=change.step_tokens if has("step_tokens") else None,
-            limits_tokens=tuple(change.limits_tokens),
-            clear_limits=change.clear_limits,
-            overflow_risk=change.overflow_risk if has("overflow_risk") else None,
-            safety_share=change.safety_share if has("safety_share") else None,
-            unsure_ratio=change.unsure_ratio if has("unsure_ratio") else None,
-            growth=change.growth if has("growth") else None,
-            tenant_share=change.tenant_share if has("tenant_share") else None,
-            max_copy_tokens=change.max_copy_tokens if has("max_copy_tokens") else None,
-            tenants=tenants,
-            clear_tenants=change.clear_tenants,
-        )
-
-
-def _tenant_from(message: types.TenantShare) -> TenantShare:
-    maximum = message.maximum_share if message.HasField("maximum_share") else 1.0
-    return TenantShare(message.name, message.guaranteed_share, maximum)
+        if name := fields.pop("name"):
+            base = _named(name, spec)
+        return base.with_changes(**fields)
 
 
 def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
@@ -113,12 +95,7 @@ def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
 
 
 def _geometry_from(message: types.Geometry, block_tokens: int) -> Geometry:
-    geometry = Geometry(
-        tuple(
-            PlaneGroup(group.count, group.bytes_per_token, group.alignment_bytes or 1)
-            for group in message.planes
-        )
-    )
+    geometry = Geometry(planes_from(message.planes))
     geometry.check_alignment(block_tokens or DEFAULT_BLOCK_TOKENS)
     return geometry
 

@@ -9,9 +9,9 @@ from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceServicer
 from odma_service.service.door.watchers import Watchers
 from odma_service.service.pools.registry import Registry
+from odma_service.service.rpc.names import name_from
 from odma_service.service.rpc.reports import pool_to, region_to, summary_to
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.service.rpc.translate import name_from
 
 DEFAULT_PAGE_REGIONS = 1_000
 LARGEST_PAGE_REGIONS = 10_000

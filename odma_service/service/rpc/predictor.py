@@ -11,9 +11,9 @@ from odma_service.learning import Foreseen
 from odma_service.rpc.v1 import predictor_service_pb2 as pb
 from odma_service.rpc.v1.predictor_service_pb2_grpc import PredictorServiceServicer
 from odma_service.service.pools.registry import Registry
+from odma_service.service.rpc.names import name_from
 from odma_service.service.rpc.reports import BASES
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.service.rpc.translate import name_from
 from odma_service.values import Allocate
 
 MOST_PROMPTS = 1_024

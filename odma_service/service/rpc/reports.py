@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from odma_service._native import Counters, RegionEntry, TenantUse
 from odma_service.learning import Learner, Source
 from odma_service.pool import ClassHistory, Pool
-from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import PolicyRecord
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.pools.registry import View
+from odma_service.wire import planes_to, tenants_to
 
 Weights = NDArray[np.float64]
 
@@ -50,7 +50,7 @@ def pool_to(view: View) -> pb.GetPoolResponse:
         block_tokens=spec.block_tokens,
         model_length_tokens=spec.model_length_tokens,
         bytes_per_token=spec.geometry.bytes_per_token,
-        planes=planes_to(spec.geometry),
+        planes=planes_to(spec.geometry.planes),
         moves=cast("types.Moves.ValueType", int(spec.moves)),
         single_ordered_stream=spec.single_ordered_stream,
         copies_may_overlap=spec.copies_may_overlap,
@@ -89,23 +89,8 @@ def policy_to(policy: PolicyRecord) -> types.Policy:
         growth=policy.growth,
         tenant_share=policy.tenant_share,
         max_copy_tokens=policy.max_copy_tokens,
-        tenants=[
-            types.TenantShare(name=name, guaranteed_share=guaranteed, maximum_share=maximum)
-            for name, guaranteed, maximum in policy.tenants
-        ],
+        tenants=tenants_to(policy.tenants),
     )
-
-
-def planes_to(geometry: Geometry) -> list[types.PlaneGroup]:
-    """Return the messages of a geometry's planes."""
-    return [
-        types.PlaneGroup(
-            count=group.count,
-            bytes_per_token=group.bytes_per_token,
-            alignment_bytes=group.alignment_bytes,
-        )
-        for group in geometry.planes
-    ]
 
 
 def region_to(entry: RegionEntry) -> pb.Region:

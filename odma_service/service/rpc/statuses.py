@@ -22,8 +22,8 @@ from grpc_status import rpc_status
 
 from odma_service import errors
 from odma_service.errors import OdmaError
-from odma_service.service.rpc.translate import refusal_to
 from odma_service.values import Reason, Refusal
+from odma_service.wire import refusal_to
 
 DOMAIN = "odma"
 RETRY_AFTER_MS = 50

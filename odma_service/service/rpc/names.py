@@ -1,0 +1,21 @@
+"""The pool that a request is about."""
+
+from __future__ import annotations
+
+from odma_service.errors import InvalidError
+from odma_service.pool import NAME, NAME_RULE
+from odma_service.rpc.v1 import types_pb2 as types
+
+
+def name_from(name: str, field: str = "name") -> str:
+    """Return a pool's name, which is also safe as a file name."""
+    if not NAME.fullmatch(name):
+        raise InvalidError(field, NAME_RULE)
+    return name
+
+
+def ref_from(ref: types.PoolRef) -> tuple[str, int]:
+    """Return the name and epoch of the pool that a request is about."""
+    if ref.epoch == 0:
+        raise InvalidError("pool.epoch", "the epoch that OpenPool answered")
+    return name_from(ref.name, "pool.name"), ref.epoch
