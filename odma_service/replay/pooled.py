@@ -85,9 +85,9 @@ class PoolMemory(ABC):
             copies=len(answer.copies),
             copied_tokens=sum(copy.tokens for copy in answer.copies),
         )
-        frees, fulls = len(step.ended), len(step.full)
-        self._grow(step, answer.results[frees : frees + fulls], decision)
-        self._admit(step, answer.results[frees + fulls :], decision)
+        _, grown, asked = parts(step, answer.results)
+        self._grow(step, grown, decision)
+        self._admit(step, asked, decision)
         # What has ended teaches from the next batch on, and shorter regions may fit then.
         decision.again |= self._predicts and bool(step.ended)
         return decision
@@ -160,3 +160,9 @@ class PoolMemory(ABC):
         named = [run for run in step.running.values() if run.handle == handle]
         decision.victims += [run for run in named if run not in decision.victims]
         decision.again |= not named
+
+
+def parts(step: Step, results: list[Result]) -> tuple[list[Result], list[Result], list[Result]]:
+    """Return the results for what has ended, what was full and who asked."""
+    frees, extends = len(step.ended), len(step.full)
+    return results[:frees], results[frees : frees + extends], results[frees + extends :]
