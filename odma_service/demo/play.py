@@ -43,6 +43,23 @@ class Setting:
     drop_copy: int = 0
 
 
+def open_pool(service: Client, policy: str, setting: Setting) -> PoolClient:
+    """Open a pool that nobody has used, so that nothing is learnt from an earlier demo."""
+    limits, kind = setting.limits, setting.kind
+    return service.open_pool(
+        f"demo-{policy}-{uuid.uuid4().hex[:8]}",
+        preset=PRESET,
+        planes=[PLANES],
+        capacity_tokens=limits.capacity_tokens,
+        model_length_tokens=limits.model_length_tokens,
+        moves=kind.moves,
+        single_ordered_stream=kind.single_stream,
+        copies_may_overlap=kind.copies_may_overlap,
+        policy=PolicyChange(name=policy),
+        max_regions=max(LEAST_REGIONS, setting.batch_cap),
+    )
+
+
 def play(
     service: Client, trace: Trace, policy: str, setting: Setting, watch: Callable[[History], None]
 ) -> Outcome:
@@ -52,7 +69,7 @@ def play(
     """
     started = time.monotonic()
     kind = setting.kind
-    pool = _open(service, policy, setting)
+    pool = open_pool(service, policy, setting)
     try:
         limits = replace(setting.limits, capacity_tokens=pool.response.capacity_tokens)
         load = load_of(trace, limits)
@@ -74,23 +91,6 @@ def play(
         pool.close_pool()
     seconds = time.monotonic() - started
     return _outcome(trace, policy, load, loop.history, memory, device, books, seconds)
-
-
-def _open(service: Client, policy: str, setting: Setting) -> PoolClient:
-    """Open a pool that nobody has used, so that nothing is learnt from an earlier demo."""
-    limits, kind = setting.limits, setting.kind
-    return service.open_pool(
-        f"demo-{policy}-{uuid.uuid4().hex[:8]}",
-        preset=PRESET,
-        planes=[PLANES],
-        capacity_tokens=limits.capacity_tokens,
-        model_length_tokens=limits.model_length_tokens,
-        moves=kind.moves,
-        single_ordered_stream=kind.single_stream,
-        copies_may_overlap=kind.copies_may_overlap,
-        policy=PolicyChange(name=policy),
-        max_regions=max(LEAST_REGIONS, setting.batch_cap),
-    )
 
 
 def _outcome(

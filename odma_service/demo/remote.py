@@ -1,7 +1,7 @@
 """The memory of a pool behind a server, for the replay's loop, on a device that checks itself.
 
 The loop takes all steps up to its next decision at once. What they wrote is written when that
-decision comes, and looked at before the batch is sent; after its copies all is looked at again.
+decision comes, and every live token is looked at; again after the batch, if it moved anything.
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ class RemoteMemory(PoolMemory):
         freed, grown, asked = parts(step, answer.results)
         self._give_back(step, answer.seq, freed)
         self._device.run(answer.copies, self._movable(step))
-        self._move(answer.seq, [*answer.moved, *(r for r in grown if isinstance(r, Place))])
+        places = [*answer.moved, *(result for result in grown if isinstance(result, Place))]
+        moves = self._moves(places)
+        self._device.move(answer.seq, moves)
+        if answer.copies or moves:
+            self._device.check()
         fresh = self._enter(step, asked)
         self._check_regions()
-        self._device.check()
         for region, tokens in fresh:
             self._write(region, tokens)
         changed = answer.policy_version != self._version
@@ -139,14 +142,15 @@ class RemoteMemory(PoolMemory):
             case Moves.NONE:
                 return set()
 
-    def _move(self, seq: int, places: Iterable[Place]) -> None:
+    def _moves(self, places: Iterable[Place]) -> list[Move]:
+        """Note where regions lie now, and return the moves of what is written in them."""
         moves = []
         for handle, start, length in places:
             region = self._regions[handle]
             if start != region.start_token:
                 moves.append(Move(region.request, region.start_token, start, region.written))
             region.start_token, region.length_tokens = start, length
-        self._device.move(seq, moves)
+        return moves
 
     def _enter(self, step: Step, results: Sequence[Result]) -> list[tuple[Region, int]]:
         """Return the regions of new requests, and how long their prefill is."""

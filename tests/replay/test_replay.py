@@ -184,6 +184,21 @@ def test_a_maximum_is_the_same_for_every_policy_and_prompts_are_not_cut():
     ]
 
 
+def test_a_request_whose_maximum_exceeds_the_pool_never_fits():
+    trace = traces.Trace(np.zeros(2), np.array([400, 401]), np.array([5, 5]), "two")
+    load = load_of(trace, Limits(100, 1_000, 500))
+    assert [(r.prompt_tokens, r.maximum_tokens) for r in load.requests] == [(400, 500)]
+
+
+def test_an_answer_exactly_as_long_as_the_limit_has_met_it():
+    trace = traces.Trace(np.zeros(3), np.array([10, 10, 95]), np.array([19, 20, 5]), "three")
+    assert [r.limited for r in load_of(trace, Limits(20, 100, 100)).requests] == [
+        False,
+        True,
+        False,
+    ]
+
+
 def test_limits_default_to_what_cuts_nothing_off():
     trace = traces.Trace(np.zeros(1), np.array([500]), np.array([9_000]), "one")
     assert limits_for(trace, 111_000) == Limits(9_000, 9_500, 110_992)
