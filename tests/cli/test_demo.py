@@ -320,7 +320,7 @@ def test_what_cannot_be_played_is_refused(arguments):
 @pytest.mark.parametrize("single_stream", [True, False])
 def test_an_engine_outlives_its_server(tmp_path, single_stream):
     process, address = server.start(tmp_path)
-    moments = {100: Event(), 200: Event(), 300: Event()}
+    moments = {200: Event(), 400: Event(), 600: Event()}
 
     def kill_and_restart():
         nonlocal process

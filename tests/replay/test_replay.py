@@ -15,6 +15,7 @@ from odma_service import replay, traces
 from odma_service.errors import InvalidError
 from odma_service.pool import geometry
 from odma_service.pool.policy import named
+from odma_service.replay.arena import ArenaMemory
 from odma_service.replay.compare import compare
 from odma_service.replay.load import Limits, limits_for, load_of, shuffled
 from odma_service.replay.loop import History, Sums, serve
@@ -28,6 +29,7 @@ from odma_service.replay.policies import (
     read_tuning,
     record_of,
 )
+from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Prices, Serving
 from odma_service.replay.rivals.extents import ExtentMemory
@@ -97,6 +99,26 @@ def test_skipping_steps_changes_nothing_where_requests_may_pass(overtake, tmp_pa
 def test_most_steps_are_skipped_where_little_happens(tmp_path):
     history = run("static", small_load(), tmp_path)
     assert history.decisions * 5 < history.steps
+
+
+def test_what_a_batch_has_no_room_for_waits_a_step(tmp_path):
+    sizes = []
+
+    class Narrow(ArenaMemory):
+        max_ops = 9
+
+        def _apply(self, step, batch):
+            sizes.append(len(step.ended) + len(step.full) + len(step.asked))
+            return super()._apply(step, batch)
+
+    load = small_load(80)
+    record = record_of("elastic", load.limits, TUNING.of("elastic"))
+    live = predictor("live", load, 0)
+    with Narrow(tmp_path, load.limits, SERVING, record, EngineKind(), live) as memory:
+        history = serve(load, memory, SERVING.prices(), batch_cap=32)
+    assert sorted(history.finished) == list(range(len(load)))
+    assert history.sums[-1].tokens == sum(r.output_tokens for r in load.requests)
+    assert max(sizes) == Narrow.max_ops
 
 
 @pytest.mark.parametrize("name", MEMORIES)
