@@ -271,15 +271,8 @@ class Loop:
         return decision
 
     def _ask(self, full: list[Run], asked: list[Asked]) -> Decision:
-        step = Step(
-            self.history.steps,
-            self._tick,
-            self._ended,
-            full,
-            asked,
-            self._running,
-            self._overtakes,
-        )
+        steps, ended, running = self.history.steps, self._ended, self._running
+        step = Step(steps, self._tick, ended, full, asked, running, self._overtakes)
         self._ended = []
         return self._memory.decide(step)
 

@@ -69,28 +69,30 @@ class PoolMemory(ABC):
         """Return the answer to a step's batch, and whether another policy is in force now."""
 
     def decide(self, step: Step) -> Decision:
-        """Give back, grow and admit, in one batch; what it has no room for waits a step."""
-        room = self.max_ops - len(step.ended)
-        late, step = step.full[room:], step._replace(full=step.full[:room])
-        room -= len(step.full)
-        again = len(step.asked) > room
-        step = step._replace(asked=step.asked[:room])
-        answer, changed = self._apply(step, self._batch(step))
+        """Give back, grow and admit, in one batch; what has no room in it waits a step."""
+        fitting = self._fitting(step)
+        answer, changed = self._apply(fitting, self._batch(fitting))
         self._seq = answer.seq
         self._answered_step = step.number
 
         decision = Decision(
-            stalled=late,
-            again=again or changed,
+            stalled=step.full[len(fitting.full) :],
+            again=changed or len(fitting.asked) < len(step.asked),
             copies=len(answer.copies),
             copied_tokens=sum(copy.tokens for copy in answer.copies),
         )
-        _, grown, asked = parts(step, answer.results)
-        self._grow(step, grown, decision)
-        self._admit(step, asked, decision)
+        _, grown, asked = parts(fitting, answer.results)
+        self._grow(fitting, grown, decision)
+        self._admit(fitting, asked, decision)
         # What has ended teaches from the next batch on, and shorter regions may fit then.
         decision.again |= self._predicts and bool(step.ended)
         return decision
+
+    def _fitting(self, step: Step) -> Step:
+        """Return as much of a step as one batch takes."""
+        room = self.max_ops - len(step.ended)
+        full = step.full[:room]
+        return step._replace(full=full, asked=step.asked[: room - len(full)])
 
     def _batch(self, step: Step) -> Batch:
         """Return what to ask. With several streams the step before may still be running."""
