@@ -33,20 +33,32 @@ OdmaError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from odma_service.values import Refusal
 
 
 class OdmaError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    `reason` is what the wire calls a kind of errors; empty: it is never sent. `fields` are what
+    makes the same error again: its attributes in order, and how to read them from text. Without
+    fields it is made of its message.
+    """
+
+    reason: ClassVar[str] = ""
+    fields: ClassVar[tuple[tuple[str, Callable[[str], Any]], ...]] = ()
 
 
 class InvalidError(OdmaError, ValueError):
     """A value breaks a rule. `field` is its path, `rule` what would have worked."""
+
+    reason = "INVALID"
+    fields = (("field", str), ("rule", str))
 
     def __init__(self, field: str, rule: str) -> None:
         super().__init__(f"{field}: {rule}")
@@ -57,6 +69,9 @@ class InvalidError(OdmaError, ValueError):
 class PoolNotFoundError(OdmaError):
     """No pool has this name."""
 
+    reason = "POOL_NOT_FOUND"
+    fields = (("name", str),)
+
     def __init__(self, name: str) -> None:
         super().__init__(f"no pool is named {name!r}; open it first")
         self.name = name
@@ -64,6 +79,9 @@ class PoolNotFoundError(OdmaError):
 
 class PoolOwnedError(OdmaError):
     """Somebody owns the pool."""
+
+    reason = "POOL_OWNED"
+    fields = (("name", str), ("idle_seconds", float))
 
     def __init__(self, name: str, idle_seconds: float) -> None:
         super().__init__(
@@ -77,6 +95,9 @@ class PoolOwnedError(OdmaError):
 class EpochError(OdmaError):
     """That epoch is over: its places mean nothing any more."""
 
+    reason = "EPOCH_OVER"
+    fields = (("name", str), ("epoch", int))
+
     def __init__(self, name: str, epoch: int) -> None:
         super().__init__(f"epoch {epoch} of pool {name!r} is over; open the pool again")
         self.name = name
@@ -86,6 +107,9 @@ class EpochError(OdmaError):
 class SeqChangedError(OdmaError):
     """The last seq again, but with another body."""
 
+    reason = "SEQ_CHANGED"
+    fields = (("seq", int),)
+
     def __init__(self, seq: int) -> None:
         super().__init__(f"seq {seq} was answered, for a batch with another body")
         self.seq = seq
@@ -94,23 +118,33 @@ class SeqChangedError(OdmaError):
 class SeqOldError(OdmaError):
     """A seq older than the last one."""
 
-    def __init__(self, seq: int, last: int) -> None:
-        super().__init__(f"seq {seq} is older than the last, {last}; the next is {last + 1}")
+    reason = "SEQ_OLD"
+    fields = (("seq", int), ("expected", int))
+
+    def __init__(self, seq: int, expected: int) -> None:
+        last = expected - 1
+        super().__init__(f"seq {seq} is older than the last, {last}; the next is {expected}")
         self.seq = seq
-        self.expected = last + 1
+        self.expected = expected
 
 
 class SeqGapError(OdmaError):
     """A seq beyond the next one."""
 
-    def __init__(self, seq: int, last: int) -> None:
-        super().__init__(f"seq {seq} leaves a gap; the next is {last + 1}")
+    reason = "SEQ_GAP"
+    fields = (("seq", int), ("expected", int))
+
+    def __init__(self, seq: int, expected: int) -> None:
+        super().__init__(f"seq {seq} leaves a gap; the next is {expected}")
         self.seq = seq
-        self.expected = last + 1
+        self.expected = expected
 
 
 class VersionError(OdmaError):
     """Another policy version is in force."""
+
+    reason = "VERSION"
+    fields = (("expected", int), ("actual", int))
 
     def __init__(self, expected: int, actual: int) -> None:
         super().__init__(f"policy version {expected} was expected, {actual} is in force")
@@ -121,9 +155,13 @@ class VersionError(OdmaError):
 class NothingLearntError(OdmaError):
     """Nothing to recalibrate, or nothing to do it from."""
 
+    reason = "NOTHING_LEARNT"
+
 
 class RefusedError(OdmaError):
     """A unary call was refused."""
+
+    reason = "REFUSED"
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(f"refused: {refusal.reason.name}")
@@ -133,6 +171,9 @@ class RefusedError(OdmaError):
 class HandleError(OdmaError):
     """A handle that names no live region of this epoch."""
 
+    reason = "HANDLE"
+    fields = (("handle", int), ("rule", str))
+
     def __init__(self, handle: int, rule: str) -> None:
         super().__init__(f"handle {handle}: {rule}")
         self.handle = handle
@@ -141,6 +182,8 @@ class HandleError(OdmaError):
 
 class PoolLimitError(OdmaError):
     """No more pools, or no room for the books of one more."""
+
+    reason = "POOL_LIMIT"
 
 
 class ModelError(OdmaError):
@@ -155,9 +198,14 @@ class ModelError(OdmaError):
 class StreamLimitError(OdmaError):
     """Too many streams are open."""
 
+    reason = "STREAM_LIMIT"
+
 
 class StreamReplacedError(OdmaError):
     """The pool has a newer stream."""
+
+    reason = "STREAM_REPLACED"
+    fields = (("name", str),)
 
     def __init__(self, name: str) -> None:
         super().__init__(f"pool {name!r} has a newer stream, which ended this one")
@@ -167,9 +215,14 @@ class StreamReplacedError(OdmaError):
 class IdentityError(OdmaError):
     """The caller gave no token or certificate, or one that nobody here is known by."""
 
+    reason = "IDENTITY"
+
 
 class RoleError(OdmaError):
     """The caller is known, but its role may not make this call."""
+
+    reason = "ROLE"
+    fields = (("rpc", str), ("role", str))
 
     def __init__(self, rpc: str, role: str) -> None:
         super().__init__(f"the role {role} may not call {rpc}")
@@ -180,6 +233,9 @@ class RoleError(OdmaError):
 class PoolForeignError(OdmaError):
     """The name is that of somebody else's pool."""
 
+    reason = "POOL_FOREIGN"
+    fields = (("name", str),)
+
     def __init__(self, name: str) -> None:
         super().__init__(f"the pool name {name!r} is taken by somebody else; choose another")
         self.name = name
@@ -188,13 +244,19 @@ class PoolForeignError(OdmaError):
 class BusyError(OdmaError):
     """Too many calls at once: this one was not begun."""
 
+    reason = "BUSY"
+
 
 class MessageSizeError(OdmaError):
     """The message is larger than the service takes."""
 
+    reason = "MESSAGE_SIZE"
+
 
 class UnimplementedError(OdmaError):
     """The service has no such rpc, or it is switched off."""
+
+    reason = "UNIMPLEMENTED"
 
 
 class ServiceError(OdmaError):
@@ -204,13 +266,19 @@ class ServiceError(OdmaError):
 class UnavailableError(ServiceError):
     """The service gave no answer in time, or failed inside: the call may have been done."""
 
+    reason = "DRAINING"
+
 
 class BooksError(OdmaError):
     """A pool's file cannot be used."""
 
+    reason = "BOOKS"
+
 
 class BooksLockedError(BooksError):
     """Another process has the file open."""
+
+    reason = "BOOKS_LOCKED"
 
 
 class BooksForeignError(BooksError):

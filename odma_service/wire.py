@@ -1,9 +1,11 @@
 """Values to messages and back, for the service and for its clients.
 
 `_to` makes the message of a value, `_from` the value of a message. A decode step waits for this
-code on both sides: it makes tuples without the checks of their classes, and `used`, the longest
-list, without their names. What one operation may hold is checked where its outcome is decided;
-only a message that is senseless as a whole is refused here.
+code on both sides: it fills messages where they lie, makes tuples without the checks of their
+classes, and `used`, the longest list, without their names.
+
+What one operation may hold is checked where its outcome is decided. Only a message that is
+senseless as a whole is refused here.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ from odma_service.values import (
     Used,
 )
 
+DOMAIN = "odma"
+"""Of the ErrorInfo that every error carries."""
+
 _tuple = tuple.__new__  # Extend(...) takes twice as long
 
 # --- what an engine asks ---
@@ -49,11 +54,15 @@ def batch_to(ref: types.PoolRef, batch: Batch) -> pb.ApplyRequest:
         completed_seq=batch.completed_seq,
         max_copy_tokens=batch.max_copy_tokens,
         pass_refused=batch.pass_refused,
-        ops=map(op_to, batch.ops),
     )
-    add_used = request.used.add
+    add_used, add_op = request.used.add, request.ops.add
     for handle, used_tokens, pinned in batch.used:
-        add_used(handle=handle, used_tokens=used_tokens, pinned=pinned)
+        used = add_used()
+        used.handle, used.used_tokens = handle, used_tokens
+        if pinned:
+            used.pinned = True
+    for op in batch.ops:
+        _fill_op(add_op(), op)
     return request
 
 
@@ -74,15 +83,25 @@ def batch_from(request: pb.ApplyRequest) -> Batch:
 
 def op_to(op: Op) -> pb.Op:
     """Return the message of an operation."""
+    message = pb.Op()
+    _fill_op(message, op)
+    return message
+
+
+def _fill_op(message: pb.Op, op: Op) -> None:
     match op:
         case Extend():
-            return pb.Op(extend=extend_to(op))
+            extend = message.extend
+            extend.handle, extend.least_tokens, extend.want_tokens = op
         case Free():
-            return pb.Op(free=free_to(op))
+            free, end = message.free, cast("pb.End.ValueType", op.end)
+            free.handle, free.end, free.output_tokens = op.handle, end, op.output_tokens
         case Allocate():
-            return pb.Op(allocate=allocate_to(op))
+            for field, value in zip(op._fields, op, strict=True):
+                if value is not None:
+                    setattr(message.allocate, field, value)
         case Trim():
-            return pb.Op(trim=pb.Trim(handle=op.handle, to_tokens=op.to_tokens))
+            message.trim.handle, message.trim.to_tokens = op
 
 
 def _ops_from(request: pb.ApplyRequest) -> list[Op]:
@@ -100,11 +119,6 @@ def _ops_from(request: pb.ApplyRequest) -> list[Op]:
         else:
             raise InvalidError(f"ops[{len(ops)}]", "one of free, trim, extend and allocate")
     return ops
-
-
-def allocate_to(op: Allocate) -> pb.Alloc:
-    """Return the message that asks for a region."""
-    return pb.Alloc(**op._asdict())
 
 
 def allocate_from(message: pb.Alloc) -> Allocate:
@@ -126,20 +140,9 @@ def allocate_from(message: pb.Alloc) -> Allocate:
     )
 
 
-def extend_to(op: Extend) -> pb.Extend:
-    """Return the message that asks for more room."""
-    return pb.Extend(**op._asdict())
-
-
 def extend_from(message: pb.Extend) -> Extend:
     """Return what an Extend asks for."""
     return _tuple(Extend, (message.handle, message.least_tokens, message.want_tokens))
-
-
-def free_to(op: Free) -> pb.Freeing:
-    """Return the message that gives a region back."""
-    end = cast("pb.End.ValueType", op.end)
-    return pb.Freeing(handle=op.handle, end=end, output_tokens=op.output_tokens)
 
 
 def free_from(message: pb.Freeing) -> Free:

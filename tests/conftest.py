@@ -23,10 +23,13 @@ from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.pools.registry import Opened, Registry
 from odma_service.service.rpc.opening import first_policy, spec_from
+from odma_service.values import Moves, Place, PlaneGroup, PolicyChange
+from odma_service.wire import place_from, planes_to
 
 READY = "odma ready on "
 PATIENCE_SECONDS = 30
-GEOMETRY = types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)])
+PLANES = [PlaneGroup(count=2, bytes_per_token=64)]
+GEOMETRY = types.Geometry(planes=planes_to(PLANES))
 CAPACITY_TOKENS = 4096
 
 
@@ -130,13 +133,18 @@ def pool(service, name):
 def open_pool(service: Client, name: str, **fields: object) -> PoolClient:
     """Open a pool of 4,096 tokens whose engine can do everything, but for `fields`."""
     usual = {
-        "geometry": GEOMETRY,
+        "planes": PLANES,
         "capacity_tokens": CAPACITY_TOKENS,
-        "moves": types.MOVES_ANY,
+        "moves": Moves.ANY,
         "single_ordered_stream": True,
         "copies_may_overlap": True,
     }
     return service.open_pool(name, **usual | fields)
+
+
+def places_of(service: Client, name: str) -> dict[str, Place]:
+    """Return where the regions of a pool lie, by request id."""
+    return {r.request_id: place_from(r.place) for r in service.list_regions(name)}
 
 
 def books(service: Client, name: str) -> tuple[str, list[str]]:
@@ -274,9 +282,9 @@ def registry_of(
 
 def open_in(registry: Registry, name: str, **fields: object) -> Opened:
     """Open a pool of 1,024 tokens, but for `fields`."""
-    usual = {"open_id": name, "capacity_tokens": 1024, "moves": types.MOVES_ANY}
+    usual = {"open_id": name, "capacity_tokens": 1024, "moves": Moves.ANY}
     spec = spec_from(pb.OpenPoolRequest(name=name, geometry=GEOMETRY, **usual | fields))
-    policy = first_policy(types.PolicyChange(), spec)
+    policy = first_policy(PolicyChange(), spec)
     return registry.open(spec, policy, keep_policy=True, take_over=False)
 
 

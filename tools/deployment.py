@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from odma_service.client import Client, allocate, free
+from odma_service.client import Client
 from odma_service.client.local import start, stop
-from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import Allocate, End, Free, Moves, PlaneGroup, PolicyChange
 from predictor_onnx.rows import read_rows
 
 CAPACITY_TOKENS = 1 << 25
@@ -56,23 +55,23 @@ def main() -> None:
 def _serve(service: Client, requests: list, asked: argparse.Namespace) -> None:
     pool = service.open_pool(
         "main",
-        geometry=types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)]),
+        planes=[PlaneGroup(2, 64)],
         capacity_tokens=CAPACITY_TOKENS,
-        moves=types.MOVES_NONE,
+        moves=Moves.NONE,
         model_length_tokens=LONGEST_TOKENS,
-        policy=types.PolicyChange(name="odma"),
+        policy=PolicyChange(name="odma"),
     )
     running: deque = deque()
     for first in range(0, len(requests), STEP):
         batch, ops = requests[first : first + STEP], []
         while len(running) > max(asked.delay - STEP, 0):
-            ops.append(free(*running.popleft()))
+            ops.append(Free(*running.popleft()))
         freed = len(ops)
         for number, (rows, i) in enumerate(batch, first):
             prompt = int(rows.prompt_tokens[i])
             most = asked.most_output
             ops.append(
-                allocate(
+                Allocate(
                     f"r{number}",
                     prompt,
                     request_class=rows.models[rows.model[i]][:32],
@@ -81,13 +80,13 @@ def _serve(service: Client, requests: list, asked: argparse.Namespace) -> None:
                 )
             )
         results = pool.apply(ops=ops, completed_seq=pool.seq).results
-        for (rows, i), result in zip(batch, results[freed:], strict=True):
+        for (rows, i), place in zip(batch, results[freed:], strict=True):
             output = int(rows.output_tokens[i])
             limited = asked.most_output is not None and output > asked.most_output
-            end = pb.END_HIT_LIMIT if limited else pb.END_FINISHED
+            end = End.HIT_LIMIT if limited else End.FINISHED
             tokens = asked.most_output if limited else output
-            running.append((result.place.handle, end, tokens))
-    pool.apply(ops=[free(*request) for request in running])
+            running.append((place.handle, end, tokens))
+    pool.apply(ops=[Free(*request) for request in running])
 
 
 if __name__ == "__main__":

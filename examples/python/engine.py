@@ -14,15 +14,27 @@ import sys
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from odma_service import client as odma
-from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.client import (
+    Allocate,
+    Client,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Place,
+    PlaneGroup,
+    PoolClient,
+    Reason,
+    Refusal,
+    Used,
+)
 
 CAPACITY = 4096
 MODEL_LENGTH = 1024
 REQUESTS = 100
 BATCH_CAP = 32
-FULL = (types.REFUSAL_REASON_NO_SPACE, types.REFUSAL_REASON_FRAGMENTED)
+FULL = (Reason.NO_SPACE, Reason.FRAGMENTED)
 
 
 @dataclass(eq=False)
@@ -33,7 +45,7 @@ class Request:
     prompt: int
     output: int
     generated: int = 0
-    place: types.Place | None = None
+    place: Place | None = None
     preempt: bool = False
 
     @property
@@ -59,7 +71,7 @@ class Violation(Exception):
 class Engine:
     """Continuous batching, first come first served, on one ordered stream."""
 
-    def __init__(self, pool: odma.PoolClient, requests: list[Request]) -> None:
+    def __init__(self, pool: PoolClient, requests: list[Request]) -> None:
         self.pool = pool
         self.queue = deque(requests)
         self.running: list[Request] = []
@@ -70,7 +82,7 @@ class Engine:
         asked = self.plan()
         by_handle = {request.place.handle: request for request in self.running}
         answer = self.pool.apply(
-            used=[odma.used(handle, request.total) for handle, request in by_handle.items()],
+            used=[Used(handle, request.total) for handle, request in by_handle.items()],
             ops=[op for op, _ in asked],
             # This device has done all it was told before we ask again.
             completed_seq=self.pool.seq,
@@ -94,18 +106,18 @@ class Engine:
                 self.write(request, request.total - 1)
         self.count["steps"] += 1
 
-    def plan(self) -> list[tuple[pb.Op, Request]]:
+    def plan(self) -> list[tuple[Allocate | Extend | Free, Request]]:
         """What this step asks, and whom each operation is about."""
         asked = []
         for request in self.running:
             handle = request.place.handle
             if request.finished or request.preempt:
-                end = pb.END_FINISHED if request.finished else pb.END_PREEMPTED
-                asked.append((odma.free(handle, end, request.generated), request))
+                end = End.FINISHED if request.finished else End.PREEMPTED
+                asked.append((Free(handle, end, request.generated), request))
             elif request.full:
-                asked.append((odma.extend(handle, request.total + 1), request))
+                asked.append((Extend(handle, request.total + 1), request))
         for request in list(self.queue)[: BATCH_CAP - len(self.running)]:
-            op = odma.allocate(
+            op = Allocate(
                 f"request-{request.number}",
                 request.prompt,
                 generated_tokens=request.generated,
@@ -114,28 +126,30 @@ class Engine:
             asked.append((op, request))
         return asked
 
-    def settle(self, request: Request, result: pb.Result, by_handle: dict[int, Request]) -> None:
+    def settle(
+        self, request: Request, result: Place | Refusal | Freed, by_handle: dict[int, Request]
+    ) -> None:
         """Take the outcome of one operation into the engine's own state."""
-        outcome = result.WhichOneof("outcome")
-        if outcome == "place" and request.place:
-            request.place = result.place
-        elif outcome == "place":  # admitted: the prefill computes all its tokens at once
-            self.queue.remove(request)
-            self.running.append(request)
-            request.place = result.place
-            self.write(request, 0)
-        elif outcome == "refusal":
-            self.count["refusals"] += result.refusal.reason != types.REFUSAL_REASON_SKIPPED
-            victim = by_handle.get(result.refusal.preempt_handle)
-            if victim and victim.place and result.refusal.reason in FULL:
-                victim.preempt = True
-        else:  # given back
-            request.place, request.preempt = None, False
-            if request.finished:
-                self.count["finished"] += 1
-            else:
-                self.count["preempted"] += 1
-                self.queue.appendleft(request)
+        match result:
+            case Place() if request.place:
+                request.place = result
+            case Place():  # admitted: the prefill computes all its tokens at once
+                self.queue.remove(request)
+                self.running.append(request)
+                request.place = result
+                self.write(request, 0)
+            case Refusal(reason=reason):
+                self.count["refusals"] += reason is not Reason.SKIPPED
+                victim = by_handle.get(result.preempt_handle)
+                if victim and victim.place and reason in FULL:
+                    victim.preempt = True
+            case Freed():
+                request.place, request.preempt = None, False
+                if request.finished:
+                    self.count["finished"] += 1
+                else:
+                    self.count["preempted"] += 1
+                    self.queue.appendleft(request)
 
     def write(self, request: Request, first: int) -> None:
         for i in range(first, request.total):
@@ -155,13 +169,13 @@ def main() -> None:
         for i in range(REQUESTS)
     ]
     target = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
-    with odma.Client(target) as service:
+    with Client(target) as service:
         pool = service.open_pool(
             name="example-python",
-            geometry=types.Geometry(planes=[types.PlaneGroup(count=56, bytes_per_token=1024)]),
+            planes=[PlaneGroup(count=56, bytes_per_token=1024)],
             capacity_tokens=CAPACITY,
             model_length_tokens=MODEL_LENGTH,
-            moves=types.MOVES_ANY,
+            moves=Moves.ANY,
             single_ordered_stream=True,
             copies_may_overlap=True,
             take_over=True,  # the memory of an earlier run is gone, and so is its owner

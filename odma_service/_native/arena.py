@@ -569,9 +569,9 @@ class Arena:
         if status == lib.ODMA_SEQ_CHANGED:
             raise SeqChangedError(seq)
         if status == lib.ODMA_SEQ_OLD:
-            raise SeqOldError(seq, self.report().seq)
+            raise SeqOldError(seq, self.report().seq + 1)
         if status == lib.ODMA_SEQ_GAP:
-            raise SeqGapError(seq, self.report().seq)
+            raise SeqGapError(seq, self.report().seq + 1)
         raise _file_error(status, self.path, reason)
 
 

@@ -29,10 +29,8 @@ from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.values import Allocate, Answer, Extend, Free, Freed, Op, Place, Reconciled, Used
 from odma_service.wire import (
-    allocate_to,
     answer_from,
-    extend_to,
-    free_to,
+    op_to,
     place_from,
     reconciled_from,
 )
@@ -166,19 +164,19 @@ class AsyncPoolClient(Owner):
 
     async def allocate(self, op: Allocate) -> Place:
         """As PoolClient.allocate."""
-        request = pb.AllocateRequest(pool=self.ref, allocate=allocate_to(op))
+        request = pb.AllocateRequest(pool=self.ref, allocate=op_to(op).allocate)
         answer: pb.AllocateResponse = await self._client.call(self._client.memory.Allocate, request)
         return place_from(answer.place)
 
     async def extend(self, op: Extend) -> Place:
         """As PoolClient.extend."""
-        request = pb.ExtendRequest(pool=self.ref, extend=extend_to(op))
+        request = pb.ExtendRequest(pool=self.ref, extend=op_to(op).extend)
         answer: pb.ExtendResponse = await self._client.call(self._client.memory.Extend, request)
         return place_from(answer.place)
 
     async def free(self, op: Free) -> Freed:
         """As PoolClient.free."""
-        request = pb.FreeRequest(pool=self.ref, free=free_to(op))
+        request = pb.FreeRequest(pool=self.ref, free=op_to(op).free)
         answer: pb.FreeResponse = await self._client.call(self._client.memory.Free, request)
         return Freed(answer.already_free)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import grpc
@@ -11,12 +11,16 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from odma_service import errors
-from odma_service.errors import OdmaError, ServiceError, UnavailableError
+from odma_service.errors import (
+    BooksLockedError,
+    OdmaError,
+    RefusedError,
+    ServiceError,
+    UnavailableError,
+)
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.wire import refusal_from
+from odma_service.wire import DOMAIN, refusal_from
 
-DOMAIN = "odma"
 FIRST_PAUSE_SECONDS = 0.02
 LONGEST_PAUSE_SECONDS = 0.5
 
@@ -55,34 +59,18 @@ def _refused(details: Sequence[Any]) -> OdmaError:
     message = types.Refusal()
     if not any(detail.Unpack(message) for detail in details):
         return ServiceError("refused, without a reason")
-    return errors.RefusedError(refusal_from(message))
+    return RefusedError(refusal_from(message))
 
 
-_ERRORS: dict[str, Callable[[Mapping[str, str], str], OdmaError]] = {
-    "INVALID": lambda m, _: errors.InvalidError(m["field"], m["rule"]),
-    "POOL_NOT_FOUND": lambda m, _: errors.PoolNotFoundError(m["name"]),
-    "POOL_OWNED": lambda m, _: errors.PoolOwnedError(m["name"], float(m["idle_seconds"])),
-    "EPOCH_OVER": lambda m, _: errors.EpochError(m["name"], int(m["epoch"])),
-    "SEQ_CHANGED": lambda m, _: errors.SeqChangedError(int(m["seq"])),
-    "SEQ_OLD": lambda m, _: errors.SeqOldError(int(m["seq"]), int(m["expected"]) - 1),
-    "SEQ_GAP": lambda m, _: errors.SeqGapError(int(m["seq"]), int(m["expected"]) - 1),
-    "VERSION": lambda m, _: errors.VersionError(int(m["expected"]), int(m["actual"])),
-    "HANDLE": lambda m, _: errors.HandleError(int(m["handle"]), m["rule"]),
-    "NOTHING_LEARNT": lambda _, text: errors.NothingLearntError(text),
-    "POOL_LIMIT": lambda _, text: errors.PoolLimitError(text),
-    "STREAM_LIMIT": lambda _, text: errors.StreamLimitError(text),
-    "STREAM_REPLACED": lambda m, _: errors.StreamReplacedError(m["name"]),
-    "IDENTITY": lambda _, text: errors.IdentityError(text),
-    "ROLE": lambda m, _: errors.RoleError(m["rpc"], m["role"]),
-    "POOL_FOREIGN": lambda m, _: errors.PoolForeignError(m["name"]),
-    "BUSY": lambda _, text: errors.BusyError(text),
-    "MESSAGE_SIZE": lambda _, text: errors.MessageSizeError(text),
-    "UNIMPLEMENTED": lambda _, text: errors.UnimplementedError(text),
-    "BOOKS": lambda _, text: errors.BooksError(text),
-    "BOOKS_LOCKED": lambda _, text: UnavailableError(text),
-    "DRAINING": lambda _, text: UnavailableError(text),
-}
-"""How to build an error again from the reason, metadata and message of its ErrorInfo."""
+def _by_reason(kind: type[OdmaError]) -> dict[str, type[OdmaError]]:
+    """Return the kinds of errors by reason; of kinds that share one, the most general."""
+    kinds: dict[str, type[OdmaError]] = {}
+    for each in kind.__subclasses__():
+        kinds |= _by_reason(each)
+    return kinds | {kind.reason: kind}
+
+
+_KINDS = _by_reason(OdmaError) | {BooksLockedError.reason: UnavailableError}
 
 
 def error_from(error: grpc.RpcError) -> OdmaError:
@@ -95,9 +83,11 @@ def error_of(code: grpc.StatusCode, text: str, status: Status | None) -> OdmaErr
     """Return the error that a status, its message and its details stand for."""
     info = error_details_pb2.ErrorInfo()
     if status is not None and any(detail.Unpack(info) for detail in status.details):
-        if info.reason == "REFUSED":
+        if info.reason == RefusedError.reason:
             return _refused(status.details)
-        if info.domain == DOMAIN and info.reason in _ERRORS:
-            return _ERRORS[info.reason](info.metadata, text)
-    kind = UnavailableError if code in PERHAPS_DONE else ServiceError
-    return kind(f"{code.name}: {text}")
+        if info.domain == DOMAIN and info.reason and info.reason in _KINDS:
+            kind = _KINDS[info.reason]
+            values = [read(info.metadata[name]) for name, read in kind.fields]
+            return kind(*values or [text])
+    unknown = UnavailableError if code in PERHAPS_DONE else ServiceError
+    return unknown(f"{code.name}: {text}")

@@ -36,11 +36,9 @@ from odma_service.values import (
     Used,
 )
 from odma_service.wire import (
-    allocate_to,
     answer_from,
     change_to,
-    extend_to,
-    free_to,
+    op_to,
     place_from,
     reconciled_from,
 )
@@ -231,17 +229,17 @@ class PoolClient(Owner):
 
     def allocate(self, op: Allocate) -> Place:
         """Take one region. Raises RefusedError, and InvalidError for what can never fit."""
-        request = pb.AllocateRequest(pool=self.ref, allocate=allocate_to(op))
+        request = pb.AllocateRequest(pool=self.ref, allocate=op_to(op).allocate)
         return place_from(self._client.call(self._client.memory.Allocate, request).place)
 
     def extend(self, op: Extend) -> Place:
         """Grow a region in place. Raises RefusedError, and HandleError if it is dead."""
-        request = pb.ExtendRequest(pool=self.ref, extend=extend_to(op))
+        request = pb.ExtendRequest(pool=self.ref, extend=op_to(op).extend)
         return place_from(self._client.call(self._client.memory.Extend, request).place)
 
     def free(self, op: Free) -> Freed:
         """Give a region back. Raises HandleError for a handle that was never issued."""
-        request = pb.FreeRequest(pool=self.ref, free=free_to(op))
+        request = pb.FreeRequest(pool=self.ref, free=op_to(op).free)
         return Freed(self._client.call(self._client.memory.Free, request).already_free)
 
     def reconcile(self, handles: Sequence[int]) -> Reconciled:

@@ -13,14 +13,14 @@ from fcntl import F_SETFL, fcntl, ioctl
 
 from conftest import open_pool, wait_for
 
-from odma_service.client import allocate
+from odma_service.client import Allocate
 
 ROWS, COLUMNS = 40, 120
 
 
 def test_a_terminal_shows_pools_and_events_until_q(server, service, name):
     pool = open_pool(service, name)
-    pool.apply(ops=[allocate("r", 1000)])
+    pool.apply(ops=[Allocate("r", 1000)])
     terminal, inside = pty.openpty()
     ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     before = termios.tcgetattr(inside)

@@ -6,10 +6,10 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from conftest import CAPACITY_TOKENS, GEOMETRY, PATIENCE_SECONDS, open_pool, wait_for
+from conftest import CAPACITY_TOKENS, PATIENCE_SECONDS, PLANES, open_pool, places_of, wait_for
 from test_watch import kinds, small_service
 
-from odma_service.client import Client, allocate, free, used
+from odma_service.client import Client
 from odma_service.client.aio import AsyncClient
 from odma_service.errors import (
     EpochError,
@@ -22,16 +22,14 @@ from odma_service.errors import (
     StreamReplacedError,
     UnavailableError,
 )
-from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.door.watchers import MOST_WATCHERS
 from odma_service.service.watch.events import Kind
-from odma_service.values import End
+from odma_service.values import Allocate, End, Extend, Free, Freed, Moves, Place, Used
 
 POOL = {
-    "geometry": GEOMETRY,
+    "planes": PLANES,
     "capacity_tokens": CAPACITY_TOKENS,
-    "moves": types.MOVES_ANY,
+    "moves": Moves.ANY,
     "single_ordered_stream": True,
 }
 
@@ -40,16 +38,16 @@ def test_it_does_a_pools_whole_life(server, service, name):
     async def live():
         async with AsyncClient(server.target) as client:
             pool = await client.open_pool(name, open_id="mine", **POOL)
-            answer = await pool.apply(ops=[allocate(f"r{i}", 10) for i in range(3)])
-            first, second, third = (result.place for result in answer.results)
-            await pool.apply(ops=[free(first.handle, End.FINISHED, 5)], completed_seq=1)
-            assert (await pool.extend(third.handle, 200)).handle == third.handle
-            assert await pool.free(third.handle, End.ABORTED) is False
-            fourth = await pool.allocate("r4", 10)
+            answer = await pool.apply(ops=[Allocate(f"r{i}", 10) for i in range(3)])
+            first, second, third = answer.results
+            await pool.apply(ops=[Free(first.handle, End.FINISHED, 5)], completed_seq=1)
+            assert (await pool.extend(Extend(third.handle, 200))).handle == third.handle
+            assert await pool.free(Free(third.handle, End.ABORTED)) == Freed()
+            fourth = await pool.allocate(Allocate("r4", 10))
             assert (await pool.keep_alive()).ttl_seconds == 60
             again = await client.open_pool(name, open_id="mine", **POOL)
             reconciled = await again.reconcile([fourth.handle])
-            assert list(reconciled.freed) == [second.handle]
+            assert reconciled.freed == [second.handle]
             assert (await again.apply()).seq == 3
             assert (await client.get_pool(name)).summary.regions == 1
             await again.close_pool()
@@ -72,9 +70,9 @@ def test_errors_are_those_of_the_other_client(server, service, name):
                 await pool.apply(completed_seq=7)
             assert (await pool.apply()).seq == 1
             with pytest.raises(RefusedError):
-                await asyncio.gather(*(pool.allocate(f"r{i}", 3000) for i in range(2)))
+                await asyncio.gather(*(pool.allocate(Allocate(f"r{i}", 3000)) for i in range(2)))
             with pytest.raises(HandleError):
-                await pool.free(2**50, End.ABORTED)
+                await pool.free(Free(2**50, End.ABORTED))
 
     asyncio.run(fail())
 
@@ -84,7 +82,7 @@ def test_an_answer_that_was_lost_or_not_waited_for_is_asked_for_again(wire, serv
         async with AsyncClient(wire.target, timeout_seconds=5) as client:
             pool = await client.open_pool(name, **POOL)
             wire.hold_answers()
-            lost = asyncio.create_task(pool.apply(ops=[allocate("r", 10)]))
+            lost = asyncio.create_task(pool.apply(ops=[Allocate("r", 10)]))
             await asyncio.to_thread(
                 wait_for, lambda: service.get_pool(name).last_seq == 1, "the batch"
             )
@@ -117,12 +115,12 @@ def test_batches_over_a_stream_are_done_in_order(server, service, name):
         async with AsyncClient(server.target) as client:
             pool = await client.open_pool(name, **POOL)
             async with pool.stream():
-                answers = [await pool.apply(ops=[allocate(f"r{i}", 10)]) for i in range(20)]
+                answers = [await pool.apply(ops=[Allocate(f"r{i}", 10)]) for i in range(20)]
             assert [answer.seq for answer in answers] == list(range(1, 21))
             assert (await pool.apply()).seq == 21  # a call again
-            return {answer.results[0].place.handle for answer in answers}
+            return {answer.results[0].handle for answer in answers}
 
-    assert asyncio.run(send()) == {r.place.handle for r in service.list_regions(name)}
+    assert asyncio.run(send()) == {p.handle for p in places_of(service, name).values()}
 
 
 def test_an_engine_loses_no_step_while_the_server_is_killed_in_mid_stream(servers):
@@ -134,15 +132,15 @@ def test_an_engine_loses_no_step_while_the_server_is_killed_in_mid_stream(server
             for step in range(steps):
                 victims = [places.pop(request) for request in list(places)[: len(places) // 8]]
                 answer = await pool.apply(
-                    used=[used(place.handle, 20) for place in places.values()],
-                    ops=[free(victim.handle, End.FINISHED, 9) for victim in victims]
-                    + [allocate(f"r{step}", 20, max_total_tokens=200)],
+                    used=[Used(place.handle, 20) for place in places.values()],
+                    ops=[Free(victim.handle, End.FINISHED, 9) for victim in victims]
+                    + [Allocate(f"r{step}", 20, max_total_tokens=200)],
                     completed_seq=pool.seq,
                 )
                 moved = {place.handle: place for place in answer.moved}
                 places = {r: moved.get(place.handle, place) for r, place in places.items()}
-                if answer.results[-1].HasField("place"):
-                    places[f"r{step}"] = answer.results[-1].place
+                if isinstance(answer.results[-1], Place):
+                    places[f"r{step}"] = answer.results[-1]
                 passed.release()
         return pool.seq, places
 
@@ -159,7 +157,7 @@ def test_an_engine_loses_no_step_while_the_server_is_killed_in_mid_stream(server
     seq, places = asyncio.run(asyncio.wait_for(fail(), 90))
     with Client(server.target) as service:
         assert seq == service.get_pool("p").last_seq == steps
-        assert {r.request_id: r.place for r in service.list_regions("p")} == places
+        assert places_of(service, "p") == places
 
 
 def test_a_connection_that_breaks_between_batches_is_not_noticed(wire, name):
@@ -186,7 +184,7 @@ def test_a_batch_cancelled_in_mid_stream_is_resumed_over_another(wire, service, 
             async with pool.stream():
                 await pool.apply()
                 wire.hold_answers()
-                lost = asyncio.create_task(pool.apply(ops=[allocate("r", 10)]))
+                lost = asyncio.create_task(pool.apply(ops=[Allocate("r", 10)]))
                 await asyncio.to_thread(
                     wait_for, lambda: service.get_pool(name).last_seq == 2, "the batch"
                 )
@@ -210,7 +208,7 @@ def test_a_late_answer_is_given_up_and_can_be_had_without_the_stream(wire, servi
                 await pool.apply()
                 wire.hold_answers()
                 with pytest.raises(UnavailableError, match="no answer"):
-                    await pool.apply(ops=[allocate("r", 10)])
+                    await pool.apply(ops=[Allocate("r", 10)])
                 wire.lose_answers()
             return pool
 
@@ -226,8 +224,8 @@ def test_what_ends_a_stream_is_raised_and_the_next_batch_opens_another(server, s
             twin = await client.open_pool(name, open_id="mine", **POOL)
             async with pool.stream(), twin.stream():
                 await pool.apply()
-                with pytest.raises(InvalidError, match=r"ops\[0\]"):
-                    await pool.apply(ops=[pb.Op()])
+                with pytest.raises(InvalidError, match=r"used\[0\]"):
+                    await pool.apply(used=[Used(2**40, 1)])
                 assert (await pool.apply()).seq == 2
                 await twin.reconcile([])
                 await twin.apply()

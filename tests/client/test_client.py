@@ -8,19 +8,27 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from conftest import books, open_pool, wait_for
+from conftest import books, open_pool, places_of, wait_for
 
 from odma_service import errors
-from odma_service.client import Client, PoolClient, allocate, extend, free, trim, used
+from odma_service.client import Client, PoolClient
 from odma_service.errors import OdmaError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import (
     PoolServiceServicer,
     add_PoolServiceServicer_to_server,
 )
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.values import End, Reason, Refusal
+from odma_service.values import (
+    Allocate,
+    End,
+    Extend,
+    Free,
+    PolicyChange,
+    Reason,
+    Refusal,
+    Used,
+)
 
 # --- answers ---
 
@@ -29,12 +37,12 @@ def test_an_answer_that_was_lost_is_asked_for_again(service, wire, name):
     with Client(wire.target) as client, ThreadPoolExecutor(1) as elsewhere:
         pool = open_pool(client, name)
         wire.hold_answers()
-        lost = elsewhere.submit(pool.apply, ops=[allocate("r", 10)])
+        lost = elsewhere.submit(pool.apply, ops=[Allocate("r", 10)])
         wait_for(lambda: service.get_pool(name).last_seq == 1, "the batch")
         wire.lose_answers()
         answer = lost.result()
         assert answer.replayed
-        assert [region.place for region in service.list_regions(name)] == [answer.results[0].place]
+        assert list(places_of(service, name).values()) == answer.results
         assert pool.apply(completed_seq=1).seq == 2
 
 
@@ -43,7 +51,7 @@ def test_a_batch_without_an_answer_in_time_can_be_resumed(service, wire, name):
         pool = open_pool(client, name)
         wire.hold_answers()
         with pytest.raises(UnavailableError, match="DEADLINE_EXCEEDED"):
-            pool.apply(ops=[allocate("r", 10)])
+            pool.apply(ops=[Allocate("r", 10)])
         assert (pool.seq, pool.pending.seq) == (0, 1)
         with pytest.raises(OdmaError, match="resume"):
             pool.apply()
@@ -63,10 +71,10 @@ def test_a_lost_unary_call_is_done_once(service, wire, name):
     with Client(wire.target) as client, ThreadPoolExecutor(1) as elsewhere:
         pool = open_pool(client, name)
         wire.hold_answers()
-        lost = elsewhere.submit(pool.allocate, "r", 10)
+        lost = elsewhere.submit(pool.allocate, Allocate("r", 10))
         wait_for(lambda: service.get_pool(name).summary.regions == 1, "the region")
         wire.lose_answers()
-        assert [region.place for region in service.list_regions(name)] == [lost.result()]
+        assert list(places_of(service, name).values()) == [lost.result()]
 
 
 def test_a_lost_opening_gets_the_same_epoch(service, wire, name):
@@ -85,7 +93,7 @@ def test_a_policy_is_never_set_twice(service, wire, name):
         pool = open_pool(client, name)
         version = pool.response.policy_version
         wire.hold_answers()
-        lost = elsewhere.submit(pool.set_policy, types.PolicyChange(name="static"))
+        lost = elsewhere.submit(pool.set_policy, PolicyChange(name="static"))
         wait_for(lambda: service.get_pool(name).policy.version == version + 1, "the policy")
         wire.lose_answers()
         assert isinstance(lost.exception(), UnavailableError)
@@ -104,18 +112,18 @@ def test_nobody_there_is_an_error_in_time():
 
 def test_an_owner_that_lost_its_state_goes_on(service, name):
     before = open_pool(service, name, open_id="mine")
-    kept = before.allocate("kept", 10)
+    kept = before.allocate(Allocate("kept", 10))
     before.apply()
     before.apply()
     after = open_pool(service, name, open_id="mine")
-    assert list(after.reconcile([kept.handle]).kept) == [kept]
-    assert after.apply(ops=[extend(kept.handle, 50)]).seq == 3
+    assert after.reconcile([kept.handle]).kept == [kept]
+    assert after.apply(ops=[Extend(kept.handle, 50)]).seq == 3
 
 
 def test_a_bad_batch_can_be_followed_by_a_good_one(service, pool, name):
     before = books(service, name)
     with pytest.raises(errors.InvalidError, match=r"used\[0\]"):
-        pool.apply(used=[used(2**40, 1)])
+        pool.apply(used=[Used(2**40, 1)])
     assert books(service, name) == before
     assert pool.apply().seq == 1
 
@@ -131,8 +139,8 @@ def test_a_connection_may_be_shared(service, name):
     def run(i):
         pool = open_pool(service, f"{name}-{i}")
         for _ in range(20):
-            answer = pool.apply(ops=[allocate("r", 10)])
-            pool.apply(ops=[free(answer.results[0].place.handle, End.FINISHED, 1)])
+            answer = pool.apply(ops=[Allocate("r", 10)])
+            pool.apply(ops=[Free(answer.results[0].handle, End.FINISHED, 1)])
         return service.get_pool(f"{name}-{i}").counters.finished
 
     with ThreadPoolExecutor(4) as threads:
@@ -140,25 +148,12 @@ def test_a_connection_may_be_shared(service, name):
 
 
 def test_regions_are_read_to_the_end(service, name, monkeypatch):
-    monkeypatch.setattr("odma_service.client.PAGE_REGIONS", 2)
+    monkeypatch.setattr("odma_service.client.sync.PAGE_REGIONS", 2)
     pool = open_pool(service, name)
-    pool.apply(ops=[allocate(f"r{i}", 10) for i in range(7)])
+    pool.apply(ops=[Allocate(f"r{i}", 10) for i in range(7)])
     assert [region.request_id for region in service.list_regions(name)] == [
         f"r{i}" for i in range(7)
     ]
-
-
-def test_operations_are_built_as_said():
-    assert free(1, End.HIT_LIMIT, 3).free == pb.Freeing(
-        handle=1, end=pb.END_HIT_LIMIT, output_tokens=3
-    )
-    assert trim(1, 2).trim == pb.Trim(handle=1, to_tokens=2)
-    assert extend(1, 2, 3).extend == pb.Extend(handle=1, least_tokens=2, want_tokens=3)
-    assert used(1, 2, pinned=True) == pb.Used(handle=1, used_tokens=2, pinned=True)
-    bare = allocate("r", 5).allocate
-    for optional in ("max_total_tokens", "overflow_risk", "predicted_output_tokens", "text"):
-        assert not bare.HasField(optional)
-    assert allocate("r", 5, overflow_risk=0.0).allocate.HasField("overflow_risk")
 
 
 # --- errors ---
@@ -229,7 +224,7 @@ def test_after_these_errors_the_call_may_have_been_done(error, kind):
 
 
 def test_a_message_that_is_too_large_is_the_callers_mistake(pool):
-    operations = [allocate(f"r{i}", 10, text="x" * 16_384) for i in range(300)]
+    operations = [Allocate(f"r{i}", 10, text="x" * 16_384) for i in range(300)]
     with pytest.raises(errors.MessageSizeError):
         pool.apply(ops=operations)
     assert pool.apply().seq == 1

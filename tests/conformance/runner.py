@@ -22,7 +22,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from odma_service.client import Client, PoolClient
-from odma_service.client.streaming import ApplyStream
+from odma_service.client.stream import ApplyStream
 from odma_service.rpc.v1 import (
     emulator_service_pb2,
     emulator_service_pb2_grpc,

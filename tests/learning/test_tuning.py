@@ -10,12 +10,11 @@ import pytest
 from conftest import open_pool, wait_for
 from test_predictor import odma
 
-from odma_service.client import Client, allocate, free
+from odma_service.client import Client
 from odma_service.errors import InvalidError
 from odma_service.learning.predictor import Predictor, default_model
 from odma_service.learning.sketch import features_of
-from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.values import End
+from odma_service.values import Allocate, End, Free, PolicyChange
 from predictor_onnx.decisions import is_log, read_logs
 
 PROMPT = "Name three rivers of Africa that a boat can follow for 1234567 metres."
@@ -61,8 +60,8 @@ def test_a_log_holds_sketches_only_where_it_is_told_to(servers, tmp_path, name, 
         server = servers("--decision-log", str(log), flag, name=flag)
         with Client(server.target) as service:
             pool = open_pool(service, name)
-            pool.free(pool.allocate("r", 17, text=PROMPT).handle, End.FINISHED, 5)
-            pool.free(pool.allocate("s", 17).handle, End.FINISHED, 5)
+            pool.free(Free(pool.allocate(Allocate("r", 17, text=PROMPT)).handle, End.FINISHED, 5))
+            pool.free(Free(pool.allocate(Allocate("s", 17)).handle, End.FINISHED, 5))
         wait_for(lambda log=log: log.read_text().count("\n") == 2, "two records")
         sketches = [json.loads(line)["sketch"] for line in log.read_text().splitlines()]
         told = flag == "--decision-log-sketches"
@@ -179,7 +178,7 @@ def serve(target, name, requests, kinds=("list", "essay"), turned=1.0):
     """Let requests come and go whose lengths follow their first word, until a share of them."""
     random = np.random.default_rng(5)
     with Client(target) as service:
-        policy = types.PolicyChange(name="odma", limits_tokens=[64, 512])
+        policy = PolicyChange(name="odma", limits_tokens=[64, 512])
         pool = open_pool(service, name, policy=policy, capacity_tokens=1 << 20)
         for first in range(0, requests, 20):
             kind = random.integers(0, 2, 20)
@@ -187,10 +186,10 @@ def serve(target, name, requests, kinds=("list", "essay"), turned=1.0):
             lengths = np.exp(3 + 2 * wanted + random.normal(0, 0.2, 20)).astype(int)
             texts = [f"{kinds[k]} {' '.join(random.choice(list('abcd'), 4))}" for k in kind]
             asked = {"max_total_tokens": 2_000}
-            ops = [allocate(f"r{first + i}", 6, text=text, **asked) for i, text in enumerate(texts)]
+            ops = [Allocate(f"r{first + i}", 6, text=text, **asked) for i, text in enumerate(texts)]
             places = pool.apply(ops=ops, completed_seq=pool.seq).results
             ends = zip(places, lengths.tolist(), strict=True)
-            pool.apply(ops=[free(result.place.handle, End.FINISHED, n) for result, n in ends])
+            pool.apply(ops=[Free(place.handle, End.FINISHED, n) for place, n in ends])
 
 
 def logged(servers, log, name, requests, **fields):

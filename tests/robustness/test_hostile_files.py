@@ -18,10 +18,10 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-from conftest import GEOMETRY, PATIENCE_SECONDS, READY, books, open_pool, wait_for
+from conftest import PATIENCE_SECONDS, PLANES, READY, books, open_pool, wait_for
 
 from odma_service._native import Arena
-from odma_service.client import Client, allocate
+from odma_service.client import Client
 from odma_service.errors import (
     BooksLockedError,
     OdmaError,
@@ -44,7 +44,7 @@ def stopped(servers):
     server = servers("--log-format", "json")
     with Client(server.target) as service:
         for name in ("good", "bad"):
-            open_pool(service, name).apply(ops=[allocate(f"{name}-{i}", 50) for i in range(9)])
+            open_pool(service, name).apply(ops=[Allocate(f"{name}-{i}", 50) for i in range(9)])
         server.before = books(service, "good")
     server.kill()
     server.log.write_text("")
@@ -75,7 +75,7 @@ def starts_without(server, reason):
         assert books(service, "good") == server.before
         with pytest.raises(PoolNotFoundError):
             service.get_pool("bad")
-        assert open_pool(service, "bad").apply(ops=[allocate("r", 10)]).seq == 1
+        assert open_pool(service, "bad").apply(ops=[Allocate("r", 10)]).seq == 1
     return aside
 
 
@@ -169,7 +169,7 @@ def test_a_wild_byte_is_found_or_does_not_matter(servers):
     names = [f"p{i}" for i in range(12)]
     with Client(server.target) as service:
         for name in names:
-            open_pool(service, name).apply(ops=[allocate("r", 50)])
+            open_pool(service, name).apply(ops=[Allocate("r", 50)])
         before = {name: books(service, name) for name in names}
         server.kill()
         for i, name in enumerate(names):
@@ -194,9 +194,9 @@ def test_a_file_that_shrinks_under_its_server(servers):
         pool = open_pool(service, "p")
         os.truncate(server.pool_dir / "p.pool", 4096)
         with pytest.raises(OdmaError):
-            pool.apply(ops=[allocate("r", 10)])
+            pool.apply(ops=[Allocate("r", 10)])
         assert "changed under the arena" in told_of(server, "pool set aside", "p.pool.set-aside-1")
-        assert open_pool(service, "p").apply(ops=[allocate("r", 10)]).seq == 1
+        assert open_pool(service, "p").apply(ops=[Allocate("r", 10)]).seq == 1
 
 
 def test_a_symbolic_link_to_nothing(stopped, tmp_path):
@@ -303,7 +303,7 @@ def test_a_server_in_a_pid_namespace_of_its_own_is_locked_out(servers, tmp_path)
     first, log = servers(), tmp_path / "second.log"
     with Client(first.target) as service:
         pool = open_pool(service, "p")
-        pool.apply(ops=[allocate("r", 50)])
+        pool.apply(ops=[Allocate("r", 50)])
     with boxed(box, first.pool_dir, log) as target, Client(target, retry_seconds=0) as second:
         [line] = [line for line in log.read_text().splitlines() if "left alone" in line]
         assert IN_USE in line
@@ -319,7 +319,7 @@ def test_a_server_in_a_pid_namespace_of_its_own_is_locked_out(servers, tmp_path)
 def fills_up(box, place, log):
     """Insist that a server says that there is no room, and has not half a file."""
     with boxed(box, place, log) as target, Client(target, retry_seconds=0) as service:
-        open_pool(service, "small").apply(ops=[allocate("r", 50)])
+        open_pool(service, "small").apply(ops=[Allocate("r", 50)])
         with pytest.raises(PoolLimitError, match="cannot reserve"):
             open_pool(service, "large", max_regions=65_536)
         assert [summary.pool.name for summary in service.list_pools().pools] == ["small"]
@@ -372,5 +372,5 @@ def pool_geometry(server):
     """Return the geometry of the pools of the tests, as the domain has it."""
     with Arena.attach(server.pool_dir / "good.pool") as arena:
         spec = PoolSpec.from_json(arena.description())
-    assert spec.geometry.plane_count == sum(group.count for group in GEOMETRY.planes)
+    assert spec.geometry.plane_count == sum(group.count for group in PLANES)
     return spec.geometry

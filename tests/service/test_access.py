@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from test_conformance import JAVASCRIPT, need_node, run
 
-from odma_service.client import Client, allocate
+from odma_service.client import Client
 from odma_service.errors import (
     BusyError,
     IdentityError,
@@ -36,7 +36,7 @@ from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.door.access import ROLES, Access, Role
-from odma_service.values import End
+from odma_service.values import Allocate, End, Free, Freed
 
 Code = grpc.StatusCode
 
@@ -232,8 +232,8 @@ def test_an_operator_steers_and_closes_the_pools_of_others(callers, name):
 
 def test_an_engine_works_with_its_token(callers, name):
     pool = open_pool(callers["alice"], name)
-    place = pool.apply(ops=[allocate("r", 10)]).results[0].place
-    assert pool.free(place.handle, End.FINISHED, 1) is False
+    place = pool.apply(ops=[Allocate("r", 10)]).results[0]
+    assert pool.free(Free(place.handle, End.FINISHED, 1)) == Freed()
 
 
 def test_pools_from_before_there_were_tokens_belong_to_whoever_opens_them_first(servers, tmp_path):

@@ -10,13 +10,13 @@ from conftest import CAPACITY_TOKENS, GEOMETRY, books, open_pool
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from odma_service.client import allocate, extend, free, trim, used
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
-from odma_service.values import End
+from odma_service.values import Allocate, End, Extend, Free, PolicyChange, Trim
+from odma_service.wire import op_to
 
 Code = grpc.StatusCode
 HUGE = 2**64 - 1
@@ -39,16 +39,16 @@ def pools(server):
 @pytest.fixture
 def engine(service, name):
     """Return a pool with regions a, b and c of 112 tokens, and a dead one; last seq 2."""
-    engine = open_pool(service, name, policy=types.PolicyChange(name="static"))
-    operations = [allocate(letter, 10, max_total_tokens=100) for letter in "abcd"]
-    places = [result.place for result in engine.apply(ops=operations).results]
+    engine = open_pool(service, name, policy=PolicyChange(name="static"))
+    operations = [Allocate(letter, 10, max_total_tokens=100) for letter in "abcd"]
+    places = engine.apply(ops=operations).results
     handles = {letter: place.handle for letter, place in zip("abcd", places, strict=True)}
     engine.last = pb.ApplyRequest(
         pool=engine.ref,
         seq=2,
         completed_seq=1,
-        used=[used(handles[letter], 50) for letter in "abc"],
-        ops=[free(handles["d"], End.FINISHED, 5)],
+        used=[pb.Used(handle=handles[letter], used_tokens=50) for letter in "abc"],
+        ops=[op_to(Free(handles["d"], End.FINISHED, 5))],
     )
     engine._client.memory.Apply(engine.last)
     engine.handles = handles | {"never": handles["d"] + 2**30, "zero": 0, "huge": HUGE}
@@ -143,7 +143,9 @@ def with_used(*entries):
     """Return a change that lists regions by letter, with so many tokens."""
 
     def change(request, handles):
-        request.used.extend(used(handles[letter], tokens) for letter, tokens in entries)
+        request.used.extend(
+            pb.Used(handle=handles[letter], used_tokens=tokens) for letter, tokens in entries
+        )
 
     return change
 
@@ -162,8 +164,8 @@ INVALID_BATCHES = {
     "completed huge": (with_fields(completed_seq=HUGE), "completed_seq"),
     "completed falls": (with_fields(completed_seq=0), "completed_seq"),
     "an empty operation": (with_ops(pb.Op()), "ops[0]"),
-    "a later empty operation": (with_ops(trim(1, 1), pb.Op()), "ops[1]"),
-    "too many operations": (with_ops(*[trim(1, 1)] * 1025), "ops"),
+    "a later empty operation": (with_ops(op_to(Trim(1, 1)), pb.Op()), "ops[1]"),
+    "too many operations": (with_ops(*[op_to(Trim(1, 1))] * 1025), "ops"),
     "too many used": (with_used(*[("a", 1)] * 1025), "used"),
     "used dead": (with_used(("a", 1), ("d", 1)), "used[1].handle"),
     "used never issued": (with_used(("never", 1)), "used[0].handle"),
@@ -205,7 +207,7 @@ CHANGES = {
     "used tokens": lambda request: setattr(request.used[0], "used_tokens", 51),
     "a pin": lambda request: setattr(request.used[0], "pinned", True),
     "an operation less": lambda request: request.ops.pop(),
-    "an operation more": lambda request: request.ops.append(allocate("x", 1)),
+    "an operation more": lambda request: request.ops.append(op_to(Allocate("x", 1))),
     "how it ended": lambda request: setattr(request.ops[0].free, "end", pb.END_ABORTED),
     "completed_seq": lambda request: setattr(request, "completed_seq", 0),
     "the copy budget": lambda request: setattr(request, "max_copy_tokens", 0),
@@ -228,7 +230,9 @@ def test_the_last_seq_with_another_field_of_an_allocate(memory, engine, field):
     usual = {"text": "prompt", "request_class": "chat", "tenant": "t", "overflow_risk": 0.25}
     changed = usual | {field: 0.5 if field == "overflow_risk" else "other"}
     first, other = (
-        pb.ApplyRequest(pool=engine.ref, seq=3, completed_seq=1, ops=[allocate("x", 10, **fields)])
+        pb.ApplyRequest(
+            pool=engine.ref, seq=3, completed_seq=1, ops=[op_to(Allocate("x", 10, **fields))]
+        )
         for fields in (usual, changed)
     )
     memory.Apply(first)
@@ -248,10 +252,7 @@ def invalid(field):
 
 def alloc(**fields):
     """Return an operation that allocates 10 tokens for "x", but for `fields`."""
-    operation = pb.Op(allocate=pb.Alloc(request_id="x", prompt_tokens=10))
-    for field, value in fields.items():
-        setattr(operation.allocate, field, value)
-    return lambda handles: operation
+    return lambda handles: Allocate("x", 10)._replace(**fields)
 
 
 OPERATIONS = {
@@ -291,28 +292,28 @@ OPERATIONS = {
         alloc(predicted_output_tokens=0),
         *invalid("predicted_output_tokens"),
     ),
-    "extend dead": (lambda h: extend(h["d"], 20), *NEVER),
-    "extend never issued": (lambda h: extend(h["never"], 20), *NEVER),
-    "extend zero handle": (lambda h: extend(0, 20), *NEVER),
-    "extend huge handle": (lambda h: extend(HUGE, 20), *NEVER),
-    "extend least missing": (lambda h: extend(h["a"], 0), *invalid("least_tokens")),
-    "extend beyond the maximum": (lambda h: extend(h["a"], 113), *invalid("least_tokens")),
-    "extend least huge": (lambda h: extend(h["a"], HUGE32), *invalid("least_tokens")),
-    "extend want below least": (lambda h: extend(h["a"], 50, 49), *invalid("want_tokens")),
-    "extend want huge": (lambda h: extend(h["a"], 50, HUGE32), *invalid("want_tokens")),
-    "free never issued": (lambda h: free(h["never"], End.FINISHED), *NEVER),
-    "free zero handle": (lambda h: free(0, End.FINISHED), *NEVER),
-    "free huge handle": (lambda h: free(HUGE, End.FINISHED), *NEVER),
-    "free end missing": (lambda h: free(h["a"], 0), *invalid("end")),
-    "free end unknown": (lambda h: free(h["a"], 99), *invalid("end")),
-    "free end negative": (lambda h: free(h["a"], -1), *invalid("end")),
-    "free output huge": (lambda h: free(h["a"], 1, 2**24 + 1), *invalid("output_tokens")),
-    "trim dead": (lambda h: trim(h["d"], 20), *NEVER),
-    "trim never issued": (lambda h: trim(h["never"], 20), *NEVER),
-    "trim to nothing": (lambda h: trim(h["a"], 0), *invalid("to_tokens")),
-    "trim to more": (lambda h: trim(h["a"], 113), *invalid("to_tokens")),
-    "trim huge": (lambda h: trim(h["a"], HUGE32), *invalid("to_tokens")),
-    "trim below what is used": (lambda h: trim(h["a"], 49), *invalid("to_tokens")),
+    "extend dead": (lambda h: Extend(h["d"], 20), *NEVER),
+    "extend never issued": (lambda h: Extend(h["never"], 20), *NEVER),
+    "extend zero handle": (lambda h: Extend(0, 20), *NEVER),
+    "extend huge handle": (lambda h: Extend(HUGE, 20), *NEVER),
+    "extend least missing": (lambda h: Extend(h["a"], 0), *invalid("least_tokens")),
+    "extend beyond the maximum": (lambda h: Extend(h["a"], 113), *invalid("least_tokens")),
+    "extend least huge": (lambda h: Extend(h["a"], HUGE32), *invalid("least_tokens")),
+    "extend want below least": (lambda h: Extend(h["a"], 50, 49), *invalid("want_tokens")),
+    "extend want huge": (lambda h: Extend(h["a"], 50, HUGE32), *invalid("want_tokens")),
+    "free never issued": (lambda h: Free(h["never"], End.FINISHED), *NEVER),
+    "free zero handle": (lambda h: Free(0, End.FINISHED), *NEVER),
+    "free huge handle": (lambda h: Free(HUGE, End.FINISHED), *NEVER),
+    "free end missing": (lambda h: Free(h["a"], 0), *invalid("end")),
+    "free end unknown": (lambda h: Free(h["a"], 99), *invalid("end")),
+    "free end negative": (lambda h: Free(h["a"], -1), *invalid("end")),
+    "free output huge": (lambda h: Free(h["a"], 1, 2**24 + 1), *invalid("output_tokens")),
+    "trim dead": (lambda h: Trim(h["d"], 20), *NEVER),
+    "trim never issued": (lambda h: Trim(h["never"], 20), *NEVER),
+    "trim to nothing": (lambda h: Trim(h["a"], 0), *invalid("to_tokens")),
+    "trim to more": (lambda h: Trim(h["a"], 113), *invalid("to_tokens")),
+    "trim huge": (lambda h: Trim(h["a"], HUGE32), *invalid("to_tokens")),
+    "trim below what is used": (lambda h: Trim(h["a"], 49), *invalid("to_tokens")),
 }
 
 
@@ -324,8 +325,8 @@ def test_a_bad_operation_of_a_batch(service, memory, engine, case):
         pool=engine.ref,
         seq=3,
         completed_seq=1,
-        used=[used(engine.handles[letter], 50) for letter in "abc"],
-        ops=[make(engine.handles), allocate("y", 10, max_total_tokens=16)],
+        used=[pb.Used(handle=engine.handles[letter], used_tokens=50) for letter in "abc"],
+        ops=[op_to(make(engine.handles)), op_to(Allocate("y", 10, max_total_tokens=16))],
         pass_refused=True,
     )
     answer = memory.Apply(request)
@@ -343,7 +344,7 @@ def test_a_bad_operation_of_a_batch(service, memory, engine, case):
 @pytest.mark.parametrize("case", [case for case in OPERATIONS if not case.startswith("trim")])
 def test_a_bad_operation_alone(service, memory, engine, case):
     make, code, _, field = OPERATIONS[case]
-    operation = make(engine.handles)
+    operation = op_to(make(engine.handles))
     kind = operation.WhichOneof("op")
     send, request = {
         "allocate": (memory.Allocate, pb.AllocateRequest(allocate=operation.allocate)),

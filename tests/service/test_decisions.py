@@ -11,16 +11,24 @@ from pathlib import Path
 import pytest
 from conftest import open_pool, wait_for
 
-from odma_service.client import Client, allocate, extend, free
+from odma_service.client import Client
 from odma_service.errors import OdmaError
 from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.watch import decisions
 from odma_service.service.watch.decisions import DecisionLog, RotatedFile
 from odma_service.traces import TraceError, read_trace
-from odma_service.values import End, Moves, PlaneGroup
+from odma_service.values import (
+    Allocate,
+    End,
+    Extend,
+    Free,
+    Moves,
+    PlaneGroup,
+    PolicyChange,
+    Refusal,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "decision-log.md"
 SECRET = "my mother's maiden name is Szymborska"
@@ -46,20 +54,20 @@ def records(log: Path, count: int) -> list[dict]:
 
 def test_a_request_is_one_record_with_all_that_was_decided_about_it(logging_server, log, name):
     with Client(logging_server.target) as service:
-        pool = open_pool(service, name, policy=types.PolicyChange(name="elastic", safety_share=0))
+        pool = open_pool(service, name, policy=PolicyChange(name="elastic", safety_share=0))
         answer = pool.apply(
             ops=[
-                allocate("long", 2000, request_class="chat", tenant="t", max_total_tokens=4000),
-                allocate("other", 1900),
-                allocate("late", 500, predicted_output_tokens=9, overflow_risk=0.2),
+                Allocate("long", 2000, request_class="chat", tenant="t", max_total_tokens=4000),
+                Allocate("other", 1900),
+                Allocate("late", 500, predicted_output_tokens=9, overflow_risk=0.2),
             ]
         )
-        long, other = (answer.results[i].place.handle for i in range(2))
-        assert answer.results[2].HasField("refusal")
-        pool.apply(ops=[extend(long, 2200)])
-        pool.apply(ops=[free(other, End.FINISHED, 7)])
-        pool.apply(ops=[extend(long, 2200), allocate("late", 500, predicted_output_tokens=9)])
-        pool.apply(ops=[free(long, End.HIT_LIMIT, 2000)])
+        long, other = (answer.results[i].handle for i in range(2))
+        assert isinstance(answer.results[2], Refusal)
+        pool.apply(ops=[Extend(long, 2200)])
+        pool.apply(ops=[Free(other, End.FINISHED, 7)])
+        pool.apply(ops=[Extend(long, 2200), Allocate("late", 500, predicted_output_tokens=9)])
+        pool.apply(ops=[Free(long, End.HIT_LIMIT, 2000)])
     first, second = records(log, 2)
     assert first["request_id"] == "other"
     assert (first["prompt_tokens"], first["output_tokens"], first["end"]) == (1900, 7, "FINISHED")
@@ -85,10 +93,10 @@ def test_a_preempted_request_is_one_record_that_counts_from_its_first_asking(
 ):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
-        first = pool.allocate("r", 100)
-        pool.free(first.handle, End.PREEMPTED, 20)
-        second = pool.allocate("r", 100, generated_tokens=20)
-        pool.free(second.handle, End.FINISHED, 50)
+        first = pool.allocate(Allocate("r", 100))
+        pool.free(Free(first.handle, End.PREEMPTED, 20))
+        second = pool.allocate(Allocate("r", 100, generated_tokens=20))
+        pool.free(Free(second.handle, End.FINISHED, 50))
     [record] = records(log, 1)
     assert (record["preemptions"], record["output_tokens"]) == (1, 50)
     assert record["generated_before_tokens"] == 0
@@ -96,10 +104,10 @@ def test_a_preempted_request_is_one_record_that_counts_from_its_first_asking(
 
 def test_what_was_predicted_is_in_the_record(logging_server, log, name):
     with Client(logging_server.target) as service:
-        change = types.PolicyChange(name="odma", limits_tokens=[4096])
+        change = PolicyChange(name="odma", limits_tokens=[4096])
         pool = open_pool(service, name, policy=change)
-        place = pool.allocate("r", 100, predicted_output_tokens=77)
-        pool.free(place.handle, End.FINISHED, 50)
+        place = pool.allocate(Allocate("r", 100, predicted_output_tokens=77))
+        pool.free(Free(place.handle, End.FINISHED, 50))
     [record] = records(log, 1)
     assert len(record["quantiles_tokens"]) == 7
     assert record["guess_tokens"] == 77
@@ -110,8 +118,8 @@ def test_requests_whose_epoch_ends_or_that_are_reconciled_away_are_told_so(
 ):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
-        kept, dropped = (pool.allocate(f"r{i}", 100).handle for i in range(2))
-        pool.apply(ops=[allocate("never", 4096), allocate("never", 4096)])
+        kept, dropped = (pool.allocate(Allocate(f"r{i}", 100)).handle for i in range(2))
+        pool.apply(ops=[Allocate("never", 4096), Allocate("never", 4096)])
         pool.reconcile([kept])
         pool.close_pool()
     ends = {record["request_id"]: record["end"] for record in records(log, 3)}
@@ -122,10 +130,10 @@ def test_requests_whose_epoch_ends_or_that_are_reconciled_away_are_told_so(
 def test_a_text_is_in_no_file_and_no_log_line(logging_server, log, name):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
-        answer = pool.apply(ops=[allocate("r", 100, text=SECRET), allocate("s", 9999, text=SECRET)])
-        pool.apply(ops=[free(answer.results[0].place.handle, End.FINISHED, 5)])
-        place = pool.allocate("u", 100, text=SECRET)
-        pool.free(place.handle, End.FINISHED, 5)
+        answer = pool.apply(ops=[Allocate("r", 100, text=SECRET), Allocate("s", 9999, text=SECRET)])
+        pool.apply(ops=[Free(answer.results[0].handle, End.FINISHED, 5)])
+        place = pool.allocate(Allocate("u", 100, text=SECRET))
+        pool.free(Free(place.handle, End.FINISHED, 5))
     assert records(log, 2)[0]["with_text"] is True
     assert logging_server.terminate() == 0
     for file in log.parent.rglob("*"):
@@ -136,9 +144,9 @@ def test_a_text_is_in_no_file_and_no_log_line(logging_server, log, name):
 def test_a_request_that_a_restart_interrupts_has_a_record_all_the_same(logging_server, log, name):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
-        handle = pool.allocate("r", 100, request_class="chat").handle
+        handle = pool.allocate(Allocate("r", 100, request_class="chat")).handle
         logging_server.restart()
-        pool.free(handle, End.FINISHED, 50)
+        pool.free(Free(handle, End.FINISHED, 50))
     [record] = records(log, 1)
     assert (record["request_id"], record["request_class"]) == ("r", "chat")
     assert (record["prompt_tokens"], record["output_tokens"]) == (100, 50)
@@ -148,7 +156,7 @@ def test_a_request_that_a_restart_interrupts_has_a_record_all_the_same(logging_s
 def test_the_log_is_its_owners_alone(logging_server, log, name):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
-        pool.free(pool.allocate("r", 100).handle, End.FINISHED, 5)
+        pool.free(Free(pool.allocate(Allocate("r", 100)).handle, End.FINISHED, 5))
     records(log, 1)
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
@@ -212,9 +220,11 @@ def test_a_decision_log_is_a_trace_for_the_replay(logging_server, log, name):
     with Client(logging_server.target) as service:
         pool = open_pool(service, name)
         for i, (prompt, output) in enumerate(lengths):
-            place = pool.allocate(f"r{i}", prompt, request_class=f"c{i % 2}", tenant=f"t{i}")
-            pool.free(place.handle, End.FINISHED, output)
-        pool.free(pool.allocate("aborted", 100).handle, End.ABORTED, 5)
+            place = pool.allocate(
+                Allocate(f"r{i}", prompt, request_class=f"c{i % 2}", tenant=f"t{i}")
+            )
+            pool.free(Free(place.handle, End.FINISHED, output))
+        pool.free(Free(pool.allocate(Allocate("aborted", 100)).handle, End.ABORTED, 5))
     records(log, 4)
     trace = read_trace(log)
     assert trace.tenant == ("t0", "t1", "t2")

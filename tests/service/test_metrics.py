@@ -19,11 +19,10 @@ import pytest
 from conftest import open_pool, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from odma_service.client import Client, allocate, extend, free, used
+from odma_service.client import Client
 from odma_service.errors import InvalidError, RefusedError
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service import config
-from odma_service.values import End
+from odma_service.values import Allocate, End, Extend, Free, PolicyChange, TenantShare, Used
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "observability.md"
@@ -89,9 +88,9 @@ def listening(pid: int) -> set[tuple[str, int]]:
 
 def test_a_scrape_tells_what_the_books_say(scraped, service, name):
     pool = open_pool(service, name)
-    answer = pool.apply(ops=[allocate(f"r{i}", 100 * (i + 1)) for i in range(3)])
-    handles = [result.place.handle for result in answer.results]
-    pool.apply(used=[used(handles[0], 70)], ops=[free(handles[1], End.FINISHED, 10)])
+    answer = pool.apply(ops=[Allocate(f"r{i}", 100 * (i + 1)) for i in range(3)])
+    handles = [place.handle for place in answer.results]
+    pool.apply(used=[Used(handles[0], 70)], ops=[Free(handles[1], End.FINISHED, 10)])
     books, samples = service.get_pool(name), scrape(scraped)
     for metric, expected in (
         ("capacity_tokens", books.summary.capacity_tokens),
@@ -121,15 +120,15 @@ def test_a_scrape_tells_what_the_books_say(scraped, service, name):
 def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_again(
     scraped, service, name
 ):
-    change = types.PolicyChange(name="elastic", safety_share=0, step_tokens=64)
+    change = PolicyChange(name="elastic", safety_share=0, step_tokens=64)
     pool = open_pool(service, name, policy=change)
-    first, _ = (pool.allocate(f"r{i}", 2048 - 64) for i in range(2))
-    pool.apply(ops=[extend(first.handle, first.length_tokens + 16), allocate("r3", 16)])
+    first, _ = (pool.allocate(Allocate(f"r{i}", 2048 - 64)) for i in range(2))
+    pool.apply(ops=[Extend(first.handle, first.length_tokens + 16), Allocate("r3", 16)])
     pool.seq -= 1
-    again = pool.apply(ops=[extend(first.handle, first.length_tokens + 16), allocate("r3", 16)])
+    again = pool.apply(ops=[Extend(first.handle, first.length_tokens + 16), Allocate("r3", 16)])
     assert again.replayed
     with pytest.raises(RefusedError):
-        pool.allocate("r4", 16)
+        pool.allocate(Allocate("r4", 16))
     samples = scrape(scraped)
 
     def refusals(operation: str, reason: str) -> float:
@@ -143,10 +142,10 @@ def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_aga
 
 
 def test_buckets_have_numbers_for_names_and_as_many_regions_as_live_in_them(scraped, service, name):
-    change = types.PolicyChange(name="odma", limits_tokens=[128, 512, 2048])
+    change = PolicyChange(name="odma", limits_tokens=[128, 512, 2048])
     pool = open_pool(service, name, policy=change)
     for i, most in enumerate((100, 120, 400, 2000)):
-        pool.allocate(f"r{i}", 16, max_total_tokens=most)
+        pool.allocate(Allocate(f"r{i}", 16, max_total_tokens=most))
     samples = scrape(scraped)
     for bucket, limit, regions in (("1", 128, 2), ("2", 512, 1), ("3", 2048, 1)):
         labels = {"pool": name, "bucket": bucket}
@@ -155,11 +154,13 @@ def test_buckets_have_numbers_for_names_and_as_many_regions_as_live_in_them(scra
 
 
 def test_coverage_is_the_share_of_completions_within_what_was_predicted(scraped, service, name):
-    change = types.PolicyChange(name="odma", limits_tokens=[4096])
+    change = PolicyChange(name="odma", limits_tokens=[4096])
     pool = open_pool(service, name, policy=change, max_regions=8)
     for i in range(10):
-        place = pool.allocate(f"r{i}", 16, max_total_tokens=400, predicted_output_tokens=100)
-        pool.free(place.handle, End.FINISHED, 200 if i == 0 else 50)
+        place = pool.allocate(
+            Allocate(f"r{i}", 16, max_total_tokens=400, predicted_output_tokens=100)
+        )
+        pool.free(Free(place.handle, End.FINISHED, 200 if i == 0 else 50))
     samples = scrape(scraped)
     levels = [s for s in samples if s.name == "odma_pool_prediction_coverage_ratio"]
     mine = {s.labels["level"]: s.value for s in levels if s.labels["pool"] == name}
@@ -170,8 +171,8 @@ def test_coverage_is_the_share_of_completions_within_what_was_predicted(scraped,
 def test_there_are_never_more_classes_than_the_books_tell_apart(scraped, service, name):
     pool = open_pool(service, name)
     for i in range(80):
-        place = pool.allocate(f"r{i}", 16, request_class=f'class "{i}"\n')
-        pool.free(place.handle, End.FINISHED, 5)
+        place = pool.allocate(Allocate(f"r{i}", 16, request_class=f'class "{i}"\n'))
+        pool.free(Free(place.handle, End.FINISHED, 5))
     samples = scrape(scraped)
     classes = {
         s.labels["request_class"]: s.value
@@ -275,12 +276,12 @@ def documented() -> set[str]:
 
 
 def test_the_page_lists_what_there_is_and_nothing_else(scraped, service, name):
-    tenants = [types.TenantShare(name="t")]
-    change = types.PolicyChange(name="odma", limits_tokens=[4096], tenants=tenants)
+    tenants = [TenantShare("t")]
+    change = PolicyChange(name="odma", limits_tokens=[4096], tenants=tenants)
     pool = open_pool(service, name, policy=change)
     for i in range(40):
-        place = pool.allocate(f"r{i}", 16, predicted_output_tokens=10)
-        pool.free(place.handle, End.FINISHED, 5)
+        place = pool.allocate(Allocate(f"r{i}", 16, predicted_output_tokens=10))
+        pool.free(Free(place.handle, End.FINISHED, 5))
     told = {
         re.sub(r"_(bucket|sum|count)$", "", s.name) if "duration_seconds" in s.name else s.name
         for s in scrape(scraped)
@@ -365,10 +366,10 @@ def queries() -> list[str]:
 def test_the_dashboard_and_the_alerts_ask_for_metrics_and_labels_that_there_are(
     scraped, service, name
 ):
-    change = types.PolicyChange(name="odma", limits_tokens=[4096])
+    change = PolicyChange(name="odma", limits_tokens=[4096])
     pool = open_pool(service, name, policy=change)
-    place = pool.allocate("r", 16, predicted_output_tokens=10)
-    pool.free(place.handle, End.FINISHED, 5)
+    place = pool.allocate(Allocate("r", 16, predicted_output_tokens=10))
+    pool.free(Free(place.handle, End.FINISHED, 5))
     samples = scrape(scraped)
     told = {sample.name for sample in samples}
     labels = {"le", "instance", "job", *(label for s in samples for label in s.labels)}

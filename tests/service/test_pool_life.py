@@ -120,11 +120,11 @@ def test_a_server_closes_the_pool_of_a_silent_owner_by_itself(servers):
 ENGINE = """
 import sys; sys.path.insert(0, sys.argv[2])
 from conftest import open_pool
-from odma_service.client import Client, allocate
+from odma_service.client import Allocate, Client
 with Client(sys.argv[1]) as service:
     pool = open_pool(service, "stopped")
     with pool.stream():
-        pool.apply(ops=[allocate("r", 100)])
+        pool.apply(ops=[Allocate("r", 100)])
         print("at work", flush=True)
         try:
             while True:

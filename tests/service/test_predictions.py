@@ -8,16 +8,15 @@ import shutil
 import pytest
 from conftest import open_pool, wait_for
 
-from odma_service import client
 from odma_service.client import Client
 from odma_service.errors import InvalidError, PoolNotFoundError
 from odma_service.learning.predictor import default_model
-from odma_service.rpc.v1 import memory_service_pb2 as pb_memory
 from odma_service.rpc.v1 import predictor_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import Allocate, End, Free, PolicyChange, Used
 
 TEXT = "Write a poem about the sea that nobody else may read."
-ODMA = types.PolicyChange(name="odma", overflow_risk=0.05)
+ODMA = PolicyChange(name="odma", overflow_risk=0.05)
 
 
 def prompt(text=TEXT, tokens=20, **fields):
@@ -27,11 +26,9 @@ def prompt(text=TEXT, tokens=20, **fields):
 def complete(pool, count, output=300, **fields):
     """Let requests come and go, all in one batch each way."""
     ids = [f"r{number}" for number in range(count)]
-    asked = [client.allocate(name, 20, max_total_tokens=80, **fields) for name in ids]
+    asked = [Allocate(name, 20, max_total_tokens=80, **fields) for name in ids]
     places = pool.apply(ops=asked).results
-    pool.apply(
-        ops=[client.free(result.place.handle, pb_memory.END_FINISHED, output) for result in places]
-    )
+    pool.apply(ops=[Free(place.handle, End.FINISHED, output) for place in places])
 
 
 @pytest.fixture
@@ -79,12 +76,12 @@ def test_an_answer_says_that_nothing_is_corrected_yet(service, name):
 
 def test_an_allocate_is_given_what_predict_answers(service, name):
     pool = open_pool(
-        service, name, policy=types.PolicyChange(name="odma", overflow_risk=0.05, clear_limits=True)
+        service, name, policy=PolicyChange(name="odma", overflow_risk=0.05, clear_limits=True)
     )
     complete(pool, 32, text=TEXT)
     (prediction,) = service.predict(name, [prompt()]).predictions
     wanted = 20 + prediction.output_quantiles_tokens[5]  # at a risk of 0.05
-    place = pool.allocate("asked", 20, text=TEXT)
+    place = pool.allocate(Allocate("asked", 20, text=TEXT))
     assert wanted <= place.length_tokens < wanted + 32
 
 
@@ -120,7 +117,7 @@ def test_any_text_is_predicted_and_none_is_logged(servers):
         complete(pool, 40, text=TEXT)
         for text in ("", "\0\ufffd\u202e", "é" * 8000, TEXT):
             service.predict("p", [prompt(text)])
-            pool.apply(ops=[client.allocate(f"a {len(text)}", 20, max_total_tokens=90, text=text)])
+            pool.apply(ops=[Allocate(f"a {len(text)}", 20, max_total_tokens=90, text=text)])
     assert "poem" not in server.log.read_text()
 
 
@@ -159,8 +156,8 @@ def test_the_correction_is_the_same_after_kill_9(servers):
             complete(pool, 24, output=length, text=TEXT, request_class="chat")
         ids = ["a", "b", "c"]
         fields = {"max_total_tokens": 80, "request_class": "chat"}
-        handles = [pool.allocate(name, 20, **fields).handle for name in ids]
-        pool.apply(used=[client.used(handle, 70) for handle in handles])
+        handles = [pool.allocate(Allocate(name, 20, **fields)).handle for name in ids]
+        pool.apply(used=[Used(handle, 70) for handle in handles])
         asked = [prompt(request_class="chat"), prompt(None), prompt(request_class="new")]
         before = service.predict("p", asked), service.get_pool("p").classes[0]
         server.restart()

@@ -14,17 +14,16 @@ from contextlib import contextmanager, nullcontext
 
 import grpc
 import pytest
-from conftest import READY, books, open_pool, wait_for
+from conftest import READY, books, open_pool, places_of, wait_for
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from odma_service.client import Client, allocate, extend, free, trim, used
+from odma_service.client import Client
 from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
-from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.server import NOTICE_SECONDS
-from odma_service.values import End
+from odma_service.values import Allocate, Batch, End, Extend, Free, Place, PolicyChange, Trim, Used
+from odma_service.wire import batch_to
 
 
 @pytest.fixture
@@ -40,14 +39,14 @@ def service(restarted):
 
 
 def test_everything_is_found_again_after_a_kill(restarted, service):
-    pool = open_pool(service, "p", policy=types.PolicyChange(name="odma"))
+    pool = open_pool(service, "p", policy=PolicyChange(name="odma"))
     answer = pool.apply(
-        ops=[allocate(f"r{i}", 100, request_class="chat", max_total_tokens=500) for i in range(5)]
+        ops=[Allocate(f"r{i}", 100, request_class="chat", max_total_tokens=500) for i in range(5)]
     )
-    handles = [result.place.handle for result in answer.results]
+    handles = [place.handle for place in answer.results]
     pool.apply(
-        used=[used(handle, 60) for handle in handles],
-        ops=[free(handles[1], End.FINISHED, 60), trim(handles[0], 200), extend(handles[2], 500)],
+        used=[Used(handle, 60) for handle in handles],
+        ops=[Free(handles[1], End.FINISHED, 60), Trim(handles[0], 200), Extend(handles[2], 500)],
     )
     before = books(service, "p")
     restarted.restart()
@@ -57,7 +56,7 @@ def test_everything_is_found_again_after_a_kill(restarted, service):
 def test_an_engine_goes_on_as_if_nothing_had_happened(restarted, service):
     pool = open_pool(service, "p")
     for round_number in range(5):
-        answer = pool.apply(ops=[allocate(f"r{round_number}", 100)])
+        answer = pool.apply(ops=[Allocate(f"r{round_number}", 100)])
         assert answer.seq == round_number + 1
         restarted.restart()
     assert len(service.list_regions("p")) == 5
@@ -65,15 +64,10 @@ def test_an_engine_goes_on_as_if_nothing_had_happened(restarted, service):
 
 def test_the_answer_to_the_last_batch_is_kept(restarted, service):
     pool = open_pool(service, "p")
-    first = pool.apply(ops=[allocate("a", 100), allocate("b", 100)])
-    handle = first.results[0].place.handle
-    request = pb.ApplyRequest(
-        pool=pool.ref,
-        seq=2,
-        completed_seq=1,
-        used=[used(handle, 90)],
-        ops=[extend(handle, 500), allocate("c", 4000), allocate("d", 0)],
-    )
+    first = pool.apply(ops=[Allocate("a", 100), Allocate("b", 100)])
+    handle = first.results[0].handle
+    ops = [Extend(handle, 500), Allocate("c", 4000), Allocate("d", 0)]
+    request = batch_to(pool.ref, Batch(2, 1, [Used(handle, 90)], ops))
     answer = service.call(service.memory.Apply, request)
     assert answer.copies
     restarted.restart()
@@ -88,7 +82,7 @@ def test_the_answer_to_the_last_batch_is_kept(restarted, service):
 
 def test_the_same_open_id_gets_its_epoch_after_a_restart(restarted, service):
     first = open_pool(service, "p", open_id="mine")
-    place = first.allocate("r", 10)
+    place = first.allocate(Allocate("r", 10))
     restarted.restart()
     again = open_pool(service, "p", open_id="mine")
     assert again.response == first.response
@@ -99,18 +93,18 @@ def test_the_same_open_id_gets_its_epoch_after_a_restart(restarted, service):
 
 def test_a_pool_can_be_taken_over_after_a_restart(restarted, service):
     old = open_pool(service, "p")
-    old.allocate("r", 10)
+    old.allocate(Allocate("r", 10))
     restarted.restart()
     new = open_pool(service, "p", take_over=True)
     assert new.ref.epoch > old.ref.epoch
     assert service.list_regions("p") == []
     with pytest.raises(EpochError):
-        old.allocate("r", 10)
+        old.allocate(Allocate("r", 10))
 
 
 def test_a_closed_pool_stays_closed_and_remembers(restarted, service):
     pool = open_pool(service, "p")
-    pool.set_policy(types.PolicyChange(name="static"))
+    pool.set_policy(PolicyChange(name="static"))
     pool.close_pool()
     restarted.restart()
     facts = service.get_pool("p")
@@ -123,7 +117,7 @@ def test_a_closed_pool_stays_closed_and_remembers(restarted, service):
 def test_several_pools_are_kept_apart(restarted, service):
     pools = {name: open_pool(service, name, block_tokens=size) for name, size in SIZES.items()}
     for name, pool in pools.items():
-        pool.apply(ops=[allocate(f"{name}{i}", 100) for i in range(SIZES[name] // 16)])
+        pool.apply(ops=[Allocate(f"{name}{i}", 100) for i in range(SIZES[name] // 16)])
     before = {name: books(service, name) for name in pools}
     restarted.restart()
     assert {name: books(service, name) for name in pools} == before
@@ -135,7 +129,7 @@ SIZES = {"a": 16, "b": 32, "c": 64}
 
 
 def test_broken_books_do_not_keep_the_others_from_being_found(restarted, service):
-    open_pool(service, "good").allocate("r", 10)
+    open_pool(service, "good").allocate(Allocate("r", 10))
     open_pool(service, "bad")
     before = books(service, "good")
     restarted.kill()
@@ -157,17 +151,17 @@ def play(pool, passed):
         request = f"r{step}"
         victims = list(places.values())[: len(places) // 8]
         answer = pool.apply(
-            used=[used(place.handle, 20) for place in places.values()],
-            ops=[free(victim.handle, End.FINISHED, 9) for victim in victims]
-            + [allocate(request, 20, max_total_tokens=200)],
+            used=[Used(place.handle, 20) for place in places.values()],
+            ops=[Free(victim.handle, End.FINISHED, 9) for victim in victims]
+            + [Allocate(request, 20, max_total_tokens=200)],
             completed_seq=pool.seq,
         )
         gone = {victim.handle for victim in victims}
         places = {r: p for r, p in places.items() if p.handle not in gone}
         moved = {place.handle: place for place in answer.moved}
         places = {r: moved.get(p.handle, p) for r, p in places.items()}
-        if answer.results[-1].HasField("place"):
-            places[request] = answer.results[-1].place
+        if isinstance(answer.results[-1], Place):
+            places[request] = answer.results[-1]
         passed.release()
     return places
 
@@ -183,7 +177,7 @@ def test_engines_lose_no_step_while_the_server_dies_is_upgraded_and_dies_again(r
             with pool.stream() if name in "ab" else nullcontext():
                 places = play(pool, passed)
             assert pool.seq == service.get_pool(name).last_seq == STEPS
-            return {r.request_id: r.place for r in service.list_regions(name)} == places
+            return places_of(service, name) == places
 
     with ThreadPoolExecutor(4) as engines:
         results = [engines.submit(engine, name) for name in "abcd"]
@@ -200,7 +194,7 @@ def test_engines_lose_no_step_while_the_server_dies_is_upgraded_and_dies_again(r
 
 def test_a_terminated_server_ends_with_0_and_says_so(restarted, service):
     pool = open_pool(service, "p")
-    pool.allocate("r", 10)
+    pool.allocate(Allocate("r", 10))
     before = books(service, "p")
     assert restarted.terminate() == 0
     assert "draining" in restarted.log.read_text()

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import CAPACITY_TOKENS, books, open_in, open_pool, registry_of, state
+from conftest import CAPACITY_TOKENS, books, open_in, open_pool, places_of, registry_of, state
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from odma_service.client import Client, allocate, extend, free, trim, used
+from odma_service.client import Client
 from odma_service.errors import (
     EpochError,
     HandleError,
@@ -36,7 +36,22 @@ from odma_service.rpc.v1 import (
 )
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
-from odma_service.values import Allocate, Batch, End, Reason
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Place,
+    PolicyChange,
+    Reason,
+    Reconciled,
+    Trim,
+    Used,
+)
+from odma_service.wire import op_to
 
 PREFIX = "odma.v1."
 
@@ -107,9 +122,14 @@ def test_a_model_config_gives_planes_and_model_length(service, name):
         '{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,'
         ' "hidden_size": 3584, "torch_dtype": "bfloat16", "max_position_embeddings": 131072}'
     )
-    model = types.ModelConfig(config_json=config, tensor_parallel=2)
     response = open_pool(
-        service, name, geometry=None, model=model, capacity_tokens=None, capacity_bytes=2**32
+        service,
+        name,
+        planes=(),
+        config_json=config,
+        tensor_parallel=2,
+        capacity_tokens=None,
+        capacity_bytes=2**32,
     ).response
     assert response.bytes_per_token == 28 * 2 * 2 * 128 * 2
     assert response.model_length_tokens == 131_072
@@ -118,9 +138,9 @@ def test_a_model_config_gives_planes_and_model_length(service, name):
 @pytest.mark.parametrize(
     ("moves", "policy"),
     [
-        (types.MOVES_ANY, "elastic"),
-        (types.MOVES_OWN_GROWTH, "odma"),
-        (types.MOVES_NONE, "odma"),
+        (Moves.ANY, "elastic"),
+        (Moves.OWN_GROWTH, "odma"),
+        (Moves.NONE, "odma"),
     ],
 )
 def test_the_first_policy_suits_what_may_be_moved(service, name, moves, policy):
@@ -129,7 +149,7 @@ def test_the_first_policy_suits_what_may_be_moved(service, name, moves, policy):
 
 
 def test_the_first_policy_can_be_chosen_and_changed(service, name):
-    change = types.PolicyChange(name="odma", limits_tokens=[64, 4096], safety_share=0.25)
+    change = PolicyChange(name="odma", limits_tokens=[64, 4096], safety_share=0.25)
     open_pool(service, name, policy=change)
     policy = service.get_pool(name).policy
     assert (policy.name, list(policy.limits_tokens)) == ("odma", [64, 4096])
@@ -138,7 +158,7 @@ def test_the_first_policy_can_be_chosen_and_changed(service, name):
 
 def test_the_same_open_id_gets_the_same_epoch(service, name):
     first = open_pool(service, name, open_id="once")
-    first.allocate("r", 10)
+    first.allocate(Allocate("r", 10))
     before = books(service, name)
     assert open_pool(service, name, open_id="once").response == first.response
     assert books(service, name) == before
@@ -157,7 +177,7 @@ def test_a_pool_that_is_owned_cannot_be_opened(service, pool, name):
 
 
 def test_taking_over_ends_the_old_epoch(service, pool, name):
-    pool.allocate("r", 10)
+    pool.allocate(Allocate("r", 10))
     new = open_pool(service, name, take_over=True)
     assert new.ref.epoch > pool.ref.epoch
     assert service.list_regions(name) == []
@@ -180,13 +200,13 @@ def test_an_older_epoch_cannot_be_closed(service, pool, name):
 def test_a_closed_pool_answers_no_owner(service, pool, name):
     pool.close_pool()
     with pytest.raises(EpochError):
-        pool.allocate("r", 10)
+        pool.allocate(Allocate("r", 10))
 
 
 def test_what_was_learnt_outlives_the_epoch(service, pool, name):
-    version = pool.set_policy(types.PolicyChange(name="s3")).version
-    [place] = [r.place for r in pool.apply(ops=[allocate("r", 10)]).results]
-    pool.free(place.handle, End.FINISHED, 5)
+    version = pool.set_policy(PolicyChange(name="s3")).version
+    [place] = pool.apply(ops=[Allocate("r", 10)]).results
+    pool.free(Free(place.handle, End.FINISHED, 5))
     pool.close_pool()
     again = open_pool(service, name)
     assert again.response.policy_version == version
@@ -194,7 +214,7 @@ def test_what_was_learnt_outlives_the_epoch(service, pool, name):
 
 
 def test_another_geometry_starts_with_new_books(service, pool, name):
-    pool.set_policy(types.PolicyChange(name="s3"))
+    pool.set_policy(PolicyChange(name="s3"))
     pool.close_pool()
     again = open_pool(service, name, block_tokens=32)
     assert again.ref.epoch > pool.ref.epoch
@@ -220,55 +240,48 @@ def test_an_unknown_pool_is_not_found(service, name):
 
 
 def test_a_batch_answers_each_operation_in_order(service, pool, name):
-    first = pool.apply(ops=[allocate(f"r{i}", 100) for i in range(3)])
-    handles = [result.place.handle for result in first.results]
+    first = pool.apply(ops=[Allocate(f"r{i}", 100) for i in range(3)])
+    handles = [place.handle for place in first.results]
     answer = pool.apply(
-        used=[used(handle, 100) for handle in handles],
+        used=[Used(handle, 100) for handle in handles],
         ops=[
-            free(handles[0], End.FINISHED, 20),
-            free(handles[0], End.FINISHED, 20),
-            extend(handles[1], 500),
-            trim(handles[2], 101),
-            allocate("too long", 4000),
-            allocate("after it", 10),
+            Free(handles[0], End.FINISHED, 20),
+            Free(handles[0], End.FINISHED, 20),
+            Extend(handles[1], 500),
+            Trim(handles[2], 101),
+            Allocate("too long", 4000),
+            Allocate("after it", 10),
         ],
         completed_seq=1,
     )
-    assert [result.WhichOneof("outcome") for result in answer.results] == [
-        "freed",
-        "already_free",
-        "place",
-        "place",
-        "refusal",
-        "refusal",
-    ]
-    assert answer.results[2].place.length_tokens >= 500
-    assert answer.results[3].place.length_tokens == 112
-    assert answer.results[4].refusal.reason == types.REFUSAL_REASON_NO_SPACE
-    assert answer.results[5].refusal.reason == types.REFUSAL_REASON_SKIPPED
+    once, again, grown, trimmed, too_long, after_it = answer.results
+    assert (once, again) == (Freed(), Freed(already_free=True))
+    assert grown.length_tokens >= 500
+    assert trimmed.length_tokens == 112
+    assert too_long.reason is Reason.NO_SPACE
+    assert after_it.reason is Reason.SKIPPED
     assert (answer.seq, answer.replayed) == (2, False)
-    places = {r.place.handle: r.place for r in service.list_regions(name)}
-    assert places == {r.place.handle: r.place for r in answer.results[2:4]}
+    assert places_of(service, name) == {"r1": grown, "r2": trimmed}
 
 
 def test_a_region_that_grows_is_copied(pool):
-    first = pool.apply(ops=[allocate("a", 100), allocate("b", 100)])
-    a, b = (result.place for result in first.results)
-    answer = pool.apply(used=[used(a.handle, 100), used(b.handle, 90)], ops=[extend(a.handle, 400)])
+    first = pool.apply(ops=[Allocate("a", 100), Allocate("b", 100)])
+    a, b = first.results
+    answer = pool.apply(used=[Used(a.handle, 100), Used(b.handle, 90)], ops=[Extend(a.handle, 400)])
     assert [copy.tokens for copy in answer.copies] in ([100], [90])
     assert answer.copies[0].handle in (a.handle, b.handle)
 
 
 def test_a_bad_value_is_the_result_of_its_operation_alone(pool):
-    answer = pool.apply(ops=[allocate("a", 0), allocate("b", 10)], pass_refused=True)
-    refusal = answer.results[0].refusal
-    assert refusal.reason == types.REFUSAL_REASON_INVALID
+    answer = pool.apply(ops=[Allocate("a", 0), Allocate("b", 10)], pass_refused=True)
+    refusal, place = answer.results
+    assert refusal.reason is Reason.INVALID
     assert refusal.field.startswith("prompt_tokens: ")
-    assert answer.results[1].HasField("place")
+    assert isinstance(place, Place)
 
 
 def test_concurrent_retries_of_a_batch_get_one_answer(service, server, pool):
-    request = pb.ApplyRequest(pool=pool.ref, seq=1, ops=[allocate("r", 10)])
+    request = pb.ApplyRequest(pool=pool.ref, seq=1, ops=[op_to(Allocate("r", 10))])
     answers = []
     start = threading.Barrier(8)
 
@@ -291,37 +304,34 @@ def test_concurrent_retries_of_a_batch_get_one_answer(service, server, pool):
 
 
 def test_the_same_request_id_gets_the_same_region(pool):
-    first = pool.allocate("r", 100)
-    assert pool.allocate("r", 100) == first
+    first = pool.allocate(Allocate("r", 100))
+    assert pool.allocate(Allocate("r", 100)) == first
     with pytest.raises(InvalidError, match=r"allocate\.request_id"):
-        pool.allocate("r", 101)
+        pool.allocate(Allocate("r", 101))
 
 
 def test_extending_alone_grows_in_place_or_is_refused(pool):
-    first, second = pool.allocate("a", 100), pool.allocate("b", 100)
-    assert pool.extend(second.handle, 1000).start_token == second.start_token
+    first, second = pool.allocate(Allocate("a", 100)), pool.allocate(Allocate("b", 100))
+    assert pool.extend(Extend(second.handle, 1000)).start_token == second.start_token
     with pytest.raises(RefusedError) as caught:
-        pool.extend(first.handle, 1000)
+        pool.extend(Extend(first.handle, 1000))
     assert caught.value.refusal.reason in (Reason.FRAGMENTED, Reason.COPY_BUDGET)
 
 
 def test_freeing_again_says_so(pool):
-    place = pool.allocate("r", 100)
-    assert pool.free(place.handle, End.ABORTED) is False
-    assert pool.free(place.handle, End.ABORTED) is True
+    place = pool.allocate(Allocate("r", 100))
+    assert pool.free(Free(place.handle, End.ABORTED)) == Freed()
+    assert pool.free(Free(place.handle, End.ABORTED)) == Freed(already_free=True)
     with pytest.raises(HandleError):
-        pool.free(place.handle + 2**40, End.ABORTED)
+        pool.free(Free(place.handle + 2**40, End.ABORTED))
 
 
 def test_what_is_not_listed_is_freed(service, pool, name):
-    keep, drop = pool.allocate("keep", 10), pool.allocate("drop", 10)
+    keep, drop = pool.allocate(Allocate("keep", 10)), pool.allocate(Allocate("drop", 10))
     pool.apply()
     answer = pool.reconcile([keep.handle, 12345])
-    assert list(answer.kept) == [keep]
-    assert list(answer.unknown) == [12345]
-    assert list(answer.freed) == [drop.handle]
-    assert answer.last_seq == 1
-    assert [r.place.handle for r in service.list_regions(name)] == [keep.handle]
+    assert answer == Reconciled([keep], [12345], [drop.handle], last_seq=1)
+    assert places_of(service, name) == {"keep": keep}
     assert pool.apply().seq == 2
 
 
@@ -330,22 +340,22 @@ def test_what_is_not_listed_is_freed(service, pool, name):
 
 def test_a_policy_is_changed_only_from_the_expected_version(service, pool, name):
     version = service.get_pool(name).policy.version
-    changed = pool.set_policy(types.PolicyChange(safety_share=0.5), expected_version=version)
+    changed = pool.set_policy(PolicyChange(safety_share=0.5), expected_version=version)
     assert (changed.safety_share, changed.version) == (0.5, version + 1)
     with pytest.raises(VersionError) as caught:
-        pool.set_policy(types.PolicyChange(safety_share=0.1), expected_version=version)
+        pool.set_policy(PolicyChange(safety_share=0.1), expected_version=version)
     assert caught.value.actual == version + 1
     assert service.get_pool(name).policy.safety_share == 0.5
 
 
 def learn(pool, lengths):
     for i, length in enumerate(lengths):
-        place = pool.allocate(f"r{i}", 10)
-        pool.free(place.handle, End.FINISHED, length)
+        place = pool.allocate(Allocate(f"r{i}", 10))
+        pool.free(Free(place.handle, End.FINISHED, length))
 
 
 def test_recalibration_finds_the_limits_that_fit(service, name):
-    pool = open_pool(service, name, policy=types.PolicyChange(name="odma"))
+    pool = open_pool(service, name, policy=PolicyChange(name="odma"))
     learn(pool, [70, 600] * 20)
     before = books(service, name)
     dry = pool.recalibrate(dry_run=True, limits=3)
@@ -363,10 +373,10 @@ def test_recalibration_finds_the_limits_that_fit(service, name):
 
 
 def test_nothing_is_recalibrated_from_nothing(service, name):
-    pool = open_pool(service, name, policy=types.PolicyChange(name="odma"))
+    pool = open_pool(service, name, policy=PolicyChange(name="odma"))
     with pytest.raises(NothingLearntError, match="32"):
         pool.recalibrate()
-    pool.set_policy(types.PolicyChange(name="elastic"))
+    pool.set_policy(PolicyChange(name="elastic"))
     with pytest.raises(NothingLearntError, match="buckets"):
         pool.recalibrate()
 
@@ -375,7 +385,7 @@ def test_nothing_is_recalibrated_from_nothing(service, name):
 
 
 def test_the_books_add_up(service, pool, name):
-    pool.apply(ops=[allocate(f"r{i}", 100, request_class="chat") for i in range(5)])
+    pool.apply(ops=[Allocate(f"r{i}", 100, request_class="chat") for i in range(5)])
     facts = service.get_pool(name)
     regions = service.list_regions(name)
     reserved = sum(region.place.length_tokens for region in regions)
@@ -388,16 +398,16 @@ def test_the_books_add_up(service, pool, name):
 
 
 def test_buckets_count_the_regions_below_their_limits(service, name):
-    change = types.PolicyChange(name="static", limits_tokens=[100, 1000, 4096])
+    change = PolicyChange(name="static", limits_tokens=[100, 1000, 4096])
     pool = open_pool(service, name, policy=change)
     for i, maximum in enumerate([50, 90, 900]):
-        pool.allocate(f"r{i}", 10, max_total_tokens=maximum)
+        pool.allocate(Allocate(f"r{i}", 10, max_total_tokens=maximum))
     counted = {use.limit_tokens: use.regions for use in service.get_pool(name).buckets}
     assert counted == {100: 2, 1000: 1, 4096: 0}
 
 
 def test_regions_come_in_pages(service, channel, pool, name):
-    pool.apply(ops=[allocate(f"r{i}", 10) for i in range(10)])
+    pool.apply(ops=[Allocate(f"r{i}", 10) for i in range(10)])
     stub = pool_service_pb2_grpc.PoolServiceStub(channel)
     request, found = pool_pb.ListRegionsRequest(name=name, page_size=3), []
     for size in (3, 3, 3, 1):
@@ -411,9 +421,9 @@ def test_regions_come_in_pages(service, channel, pool, name):
 
 def test_what_was_learnt_is_shown_by_class(service, pool, name):
     for i in range(40):
-        place = pool.allocate(f"r{i}", 10, request_class="chat" if i % 2 else "")
+        place = pool.allocate(Allocate(f"r{i}", 10, request_class="chat" if i % 2 else ""))
         end = End.FINISHED if i < 30 else End.HIT_LIMIT
-        pool.free(place.handle, end, 100)
+        pool.free(Free(place.handle, end, 100))
     facts = service.get_pool(name)
     assert {known.request_class for known in facts.classes} == {"", "chat"}
     for known in facts.classes:
@@ -447,7 +457,7 @@ def test_an_error_names_the_field_in_every_way(channel, pool):
 
 
 def test_a_refused_call_carries_the_refusal_and_when_to_retry(channel, pool):
-    pool.allocate("a", 4000)
+    pool.allocate(Allocate("a", 4000))
     request = pb.AllocateRequest(
         pool=pool.ref, allocate=pb.Alloc(request_id="b", prompt_tokens=1000)
     )

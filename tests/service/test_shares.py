@@ -19,14 +19,13 @@ from typer.testing import CliRunner
 
 from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
 from odma_service.cli import app
-from odma_service.client import Client, allocate
+from odma_service.client import Client
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.pool.policy import named
 from odma_service.replay import by_tenant
 from odma_service.replay.load import Request
 from odma_service.replay.loop import History, Sums
 from odma_service.replay.measure import Window
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.values import (
     Allocate,
     Batch,
@@ -36,6 +35,7 @@ from odma_service.values import (
     Moves,
     Overflow,
     Place,
+    PolicyChange,
     Reason,
     Refusal,
     Start,
@@ -282,8 +282,8 @@ def test_growth_that_a_guarantee_covers_may_take_from_the_oldest(tmp_path):
 # --- over the wire ---
 
 SHARES = [
-    types.TenantShare(name="chat", guaranteed_share=0.5),
-    types.TenantShare(name="batch", guaranteed_share=0, maximum_share=0.75),
+    TenantShare("chat", 0.5),
+    TenantShare("batch", 0, 0.75),
 ]
 
 
@@ -292,11 +292,11 @@ def tenants_of(service, name):
 
 
 def policy_change(**fields):
-    return types.PolicyChange(name="static", tenants=SHARES, **fields)
+    return PolicyChange(name="static", tenants=SHARES, **fields)
 
 
 def whole(request_id, tokens, tenant):
-    return allocate(request_id, tokens, max_total_tokens=tokens, tenant=tenant)
+    return Allocate(request_id, tokens, max_total_tokens=tokens, tenant=tenant)
 
 
 def test_what_was_lent_comes_back_over_the_wire_and_after_kill_9(servers):
@@ -306,9 +306,9 @@ def test_what_was_lent_comes_back_over_the_wire_and_after_kill_9(servers):
         _, other = pool.apply(
             ops=[whole("1", 2048, "batch"), whole("2", 2048, "elsewhere")]
         ).results
-        refusal = pool.apply(ops=[whole("3", 1024, "chat")]).results[0].refusal
-        assert refusal.reason == types.REFUSAL_REASON_NO_SPACE
-        assert refusal.preempt_handle == other.place.handle
+        refusal = pool.apply(ops=[whole("3", 1024, "chat")]).results[0]
+        assert refusal.reason is Reason.NO_SPACE
+        assert refusal.preempt_handle == other.handle
         before = tenants_of(service, "shared")
         assert (before["batch"].held_tokens, before["batch"].borrowed_tokens) == (2048, 2048)
         assert (before["chat"].guaranteed_tokens, before["chat"].claimed_tokens) == (2048, 1024)
@@ -320,30 +320,33 @@ def test_what_was_lent_comes_back_over_the_wire_and_after_kill_9(servers):
 
 def test_an_unary_allocate_names_who_should_make_way(service, name):
     pool = open_pool(service, name, policy=policy_change())
-    lent = pool.allocate("1", 4096, max_total_tokens=4096, tenant="elsewhere")
+    lent = pool.allocate(Allocate("1", 4096, max_total_tokens=4096, tenant="elsewhere"))
     with pytest.raises(RefusedError) as caught:
-        pool.allocate("2", 1024, max_total_tokens=1024, tenant="chat")
+        pool.allocate(Allocate("2", 1024, max_total_tokens=1024, tenant="chat"))
     assert caught.value.refusal.preempt_handle == lent.handle
-    pool.free(lent.handle, End.PREEMPTED)
+    pool.free(Free(lent.handle, End.PREEMPTED))
     with pytest.raises(RefusedError) as caught:
-        pool.allocate("3", 16, max_total_tokens=16, tenant="batch")
+        pool.allocate(Allocate("3", 16, max_total_tokens=16, tenant="batch"))
     assert caught.value.refusal.reason == Reason.CLAIMED
-    assert pool.allocate("2", 1024, max_total_tokens=1024, tenant="chat").length_tokens == 1024
-    assert pool.allocate("3", 16, max_total_tokens=16, tenant="batch").length_tokens == 16
+    assert (
+        pool.allocate(Allocate("2", 1024, max_total_tokens=1024, tenant="chat")).length_tokens
+        == 1024
+    )
+    assert pool.allocate(Allocate("3", 16, max_total_tokens=16, tenant="batch")).length_tokens == 16
 
 
 def test_another_policy_keeps_the_tenants_unless_it_says_otherwise(service, name):
     pool = open_pool(service, name, policy=policy_change())
-    assert [t.name for t in pool.set_policy(types.PolicyChange(name="odma")).tenants] == [
+    assert [t.name for t in pool.set_policy(PolicyChange(name="odma")).tenants] == [
         "chat",
         "batch",
     ]
     with pytest.raises(InvalidError) as caught:
-        pool.set_policy(types.PolicyChange(name="elastic", safety_share=0.6))
+        pool.set_policy(PolicyChange(name="elastic", safety_share=0.6))
     assert caught.value.field == "policy.tenants"
-    changed = types.PolicyChange(tenants=[types.TenantShare(name="new", guaranteed_share=0.25)])
+    changed = PolicyChange(tenants=[TenantShare("new", 0.25)])
     assert [(t.name, t.maximum_share) for t in pool.set_policy(changed).tenants] == [("new", 1)]
-    assert not pool.set_policy(types.PolicyChange(clear_tenants=True)).tenants
+    assert not pool.set_policy(PolicyChange(clear_tenants=True)).tenants
     assert not service.get_pool(name).tenants
 
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from conftest import books, open_in, open_pool, wait_for
+from conftest import books, open_in, open_pool, places_of, wait_for
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from odma_service.client import Client, allocate
+from odma_service.client import Client
 from odma_service.errors import (
     EpochError,
     InvalidError,
@@ -28,14 +28,15 @@ from odma_service.rpc.v1.memory_service_pb2_grpc import (
     add_MemoryServiceServicer_to_server,
 )
 from odma_service.service.rpc.memory import MemoryService
+from odma_service.values import Allocate, Used
 
 
 def test_batches_are_done_in_order(service, pool, name):
     with pool.stream():
-        answers = [pool.apply(ops=[allocate(f"r{i}", 10)]) for i in range(20)]
+        answers = [pool.apply(ops=[Allocate(f"r{i}", 10)]) for i in range(20)]
     assert [answer.seq for answer in answers] == list(range(1, 21))
-    assert {r.place.handle for r in service.list_regions(name)} == {
-        answer.results[0].place.handle for answer in answers
+    assert places_of(service, name) == {
+        f"r{i}": answer.results[0] for i, answer in enumerate(answers)
     }
     assert pool.apply().seq == 21  # a call again
 
@@ -46,13 +47,12 @@ def test_a_stream_that_breaks_half_way_leaves_its_batch_done_and_retriable(servi
         with pool.stream():
             pool.apply()
             wire.hold_answers()
-            lost = elsewhere.submit(pool.apply, ops=[allocate("r", 10)])
+            lost = elsewhere.submit(pool.apply, ops=[Allocate("r", 10)])
             wait_for(lambda: service.get_pool(name).last_seq == 2, "the batch")
             wire.lose_answers()
             answer = lost.result()
             assert answer.replayed
-            [region] = service.list_regions(name)
-            assert region.place == answer.results[0].place
+            assert list(places_of(service, name).values()) == answer.results
             assert pool.apply(completed_seq=2).seq == 3
 
 
@@ -63,7 +63,7 @@ def test_an_answer_that_is_late_is_given_up_and_can_be_had_without_the_stream(wi
             pool.apply()
             wire.hold_answers()
             with pytest.raises(UnavailableError):
-                pool.apply(ops=[allocate("r", 10)])
+                pool.apply(ops=[Allocate("r", 10)])
             wire.lose_answers()
         assert (pool.seq, pool.pending.seq) == (1, 2)
     with Client(wire.target) as client:
@@ -75,8 +75,8 @@ def test_a_bad_batch_ends_the_stream_and_the_next_opens_another(service, pool, n
     with pool.stream():
         pool.apply()
         before = books(service, name)
-        with pytest.raises(InvalidError, match=r"ops\[0\]"):
-            pool.apply(ops=[pb.Op()])
+        with pytest.raises(InvalidError, match=r"used\[0\]"):
+            pool.apply(used=[Used(2**40, 1)])
         assert books(service, name) == before
         assert pool.apply().seq == 2
 

@@ -11,15 +11,15 @@ from concurrent import futures
 
 import grpc
 import pytest
-from conftest import GEOMETRY, open_pool, wait_for
+from conftest import PLANES, open_pool, wait_for
 
-from odma_service.client import Client, allocate, free
+from odma_service.client import Client
 from odma_service.client.aio import AsyncClient
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
-from odma_service.values import End
+from odma_service.values import Allocate, Batch, End, Free, Moves, PolicyChange
+from odma_service.wire import batch_to
 
 collector_pb = pytest.importorskip(
     "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="the extra otel is missing"
@@ -113,7 +113,7 @@ def test_a_call_is_a_span_with_the_outcome_of_its_operations(traced, collector, 
     with Client(traced.target) as client:
         pool = open_pool(client, name, capacity_tokens=1024)
         pool.apply(
-            ops=[allocate("a", 100), allocate("b", 2000), allocate("c", 100)], pass_refused=True
+            ops=[Allocate("a", 100), Allocate("b", 2000), Allocate("c", 100)], pass_refused=True
         )
     [span] = collector.of_pool("Apply", name)
     assert span.kind == SERVER
@@ -150,7 +150,7 @@ def test_our_clients_say_which_span_they_call_in(traced, collector, name):
     async def steps() -> None:
         async with AsyncClient(traced.target) as client:
             pool = await client.open_pool(
-                name, geometry=GEOMETRY, capacity_tokens=1024, moves=types.MOVES_ANY
+                name, planes=PLANES, capacity_tokens=1024, moves=Moves.ANY
             )
             await pool.apply()
 
@@ -176,8 +176,8 @@ def test_a_caller_that_is_not_sampled_is_left_alone(traced, collector, name):
 
 def test_a_prediction_is_a_part_of_its_call(traced, collector, name):
     with Client(traced.target) as client:
-        pool = open_pool(client, name, policy=types.PolicyChange(name="odma"))
-        pool.apply(ops=[allocate("a", 100, text="the secret of the vault")])
+        pool = open_pool(client, name, policy=PolicyChange(name="odma"))
+        pool.apply(ops=[Allocate("a", 100, text="the secret of the vault")])
     [span] = collector.of_pool("Apply", name)
     [part] = [one for one in collector.named("predict") if one.trace_id == span.trace_id]
     assert part.parent_span_id == span.span_id
@@ -189,7 +189,7 @@ def test_a_prediction_is_a_part_of_its_call(traced, collector, name):
 def test_a_change_of_policy_is_an_event_of_the_call(traced, collector, name):
     with Client(traced.target) as client:
         pool = open_pool(client, name)
-        pool.set_policy(types.PolicyChange(safety_share=0.2))
+        pool.set_policy(PolicyChange(safety_share=0.2))
     [span] = collector.of_pool("SetPolicy", name)
     assert [event.name for event in span.events] == ["POLICY_SET"]
     assert attributes(span.events[0])["odma.pool"] == name
@@ -218,8 +218,7 @@ def test_each_batch_of_a_stream_is_a_trace_linked_to_the_stream(traced, collecto
     with Client(traced.target) as client:
         pool = open_pool(client, name)
         batches = [
-            pb.ApplyRequest(pool=pool.ref, seq=seq, ops=[allocate(f"r{seq}", 64)])
-            for seq in (1, 2, 9)
+            batch_to(pool.ref, Batch(seq, 0, [], [Allocate(f"r{seq}", 64)])) for seq in (1, 2, 9)
         ]
         requests = (pb.StreamRequest(apply=batch) for batch in batches)
         with pytest.raises(grpc.RpcError, match="FAILED_PRECONDITION"):
@@ -287,7 +286,7 @@ def test_the_last_spans_are_sent_when_the_server_drains(servers, collector, name
         "--traces", environment=environment(collector.port, OTEL_BSP_SCHEDULE_DELAY="60000")
     )
     with Client(server.target) as client:
-        open_pool(client, name).apply(ops=[allocate("a", 64)])
+        open_pool(client, name).apply(ops=[Allocate("a", 64)])
     assert server.terminate() == 0
     assert collector.of_pool("Apply", name)
 
@@ -314,8 +313,8 @@ def test_a_collector_that_is_not_there_is_a_line_in_the_log(servers, name):
     )
     with Client(server.target) as client:
         pool = open_pool(client, name)
-        answer = pool.apply(ops=[allocate("a", 64)])
-        pool.apply(ops=[free(answer.results[0].place.handle, End.FINISHED, 10)])
+        answer = pool.apply(ops=[Allocate("a", 64)])
+        pool.apply(ops=[Free(answer.results[0].handle, End.FINISHED, 10)])
         wait_for(lambda: '"traces"' in server.log.read_text(), "a line about the collector")
     assert server.terminate() == 0
     for line in server.log.read_text().splitlines():

@@ -13,10 +13,9 @@ import grpc
 import pytest
 from conftest import open_pool, wait_for
 
-from odma_service.client import Client, PoolClient, allocate, free
+from odma_service.client import Client, PoolClient
 from odma_service.errors import InvalidError, StreamLimitError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pb
-from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import (
     PoolServiceStub,
     add_PoolServiceServicer_to_server,
@@ -26,7 +25,7 @@ from odma_service.service.pools.registry import Registry
 from odma_service.service.rpc.pools import PoolService
 from odma_service.service.watch.events import Events, Kind
 from odma_service.service.watch.witness import Witness
-from odma_service.values import End
+from odma_service.values import Allocate, End, Free, PolicyChange
 
 
 def kinds(answers) -> list[str]:
@@ -46,7 +45,7 @@ def test_a_watcher_is_greeted_and_then_told_what_happens_in_order(service, name)
     assert greeting.incarnation
     assert not greeting.HasField("event")
     pool = open_pool(service, name)
-    pool.set_policy(types.PolicyChange(safety_share=0.2))
+    pool.set_policy(PolicyChange(safety_share=0.2))
     taken = open_pool(service, name, take_over=True)
     taken.close_pool()
     told = list(islice(answers, 5))
@@ -76,10 +75,14 @@ def test_without_a_name_every_pool_is_watched(service, name):
 def test_a_recalibration_says_why_and_the_safety_share_what_it_is(service, name):
     answers = service.watch(name)
     next(answers)
-    change = types.PolicyChange(name="odma", limits_tokens=[1024, 4096])
+    change = PolicyChange(name="odma", limits_tokens=[1024, 4096])
     pool = open_pool(service, name, policy=change)
     for i in range(40):
-        pool.free(pool.allocate(f"r{i}", 16, max_total_tokens=400).handle, End.FINISHED, 40)
+        pool.free(
+            Free(
+                pool.allocate(Allocate(f"r{i}", 16, max_total_tokens=400)).handle, End.FINISHED, 40
+            )
+        )
     pool.recalibrate()
     opened, recalibrated = islice(answers, 2)
     assert kinds([opened, recalibrated]) == ["OPENED", "RECALIBRATED"]
@@ -244,10 +247,10 @@ def test_what_is_logged_is_what_is_watched_and_holds_no_text(servers, name):
     secret = "nobody else may read this"
     with Client(server.target) as service:
         pool = open_pool(service, name)
-        answer = pool.apply(ops=[allocate("r", 10, text=secret), allocate("s", 9999, text=secret)])
-        pool.apply(ops=[free(answer.results[0].place.handle, End.FINISHED, 3)])
+        answer = pool.apply(ops=[Allocate("r", 10, text=secret), Allocate("s", 9999, text=secret)])
+        pool.apply(ops=[Free(answer.results[0].handle, End.FINISHED, 3)])
         with pytest.raises(InvalidError):
-            pool.allocate("t", 9999, text=secret)
+            pool.allocate(Allocate("t", 9999, text=secret))
         pool.close_pool()
     assert server.terminate() == 0
     text = server.log.read_text()

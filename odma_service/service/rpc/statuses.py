@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -23,9 +23,8 @@ from grpc_status import rpc_status
 from odma_service import errors
 from odma_service.errors import OdmaError
 from odma_service.values import Reason, Refusal
-from odma_service.wire import refusal_to
+from odma_service.wire import DOMAIN, refusal_to
 
-DOMAIN = "odma"
 RETRY_AFTER_MS = 50
 LONGEST_TEXT = 200
 """Five copies of four bytes a character stay below the 8 KiB that gRPC takes of all headers."""
@@ -36,43 +35,30 @@ Answer = TypeVar("Answer")
 
 log = structlog.get_logger()
 
-
-class Rule(NamedTuple):
-    """How one kind of error is told: `metadata` names the attributes that go along."""
-
-    code: grpc.StatusCode
-    reason: str
-    metadata: tuple[str, ...] = ()
-
-
-_RULES: dict[type[OdmaError], Rule] = {
-    errors.InvalidError: Rule(grpc.StatusCode.INVALID_ARGUMENT, "INVALID", ("field", "rule")),
-    errors.PoolNotFoundError: Rule(grpc.StatusCode.NOT_FOUND, "POOL_NOT_FOUND", ("name",)),
-    errors.PoolOwnedError: Rule(
-        grpc.StatusCode.ALREADY_EXISTS, "POOL_OWNED", ("name", "idle_seconds")
-    ),
-    errors.EpochError: Rule(grpc.StatusCode.FAILED_PRECONDITION, "EPOCH_OVER", ("name", "epoch")),
-    errors.SeqChangedError: Rule(grpc.StatusCode.ALREADY_EXISTS, "SEQ_CHANGED", ("seq",)),
-    errors.SeqOldError: Rule(grpc.StatusCode.OUT_OF_RANGE, "SEQ_OLD", ("seq", "expected")),
-    errors.SeqGapError: Rule(grpc.StatusCode.FAILED_PRECONDITION, "SEQ_GAP", ("seq", "expected")),
-    errors.VersionError: Rule(
-        grpc.StatusCode.FAILED_PRECONDITION, "VERSION", ("expected", "actual")
-    ),
-    errors.NothingLearntError: Rule(grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_LEARNT"),
-    errors.RefusedError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "REFUSED"),
-    errors.HandleError: Rule(grpc.StatusCode.NOT_FOUND, "HANDLE", ("handle", "rule")),
-    errors.PoolLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_LIMIT"),
-    errors.StreamLimitError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT"),
-    errors.StreamReplacedError: Rule(grpc.StatusCode.ABORTED, "STREAM_REPLACED", ("name",)),
-    errors.IdentityError: Rule(grpc.StatusCode.UNAUTHENTICATED, "IDENTITY"),
-    errors.RoleError: Rule(grpc.StatusCode.PERMISSION_DENIED, "ROLE", ("rpc", "role")),
-    errors.PoolForeignError: Rule(grpc.StatusCode.PERMISSION_DENIED, "POOL_FOREIGN", ("name",)),
-    errors.BusyError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "BUSY"),
-    errors.MessageSizeError: Rule(grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_SIZE"),
-    errors.UnimplementedError: Rule(grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
-    errors.UnavailableError: Rule(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
-    errors.BooksLockedError: Rule(grpc.StatusCode.UNAVAILABLE, "BOOKS_LOCKED"),
-    errors.BooksError: Rule(grpc.StatusCode.DATA_LOSS, "BOOKS"),
+_CODES = {
+    errors.InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.PoolNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.PoolOwnedError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.EpochError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SeqChangedError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.SeqOldError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.SeqGapError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.VersionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NothingLearntError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RefusedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.HandleError: grpc.StatusCode.NOT_FOUND,
+    errors.PoolLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StreamLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StreamReplacedError: grpc.StatusCode.ABORTED,
+    errors.IdentityError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.RoleError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.PoolForeignError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.MessageSizeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.BooksLockedError: grpc.StatusCode.UNAVAILABLE,
+    errors.BooksError: grpc.StatusCode.DATA_LOSS,
 }
 
 
@@ -102,17 +88,21 @@ def told(error: Exception, rpc: str) -> Status:
 
 def status_of(error: OdmaError) -> Status:
     """Return the status that tells `error`, with its details."""
-    rule = next(_RULES[kind] for kind in type(error).__mro__ if kind in _RULES)
-    metadata = {name: _short(str(getattr(error, name))) for name in rule.metadata}
-    return _status(rule, _short(str(error)), metadata, _details(error))
+    code = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
+    metadata = {name: _short(str(getattr(error, name))) for name, _ in error.fields}
+    return _status(code, error.reason, _short(str(error)), metadata, _details(error))
 
 
 def _status(
-    rule: Rule, message: str, metadata: Mapping[str, str], details: Sequence[Message]
+    code: grpc.StatusCode,
+    reason: str,
+    message: str,
+    metadata: Mapping[str, str],
+    details: Sequence[Message],
 ) -> Status:
-    info = details_pb.ErrorInfo(domain=DOMAIN, reason=rule.reason, metadata=metadata)
+    info = details_pb.ErrorInfo(domain=DOMAIN, reason=reason, metadata=metadata)
     return Status(
-        code=_number(rule.code),
+        code=_number(code),
         message=message,
         details=[_packed(detail) for detail in (info, *details)],
     )
@@ -173,7 +163,7 @@ def _number(code: grpc.StatusCode) -> int:
     return number
 
 
-INTERNAL = _status(Rule(grpc.StatusCode.INTERNAL, "INTERNAL"), "internal error", {}, ())
+INTERNAL = _status(grpc.StatusCode.INTERNAL, "INTERNAL", "internal error", {}, ())
 """What is told of a bug of the service. The log has the rest."""
 
 
