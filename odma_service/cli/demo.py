@@ -31,18 +31,20 @@ from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key
 from odma_service.cli.output import show
 from odma_service.client import Client
 from odma_service.client.local import own_server
-from odma_service.demo.engine import EngineKind, Tally
-from odma_service.demo.play import play
+from odma_service.demo.play import Setting, play
 from odma_service.demo.report import Outcome, as_object, table_of
 from odma_service.errors import InvalidError, OdmaError
+from odma_service.replay.load import Limits
+from odma_service.replay.loop import History
+from odma_service.replay.pooled import EngineKind
 from odma_service.traces import Trace, generate, read_trace
 from odma_service.values import Moves
 
 POLICIES = ("static", "s3", "odma", "elastic")
 SYNTHETIC_ROWS = 1_000
-BAR_STEPS = 64  # the progress bar moves once in so many
+BAR_DECISIONS = 64  # the progress bar moves once in so many
 
-USUAL = EngineKind()
+USUAL = Setting()
 
 
 class MovesChoice(StrEnum):
@@ -82,13 +84,13 @@ def command(
     ] = None,
     capacity_tokens: Annotated[
         int, typer.Option(min=1_024, max=2**24, help="Size of the pool.")
-    ] = USUAL.capacity_tokens,
+    ] = USUAL.limits.capacity_tokens,
     max_output: Annotated[
         int, typer.Option(min=1, max=2**24, help="Most tokens of an answer.")
-    ] = USUAL.max_output_tokens,
+    ] = USUAL.limits.max_output_tokens,
     model_length: Annotated[
         int, typer.Option(min=2, max=2**24, help="Most tokens of prompt and answer together.")
-    ] = USUAL.model_length_tokens,
+    ] = USUAL.limits.model_length_tokens,
     batch_cap: Annotated[
         int, typer.Option(min=1, max=1_024, help="Most requests running at once.")
     ] = USUAL.batch_cap,
@@ -112,27 +114,19 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Play an engine against a real server, over gRPC, and check every token it keeps."""
-    kind = EngineKind(
-        capacity_tokens=capacity_tokens,
-        max_output_tokens=max_output,
-        model_length_tokens=model_length,
-        batch_cap=batch_cap,
-        moves=Moves[moves.name],
-        single_stream=streams is StreamsChoice.SINGLE,
-        copies_may_overlap=overlap,
-        overtake=overtake,
-        drop_copy=drop_copy,
-    )
+    kind = EngineKind(Moves[moves.name], streams is StreamsChoice.SINGLE, overlap)
+    limits = Limits(max_output, model_length, capacity_tokens)
+    setting = Setting(limits, kind, batch_cap, overtake, drop_copy)
     policies = _policies(policy)
-    load = _load(trace, rows, seed, kind)
+    load = _load(trace, rows, seed, limits)
     server = own_server() if target is None else nullcontext(target)
     with (
         bad_result(OdmaError),
         server as address,
         Connection(address, ca, cert, key).client(retry_seconds=30) as service,
     ):
-        outcomes = _play(load, policies, kind, service, quiet=as_json)
-    show(as_object(outcomes), as_json, lambda _: _picture(load, kind, outcomes))
+        outcomes = _play(load, policies, setting, service, quiet=as_json)
+    show(as_object(outcomes), as_json, lambda _: _picture(load, limits, outcomes))
     strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
     flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
     flaws += [
@@ -153,21 +147,21 @@ def _policies(names: str) -> list[str]:
     return list(dict.fromkeys(policies))
 
 
-def _load(path: Path | None, rows: int | None, seed: int, kind: EngineKind) -> Trace:
+def _load(path: Path | None, rows: int | None, seed: int, limits: Limits) -> Trace:
     """Return the trace to play; a made one is cut by the engine, not by its maker."""
     if path is not None:
         return read_trace(path, rows)
-    return generate(rows or SYNTHETIC_ROWS, seed, max_output_tokens=kind.model_length_tokens)
+    return generate(rows or SYNTHETIC_ROWS, seed, max_output_tokens=limits.model_length_tokens)
 
 
 def _play(
-    load: Trace, policies: list[str], kind: EngineKind, service: Client, *, quiet: bool
+    load: Trace, policies: list[str], setting: Setting, service: Client, *, quiet: bool
 ) -> list[Outcome]:
     with _progress(quiet) as progress:
         outcomes = []
         for policy in policies:
             task = progress.add_task(policy, total=len(load))
-            outcomes.append(play(service, load, policy, kind, _mover(progress, task)))
+            outcomes.append(play(service, load, policy, setting, _mover(progress, task)))
             progress.update(task, completed=len(load))
     return outcomes
 
@@ -184,15 +178,15 @@ def _progress(quiet: bool) -> Progress:
     )
 
 
-def _mover(progress: Progress, task: TaskID) -> Callable[[Tally], None]:
-    def watch(tally: Tally) -> None:
-        if tally.steps % BAR_STEPS == 0:
-            progress.update(task, completed=tally.finished)
+def _mover(progress: Progress, task: TaskID) -> Callable[[History], None]:
+    def watch(history: History) -> None:
+        if history.decisions % BAR_DECISIONS == 0:
+            progress.update(task, completed=len(history.finished))
 
     return watch
 
 
-def _picture(load: Trace, kind: EngineKind, outcomes: list[Outcome]) -> RenderableType:
-    title = f"{load.label}: {len(load):,} requests, {kind.capacity_tokens:,} tokens of memory"
+def _picture(load: Trace, limits: Limits, outcomes: list[Outcome]) -> RenderableType:
+    title = f"{load.label}: {len(load):,} requests, {limits.capacity_tokens:,} tokens of memory"
     notes = (Text(f"note: {note}") for note in load.notes)
     return Group(*notes, table_of(outcomes, title))

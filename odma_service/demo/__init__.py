@@ -1,5 +1,5 @@
-"""A demonstration that checks itself: an engine without a model against a real server.
+"""A demonstration that checks itself: the replay's loop against a real server.
 
-play.py plays one policy; engine.py is the decode loop over load.py (what is asked), running.py
-(what runs) and device.py (the memory); report.py shows what came of it.
+play.py plays one policy; remote.py is a client's pool as the loop's memory, device.py what lies
+behind it; report.py shows what came of it.
 """

@@ -13,30 +13,17 @@ until the completion of the answer that vacated it is reported, so it must stay 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from odma_service.values import Copy
 
 FREE = -1
 REQUEST_SHIFT = 28  # positions stay below 2^28, the largest capacity of a pool
 
 Ids = NDArray[np.int64]
-
-
-class CopyOrder(Protocol):
-    """What the device reads of a copy."""
-
-    @property
-    def handle(self) -> int: ...
-    @property
-    def from_token(self) -> int: ...
-    @property
-    def to_token(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def overlaps(self) -> bool: ...
 
 
 class Move(NamedTuple):
@@ -77,18 +64,13 @@ class Device:
         self._positions = np.arange(capacity_tokens)
         self._vacated: list[_Vacated] = []
 
-    def fill(self, request: int, start_token: int, tokens: int) -> None:
-        """Write the first `tokens` tokens of a request, as a prefill does."""
-        run = slice(start_token, start_token + tokens)
-        self._memory[run] = self._enter(request, run)
+    def write(self, request: int, start_token: int, written: int, until: int) -> None:
+        """Write tokens [written, until) of a request that starts there, over no live token."""
+        run = slice(start_token + written, start_token + until)
+        self.violations += int(np.count_nonzero(self._live[run]))
+        self._memory[run] = self._enter(request, run, written)
 
-    def append(self, requests: Ids, starts: Ids, written: Ids) -> None:
-        """Write one more token of each of these requests, as a decode step does."""
-        places = starts + written
-        self._memory[places] = self._books[places] = (requests << REQUEST_SHIFT) + written
-        self._live[places] = True
-
-    def run(self, copies: Sequence[CopyOrder], movable: Container[int]) -> None:
+    def run(self, copies: Sequence[Copy], movable: Container[int]) -> None:
         """Execute the copies of one answer; only regions with these handles may move."""
         numbered = list(enumerate(copies, self.copies + 1))
         for number, copy in numbered if self._ordered else reversed(numbered):
@@ -141,8 +123,8 @@ class Device:
             now = self._memory[run.start_token : run.start_token + run.ids.size]
             self.violations += int(np.count_nonzero(now != run.ids))
 
-    def _enter(self, request: int, run: slice) -> Ids:
-        ids = self._positions[: run.stop - run.start] + (request << REQUEST_SHIFT)
+    def _enter(self, request: int, run: slice, first: int = 0) -> Ids:
+        ids = self._positions[first : first + run.stop - run.start] + (request << REQUEST_SHIFT)
         self._books[run] = ids
         self._live[run] = True
         return ids

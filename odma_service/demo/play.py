@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from odma_service.client import Client, PoolClient
 from odma_service.demo.device import Device
-from odma_service.demo.engine import Engine, EngineKind, Tally
-from odma_service.demo.load import Limits, Request, requests_of
+from odma_service.demo.remote import RemoteMemory
 from odma_service.demo.report import Outcome
+from odma_service.pool.policy import named
+from odma_service.replay.load import Limits, Load, load_of
+from odma_service.replay.loop import History, Loop
+from odma_service.replay.measure import measure, window_of
+from odma_service.replay.pooled import EngineKind
+from odma_service.replay.prices import Prices
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.traces import Trace
 from odma_service.values import PlaneGroup, PolicyChange
@@ -21,102 +27,136 @@ from odma_service.values import PlaneGroup, PolicyChange
 PLANES = PlaneGroup(count=56, bytes_per_token=1_024)
 PRESET = "mlu370-x4"
 LEAST_REGIONS = 1_024
+USUAL_LIMITS = Limits(4_096, 16_384, 111_000)
+STEPS = Prices(1, 0, 0, 0, 0, 0)
+"""Time is counted in decode steps."""
 
 
-def play(
-    service: Client, trace: Trace, policy: str, kind: EngineKind, watch: Callable[[Tally], None]
-) -> Outcome:
-    """Play the trace under one policy, in a pool of its own; watch every step."""
-    started = time.monotonic()
-    pool = _open(service, policy, kind)
-    try:
-        capacity_tokens = pool.response.capacity_tokens
-        limits = Limits(kind.max_output_tokens, kind.model_length_tokens, capacity_tokens)
-        requests = requests_of(trace, limits)
-        device = Device(
-            capacity_tokens,
-            ordered=kind.single_stream,
-            may_overlap=kind.copies_may_overlap,
-            drop_copy=kind.drop_copy,
-        )
-        engine = Engine(pool, device, requests, kind)
-        engine.play(watch)
-        books = service.get_pool(pool.ref.name)
-    finally:
-        pool.close_pool()
-    seconds = time.monotonic() - started
-    return _outcome(trace, policy, requests, engine.tally, device, books, seconds)
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An engine: its size, and what it can do. drop_copy is the number of a copy to skip."""
+
+    limits: Limits = USUAL_LIMITS
+    kind: EngineKind = field(default_factory=EngineKind)
+    batch_cap: int = 256
+    overtake: int = 0
+    drop_copy: int = 0
 
 
-def _open(service: Client, policy: str, kind: EngineKind) -> PoolClient:
+def open_pool(service: Client, policy: str, setting: Setting) -> PoolClient:
     """Open a pool that nobody has used, so that nothing is learnt from an earlier demo."""
+    limits, kind = setting.limits, setting.kind
     return service.open_pool(
         f"demo-{policy}-{uuid.uuid4().hex[:8]}",
         preset=PRESET,
         planes=[PLANES],
-        capacity_tokens=kind.capacity_tokens,
-        model_length_tokens=kind.model_length_tokens,
+        capacity_tokens=limits.capacity_tokens,
+        model_length_tokens=limits.model_length_tokens,
         moves=kind.moves,
         single_ordered_stream=kind.single_stream,
         copies_may_overlap=kind.copies_may_overlap,
         policy=PolicyChange(name=policy),
-        max_regions=max(LEAST_REGIONS, kind.batch_cap),
+        max_regions=max(LEAST_REGIONS, setting.batch_cap),
     )
+
+
+def play(
+    service: Client, trace: Trace, policy: str, setting: Setting, watch: Callable[[History], None]
+) -> Outcome:
+    """Play the trace under one policy, in a pool of its own; watch every decision.
+
+    Raises InvalidError if no request can ever fit.
+    """
+    started = time.monotonic()
+    kind = setting.kind
+    pool = open_pool(service, policy, setting)
+    try:
+        limits = replace(setting.limits, capacity_tokens=pool.response.capacity_tokens)
+        load = load_of(trace, limits)
+        device = Device(
+            limits.capacity_tokens,
+            ordered=kind.single_stream,
+            may_overlap=kind.copies_may_overlap,
+            drop_copy=setting.drop_copy,
+        )
+        record = named(policy, limits.model_length_tokens, limits.capacity_tokens)
+        memory = RemoteMemory(pool, device, record, kind)
+        loop = Loop(load, memory, STEPS, setting.batch_cap, overtake=setting.overtake)
+        while loop.advance():
+            watch(loop.history)
+        loop.give_back()
+        memory.complete()
+        books = service.get_pool(pool.ref.name)
+    finally:
+        pool.close_pool()
+    seconds = time.monotonic() - started
+    return _outcome(trace, policy, load, loop.history, memory, device, books, seconds)
 
 
 def _outcome(
     trace: Trace,
     policy: str,
-    requests: Sequence[Request],
-    tally: Tally,
+    load: Load,
+    history: History,
+    memory: RemoteMemory,
     device: Device,
     books: pool_pb.GetPoolResponse,
     seconds: float,
 ) -> Outcome:
-    p50_us, p99_us = np.percentile(tally.apply_ns or [0], (50, 99)) / 1e3
-    window_steps = tally.window_steps
+    p50_us, p99_us = np.percentile(memory.apply_ns, (50, 99)) / 1e3
+    outputs = [request.output_tokens for request in load.requests]
+    short = memory.refusals > 0
+    measures = measure(history, window_of([history]), load.limits.capacity_tokens, outputs)
     return Outcome(
         policy=policy,
         requests=len(trace),
-        finished=tally.finished,
-        never_fit=len(trace) - len(requests),
-        refusals=tally.refusals,
-        preempted=tally.preempted,
-        tokens_generated=tally.tokens_generated,
-        tokens_expected=sum(request.output_tokens for request in requests),
+        finished=len(history.finished),
+        never_fit=load.dropped,
+        refusals=memory.refusals,
+        preempted=history.preemptions,
+        tokens_generated=memory.tokens_generated,
+        tokens_expected=sum(outputs),
         tokens_checked=device.tokens_checked,
         violations=device.violations,
-        utilisation_written_over_capacity=_mean(tally.written_over_capacity, window_steps),
-        utilisation_written_over_reserved=_mean(tally.written_over_reserved, window_steps),
+        utilisation_written_over_capacity=_share(measures.utilisation_written_over_capacity, short),
+        utilisation_written_over_reserved=_share(measures.utilisation_written_over_reserved, short),
         copies=device.copies,
         copied_tokens=device.copied_tokens,
         relocations=books.counters.relocations,
         compactions=books.counters.compactions,
         apply_p50_us=round(float(p50_us), 1),
         apply_p99_us=round(float(p99_us), 1),
-        balanced=_balanced(tally, device, books),
-        steps=tally.steps,
-        applies=len(tally.apply_ns),
+        balanced=_balanced(load, history, memory, device, books),
+        steps=history.steps,
+        applies=len(memory.apply_ns),
         seconds=round(seconds, 1),
         trace=trace.label,
     )
 
 
-def _mean(total: float, steps: int) -> float | None:
-    return round(total / steps, 4) if steps else None
+def _share(share: float, short: bool) -> float | None:
+    return round(share, 4) if short else None
 
 
-def _balanced(tally: Tally, device: Device, books: pool_pb.GetPoolResponse) -> bool:
+def _balanced(
+    load: Load,
+    history: History,
+    memory: RemoteMemory,
+    device: Device,
+    books: pool_pb.GetPoolResponse,
+) -> bool:
     """Everything was given back, and the service has counted what the engine has."""
     counters = books.counters
+    finished, preempted = len(history.finished), history.preemptions
+    hit_limit = sum(load.requests[number].limited for number in history.finished)
     return (
         books.summary.regions == 0
         and books.summary.free_tokens == books.summary.capacity_tokens
-        and counters.allocates == counters.frees == tally.finished + tally.preempted
-        and counters.preempted == tally.preempted
-        and counters.finished == tally.finished - tally.hit_limit
-        and counters.hit_limit == tally.hit_limit
-        and counters.refused_allocates + counters.refused_extends == tally.refusals
+        and counters.allocates == counters.frees == finished + preempted
+        and counters.preempted == preempted
+        and counters.finished == finished - hit_limit
+        and counters.hit_limit == hit_limit
+        and counters.refused_allocates + counters.refused_extends == memory.refusals
         and counters.copies == device.copies
         and counters.copied_tokens == device.copied_tokens
     )

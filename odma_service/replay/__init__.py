@@ -2,7 +2,8 @@
 
 load      the requests of a trace under an engine's limits
 prices    what a decode step, a prefill and a copy take
-memory    what the loop asks of a policy: arena.py a real pool, paging.py a count of pages
+memory    what the loop asks of a policy; pooled.py asks it of a pool, arena.py of one in this
+          process, rivals/paging.py counts pages
 loop      continuous batching over any memory
 policies  every policy by name, with its tuned parameters
 measure   a window, and what is measured in it

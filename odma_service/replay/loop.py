@@ -8,6 +8,9 @@ request finished and, in the open loop, an arrival that could be admitted. The s
 are taken at once. A preempted request goes back to the front of the queue with what it had
 generated, and its next prefill computes that again; or, where preempted ones are swapped, all
 that it had written is copied to the host and back.
+
+With `overtake` so many of those behind a request that waits for room may pass it, where the
+memory can look for room behind a refusal; after 64 have, all wait for it.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from odma_service.replay.prices import PICOSECONDS, Prices
 from odma_service.values import End
 
 ADMISSIONS = 8  # of a tenant asked for in one step: after a refusal the rest would be skipped
+MOST_PASSED = 64
 PATIENCE_STEPS = 1_000
-FOREVER = 2**62
 
 
 class StuckError(OdmaError):
@@ -80,11 +83,13 @@ class History:
 
 
 class Queue:
-    """Who waits: a line for each tenant."""
+    """Who waits: a line for each tenant, and how many have passed the head of it."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, overtake: int) -> None:
         self._requests = load.requests
         self._lines: dict[str, deque[int]] = {r.tenant: deque() for r in load.requests}
+        self._passed = dict.fromkeys(self._lines, 0)
+        self._most = max(ADMISSIONS, 1 + overtake)
         self.is_shared = len(self._lines) > 1
 
     def __len__(self) -> int:
@@ -95,9 +100,22 @@ class Queue:
         """Return the line that a request stands in."""
         return self._lines[self._requests[number].tenant]
 
-    def heads(self, most: int) -> Iterator[int]:
-        """Return the first of each line, at most `most`, the earliest of two heads first."""
-        return merge(*(islice(line, most) for line in self._lines.values()))
+    def fronts(self) -> list[int]:
+        """Return the head of each line."""
+        return [line[0] for line in self._lines.values() if line]
+
+    def heads(self) -> Iterator[int]:
+        """Return those who may ask: the first of each line, the earliest of two heads first."""
+        most = {tenant: self._most if n < MOST_PASSED else 1 for tenant, n in self._passed.items()}
+        return merge(*(islice(line, most[tenant]) for tenant, line in self._lines.items()))
+
+    def take(self, number: int) -> int | None:
+        """Take a request out of its line, and return who is at the head of that now."""
+        tenant = self._requests[number].tenant
+        line = self._lines[tenant]
+        self._passed[tenant] = 0 if line[0] == number else self._passed[tenant] + 1
+        line.remove(number)
+        return line[0] if line else None
 
 
 def serve(
@@ -107,10 +125,11 @@ def serve(
     *,
     batch_cap: int = 256,
     closed: bool = True,
+    overtake: int = 0,
     watch: Callable[[int], None] | None = None,
 ) -> History:
     """Serve every request of the load to its end; `watch` is told how many have finished."""
-    loop = Loop(load, memory, prices, batch_cap, closed=closed)
+    loop = Loop(load, memory, prices, batch_cap, closed=closed, overtake=overtake)
     told = 0
     while loop.advance():
         if watch is not None and len(loop.history.finished) - told >= 64:
@@ -123,7 +142,14 @@ class Loop:
     """The state of one engine between two decisions."""
 
     def __init__(
-        self, load: Load, memory: Memory, prices: Prices, batch_cap: int, *, closed: bool
+        self,
+        load: Load,
+        memory: Memory,
+        prices: Prices,
+        batch_cap: int,
+        *,
+        closed: bool = True,
+        overtake: int = 0,
     ) -> None:
         count = len(load)
         self.history = History([-1] * count, [-1] * count, [-1] * count)
@@ -132,13 +158,14 @@ class Loop:
         self._prices = prices
         self._cap = batch_cap
         self._closed = closed
-        self._queue = Queue(load)
+        self._overtakes = overtake > 0
+        self._queue = Queue(load, overtake)
         self._arrivals = [round(s * PICOSECONDS) for s in load.arrivals_seconds]
         self._next = count if closed else 0  # the next to arrive
         if closed:
             for number in range(count):
                 self._queue.line(number).append(number)
-            for number in self._queue.heads(1):
+            for number in self._queue.fronts():
                 self.history.arrived_ps[number] = 0
         else:
             self.history.arrived_ps = self._arrivals
@@ -185,6 +212,11 @@ class Loop:
         self._retire()
         return True
 
+    def give_back(self) -> None:
+        """Give back what the last to end had, when all is done."""
+        if self._ended:
+            self._ask([], [])
+
     # What there is to decide
 
     def _arrive(self) -> None:
@@ -207,7 +239,7 @@ class Loop:
         room = self._room()
         return [
             Asked(number, self._load.requests[number], self._generated.get(number, 0))
-            for number in islice(self._queue.heads(ADMISSIONS), room)
+            for number in islice(self._queue.heads(), room)
         ]
 
     def _room(self) -> int:
@@ -217,10 +249,8 @@ class Loop:
 
     def _decide(self, full: list[Run], asked: list[Asked]) -> Decision:
         history = self.history
-        step = Step(history.steps, self._tick, self._ended, full, asked, self._running)
         reserved = sum(run.room for run in full)
-        decision = self._memory.decide(step)
-        self._ended = []
+        decision = self._ask(full, asked)
         self._reserved += sum(run.room for run in full) - reserved
         self._stalled = decision.stalled
         if decision.victims:
@@ -234,10 +264,17 @@ class Loop:
         history.copies += decision.copies
         history.copied_tokens += decision.copied_tokens
         admitted = sum(placed is not None for placed in decision.placed)
+        others = self._overtakes and admitted > 0  # come within reach of the head of the queue
         self._blocked = admitted < len(asked) and not (
-            decision.again or decision.copies or decision.victims
+            decision.again or decision.copies or decision.victims or others
         )
         return decision
+
+    def _ask(self, full: list[Run], asked: list[Asked]) -> Decision:
+        steps, ended, running = self.history.steps, self._ended, self._running
+        step = Step(steps, self._tick, ended, full, asked, running, self._overtakes)
+        self._ended = []
+        return self._memory.decide(step)
 
     def _preempt(self, victims: list[Run]) -> None:
         """Send these back to the front of the queue, the oldest first in it."""
@@ -278,10 +315,10 @@ class Loop:
             self._reserved += room
             self._schedule(run)
             fresh.append(run)
-            line = self._queue.line(number)
-            line.popleft()
-            if self._closed and line and arrived[line[0]] < 0:
-                arrived[line[0]] = self._sums.now_ps
+            head = self._queue.take(number)
+            for came in (number, head) if self._closed else ():
+                if came is not None and arrived[came] < 0:
+                    arrived[came] = self._sums.now_ps
         return fresh, prefill_ps
 
     def _schedule(self, run: Run) -> None:

@@ -46,7 +46,10 @@ class Asked(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What there is to decide in one step. `running` is in order of admission."""
+    """What there is to decide in one step. `running` is in order of admission.
+
+    `pass_refused`: those behind a refused one may be tried too.
+    """
 
     number: int
     tick: int
@@ -54,6 +57,7 @@ class Step(NamedTuple):
     full: list[Run]
     asked: list[Asked]
     running: dict[int, Run]
+    pass_refused: bool = False
 
 
 class Placed(NamedTuple):

@@ -34,9 +34,10 @@ from odma_service.pool.policy import (
     named,
     rising_limits,
 )
-from odma_service.replay.arena import ArenaMemory, EngineKind
+from odma_service.replay.arena import ArenaMemory
 from odma_service.replay.load import BLOCK_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
+from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Serving
 from odma_service.replay.rivals.extents import ExtentMemory

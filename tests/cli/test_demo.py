@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from threading import Event, Thread
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from running import odma
 from typer.testing import CliRunner
 
@@ -17,12 +16,17 @@ from odma_service.cli import app
 from odma_service.client import Client
 from odma_service.client import local as server
 from odma_service.demo.device import Device, Move
-from odma_service.demo.load import Limits, Request, requests_of
-from odma_service.demo.play import EngineKind, play
-from odma_service.demo.running import Running
-from odma_service.rpc.v1.types_pb2 import Copy
+from odma_service.demo.play import STEPS, Setting, open_pool, play
+from odma_service.demo.remote import RemoteMemory
+from odma_service.pool.policy import named
+from odma_service.replay.arena import ArenaMemory
+from odma_service.replay.load import Limits, load_of
+from odma_service.replay.loop import serve
+from odma_service.replay.pooled import EngineKind
+from odma_service.replay.predict import predictor
+from odma_service.replay.prices import Serving
 from odma_service.traces import generate
-from odma_service.values import Moves
+from odma_service.values import Copy, Moves
 
 KEYS = {
     "policy",
@@ -46,81 +50,8 @@ KEYS = {
     "balanced",
 }
 POLICIES = ("static", "s3", "odma", "elastic")
-SMALL = {"capacity_tokens": 4_096, "max_output_tokens": 256, "model_length_tokens": 1_024}
+SMALL = Limits(max_output_tokens=256, model_length_tokens=1_024, capacity_tokens=4_096)
 FLAGS = ("--capacity-tokens", "4096", "--max-output", "256", "--model-length", "1024")
-
-
-# What the engine is asked to do
-
-
-def test_a_request_stops_at_the_first_limit_it_meets():
-    limits = Limits(max_output_tokens=100, model_length_tokens=1_000, capacity_tokens=5_000)
-    assert limits.maximum(10) == 110
-    assert limits.maximum(950) == 1_000
-    assert limits.maximum(999) == 1_000
-
-
-def test_a_prompt_that_leaves_no_room_for_an_answer_never_fits():
-    assert Limits(100, 1_000, 5_000).maximum(1_000) is None
-
-
-def test_a_request_whose_maximum_exceeds_the_pool_never_fits():
-    limits = Limits(max_output_tokens=100, model_length_tokens=1_000, capacity_tokens=500)
-    assert limits.maximum(400) == 500
-    assert limits.maximum(401) is None
-
-
-def test_requests_keep_their_prompts_and_their_places_in_the_trace():
-    trace = generate(50, 1, max_output_tokens=4_096)
-    limits = Limits(max_output_tokens=300, model_length_tokens=2_000, capacity_tokens=1_500)
-    requests = requests_of(trace, limits)
-    assert 0 < len(requests) < 50
-    for request in requests:
-        prompt, output = trace.input_tokens[request.number], trace.output_tokens[request.number]
-        assert request.prompt_tokens == prompt
-        assert request.output_tokens == min(output, 300)
-        assert request.limited == (output > 300)
-        assert request.request_class == trace.request_class[request.number]
-
-
-class RunningAgainstDict(RuleBasedStateMachine):
-    """The columns of the running requests and a plain dict never disagree."""
-
-    @initialize()
-    def start(self):
-        self.running, self.model, self.handle = Running(8), {}, 0
-
-    @rule(start=st.integers(0, 9), length=st.integers(1, 9))
-    def add(self, start, length):
-        if len(self.model) < 8:
-            self.handle += 1
-            request = Request(self.handle, 5, 7, 9, False, "")
-            self.running.add(request, self.handle, start, length)
-            self.model[self.handle] = [request, start, length]
-
-    @rule(data=st.data(), start=st.integers(0, 9), length=st.integers(1, 9))
-    def place(self, data, start, length):
-        if self.model:
-            handle = data.draw(st.sampled_from(sorted(self.model)))
-            self.running.place(self.running.entry(handle), start, length)
-            self.model[handle][1:] = [start, length]
-
-    @rule(data=st.data())
-    def remove(self, data):
-        if self.model:
-            handle = data.draw(st.sampled_from(sorted(self.model)))
-            self.running.remove(self.running.entry(handle))
-            del self.model[handle]
-
-    @invariant()
-    def they_agree(self):
-        running = self.running
-        regions = zip(running.requests, running.starts, running.lengths, strict=True)
-        assert dict(zip(running.handles, map(list, regions), strict=True)) == self.model
-        assert running.numbers.tolist() == [request.number for request in running.requests]
-
-
-TestRunning = RunningAgainstDict.TestCase
 
 
 # The device memory
@@ -130,8 +61,12 @@ def device(**others):
     return Device(64, **({"ordered": True, "may_overlap": True} | others))
 
 
+def copy(from_token, to_token, tokens, handle=0, overlaps=False):
+    return Copy(handle, from_token, to_token, tokens, overlaps)
+
+
 def one_move(memory, copies, to_token):
-    memory.fill(7, 0, 8)
+    memory.write(7, 0, 0, 8)
     memory.run(copies, {0})
     memory.move(1, [Move(7, 0, to_token, 8)])
     memory.check()
@@ -140,41 +75,41 @@ def one_move(memory, copies, to_token):
 
 def test_a_moved_region_is_found_at_its_new_place():
     memory = device()
-    assert one_move(memory, [Copy(from_token=0, to_token=32, tokens=8)], 32) == 0
+    assert one_move(memory, [copy(0, 32, 8)], 32) == 0
     assert (memory.copies, memory.copied_tokens, memory.tokens_checked) == (1, 8, 8)
 
 
 def test_a_copy_may_overlap_its_own_source():
-    assert one_move(device(), [Copy(from_token=0, to_token=3, tokens=8, overlaps=True)], 3) == 0
+    assert one_move(device(), [copy(0, 3, 8, overlaps=True)], 3) == 0
 
 
 def test_an_overlapping_copy_is_a_violation_where_the_engine_cannot_do_it():
-    copy = Copy(from_token=0, to_token=3, tokens=8, overlaps=True)
-    assert one_move(device(may_overlap=False), [copy], 3) == 1
+    moved = copy(0, 3, 8, overlaps=True)
+    assert one_move(device(may_overlap=False), [moved], 3) == 1
 
 
 def test_a_copy_that_hides_its_overlap_is_a_violation():
-    assert one_move(device(), [Copy(from_token=0, to_token=3, tokens=8)], 3) == 1
+    assert one_move(device(), [copy(0, 3, 8)], 3) == 1
 
 
 def test_every_token_of_a_dropped_copy_is_missed():
-    copy = Copy(from_token=0, to_token=32, tokens=8)
-    assert one_move(device(drop_copy=1), [copy], 32) == 8
-    assert one_move(device(drop_copy=2), [copy], 32) == 0
+    moved = copy(0, 32, 8)
+    assert one_move(device(drop_copy=1), [moved], 32) == 8
+    assert one_move(device(drop_copy=2), [moved], 32) == 0
 
 
 def test_a_region_that_may_not_move_must_not_be_copied():
-    assert one_move(device(), [Copy(handle=5, from_token=0, to_token=32, tokens=8)], 32) == 1
+    assert one_move(device(), [copy(0, 32, 8, handle=5)], 32) == 1
 
 
 def test_a_copy_that_leaves_the_memory_is_a_violation():
-    assert one_move(device(), [Copy(from_token=0, to_token=60, tokens=8)], 0) == 1
+    assert one_move(device(), [copy(0, 60, 8)], 0) == 1
 
 
 def test_a_token_that_another_request_overwrites_is_missed():
     memory = device()
-    memory.fill(7, 0, 8)
-    memory.run([Copy(from_token=40, to_token=4, tokens=2)], {0})
+    memory.write(7, 0, 0, 8)
+    memory.run([copy(40, 4, 2)], {0})
     memory.check()
     assert memory.violations == 2
 
@@ -187,23 +122,31 @@ def test_regions_that_share_a_token_or_leave_the_memory_are_violations():
     assert memory.violations == 2
 
 
-def test_appended_tokens_are_checked_like_those_of_a_prefill():
+def test_tokens_of_decode_steps_are_checked_like_those_of_a_prefill():
     memory = device()
-    memory.fill(1, 0, 4)
-    memory.fill(2, 16, 4)
-    memory.append(np.array([1, 2]), np.array([0, 16]), np.array([4, 4]))
-    memory.run([Copy(from_token=16, to_token=32, tokens=5)], {0})
+    memory.write(1, 0, 0, 4)
+    memory.write(2, 16, 0, 4)
+    memory.write(1, 0, 4, 6)
+    memory.write(2, 16, 4, 5)
+    memory.run([copy(16, 32, 5)], {0})
     memory.move(1, [Move(2, 16, 32, 5)])
     memory.check()
-    assert (memory.violations, memory.tokens_checked) == (0, 10)
+    assert (memory.violations, memory.tokens_checked) == (0, 11)
+
+
+def test_a_token_written_over_a_live_one_is_a_violation():
+    memory = device()
+    memory.write(1, 0, 0, 4)
+    memory.write(2, 3, 0, 4)
+    assert memory.violations == 1
 
 
 def test_with_several_streams_a_vacated_run_is_kept_until_it_is_completed():
     memory = device(ordered=False)
-    memory.fill(1, 0, 8)
+    memory.write(1, 0, 0, 8)
     memory.vacate(3, 0, 8)
     memory.complete(2)
-    memory.fill(2, 6, 4)
+    memory.write(2, 6, 0, 4)
     memory.check()
     assert memory.violations == 2
     memory.complete(3)
@@ -212,7 +155,7 @@ def test_with_several_streams_a_vacated_run_is_kept_until_it_is_completed():
 
 
 def test_with_several_streams_a_copy_must_not_need_an_earlier_one():
-    chain = [Copy(from_token=0, to_token=16, tokens=8), Copy(from_token=16, to_token=32, tokens=8)]
+    chain = [copy(0, 16, 8), copy(16, 32, 8)]
     assert one_move(device(), chain, 32) == 0
     assert one_move(device(ordered=False), chain, 32) > 0
 
@@ -223,6 +166,15 @@ def test_with_several_streams_a_copy_must_not_need_an_earlier_one():
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     process, address = server.start(tmp_path_factory.mktemp("server"))
+    yield address
+    server.stop(process)
+
+
+@pytest.fixture(scope="module")
+def unmodelled(tmp_path_factory):
+    """Run a server that predicts from lengths alone."""
+    flags = ("--predictor-model", "none")
+    process, address = server.start(tmp_path_factory.mktemp("unmodelled"), flags=flags)
     yield address
     server.stop(process)
 
@@ -254,22 +206,42 @@ def outcome_of(result):
 def test_every_kind_of_engine_keeps_every_token(
     target, policy, moves, single_stream, copies_may_overlap
 ):
-    kind = EngineKind(
-        moves=moves, single_stream=single_stream, copies_may_overlap=copies_may_overlap, **SMALL
-    )
+    setting = Setting(SMALL, EngineKind(moves, single_stream, copies_may_overlap))
     with Client(target) as service:
-        outcome = play(service, generate(40, 3), policy, kind, lambda tally: None)
+        outcome = play(service, generate(40, 3), policy, setting, lambda history: None)
     assert outcome.flaws() == []
     assert outcome.refusals > 0
     assert outcome.copies == 0 or moves is not Moves.NONE
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("single_stream", [True, False])
+def test_a_pool_behind_a_server_gives_what_the_replay_says(
+    unmodelled, policy, single_stream, tmp_path
+):
+    kind = EngineKind(single_stream=single_stream, copies_may_overlap=single_stream)
+    setting = Setting(Limits(1_000, 4_096, 12_000), kind)
+    load = load_of(generate(150, 3), setting.limits)
+    record = named(policy, 4_096, 12_000, slides=single_stream)
+    live = predictor("live", load, 0)
+    with ArenaMemory(tmp_path, setting.limits, Serving(), record, kind, live) as memory:
+        replayed = serve(load, memory, STEPS, overtake=4)
+    with Client(unmodelled) as service:
+        pool = open_pool(service, policy, setting)
+        device = Device(12_000, ordered=single_stream, may_overlap=single_stream)
+        remote = RemoteMemory(pool, device, record, kind)
+        served = serve(load, remote, STEPS, overtake=4)
+        pool.close_pool()
+    # Another policy in force is seen by the batch after it only, which may ask once more.
+    assert replace(served, decisions=0) == replace(replayed, decisions=0)
+    assert device.violations == 0
+
+
 def test_a_lone_request_that_cannot_grow_starts_again_elsewhere(target):
     """One region at the end of the memory, none that may move, and nobody else to preempt."""
-    sizes = {"capacity_tokens": 12_000, "max_output_tokens": 1_500, "model_length_tokens": 5_000}
-    kind = EngineKind(moves=Moves.NONE, **sizes)
+    setting = Setting(Limits(1_500, 5_000, 12_000), EngineKind(moves=Moves.NONE))
     with Client(target) as service:
-        outcome = play(service, generate(60, 1), "s3", kind, lambda tally: None)
+        outcome = play(service, generate(60, 1), "s3", setting, lambda history: None)
     assert outcome.flaws() == []
 
 
@@ -355,16 +327,17 @@ def test_an_engine_outlives_its_server(tmp_path, single_stream):
             process.communicate()
             process, _ = server.start(tmp_path, address)
 
-    def watch(tally):
-        if tally.steps in moments:
-            moments[tally.steps].set()
+    def watch(history):
+        for steps, moment in moments.items():
+            if history.steps >= steps:
+                moment.set()
 
     killer = Thread(target=kill_and_restart, daemon=True)
     killer.start()
-    kind = EngineKind(single_stream=single_stream, **SMALL)
+    setting = Setting(SMALL, EngineKind(single_stream=single_stream))
     try:
         with Client(address) as service:
-            outcome = play(service, generate(40, 3), "elastic", kind, watch)
+            outcome = play(service, generate(40, 3), "elastic", setting, watch)
         assert outcome.steps > max(moments)
         assert outcome.flaws() == []
         killer.join()

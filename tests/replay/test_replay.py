@@ -15,6 +15,7 @@ from odma_service import replay, traces
 from odma_service.errors import InvalidError
 from odma_service.pool import geometry
 from odma_service.pool.policy import named
+from odma_service.replay.arena import ArenaMemory
 from odma_service.replay.compare import compare
 from odma_service.replay.load import Limits, limits_for, load_of, shuffled
 from odma_service.replay.loop import History, Sums, serve
@@ -28,6 +29,7 @@ from odma_service.replay.policies import (
     read_tuning,
     record_of,
 )
+from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Prices, Serving
 from odma_service.replay.rivals.extents import ExtentMemory
@@ -84,9 +86,39 @@ def test_skipping_steps_changes_nothing_where_the_preempted_are_swapped(tmp_path
     assert fast.recomputed_tokens == 0 < fast.swapped_tokens
 
 
+@pytest.mark.parametrize("overtake", [4, 20])
+def test_skipping_steps_changes_nothing_where_requests_may_pass(overtake, tmp_path):
+    load = small_load()
+    fast = run("elastic", load, tmp_path, overtake=overtake)
+    plain = run("elastic", load, tmp_path, serve_plainly, overtake=overtake)
+    assert (fast.sums, fast.finished) == (plain.sums, plain.finished)
+    assert fast.sums[-1].now_ps < run("elastic", load, tmp_path).sums[-1].now_ps
+    assert min(fast.arrived_ps) >= 0
+
+
 def test_most_steps_are_skipped_where_little_happens(tmp_path):
     history = run("static", small_load(), tmp_path)
     assert history.decisions * 5 < history.steps
+
+
+def test_what_a_batch_has_no_room_for_waits_a_step(tmp_path):
+    sizes = []
+
+    class Narrow(ArenaMemory):
+        max_ops = 9
+
+        def _apply(self, step, batch):
+            sizes.append(len(step.ended) + len(step.full) + len(step.asked))
+            return super()._apply(step, batch)
+
+    load = small_load(80)
+    record = record_of("elastic", load.limits, TUNING.of("elastic"))
+    live = predictor("live", load, 0)
+    with Narrow(tmp_path, load.limits, SERVING, record, EngineKind(), live) as memory:
+        history = serve(load, memory, SERVING.prices(), batch_cap=32)
+    assert sorted(history.finished) == list(range(len(load)))
+    assert history.sums[-1].tokens == sum(r.output_tokens for r in load.requests)
+    assert max(sizes) == Narrow.max_ops
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -171,6 +203,21 @@ def test_a_maximum_is_the_same_for_every_policy_and_prompts_are_not_cut():
     ] == [
         (10, 30, 30, True),
         (90, 95, 100, False),
+    ]
+
+
+def test_a_request_whose_maximum_exceeds_the_pool_never_fits():
+    trace = traces.Trace(np.zeros(2), np.array([400, 401]), np.array([5, 5]), "two")
+    load = load_of(trace, Limits(100, 1_000, 500))
+    assert [(r.prompt_tokens, r.maximum_tokens) for r in load.requests] == [(400, 500)]
+
+
+def test_an_answer_exactly_as_long_as_the_limit_has_met_it():
+    trace = traces.Trace(np.zeros(3), np.array([10, 10, 95]), np.array([19, 20, 5]), "three")
+    assert [r.limited for r in load_of(trace, Limits(20, 100, 100)).requests] == [
+        False,
+        True,
+        False,
     ]
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from odma_service.replay.loop import ADMISSIONS, History, Sums
+from odma_service.replay.loop import ADMISSIONS, MOST_PASSED, History, Sums
 from odma_service.replay.memory import Asked, Ended, Run, Step
 from odma_service.values import End
 
 
-def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True):
+def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=0):
     """Serve a load step by step; the History has no decisions and no window."""
     arrivals = [0 if closed else round(s * 10**12) for s in load.arrivals_seconds]
     history = History([-1] * len(load), [-1] * len(load), [-1] * len(load))
     queue, running, ended, stalled, generated = [], [], [], [], {}
     to_come = list(range(len(load)))
     now = tokens = written_ps = reserved_ps = copy_ps = prefill_ps = running_ps = 0
-    births = 0
+    births = passed = 0
 
     def written(run):
         return run.lead
@@ -24,15 +24,18 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True):
             now = max(now, arrivals[to_come[0]])
         while to_come and arrivals[to_come[0]] <= now:
             queue.append(to_come.pop(0))
+        deep = max(ADMISSIONS, 1 + overtake) if passed < MOST_PASSED else 1
         full = [r for r in running if written(r) == r.room]
         asked = [
             Asked(number, load.requests[number], generated.get(number, 0))
-            for number in queue[: min(ADMISSIONS, batch_cap - len(running))]
+            for number in queue[: min(deep, batch_cap - len(running))]
         ]
         step_copies = step_prefill = 0
         fresh = []
         if ended or full or asked:
-            step = Step(history.steps, 0, ended, full, asked, {r.birth: r for r in running})
+            step = Step(
+                history.steps, 0, ended, full, asked, {r.birth: r for r in running}, overtake > 0
+            )
             decision = memory.decide(step)
             ended, stalled = [], list(decision.stalled)
             for run in sorted(decision.victims, key=lambda r: -r.birth):
@@ -48,12 +51,13 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True):
                 stalled = [r for r in stalled if r is not run]
             for placed, entry in zip(decision.placed, asked, strict=False):
                 if placed is None:
-                    break
+                    continue
                 births += 1
                 run = Run(entry.number, entry.request, births)
                 run.handle, run.room, cached = placed
                 run.lead = entry.request.prompt_tokens + entry.generated_tokens
                 running.append(run)
+                passed = 0 if queue[0] == entry.number else passed + 1
                 queue.remove(entry.number)
                 fresh.append(run)
                 if prices.swapped_token_ps and entry.number in generated:

@@ -1,0 +1,170 @@
+"""A pool as a memory, wherever it is: what one decision asks of it, and what its answer means.
+
+A decision is one batch: frees, extends and allocates, in this order. Who a region that cannot
+grow preempts, and whether a refusal may be asked again at once, is read from the answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from odma_service.replay.memory import Asked, Decision, Placed, Run, Step
+from odma_service.values import (
+    Allocate,
+    Answer,
+    Batch,
+    Extend,
+    Free,
+    Moves,
+    Op,
+    Overflow,
+    Place,
+    Reason,
+    Refusal,
+    Result,
+    Start,
+    Used,
+)
+
+if TYPE_CHECKING:
+    from odma_service.pool.policy import PolicyRecord
+
+PREEMPT = {Reason.NO_SPACE, Reason.FRAGMENTED}
+PASSING = {Reason.COPY_BUDGET, Reason.WAITS_FOR_COMPLETION, Reason.PINNED}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """What the engine lets the pool move, and on how many streams it runs."""
+
+    moves: Moves = Moves.ANY
+    single_stream: bool = True
+    copies_may_overlap: bool = True
+
+
+class PoolMemory(ABC):
+    """A pool that nobody else has used, under one policy."""
+
+    max_ops = 1024  # of a batch
+
+    def __init__(
+        self, policy: PolicyRecord, kind: EngineKind, *, exact_lengths: bool = False
+    ) -> None:
+        self._kind = kind
+        self._asker_is_victim = policy.overflow is Overflow.PREEMPT
+        self._predicts = policy.start is Start.QUANTILE
+        self._exact = exact_lengths
+        self._seq = 0
+        self._answered_step = -2
+
+    @property
+    def kv_bandwidth_share(self) -> float:
+        """Regions read as long runs."""
+        return 1.0
+
+    @abstractmethod
+    def _apply(self, step: Step, batch: Batch) -> tuple[Answer, bool]:
+        """Return the answer to a step's batch, and whether another policy is in force now."""
+
+    def decide(self, step: Step) -> Decision:
+        """Give back, grow and admit, in one batch; what has no room in it waits a step."""
+        fitting = self._fitting(step)
+        answer, changed = self._apply(fitting, self._batch(fitting))
+        self._seq = answer.seq
+        self._answered_step = step.number
+
+        decision = Decision(
+            stalled=step.full[len(fitting.full) :],
+            again=changed or len(fitting.asked) < len(step.asked),
+            copies=len(answer.copies),
+            copied_tokens=sum(copy.tokens for copy in answer.copies),
+        )
+        _, grown, asked = parts(fitting, answer.results)
+        self._grow(fitting, grown, decision)
+        self._admit(fitting, asked, decision)
+        # What has ended teaches from the next batch on, and shorter regions may fit then.
+        decision.again |= self._predicts and bool(step.ended)
+        return decision
+
+    def _fitting(self, step: Step) -> Step:
+        """Return as much of a step as one batch takes."""
+        room = self.max_ops - len(step.ended)
+        full = step.full[:room]
+        return step._replace(full=full, asked=step.asked[: room - len(full)])
+
+    def _batch(self, step: Step) -> Batch:
+        """Return what to ask. With several streams the step before may still be running."""
+        tick = step.tick
+        ops: list[Op] = [Free(run.handle, end, output) for run, end, output in step.ended]
+        ops += [Extend(run.handle, run.lead + tick + 1) for run in step.full]
+        ops += [self._allocate(asked) for asked in step.asked]
+        used = [Used(run.handle, run.lead + tick) for run in step.running.values()]
+        late = not self._kind.single_stream and step.number - self._answered_step < 2
+        completed_seq = max(self._seq - late, 0)
+        return Batch(self._seq + 1, completed_seq, used, ops, pass_refused=step.pass_refused)
+
+    def _allocate(self, asked: Asked) -> Allocate:
+        request = asked.request
+        maximum = request.total_tokens if self._exact else request.maximum_tokens
+        return Allocate(
+            str(asked.number),
+            request.prompt_tokens,
+            asked.generated_tokens,
+            maximum,
+            request.request_class,
+            request.tenant,
+            text=request.text,
+        )
+
+    def _grow(self, step: Step, results: list[Result], decision: Decision) -> None:
+        victims: dict[int, Run] = {}
+        by_handle: dict[int, Run] | None = None
+        for run, result in zip(step.full, results, strict=True):
+            if isinstance(result, Place):
+                run.room = result.length_tokens
+                continue
+            assert isinstance(result, Refusal)
+            decision.stalled.append(run)
+            if result.reason not in PREEMPT:
+                continue
+            handle = result.preempt_handle
+            if len(step.running) == 1 and result.awaiting_completion_tokens:
+                continue
+            if self._asker_is_victim or len(step.running) == 1:
+                handle = run.handle
+            if by_handle is None:
+                by_handle = {each.handle: each for each in step.running.values()}
+            if handle:
+                victims[handle] = by_handle[handle]
+        decision.victims = list(victims.values())
+
+    def _admit(self, step: Step, results: list[Result], decision: Decision) -> None:
+        refused = False
+        for result in results:
+            if isinstance(result, Place):
+                decision.placed.append(Placed(result.handle, result.length_tokens))
+                continue
+            assert isinstance(result, Refusal)
+            decision.placed.append(None)
+            if result.preempt_handle:  # its tenant's guarantee is lent out
+                self._call_in(step, result.preempt_handle, decision)
+            if refused:
+                continue
+            refused = True
+            # Skipped: a region could not grow, and nobody looked for room for this one.
+            passing = result.reason in PASSING or result.reason is Reason.SKIPPED
+            decision.again |= passing or result.awaiting_completion_tokens > 0
+
+    def _call_in(self, step: Step, handle: int, decision: Decision) -> None:
+        """Preempt a region for a claim; one that is younger than this batch in the next."""
+        named = [run for run in step.running.values() if run.handle == handle]
+        decision.victims += [run for run in named if run not in decision.victims]
+        decision.again |= not named
+
+
+def parts(step: Step, results: list[Result]) -> tuple[list[Result], list[Result], list[Result]]:
+    """Return the results for what has ended, what was full and who asked."""
+    frees, extends = len(step.ended), len(step.full)
+    return results[:frees], results[frees : frees + extends], results[frees + extends :]
