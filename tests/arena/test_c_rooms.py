@@ -8,11 +8,10 @@ which odma.h declares ahead of all.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import CSRC
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 WHOLE = (CSRC / "odma.c").read_text()
 LISTED = re.findall(r'^#include "(.*\.c)"$', WHOLE, re.MULTILINE)
 NO_DECLARATION = ("_Static_assert", "void ODMA_STORE_HOOK")

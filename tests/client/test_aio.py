@@ -239,7 +239,7 @@ def test_what_ends_a_stream_is_raised_and_the_next_batch_opens_another(server, s
     asyncio.run(err())
 
 
-def test_who_waits_for_a_batch_keeps_nobody_else_waiting(wire, server, name):
+def test_waiting_for_a_batch_keeps_nobody_else_waiting(wire, server, name):
     async def wait():
         async with AsyncClient(wire.target) as held, AsyncClient(server.target) as client:
             slow, quick = (
@@ -339,7 +339,7 @@ def test_a_watcher_that_reads_late_fills_nobodys_memory_and_is_told_what_it_lost
         asyncio.run(watch(telemetry, target))
 
 
-def test_who_stops_watching_gives_its_place_back(servers):
+def test_a_watcher_that_stops_gives_its_place_back(servers):
     server = servers()
 
     async def admitted(client):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
+
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROOTS = (ROOT, ROOT / "odma_service", ROOT / "csrc" / "arena", ROOT / "odma_service" / "service")
 

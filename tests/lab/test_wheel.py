@@ -11,10 +11,10 @@ from shutil import copytree, ignore_patterns
 from zipfile import ZipFile
 
 import pytest
+from paths import ROOT
 
 from odma_service.cli import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 MADE = (".*", "build", "dist", "node_modules", "__pycache__", "*.egg-info", "*.so", "*.o")
 

@@ -82,7 +82,7 @@ def test_a_bad_batch_ends_the_stream_and_the_next_opens_another(service, pool, n
         assert pool.apply().seq == 2
 
 
-def test_whoever_takes_over_is_not_kept_from_it_by_a_stream(service, pool, name):
+def test_a_stream_keeps_nobody_from_taking_over(service, pool, name):
     with pool.stream():
         pool.apply()
         new = open_pool(service, name, take_over=True)

@@ -1,4 +1,4 @@
-"""A pool too simple to be wrong: a list with the owner of every block.
+"""A pool written a second time: a list with the owner of every block, and the contract.
 
 The twin chooses nothing. It is given each batch together with the arena's answer,
 checks that the answer keeps every promise of the contract, and takes it over. Where
@@ -8,7 +8,8 @@ choice is checked and followed.
 Answers tell places as after the whole batch. The walk through a batch knows the places
 in between until a region has moved at a time that the answer does not tell; from there
 on it knows lengths only, and the places again at the end. A batch of one operation is
-always known exactly.
+always known exactly. Longer ones are followed as far as that goes, for a rule may hold for
+the first operation of a batch and fail for the second.
 """
 
 from __future__ import annotations

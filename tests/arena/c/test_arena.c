@@ -1133,7 +1133,7 @@ static odma_arena *lent_out(uint64_t *named, uint64_t *other) {
     return arena;
 }
 
-static void who_is_sure_of_it_gets_it_back(void) {
+static void a_tenant_gets_back_what_it_is_guaranteed(void) {
     uint64_t named, other;
     odma_arena *arena = lent_out(&named, &other);
     odma_result result = ask(arena, tenant_op("mine", 100 * 16, 0));
@@ -1729,7 +1729,7 @@ static const struct {
     FACT(a_plan_that_keeps_the_budget_is_found),
     FACT(neighbours_make_way_for_a_region_that_grows),
     FACT(batches_on_many_regions_keep_every_rule),
-    FACT(who_is_sure_of_it_gets_it_back),
+    FACT(a_tenant_gets_back_what_it_is_guaranteed),
     FACT(a_claim_that_nobody_renews_lapses),
     FACT(other_tenants_end_a_claim_and_the_same_ones_keep_it),
     FACT(accounts_are_kept_for_any_number_of_tenants),
