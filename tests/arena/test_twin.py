@@ -29,7 +29,6 @@ from odma_service._native import (
     ArenaGeometry,
     EngineRecord,
     PolicyRecord,
-    TenantShare,
 )
 from odma_service.errors import (
     EpochError,
@@ -51,6 +50,7 @@ from odma_service.values import (
     Reason,
     Refusal,
     Start,
+    TenantShare,
     Trim,
     Used,
 )
