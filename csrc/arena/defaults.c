@@ -52,11 +52,18 @@ static bool gives_risk(const odma_op *op) {
     return op->overflow_risk != 0 || (op->given & ODMA_GIVEN_RISK) != 0;
 }
 
+/* Looked at as whole words, for most operations bring none. */
+_Static_assert(ODMA_QUANTILES == 7, "three words and a half");
+static bool are_set(const float quantiles[ODMA_QUANTILES]) {
+    uint64_t words[ODMA_QUANTILES / 2];
+    uint32_t last;
+    memcpy(words, quantiles, sizeof words);
+    memcpy(&last, quantiles + ODMA_QUANTILES - 1, sizeof last);
+    return (words[0] | words[1] | words[2] | last) != 0;
+}
+
 static bool gives_quantiles(const odma_op *op) {
-    if ((op->given & ODMA_GIVEN_QUANTILES) != 0) return true;
-    bool any = false;
-    for (uint32_t i = 0; i < ODMA_QUANTILES; i++) any |= op->quantiles[i] != 0;
-    return any;
+    return (op->given & ODMA_GIVEN_QUANTILES) != 0 || are_set(op->quantiles);
 }
 
 static bool gives_text(const odma_op *op) {

@@ -77,6 +77,7 @@ static uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t l
 
 /* Whether these are finite, at least 0 and ascending. */
 static bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
+    if (!are_set(quantiles)) return true;
     bool ascend = quantiles[0] >= 0 && isfinite(quantiles[ODMA_QUANTILES - 1]);
     for (uint32_t i = 1; i < ODMA_QUANTILES; i++)
         ascend &= quantiles[i] >= quantiles[i - 1]; /* false for NaN */

@@ -34,6 +34,7 @@ from odma_service.rpc.v1 import (
     predictor_service_pb2_grpc,
     types_pb2,
 )
+from odma_service.wire import answer_to, batch_from
 
 FILE = Path(__file__).with_name("scenarios.json")
 BY_NAME = {"GetPool", "ListRegions"}
@@ -411,13 +412,15 @@ class Player:
         filled = ParseDict(message, request())
         if rpc != "Apply" or own_seq or filled.pool != self.engine.client.ref:
             return self.client.call(method, filled)
-        return self.engine.client.apply(
-            filled.used,
-            filled.ops,
-            completed_seq=filled.completed_seq,
-            max_copy_tokens=message.get("max_copy_tokens"),
-            pass_refused=filled.pass_refused,
+        batch = batch_from(filled)
+        answer = self.engine.client.apply(
+            batch.used,
+            batch.ops,
+            completed_seq=batch.completed_seq,
+            max_copy_tokens=batch.max_copy_tokens,
+            pass_refused=batch.pass_refused,
         )
+        return answer_to(answer)
 
     def stream(self, name: str) -> ApplyStream:
         """Return the stream of a name, opened when the name is first met."""

@@ -33,8 +33,8 @@ def test_the_guide_says_what_to_do_on_every_status():
         for code, reasons in re.findall(r"([A-Z_]+) \(([^)]*)\)", row)
         for reason in reasons.split(", ")
     }
-    rules = [*statuses._RULES.values()]
-    assert {(rule.code.name, rule.reason) for rule in rules} <= told
+    rules = statuses._CODES.items()
+    assert {(code.name, error.reason) for error, code in rules} <= told
 
 
 def test_the_guide_names_nothing_that_the_proto_does_not_have():
