@@ -191,7 +191,8 @@ odma_status odma_arena_describe(odma_arena *arena, uint64_t owner, const void *d
  * again it stays refused. Fails as odma_caller says. */
 odma_status odma_arena_spend(odma_arena *arena, odma_caller caller);
 
-/* End the epoch. Fails as odma_caller says. */
+/* End the epoch. A caller without an owner number is not compared with the epoch's:
+ * that is an operator, or nobody calls any more. Fails as odma_caller says. */
 odma_status odma_arena_end_epoch(odma_arena *arena, odma_caller caller);
 
 typedef enum odma_start {

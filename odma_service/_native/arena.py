@@ -7,7 +7,7 @@ at a time, and to the process that made it: a forked child has to attach for its
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
@@ -199,7 +199,7 @@ class Arena:
 
     def end_epoch(self, caller: Caller | int) -> None:
         """End the epoch. Raises EpochError if it is not the one running."""
-        caller = _caller(caller)
+        caller = Caller.of(caller)
         self._insist(lib.odma_arena_end_epoch(self._arena, caller), caller)
 
     @property
@@ -267,7 +267,7 @@ class Arena:
 
     def replay(self, caller: Caller | int, batch: Batch) -> Answer | None:
         """Return the stored answer if `batch` has one, None if apply would do it."""
-        caller = _caller(caller)
+        caller = Caller.of(caller)
         inputs = self._fill_batch(caller, batch, None)
         status = lib.odma_arena_replay(self._arena, self._batch, self._answer)
         del inputs
@@ -288,7 +288,7 @@ class Arena:
         batch, EpochError, SeqChangedError, SeqOldError, SeqGapError, and for a caller with
         an owner number FencedError, LateError.
         """
-        caller = _caller(caller)
+        caller = Caller.of(caller)
         inputs = self._fill_batch(caller, batch, predictions)
         status = lib.odma_arena_apply(self._arena, self._batch, self._answer)
         del inputs
@@ -299,7 +299,7 @@ class Arena:
         """Do one operation outside of batches, without copies."""
         operation = op_struct(op, prediction)
         result = ffi.new("odma_result *")
-        caller = _caller(caller)
+        caller = Caller.of(caller)
         status = lib.odma_arena_unary(self._arena, caller, operation, result)
         self._insist(status, caller)
         return results_from(result, [op], self._block_tokens)[0]
@@ -319,7 +319,7 @@ class Arena:
         kept = ffi.new("odma_place[]", len(handles))
         freed = ffi.new("uint64_t[]", self.geometry.max_regions)
         count = ffi.new("uint32_t *")
-        caller = _caller(caller)
+        caller = Caller.of(caller)
         status = lib.odma_arena_reconcile(
             self._arena, caller, listed, len(handles), kept, freed, count
         )
@@ -650,11 +650,6 @@ def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
     if status == lib.ODMA_NO_SPACE:
         return PoolLimitError(f"{path}: {sentence}")
     return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
-
-
-def _caller(caller: Caller | int) -> Caller:
-    """Return who asks. An epoch alone: the owner of one without an owner number."""
-    return caller if type(caller) is Caller else Caller(cast("int", caller))
 
 
 def _text(padded: Any) -> str:
