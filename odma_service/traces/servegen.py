@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from odma_service.traces.files import arrow_modules
+from odma_service.traces.from_parquet import arrow_modules
 from odma_service.traces.trace import Trace, TraceError
 
 SLOT_SECONDS = 600
