@@ -27,7 +27,7 @@ def show(
 ) -> None:
     """Print facts: as one line of JSON, or as their picture; a text is printed as it is."""
     if as_json:
-        typer.echo(json.dumps(facts, allow_nan=False))
+        typer.echo(json.dumps(facts))
         return
     shown = picture if isinstance(picture, str) else picture(facts)
     typer.echo(shown) if isinstance(shown, str) else Console().print(shown)

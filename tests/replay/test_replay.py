@@ -223,7 +223,7 @@ def test_an_answer_exactly_as_long_as_the_limit_has_met_it():
 
 def test_limits_default_to_what_cuts_nothing_off():
     trace = traces.Trace(np.zeros(1), np.array([500]), np.array([9_000]), "one")
-    assert limits_for(trace, 111_000) == Limits(9_000, 9_500, 110_992)
+    assert limits_for(trace, 111_000) == Limits(9_000, 9_500, 110_992, 256)
     assert limits_for(trace, 4_000).model_length_tokens == 4_000
 
 

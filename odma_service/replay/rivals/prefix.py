@@ -1,8 +1,9 @@
 """Paging with a prefix cache: what reuse gives, where a trace tells which prompts begin alike.
 
-Whole blocks of prompt tokens (512, or what the trace says) are shared by all who have them, and stay when nobody has
-them any more until their pages are needed (the least recently used goes first). What is cached
-is not prefilled. A block counts as cached from the step in which it is first admitted.
+Whole blocks of prompt tokens (512, or what the trace says) are shared by all who have them, and
+stay when nobody has them any more until their pages are needed (the least recently used goes
+first). What is cached is not prefilled. A block counts as cached from the step in which it is
+first admitted.
 """
 
 from __future__ import annotations
