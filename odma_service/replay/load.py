@@ -103,7 +103,7 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
             "capacity_tokens",
             "no request of the trace can ever fit: the shortest prompt has"
             f" {prompts.min():,} tokens, a request at most {limits.model_length_tokens:,}"
-            f" and the pool {limits.capacity_tokens:,}, in whole pages {most:,}",
+            f" and the pool, in whole pages, {most:,}",
         )
     limited = wanted >= prompts + limits.max_output_tokens
     limited |= wanted > maxima
