@@ -150,8 +150,10 @@ def _plot(plots: Any, comparison: Comparison, path: Path) -> None:
     share.set(title="safety share", xlabel="decode step")
     limits.set(title="bucket limits of odma, tokens", xlabel="decode step", yscale="log")
     where.set(title="memory written, and reserved beyond it (window)", xlim=(0, 1))
-    ttft.set(title="time to first token, share of requests", xlabel="s", xscale="log")
-    tpot.set(title="first token to last, share of requests", xlabel="s", xscale="log")
+    ttft.set(title="time to first token, share of requests", xlabel="s")
+    tpot.set(title="first token to last, share of requests", xlabel="s")
+    for axis in (ttft, tpot):
+        axis.set_xscale("log" if axis.dataLim.x1 > 0 else "linear")  # answers of one token: all 0
     for axis in (written, share, ttft, tpot):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
