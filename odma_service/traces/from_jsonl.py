@@ -24,7 +24,7 @@ from odma_service.traces.table import (
 
 LENGTHS: Names = ("timestamp", "input_length", "output_length")
 DECISION: Names = ("asked", "prompt_tokens", "output_tokens")
-ENDED_BY_ITSELF = {"FINISHED", "HIT_LIMIT"}
+ENDED_BY_ITSELF = ("FINISHED", "HIT_LIMIT")
 BAILIAN_BLOCK_TOKENS = 16
 OF_AIPERF = ("session_id", "delay")
 OF_BAILIAN = ("chat_id", "parent_chat_id")

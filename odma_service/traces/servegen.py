@@ -80,7 +80,8 @@ def sample_servegen(
     inside = known & (table["t_seconds"] >= begin) & (table["t_seconds"] < end)
     if not inside.any():
         raise TraceError(
-            f"{rates}: nothing between hours {start_hours:g} and {start_hours + hours:g}"
+            f"{rates}: no client with lengths sends anything between hours {start_hours:g}"
+            f" and {start_hours + hours:g}"
         )
     lengths = _lengths(bins, begin, end)
     slots = [
