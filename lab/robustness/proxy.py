@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Self
 import grpc
 
 from odma_service.client.channel import CHANNEL_OPTIONS
-from odma_service.rpc.v1 import memory_service_pb2 as pb
 
 THREADS = 64
 TIMEOUT_SECONDS = 5.0  # of what is delivered late
@@ -240,9 +239,3 @@ def _fail(context: grpc.ServicerContext, error: Any) -> None:
     context.set_trailing_metadata(error.trailing_metadata() or ())
     context.abort(error.code(), error.details())
 
-
-def owner_number(message: Message) -> int:
-    """Return the owner number of a Stream's or Apply's message, 0 if it has none."""
-    if message.method == STREAM:
-        return pb.StreamRequest.FromString(message.body).apply.pool.owner
-    return pb.ApplyRequest.FromString(message.body).pool.owner

@@ -61,6 +61,27 @@ class Message(NamedTuple):
     attempt: int = 0
 
 
+class Event(NamedTuple):
+    """What happens between two states: a message is sent, or delivered, or something else."""
+
+    what: str  # sent, done (its answer is lost), answered, torn, room
+    message: Message = Message("", 0)
+    answer: Any = None
+    late: bool = False  # nobody waits for it
+
+    def __str__(self) -> str:
+        message = self.message
+        numbers = {"try": message.attempt, "owner": message.owner, "number": message.number}
+        told = [f"{key} {value}" for key, value in numbers.items() if value]
+        body = [] if message.body is None else [str(message.body)]
+        words = [f"{'AB'[message.sender]}'s", message.rpc, *body, *told, "is", self.what]
+        if self.what == "room":
+            return "the operator makes room"
+        return " ".join(words) + (" late" if self.late else "") + (
+            f": {self.answer}" if self.answer else ""
+        )
+
+
 class Service(NamedTuple):
     """The books of one pool. Regions are (handle, place, request)."""
 
@@ -93,6 +114,7 @@ class Process(NamedTuple):
     number: int = 0
     seq: int = 0
     attempt: int = 0
+    closing: bool = False  # gave up a ClosePool
     requests: int = 0
     left: int = 0
 
@@ -125,7 +147,7 @@ class Found(NamedTuple):
     """How many states there are, and the shortest way to each harm."""
 
     states: int
-    ways: dict[str, list[str]]
+    ways: dict[str, list[Event]]
 
 
 def search(frame: Frame, *, first: bool = False, most_states: int = 2_000_000) -> Found:
@@ -136,22 +158,22 @@ def search(frame: Frame, *, first: bool = False, most_states: int = 2_000_000) -
         Process(left=frame.steps[1]),
         frozenset(),
     )
-    came: dict[State, tuple[State, str] | None] = {begin: None}
-    ways: dict[str, list[str]] = {}
+    came: dict[State, tuple[State, Event] | None] = {begin: None}
+    ways: dict[str, list[Event]] = {}
     queue = deque([begin])
     while queue:
         state = queue.popleft()
-        for label, after, harm in _next(frame, state):
+        for event, after, harm in _next(frame, state):
             harm = harm or _harm(frame, after)  # noqa: PLW2901
             if harm:
                 if harm in frame.harms and harm not in ways:
-                    ways[harm] = [*_way(came, state), label]
+                    ways[harm] = [*_way(came, state), event]
                 if first and ways:
                     return Found(len(came), ways)
                 if harm in frame.harms:
                     continue
             if after not in came and _within(after.service):
-                came[after] = state, label
+                came[after] = state, event
                 queue.append(after)
                 if len(came) > most_states:
                     raise RuntimeError(f"more than {most_states} states")
@@ -166,16 +188,23 @@ def _within(service: Service) -> bool:
     )
 
 
-def _way(came: dict[State, tuple[State, str] | None], state: State) -> list[str]:
-    labels: list[str] = []
+def _way(came: dict[State, tuple[State, Event] | None], state: State) -> list[Event]:
+    events: list[Event] = []
     while (step := came[state]) is not None:
-        state, label = step
-        labels.append(label)
-    return labels[::-1]
+        state, event = step
+        events.append(event)
+    return events[::-1]
+
+
+def _counts(frame: Frame, state: State) -> bool:
+    """Whether the present owner is one whom the service protects."""
+    return not frame.first_is_old or state.second.stage != "down"
 
 
 def _harm(frame: Frame, state: State) -> str | None:
     """Hold what the present owner knows against the books, when it waits for nothing."""
+    if not _counts(frame, state):
+        return None
     owner = state.second if state.second.stage != "down" else state.first
     service = state.service
     if owner.stage == "closed":
@@ -188,7 +217,7 @@ def _harm(frame: Frame, state: State) -> str | None:
     return LEAKED if books - owner.view else None
 
 
-Step = tuple[str, State, str | None]
+Step = tuple[Event, State, str | None]
 
 
 def _next(frame: Frame, state: State) -> Iterator[Step]:
@@ -197,7 +226,7 @@ def _next(frame: Frame, state: State) -> Iterator[Step]:
         yield from _deliveries(frame, state, message)
     if not state.service.roomy:
         service = state.service._replace(roomy=True)
-        yield "the operator makes room", state._replace(service=service), None
+        yield Event("room"), state._replace(service=service), None
 
 
 # What processes do.
@@ -210,15 +239,16 @@ def _is_new(frame: Frame, who: int) -> bool:
 def _acts(frame: Frame, state: State) -> Iterator[Step]:
     for who in (0, 1):
         process = state[1 + who]
-        for label, after in _choices(frame, state, who, process):
-            sent = state.sent | {after.waits} if after.waits else state.sent
+        for after in _choices(frame, state, who, process):
+            assert after.waits is not None
+            sent = state.sent | {after.waits}
             changed = state._replace(**{("first", "second")[who]: after}, sent=sent)
-            yield f"{'AB'[who]}: {label}", changed, None
+            yield Event("sent", after.waits), changed, None
 
 
 def _choices(
     frame: Frame, state: State, who: int, process: Process
-) -> Iterator[tuple[str, Process]]:
+) -> Iterator[Process]:
     if process.stage == "down":
         yield from _start(frame, state, who, process)
         return
@@ -229,8 +259,8 @@ def _choices(
     if process.stage == "opened":
         yield from _begin(frame, who, process, new)
     elif process.stage == "ready" and process.left:
-        for label, after in _wishes(frame, who, process, new):
-            yield label, after._replace(left=process.left - 1)
+        for after in _wishes(frame, who, process, new):
+            yield after._replace(left=process.left - 1)
 
 
 def _allowed(frame: Frame, what: str) -> bool:
@@ -239,7 +269,7 @@ def _allowed(frame: Frame, what: str) -> bool:
 
 def _start(
     frame: Frame, state: State, who: int, process: Process
-) -> Iterator[tuple[str, Process]]:
+) -> Iterator[Process]:
     if who == 1:
         if frame.second == "none" or state.first.stage == "down":
             return
@@ -247,22 +277,21 @@ def _start(
             return
         if frame.second == "same":  # it finds the table that the first had kept
             process = process._replace(
-                view=state.first.view, seq=state.first.seq, requests=state.first.requests
+                epoch=state.first.epoch, view=state.first.view, seq=state.first.seq
             )
     yield _opening(frame, who, process)
 
 
-def _opening(frame: Frame, who: int, process: Process) -> tuple[str, Process]:
+def _opening(frame: Frame, who: int, process: Process) -> Process:
     attempt = process.attempt + 1 if _is_new(frame, who) else 0
     body = (1 + (who == 1 and frame.second == "other"), frame.second == "other")
     message = Message("OpenPool", who, body=body, attempt=attempt)
-    label = f"OpenPool try {attempt}" if attempt else "OpenPool"
-    return label, process._replace(stage="opening", waits=message, attempt=attempt)
+    return process._replace(stage="opening", waits=message, attempt=attempt)
 
 
 def _impatience(
     frame: Frame, who: int, process: Process, new: bool
-) -> Iterator[tuple[str, Process]]:
+) -> Iterator[Process]:
     """Give up a call without an answer. Sending it again is a second delivery."""
     assert process.waits is not None
     rpc = process.waits.rpc
@@ -281,11 +310,11 @@ def _impatience(
             yield _reconcile(who, dropped, new, frozenset())
         else:
             yield _reconcile(who, dropped, new, process.view)
-    if rpc in ("Close", "Apply"):
-        yield _opening(frame, who, rest)
+    if rpc in ("ClosePool", "Apply"):
+        yield _opening(frame, who, rest._replace(closing=rpc == "ClosePool"))
 
 
-def _begin(frame: Frame, who: int, process: Process, new: bool) -> Iterator[tuple[str, Process]]:
+def _begin(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Process]:
     if process.batch is not None:
         yield _apply(who, process, new, process.batch)
     else:
@@ -294,7 +323,7 @@ def _begin(frame: Frame, who: int, process: Process, new: bool) -> Iterator[tupl
             yield _reconcile(who, process, new, frozenset())
 
 
-def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[tuple[str, Process]]:
+def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Process]:
     request = 10 * who + process.requests + 1
     more = process._replace(requests=process.requests + 1)
     if _allowed(frame, "Allocate"):
@@ -318,26 +347,24 @@ def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[tup
 
 def _numbered(
     who: int, process: Process, new: bool, rpc: str, body: Any, seq: int = 0
-) -> tuple[str, Process]:
+) -> Process:
     number = process.number + 1 if new else 0
     message = Message(rpc, who, process.epoch, process.owner, number, body, seq)
-    shown = f" {body}" if body is not None else ""
-    label = f"{rpc}{shown}" + (f" number {number}" if new else "")
-    return label, process._replace(waits=message, number=number)
+    return process._replace(waits=message, number=number)
 
 
-def _apply(who: int, process: Process, new: bool, batch: Any) -> tuple[str, Process]:
-    label, after = _numbered(who, process, new, "Apply", batch, process.seq + 1)
-    return label, after._replace(batch=batch)
+def _apply(who: int, process: Process, new: bool, batch: Any) -> Process:
+    after = _numbered(who, process, new, "Apply", batch, process.seq + 1)
+    return after._replace(batch=batch)
 
 
 def _reconcile(
     who: int, process: Process, new: bool, keep: frozenset[tuple[int, int]]
-) -> tuple[str, Process]:
+) -> Process:
     handles = tuple(sorted(handle for handle, _ in keep))
     # What is promised is what was answered.
-    label, after = _numbered(who, process, new, "Reconcile", handles, process.seq)
-    return label, after._replace(view=keep, stage="opened")
+    after = _numbered(who, process, new, "Reconcile", handles, process.seq)
+    return after._replace(view=keep, stage="opened")
 
 
 # What the network does.
@@ -348,23 +375,25 @@ def _deliveries(frame: Frame, state: State, message: Message) -> Iterator[Step]:
     waited = process.waits == message
     if frame.late is not None and message.rpc not in frame.late and not waited:
         return
-    name = f"{'AB'[message.sender]}'s {message.rpc}{'' if waited else ', late'}"
+    late = not waited
     serve = _serve_new if frame.new else _serve_old
     service, answer = serve(frame, state.service, message)
     if service != state.service:
-        yield f"{name} is done, no answer", state._replace(service=service), None
+        yield Event("done", message, late=late), state._replace(service=service), None
         if frame.new and "same commit" not in frame.rules and message.rpc != "OpenPool":
             torn = service._replace(
                 number=state.service.number, number_refused=state.service.number_refused
             )
-            yield f"{name} is done, its number lost in a crash", state._replace(service=torn), None
+            yield Event("torn", message, late=late), state._replace(service=torn), None
     if waited:
         present = message.sender == 1 or state.second.stage == "down"
         after, harm = _hear(frame, process, message, answer)
+        if not present or not _counts(frame, state):
+            harm = None
         changed = state._replace(
             service=service, **{("first", "second")[message.sender]: after}
         )
-        yield f"{name} is answered: {answer}", changed, harm if present else None
+        yield Event("answered", message, answer), changed, harm
 
 
 def _hear(
@@ -376,17 +405,22 @@ def _hear(
     if message.rpc == "Apply" and kind != "refused":
         idle = idle._replace(seq=message.seq, batch=None)
     if kind == "used up":  # by a refusal whose answer was lost: ask under a new number
-        return _numbered(message.sender, idle, True, message.rpc, message.body)[1], None
+        return _numbered(message.sender, idle, True, message.rpc, message.body), None
     if kind == "promise":  # the copies of some answer are not done: keep nothing
         return idle._replace(view=frozenset(), seq=facts[0]), None
+    if answer == ("refused", "OPEN_STALE"):  # a repeated delivery was first: ask with the next try
+        return process, None
     if kind == "refused":
         return idle._replace(stage="stopped"), REFUSED
     if kind == "opened":
         epoch, owner = facts
-        fresh = epoch != process.epoch
-        # What it held in an epoch that is over is gone; a successor has no epoch yet.
-        stage = "opened" if view or process.batch or not fresh or message.sender else "ready"
-        return idle._replace(stage=stage, epoch=epoch, owner=owner, number=0), None
+        idle = idle._replace(stage="opened", epoch=epoch, owner=owner, number=0, closing=False)
+        if epoch == process.epoch:
+            return idle, None
+        # A successor's predecessor may have closed the pool, or the process itself, late.
+        excused = message.sender or process.closing or not view
+        empty = idle._replace(stage="ready", view=frozenset(), seq=0, batch=None)
+        return empty, None if excused else TAKEN
     if kind == "closed":
         return idle._replace(stage="closed", view=frozenset()), None
     if kind == "kept":
@@ -430,8 +464,10 @@ def _serve_new(
     rules = frame.rules
     if message.rpc == "OpenPool" and message.attempt:
         return _become_owner(frame, service, message)
-    if message.rpc == "OpenPool" or (not message.owner and not service.fenced):
+    if not message.owner and not (service.is_open and service.fenced):
         return _serve_old(frame, service, message)
+    if message.rpc == "OpenPool":
+        return service, ("refused", "UNFENCED")
     if message.rpc == "ClosePool" and (not service.is_open or message.epoch < service.epoch):
         return service, ("closed",)
     if not service.is_open or message.epoch != service.epoch:
@@ -470,10 +506,10 @@ def _become_owner(
     open_id, take_over = message.body
     instance = message.sender + 1
     if instance in service.succeeded and "succeeded instance" in frame.rules:
-        return service, ("refused", "SUCCEEDED")
+        return service, ("refused", "FENCED")
     same = instance == service.instance
     if same and message.attempt <= service.attempt and "new try" in frame.rules:
-        return service, ("refused", "STALE_TRY")
+        return service, ("refused", "OPEN_STALE")
     if service.is_open and service.open_id != open_id and not take_over:
         return service, ("refused", "POOL_OWNED")
     if not service.is_open or service.open_id != open_id:
