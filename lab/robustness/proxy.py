@@ -62,7 +62,7 @@ class Message(NamedTuple):
             else:
                 answer = self.call(self.body, **how)
         except grpc.RpcError as error:
-            return error.code(), error.details().encode()
+            return error.code(), (error.details() or "").encode()
         return grpc.StatusCode.OK, answer
 
 
@@ -114,11 +114,11 @@ class Proxy(grpc.GenericRpcHandler):
         if method == STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream)
         if method == WATCH:
-            watch = self._channel.unary_stream(method)
+            watch: Any = self._channel.unary_stream(method)
             return grpc.unary_stream_rpc_method_handler(
                 lambda request, context: _all(watch, request, context)
             )
-        call = self._channel.unary_unary(method)
+        call: Any = self._channel.unary_unary(method)
         return grpc.unary_unary_rpc_method_handler(
             lambda request, context: self._unary(method, call, request, context)
         )
@@ -147,7 +147,7 @@ class Proxy(grpc.GenericRpcHandler):
 
     def _stream(self, bodies: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         headers = _headers(context)
-        call = self._channel.stream_stream(STREAM)
+        call: Any = self._channel.stream_stream(STREAM)
         queue: SimpleQueue[bytes | None] = SimpleQueue()
         answers: Any = call(iter(queue.get, None), metadata=headers)
         context.add_callback(answers.cancel)
@@ -238,4 +238,3 @@ def _lose(context: grpc.ServicerContext) -> None:
 def _fail(context: grpc.ServicerContext, error: Any) -> None:
     context.set_trailing_metadata(error.trailing_metadata() or ())
     context.abort(error.code(), error.details())
-

@@ -77,8 +77,10 @@ class Event(NamedTuple):
         words = [f"{'AB'[message.sender]}'s", message.rpc, *body, *told, "is", self.what]
         if self.what == "room":
             return "the operator makes room"
-        return " ".join(words) + (" late" if self.late else "") + (
-            f": {self.answer}" if self.answer else ""
+        return (
+            " ".join(words)
+            + (" late" if self.late else "")
+            + (f": {self.answer}" if self.answer else "")
         )
 
 
@@ -246,9 +248,7 @@ def _acts(frame: Frame, state: State) -> Iterator[Step]:
             yield Event("sent", after.waits), changed, None
 
 
-def _choices(
-    frame: Frame, state: State, who: int, process: Process
-) -> Iterator[Process]:
+def _choices(frame: Frame, state: State, who: int, process: Process) -> Iterator[Process]:
     if process.stage == "down":
         yield from _start(frame, state, who, process)
         return
@@ -267,9 +267,7 @@ def _allowed(frame: Frame, what: str) -> bool:
     return frame.choices is None or what in frame.choices
 
 
-def _start(
-    frame: Frame, state: State, who: int, process: Process
-) -> Iterator[Process]:
+def _start(frame: Frame, state: State, who: int, process: Process) -> Iterator[Process]:
     if who == 1:
         if frame.second == "none" or state.first.stage == "down":
             return
@@ -289,9 +287,7 @@ def _opening(frame: Frame, who: int, process: Process) -> Process:
     return process._replace(stage="opening", waits=message, attempt=attempt)
 
 
-def _impatience(
-    frame: Frame, who: int, process: Process, new: bool
-) -> Iterator[Process]:
+def _impatience(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Process]:
     """Give up a call without an answer. Sending it again is a second delivery."""
     assert process.waits is not None
     rpc = process.waits.rpc
@@ -345,9 +341,7 @@ def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Pro
         yield _opening(frame, who, process)
 
 
-def _numbered(
-    who: int, process: Process, new: bool, rpc: str, body: Any, seq: int = 0
-) -> Process:
+def _numbered(who: int, process: Process, new: bool, rpc: str, body: Any, seq: int = 0) -> Process:
     number = process.number + 1 if new else 0
     message = Message(rpc, who, process.epoch, process.owner, number, body, seq)
     return process._replace(waits=message, number=number)
@@ -358,9 +352,7 @@ def _apply(who: int, process: Process, new: bool, batch: Any) -> Process:
     return after._replace(batch=batch)
 
 
-def _reconcile(
-    who: int, process: Process, new: bool, keep: frozenset[tuple[int, int]]
-) -> Process:
+def _reconcile(who: int, process: Process, new: bool, keep: frozenset[tuple[int, int]]) -> Process:
     handles = tuple(sorted(handle for handle, _ in keep))
     # What is promised is what was answered.
     after = _numbered(who, process, new, "Reconcile", handles, process.seq)
@@ -390,9 +382,7 @@ def _deliveries(frame: Frame, state: State, message: Message) -> Iterator[Step]:
         after, harm = _hear(frame, process, message, answer)
         if not present or not _counts(frame, state):
             harm = None
-        changed = state._replace(
-            service=service, **{("first", "second")[message.sender]: after}
-        )
+        changed = state._replace(service=service, **{("first", "second")[message.sender]: after})
         yield Event("answered", message, answer), changed, harm
 
 
@@ -441,9 +431,7 @@ def _hear(
 # What the service does.
 
 
-def _serve_old(
-    frame: Frame, service: Service, message: Message
-) -> tuple[Service, tuple[Any, ...]]:
+def _serve_old(frame: Frame, service: Service, message: Message) -> tuple[Service, tuple[Any, ...]]:
     if message.rpc == "OpenPool":
         open_id, take_over = message.body
         if service.is_open and service.open_id != open_id and not take_over:
@@ -458,9 +446,7 @@ def _serve_old(
     return _do(service, message, (message.body, message.seq))
 
 
-def _serve_new(
-    frame: Frame, service: Service, message: Message
-) -> tuple[Service, tuple[Any, ...]]:
+def _serve_new(frame: Frame, service: Service, message: Message) -> tuple[Service, tuple[Any, ...]]:
     rules = frame.rules
     if message.rpc == "OpenPool" and message.attempt:
         return _become_owner(frame, service, message)
@@ -485,9 +471,9 @@ def _serve_new(
             return service, ("refused", "LATE")
         if service.number_refused and "refused number" in rules:
             return service, ("used up",)
-    if message.rpc == "Reconcile" and message.body and message.seq < service.seq:
-        if "promise" in rules:
-            return service, ("promise", service.seq)
+    unkept = message.rpc == "Reconcile" and message.body and message.seq < service.seq
+    if unkept and "promise" in rules:
+        return service, ("promise", service.seq)
     fingerprint = (message.body, message.seq)
     if "no fingerprint" not in rules:
         fingerprint += (message.owner, message.number)
@@ -597,6 +583,4 @@ def _move(service: Service, handle: int) -> tuple[Service, tuple[Any, ...]]:
 
 
 def _without(service: Service, handle: int) -> Service:
-    return service._replace(
-        regions=frozenset(one for one in service.regions if one[0] != handle)
-    )
+    return service._replace(regions=frozenset(one for one in service.regions if one[0] != handle))
