@@ -136,7 +136,7 @@ class Proxy(grpc.GenericRpcHandler):
         if fate is Fate.HOLD:
             _lose(context)
         try:
-            answer: bytes = call(body, timeout=context.time_remaining(), metadata=message.headers)
+            answer: bytes = call(body, timeout=_left(context), metadata=message.headers)
         except grpc.RpcError as error:
             if fate is Fate.LOSE_ANSWER:
                 _lose(context)
@@ -214,6 +214,10 @@ class Weather:
             for _, message in reversed(due):
                 message.deliver()
                 self.counts["delivered_late"] += 1
+
+
+def _left(context: grpc.ServicerContext) -> float:
+    return min(context.time_remaining() or TIMEOUT_SECONDS, TIMEOUT_SECONDS)
 
 
 def _headers(context: grpc.ServicerContext) -> Headers:

@@ -70,6 +70,8 @@ class Script:
             owner.pool.CopyFrom(first.pool)
             owner.view = dict(first.view)
         owner.waits = True
+        if event.message.rpc == "Apply" and event.message.body[0] == "move":
+            self._wall_in(owner, self._handles[event.message.body[1]])
         request = self._request(event, owner)
         self._proxy.order(event.message.rpc, Fate.HOLD)
         with pytest.raises(grpc.RpcError) as lost:
@@ -82,11 +84,7 @@ class Script:
         if rpc == "OpenPool":
             open_id, take_over = body
             return self._opening(owner, str(open_id), take_over=take_over)
-        pool = types.PoolRef()
-        pool.CopyFrom(owner.pool)
-        if self._new:
-            owner.number += 1
-            pool.number = owner.number
+        pool = self._ref(owner)
         if rpc == "ClosePool":
             return pb.ClosePoolRequest(pool=pool)
         if rpc == "Allocate":
@@ -100,6 +98,29 @@ class Script:
             return pb.ReconcileRequest(pool=pool, handles=handles, **promise)
         assert rpc == "Apply"
         return pb.ApplyRequest(pool=pool, seq=seq, completed_seq=seq - 1, ops=self._ops(*body))
+
+    def _ref(self, owner: Owner) -> types.PoolRef:
+        """Return what the owner's next message carries."""
+        pool = types.PoolRef()
+        pool.CopyFrom(owner.pool)
+        if self._new:
+            owner.number += 1
+            pool.number = owner.number
+        return pool
+
+    def _wall_in(self, owner: Owner, handle: int) -> None:
+        """Put a region right behind another, so that it has to move to grow."""
+        start, length = owner.view[handle]
+        for place in [self._allocated(owner, f"wall {other}") for other in range(3)]:
+            if place.start_token == start + length:
+                owner.view[place.handle] = place.start_token, place.length_tokens
+            else:
+                freeing = pb.Freeing(handle=place.handle, end=pb.END_ABORTED)
+                self._stub.Free(pb.FreeRequest(pool=self._ref(owner), free=freeing))
+
+    def _allocated(self, owner: Owner, request_id: str) -> types.Place:
+        request = pb.AllocateRequest(pool=self._ref(owner), allocate=_alloc(request_id))
+        return self._stub.Allocate(request).place
 
     def _opening(self, owner: Owner, open_id: str, *, take_over: bool) -> pb.OpenPoolRequest:
         request = pb.OpenPoolRequest(
@@ -124,9 +145,7 @@ class Script:
     def _ops(self, what: str, which: int) -> list[pb.Op]:
         if what == "place":
             return [pb.Op(allocate=_alloc(which))]
-        # A neighbour, so that the region has to move to grow.
-        growth = pb.Extend(handle=self._handles[which], least_tokens=2 * UNIT)
-        return [pb.Op(allocate=_alloc("neighbour")), pb.Op(extend=growth)]
+        return [pb.Op(extend=pb.Extend(handle=self._handles[which], least_tokens=2 * UNIT))]
 
     def _deliver(self, event: Event) -> None:
         messages = self._sent[event.message]
@@ -176,11 +195,8 @@ class Script:
         owner.view = kept
 
     def _keep_nothing(self, owner: Owner) -> None:
-        owner.number += 1
-        pool = types.PoolRef()
-        pool.CopyFrom(owner.pool)
-        pool.number = owner.number
-        self._keep(owner, self._stub.Reconcile(pb.ReconcileRequest(pool=pool)))
+        request = pb.ReconcileRequest(pool=self._ref(owner))
+        self._keep(owner, self._stub.Reconcile(request))
 
     def _look(self) -> None:
         """Hold what the present owner knows against the books."""
