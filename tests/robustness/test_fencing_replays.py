@@ -97,7 +97,13 @@ class Script:
             promise = {"completed_seq": seq} if self._new else {}
             return pb.ReconcileRequest(pool=pool, handles=handles, **promise)
         assert rpc == "Apply"
-        return pb.ApplyRequest(pool=pool, seq=seq, completed_seq=seq - 1, ops=self._ops(*body))
+        used = [
+            pb.Used(handle=handle, used_tokens=tokens, pinned=True)
+            for handle, (_, tokens) in owner.view.items()
+            if body[0] == "place" or handle != self._handles[body[1]]
+        ]
+        ops = self._ops(*body)
+        return pb.ApplyRequest(pool=pool, seq=seq, completed_seq=seq - 1, used=used, ops=ops)
 
     def _ref(self, owner: Owner) -> types.PoolRef:
         """Return what the owner's next message carries."""
