@@ -558,8 +558,8 @@ class Player {
             const string pool = answer["pool"]["name"];
             names_["$pool"] = answer["pool"];
             const auto known = engines_.find(pool);
-            if (known != engines_.end() && known->second.opened["pool"]["epoch"] == answer["pool"]["epoch"])
-                return;
+            const json &epoch = answer["pool"]["epoch"];
+            if (known != engines_.end() && known->second.opened["pool"]["epoch"] == epoch) return;
             if (known != engines_.end()) engines_.erase(known);
             engines_.try_emplace(pool, client_, sent, answer);
         } else if (name == "ClosePool") {
