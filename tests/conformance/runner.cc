@@ -514,8 +514,9 @@ class Player {
 
     /* Whether a message is the pool's next batch, in a pool without an owner number. */
     bool is_next(const json &step, const json &sent) {
-        return sent["pool"].value("owner", 0U) == 0 && step["rpc"] == "Apply" && !step.contains("stream") &&
-               sent["pool"] == engine().opened["pool"] && sent["seq"] == engine().pool.seq() + 1;
+        return step["rpc"] == "Apply" && !step.contains("stream") &&
+               sent["pool"].value("owner", 0U) == 0 && sent["pool"] == engine().opened["pool"] &&
+               sent["seq"] == engine().pool.seq() + 1;
     }
 
     /* Send a batch through the pool, which counts seq. */
