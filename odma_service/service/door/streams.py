@@ -32,6 +32,7 @@ class Stream:
         self.lock = Lock()
         self.pool = ""  # none yet
         self.ended = False
+        self.is_active: Callable[[], bool] = context.is_active
         self._context = context
         self._send = send
 
@@ -64,7 +65,9 @@ class Streams(OwnThreads):
     experimental_non_blocking = True
 
     def __init__(
-        self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
+        self,
+        apply: Callable[[pb.ApplyRequest, Callable[[], bool]], pb.ApplyResponse],
+        most_streams: int,
     ) -> None:
         super().__init__(most_streams, "stream")
         self._apply = apply
@@ -106,7 +109,7 @@ class Streams(OwnThreads):
                 name = request.apply.pool.name
                 if stream.pool not in ("", name):
                     raise InvalidError("apply.pool.name", "that of the stream's first batch")
-                answer = self._apply(request.apply)
+                answer = self._apply(request.apply, stream.is_active)
                 if not stream.pool:
                     self._bind(stream, name)
                 stream.answer(answer)
