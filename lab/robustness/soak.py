@@ -1,7 +1,8 @@
 """`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
 With faults engines crash, forget, hang, send garbage and break their streams, the server is
-killed, ended and stopped, and the network delays, repeats and reorders messages. Every engine holds the books against its twin again and again.
+killed, ended and stopped, and the network delays, repeats and reorders messages. Every engine
+holds the books against its twin again and again.
 """
 
 from __future__ import annotations
