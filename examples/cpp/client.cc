@@ -190,6 +190,8 @@ template <class Request, class Call> auto Pool::send(Request request, Call call)
         } catch (const Error &error) {
             if (error.fenced()) fenced_ = error;
             if (error.reason != "LATE" || tries == 1) throw;
+            const auto last = error.metadata.find("last");
+            if (last != error.metadata.end()) number_ = std::max<uint64_t>(number_, std::stoull(last->second));
         }
     }
 }

@@ -444,6 +444,7 @@ export class Pool {
         return await this.#client.call(rpc, { pool, ...message }, stream);
       } catch (error) {
         if (error.reason !== 'LATE' || tries === 1) throw error;
+        this.#number = Math.max(this.#number, Number(error.metadata.last ?? 0));
       }
     }
   }

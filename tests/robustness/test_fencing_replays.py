@@ -9,15 +9,17 @@ from __future__ import annotations
 import grpc
 import pytest
 from fencing_model import LEAKED, REFUSED, REVIVED, SHARED, TAKEN, UNCOPIED, Event, search
-from servers import GEOMETRY
+from servers import GEOMETRY, books, open_pool, places_of
 from test_fencing_model import FAULTS
 
 from lab.robustness.proxy import Fate, Message, Proxy
 from odma_service.client import Client
+from odma_service.errors import FencedError, OdmaError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
+from odma_service.values import Allocate, End, Extend, Free
 
 UNIT = 64  # tokens of a place
 PROMPT = 48
@@ -247,3 +249,114 @@ def test_clients_without_numbers_are_not_protected_from(fault, server):
 def test_clients_with_numbers_are_protected_from(fault, server):
     _, harms = play(server, fault, new=True)
     assert harms == set()
+
+
+# --- the Python client, which does all of it by itself ---
+
+
+@pytest.fixture
+def network(server):
+    with Proxy(server.target) as proxy:
+        yield proxy
+
+
+def allocate(pool, request_id):
+    return pool.allocate(Allocate(request_id, prompt_tokens=PROMPT))
+
+
+def live(service, name):
+    return set(places_of(service, name))
+
+
+def test_a_reconcile_that_comes_after_its_retry_frees_nothing(network):
+    with Client(network.target) as service:
+        pool = open_pool(service, "late-reconcile")
+        allocate(pool, "old")
+        network.order("Reconcile", Fate.HOLD)
+        pool.reconcile([])
+        allocate(pool, "new")
+        code, _ = network.held[0].deliver()
+        assert code is grpc.StatusCode.ABORTED
+        assert live(service, "late-reconcile") == {"new"}
+
+
+def test_an_openpool_that_comes_after_the_close_opens_nothing(network):
+    with Client(network.target) as service:
+        network.order("OpenPool", Fate.HOLD, Fate.LOSE_ANSWER)
+        pool = open_pool(service, "late-open")
+        pool.close_pool()
+        for message in (*network.held, *network.passed):
+            if message.rpc == "OpenPool":
+                assert message.deliver()[0] is grpc.StatusCode.ABORTED
+        assert service.get_pool("late-open").summary.state == pool_pb.POOL_STATE_CLOSED
+
+
+def test_every_rpc_may_lose_its_answer_and_come_again(network):
+    name = "everything-twice"
+    with Client(network.target) as service:
+        for rpc in ("OpenPool", "Apply", "Allocate", "Extend", "Free", "Reconcile", "ClosePool"):
+            network.order(rpc, Fate.LOSE_ANSWER)
+        pool = open_pool(service, name)
+        answer = pool.apply([], [Allocate("a", prompt_tokens=PROMPT)])
+        assert answer.replayed
+        place = allocate(pool, "b")
+        pool.extend(Extend(place.handle, place.length_tokens + 1))
+        assert pool.free(Free(place.handle, End.FINISHED)).already_free
+        pool.reconcile([answer.results[0].handle])
+        seen = books(service, name)
+        for message in network.passed[:-2]:  # the last two are of the last number
+            assert message.deliver()[0] is not grpc.StatusCode.OK
+        assert books(service, name) == seen
+        pool.close_pool()
+
+
+def test_a_slow_process_is_told_that_it_has_a_successor(network):
+    name, open_id = "two-processes", "the-one"
+    with Client(network.target) as slow, Client(network.target) as successor:
+        first = open_pool(slow, name, open_id=open_id)
+        kept = allocate(first, "kept")
+        second = open_pool(successor, name, open_id=open_id)
+        second.reconcile([kept.handle])
+        for call in (lambda: first.free(Free(kept.handle, End.ABORTED)), first.close_pool):
+            with pytest.raises(FencedError):
+                call()
+        network.order("OpenPool", Fate.HOLD)
+        with pytest.raises(FencedError):
+            open_pool(slow, name, open_id=open_id)
+        network.held[0].deliver()
+        allocate(second, "more")
+        assert live(successor, name) == {"kept", "more"}
+
+
+def test_a_batch_without_an_answer_is_resumed_before_its_places_are_kept(network):
+    with (
+        Client(network.target) as service,
+        Client(network.target, retry_seconds=0) as hasty,
+    ):
+        pool = open_pool(hasty, "lost-answer")
+        network.order("Apply", Fate.LOSE_ANSWER)
+        with pytest.raises(UnavailableError):
+            pool.apply([], [Allocate("a", prompt_tokens=PROMPT)])
+        with pytest.raises(OdmaError, match="resume"):
+            pool.reconcile([1])
+        with pytest.raises(OdmaError, match="resume"):
+            allocate(pool, "b")
+        place = pool.resume().results[0]
+        assert pool.reconcile([place.handle]).kept == [place]
+        assert live(service, "lost-answer") == {"a"}
+
+
+def test_a_stream_that_comes_late_does_nothing(network):
+    with Client(network.target) as service:
+        pool = open_pool(service, "late-stream")
+        with pool.stream():
+            pool.apply([], [Allocate("a", prompt_tokens=PROMPT)])
+            network.order("Stream", Fate.HOLD, Fate.LOSE_ANSWER)
+            pool.apply([], [Allocate("b", prompt_tokens=PROMPT)])
+            pool.apply([], [Allocate("c", prompt_tokens=PROMPT)])
+            seen = books(service, "late-stream")
+            for message in (*network.held, *network.passed):
+                message.deliver()
+            assert books(service, "late-stream") == seen
+            pool.apply([], [Allocate("d", prompt_tokens=PROMPT)])
+        assert live(service, "late-stream") == {"a", "b", "c", "d"}
