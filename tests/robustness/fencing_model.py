@@ -21,6 +21,7 @@ PLACES = 2
 MOST_HANDLES = 4  # what would make more is not gone on from
 MOST_EPOCHS = 3
 MOST_OWNERS = 5
+OUT = -1  # an instance that was succeeded
 
 # What the new way adds. Leaving one out must be found.
 RULES = frozenset(
@@ -31,7 +32,8 @@ RULES = frozenset(
         "refused number",  # is used up
         "same commit",  # holds the number and its effect
         "new try",  # must be above the highest
-        "succeeded instance",  # stays out
+        "succeeded instance",  # stays out, if its epoch ran
+        "refused try",  # of OpenPool is used up
         "outlives the epoch",  # what is known of instances
         "no fingerprint",  # holds the owner and the number
         "unfenced",  # calls are refused after an instance was answered
@@ -96,9 +98,8 @@ class Service(NamedTuple):
     stored: Any = None
     roomy: bool = True
     owner: int = 0
-    instance: int = 0
-    attempt: int = 0
-    succeeded: frozenset[int] = frozenset()
+    instance: int = -1
+    attempts: tuple[int, int] = (0, 0)  # the highest of each instance, or OUT
     number: int = 0
     number_refused: bool = False
     fenced: bool = False
@@ -136,7 +137,7 @@ class Frame(NamedTuple):
     new: bool
     rules: frozenset[str] = RULES
     steps: tuple[int, int] = (4, 0)  # budgets of the two processes
-    second: str = "none"  # or "same" open_id, or "other" open_id with take_over
+    second: str = "none"  # "same" open_id, "other" one with take_over, "polite" without
     first_is_old: bool = False  # a client of the old way at the new service
     late: frozenset[str] | None = None  # rpcs that come late; None: all
     choices: frozenset[str] | None = None  # what engines do; None: all
@@ -207,8 +208,10 @@ def _harm(frame: Frame, state: State) -> str | None:
     """Hold what the present owner knows against the books, when it waits for nothing."""
     if not _counts(frame, state):
         return None
-    owner = state.second if state.second.stage != "down" else state.first
     service = state.service
+    if state.second.stage == "turned away":  # and does not want the pool any more
+        return REVIVED if service.is_open and service.open_id == 2 else None
+    owner = state.second if state.second.stage != "down" else state.first
     if owner.stage == "closed":
         return REVIVED if service.is_open else None
     if owner.stage != "ready" or owner.waits is not None:
@@ -282,7 +285,8 @@ def _start(frame: Frame, state: State, who: int, process: Process) -> Iterator[P
 
 def _opening(frame: Frame, who: int, process: Process) -> Process:
     attempt = process.attempt + 1 if _is_new(frame, who) else 0
-    body = (1 + (who == 1 and frame.second == "other"), frame.second == "other")
+    others = who == 1 and frame.second != "same"
+    body = (1 + others, frame.second == "other")
     message = Message("OpenPool", who, body=body, attempt=attempt)
     return process._replace(stage="opening", waits=message, attempt=attempt)
 
@@ -400,6 +404,8 @@ def _hear(
         return idle._replace(view=frozenset(), seq=facts[0]), None
     if answer == ("refused", "OPEN_STALE"):  # a repeated delivery was first: ask with the next try
         return process, None
+    if answer == ("refused", "POOL_OWNED"):
+        return idle._replace(stage="turned away"), None
     if kind == "refused":
         return idle._replace(stage="stopped"), REFUSED
     if kind == "opened":
@@ -481,7 +487,7 @@ def _serve_new(frame: Frame, service: Service, message: Message) -> tuple[Servic
     if answer[0] == "refused":
         return service, answer
     if message.rpc == "ClosePool" and "outlives the epoch" not in rules:
-        done = done._replace(instance=0, attempt=0, succeeded=frozenset())
+        done = done._replace(instance=-1, attempts=(0, 0))
     refused = answer[0] == "full" and message.rpc != "Apply"
     return done._replace(number=message.number, number_refused=refused), answer
 
@@ -490,24 +496,27 @@ def _become_owner(
     frame: Frame, service: Service, message: Message
 ) -> tuple[Service, tuple[Any, ...]]:
     open_id, take_over = message.body
-    instance = message.sender + 1
-    if instance in service.succeeded and "succeeded instance" in frame.rules:
+    instance = message.sender
+    highest = service.attempts[instance]
+    if highest == OUT:
         return service, ("refused", "FENCED")
-    same = instance == service.instance
-    if same and message.attempt <= service.attempt and "new try" in frame.rules:
+    if message.attempt <= highest and "new try" in frame.rules:
         return service, ("refused", "OPEN_STALE")
+    attempts = list(service.attempts)
+    attempts[instance] = message.attempt
     if service.is_open and service.open_id != open_id and not take_over:
+        if "refused try" in frame.rules:
+            service = service._replace(attempts=tuple(attempts))
         return service, ("refused", "POOL_OWNED")
+    before = service.instance
+    if service.is_open and before not in (-1, instance) and "succeeded instance" in frame.rules:
+        attempts[before] = OUT
     if not service.is_open or service.open_id != open_id:
         service = _new_epoch(service, open_id)
-    succeeded = service.succeeded
-    if service.instance and not same:
-        succeeded = (succeeded | {service.instance}) - {instance}
     service = service._replace(
         owner=service.owner + 1,
         instance=instance,
-        attempt=message.attempt,
-        succeeded=succeeded,
+        attempts=tuple(attempts),
         number=0,
         number_refused=False,
         fenced=True,

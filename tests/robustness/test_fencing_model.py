@@ -34,6 +34,10 @@ FAULTS = {
         Frame(new=False, steps=(1, 1), second="other", late=frozenset({"OpenPool"})),
         TAKEN,
     ),
+    "late OpenPool that was refused": (
+        Frame(new=False, steps=(2, 1), second="polite", late=frozenset({"OpenPool"})),
+        REVIVED,
+    ),
     "lost answer": (Frame(new=False, late=NOTHING), UNCOPIED),
 }
 
@@ -44,6 +48,7 @@ FRAMES = {
     "one process, refused at first": Frame(new=True, steps=(4, 0), limited=True),
     "two processes with one open_id": Frame(new=True, steps=(2, 2), second="same"),
     "two processes, the second takes over": Frame(new=True, steps=(2, 2), second="other"),
+    "two processes, the second only asks": Frame(new=True, steps=(3, 2), second="polite"),
     # An engine of the old way that closes or opens is not told apart from a wanted one.
     "the first is of the old way": Frame(
         new=True, steps=(2, 2), second="same", first_is_old=True, choices=ENGINES
@@ -59,6 +64,7 @@ NEEDED = {
     "same commit": Frame(new=True, steps=(3, 0)),
     "new try": Frame(new=True, steps=(3, 0)),
     "succeeded instance": Frame(new=True, steps=(2, 1), second="same"),
+    "refused try": Frame(new=True, steps=(2, 2), second="polite"),
     "outlives the epoch": Frame(new=True, steps=(3, 0)),
     "no fingerprint": Frame(new=True, steps=(3, 0)),
     "unfenced": FRAMES["the first is of the old way"],
