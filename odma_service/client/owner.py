@@ -102,7 +102,8 @@ class Owner:
 
     def __init__(self, response: pb.OpenPoolResponse) -> None:
         self.response = response
-        self.ref = response.pool
+        self.ref = types.PoolRef()
+        self.ref.CopyFrom(response.pool)
         """As all that is sent says it; its `number` is that of the last message."""
         self.fenced: FencedError | None = None
         """Another instance owns the pool. Nothing is sent any more."""

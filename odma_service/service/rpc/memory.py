@@ -16,7 +16,7 @@ from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceServicer
 from odma_service.service.door.access import acts_as_operator
 from odma_service.service.door.streams import Streams
 from odma_service.service.pools.registry import Opened, Registry
-from odma_service.service.rpc.names import ref_from
+from odma_service.service.rpc.names import ref_from, unnumbered_ref_from
 from odma_service.service.rpc.opening import (
     changed_policy,
     first_policy,
@@ -71,7 +71,7 @@ class MemoryService(MemoryServiceServicer):
     def KeepAlive(
         self, request: pb.KeepAliveRequest, context: grpc.ServicerContext
     ) -> pb.KeepAliveResponse:
-        with self._registry.owned(*ref_from(request.pool), context.is_active) as learner:
+        with self._registry.owned(*unnumbered_ref_from(request.pool), context.is_active) as learner:
             spec = learner.pool.spec
         return pb.KeepAliveResponse(
             ttl_seconds=spec.ttl_seconds, retention_seconds=spec.retention_seconds

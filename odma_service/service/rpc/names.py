@@ -16,6 +16,13 @@ def name_from(name: str, field: str = "name") -> str:
 
 
 def ref_from(ref: types.PoolRef) -> tuple[str, Caller]:
+    """Return the name of the pool that a message with a number is about, and who asks."""
+    if ref.owner and not ref.number:
+        raise InvalidError("pool.number", "1, 2, ... with an owner number")
+    return unnumbered_ref_from(ref)
+
+
+def unnumbered_ref_from(ref: types.PoolRef) -> tuple[str, Caller]:
     """Return the name of the pool that a request is about, and who asks."""
     if ref.epoch == 0:
         raise InvalidError("pool.epoch", "the epoch that OpenPool answered")

@@ -1382,33 +1382,14 @@ static bool dies_while_it(void (*acts)(odma_arena *), int number) {
     return WEXITSTATUS(ended) == 9;
 }
 
-static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
-    void (*const acts[])(odma_arena *) = {
-        allocates_alone, claims_alone,   frees_alone,        reconciles,
-        sets_a_policy,   ends_its_epoch, opens_another_epoch};
-    odma_arena *arena = fresh();
-    for (int i = 0; i < 12; i++) {
-        random_step(arena);
-        OK(run_step(arena));
-    }
-    for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
-    odma_policy policy = POLICY;
-    name_tenants(&policy);
-    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
-    list_regions(arena);
-    for (uint32_t i = 0; use_of(arena, 0).held > 0; i++) ask(arena, free_op(regions[i].handle, 0));
-    while (report_of(arena).largest_run > 12) {
-        char id[ODMA_ID_BYTES];
-        snprintf(id, sizeof id, "lent %u", report_of(arena).live);
-        ask(arena, tenant_op(id, (report_of(arena).largest_run - 12) * 16, 9));
-    }
-    list_regions(arena);
-    odma_arena_close(arena);
+/* Let each act die at each of its stores, on books as they are at `path`. */
+static void dies_in_each(void (*const acts[])(odma_arena *), size_t count) {
     char saved[sizeof path + 8];
     snprintf(saved, sizeof saved, "%s.saved", path);
     copy_file(path, saved);
     static struct view before, after, now;
-    for (size_t i = 0; i < sizeof acts / sizeof *acts; i++) {
+    odma_arena *arena;
+    for (size_t i = 0; i < count; i++) {
         copy_file(saved, path);
         arena = attached();
         look(arena, &before);
@@ -1432,6 +1413,177 @@ static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
         }
         CHECK(undone > 2 && done > 2);
     }
+}
+
+static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
+    void (*const acts[])(odma_arena *) = {
+        allocates_alone, claims_alone,   frees_alone,        reconciles,
+        sets_a_policy,   ends_its_epoch, opens_another_epoch};
+    odma_arena *arena = fresh();
+    for (int i = 0; i < 12; i++) {
+        random_step(arena);
+        OK(run_step(arena));
+    }
+    for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
+    odma_policy policy = POLICY;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
+    list_regions(arena);
+    for (uint32_t i = 0; use_of(arena, 0).held > 0; i++) ask(arena, free_op(regions[i].handle, 0));
+    while (report_of(arena).largest_run > 12) {
+        char id[ODMA_ID_BYTES];
+        snprintf(id, sizeof id, "lent %u", report_of(arena).live);
+        ask(arena, tenant_op(id, (report_of(arena).largest_run - 12) * 16, 9));
+    }
+    list_regions(arena);
+    odma_arena_close(arena);
+    dies_in_each(acts, sizeof acts / sizeof *acts);
+}
+/* --- fencing --- */
+
+static odma_caller owner_1(uint64_t number) {
+    return (odma_caller){.epoch = 1, .owner = 1, .number = number};
+}
+
+static odma_arena *fenced(void) {
+    odma_arena *arena = fresh();
+    OK(odma_arena_describe(arena, 1, "an owner", 8));
+    return arena;
+}
+
+static odma_status allocates_as(odma_arena *arena, odma_caller caller, const char *id,
+                                uint32_t prompt_tokens, odma_result *result) {
+    odma_op op = allocate_op(id, prompt_tokens);
+    return odma_arena_unary(arena, caller, &op, result);
+}
+
+static void an_owner_number_shuts_out_all_others(void) {
+    odma_arena *arena = fenced();
+    odma_result result;
+    OK(allocates_as(arena, owner_1(1), "a", 10, &result));
+    uint64_t freed[REGIONS];
+    uint32_t count;
+    struct view before, after;
+    look(arena, &before);
+    odma_policy policy = POLICY;
+    const odma_caller wrong[] = {EPOCH(1), {1, 2, 9}, {2, 1, 9}, owner_1(0)};
+    const odma_status given[] = {ODMA_UNFENCED, ODMA_FENCED, ODMA_EPOCH, ODMA_LATE};
+    for (int i = 0; i < 4; i++) {
+        GIVES(given[i], allocates_as(arena, wrong[i], "b", 10, &result));
+        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], NULL, 0, NULL, freed, &count));
+        GIVES(given[i], odma_arena_set_policy(arena, &wrong[i], &policy, 0));
+        if (wrong[i].number != 0) GIVES(given[i], odma_arena_spend(arena, wrong[i]));
+        if (wrong[i].owner != 0) GIVES(given[i], odma_arena_end_epoch(arena, wrong[i]));
+        begin_step(arena);
+        step.batch.epoch = wrong[i].epoch;
+        step.batch.owner = wrong[i].owner;
+        step.batch.number = wrong[i].number;
+        GIVES(given[i], run_step(arena));
+    }
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 0, "", 0));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, (uint64_t)1 << 53, "", 0));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 2, NULL, 1));
+    look(arena, &after);
+    CHECK(memcmp(&before, &after, sizeof before) == 0);
+    OK(odma_arena_describe(arena, 2, "another", 7));
+    CHECK(report_of(arena).number == 0);
+    GIVES(ODMA_FENCED, allocates_as(arena, owner_1(2), "b", 10, &result));
+    OK(odma_arena_end_epoch(arena, EPOCH(1)));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 1, "", 0));
+    CHECK(report_of(arena).owner == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void a_late_message_changes_nothing(void) {
+    odma_arena *arena = fenced();
+    odma_result first, again;
+    OK(allocates_as(arena, owner_1(3), "a", 10, &first));
+    OK(allocates_as(arena, owner_1(3), "a", 10, &again));
+    CHECK(again.handle == first.handle && report_of(arena).number == 3);
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(2), "b", 10, &again));
+
+    OK(allocates_as(arena, owner_1(4), "too long", 256 * 16, &again));
+    CHECK(again.outcome == ODMA_REFUSED && again.reason != ODMA_REASON_INVALID);
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(4), "b", 10, &again));
+    OK(odma_arena_spend(arena, owner_1(4)));
+    OK(odma_arena_spend(arena, owner_1(5)));
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(5), "b", 10, &again));
+
+    begin_step(arena);
+    step.batch.owner = 1;
+    step.batch.number = 6;
+    OK(run_step(arena));
+    OK(run_step(arena));
+    CHECK(step.answer.replayed == 1);
+    step.batch.number = 7; /* in no fingerprint */
+    OK(run_step(arena));
+    CHECK(step.answer.replayed == 1 && report_of(arena).number == 6);
+    begin_step(arena); /* the next batch under the number of the last */
+    step.batch.owner = 1;
+    step.batch.number = 6;
+    GIVES(ODMA_LATE, run_step(arena));
+    step.batch.number = 5;
+    GIVES(ODMA_LATE, run_step(arena));
+    step.batch.number = 8;
+    OK(run_step(arena));
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void allocates_by_number(odma_arena *arena) {
+    odma_result result;
+    OK(allocates_as(arena, owner_1(2), "second", 20, &result));
+    CHECK(result.outcome == ODMA_PLACED);
+}
+
+static void is_refused_by_number(odma_arena *arena) {
+    odma_result result;
+    OK(allocates_as(arena, owner_1(2), "too long", 256 * 16, &result));
+    CHECK(result.outcome == ODMA_REFUSED);
+}
+
+static void reconciles_by_number(odma_arena *arena) {
+    uint64_t freed[REGIONS];
+    uint32_t count;
+    OK(odma_arena_reconcile(arena, owner_1(2), NULL, 0, NULL, freed, &count));
+    CHECK(count == 1);
+}
+
+static void applies_by_number(odma_arena *arena) {
+    begin_step(arena);
+    step.batch.owner = 1;
+    step.batch.number = 2;
+    add_op(allocate_op("in a batch", 20));
+    OK(run_step(arena));
+}
+
+static void sets_a_policy_by_number(odma_arena *arena) {
+    odma_policy policy = POLICY;
+    policy.growth = 2;
+    OK(odma_arena_set_policy(arena, &(odma_caller){1, 1, 2}, &policy, 0));
+}
+
+static void ends_its_epoch_by_number(odma_arena *arena) {
+    OK(odma_arena_end_epoch(arena, owner_1(2)));
+}
+
+static void spends_a_number(odma_arena *arena) { OK(odma_arena_spend(arena, owner_1(2))); }
+
+static void has_another_owner(odma_arena *arena) {
+    OK(odma_arena_describe(arena, 2, "another owner", 13));
+}
+
+static void a_number_and_its_effect_are_both_there_or_neither(void) {
+    void (*const acts[])(odma_arena *) = {
+        allocates_by_number, is_refused_by_number,    reconciles_by_number,
+        applies_by_number,   sets_a_policy_by_number, ends_its_epoch_by_number,
+        spends_a_number,     has_another_owner};
+    odma_arena *arena = fenced();
+    odma_result result;
+    OK(allocates_as(arena, owner_1(1), "first", 20, &result));
+    odma_arena_close(arena);
+    dies_in_each(acts, sizeof acts / sizeof *acts);
 }
 
 /* --- extremes --- */
@@ -1736,6 +1888,9 @@ static const struct {
     FACT(accounts_are_kept_for_any_number_of_tenants),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
+    FACT(an_owner_number_shuts_out_all_others),
+    FACT(a_late_message_changes_nothing),
+    FACT(a_number_and_its_effect_are_both_there_or_neither),
     FACT(the_largest_arena_is_usable),
     FACT(long_runs_are_fitted_best_too),
     FACT(old_completions_fade_at_one_pace),
