@@ -143,7 +143,7 @@ class MemoryServiceStub:
     Send a request when the one before is answered. One that is sent earlier
     waits, unread; what waits is bounded by the flow control of HTTP/2. The
     requests of a stream are of one pool, and a pool has one stream: the first
-    answer on a new one ends the older one.
+    answer on a new one that is not `replayed` ends the older one.
 
     Every status ends the stream; what was answered stays done. When a stream
     ends, or breaks, the batch without an answer may have been done or not:
@@ -323,7 +323,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     Send a request when the one before is answered. One that is sent earlier
     waits, unread; what waits is bounded by the flow control of HTTP/2. The
     requests of a stream are of one pool, and a pool has one stream: the first
-    answer on a new one ends the older one.
+    answer on a new one that is not `replayed` ends the older one.
 
     Every status ends the stream; what was answered stays done. When a stream
     ends, or breaks, the batch without an answer may have been done or not:
@@ -530,7 +530,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Send a request when the one before is answered. One that is sent earlier
         waits, unread; what waits is bounded by the flow control of HTTP/2. The
         requests of a stream are of one pool, and a pool has one stream: the first
-        answer on a new one ends the older one.
+        answer on a new one that is not `replayed` ends the older one.
 
         Every status ends the stream; what was answered stays done. When a stream
         ends, or breaks, the batch without an answer may have been done or not:

@@ -110,8 +110,9 @@ class Streams(OwnThreads):
                 if stream.pool not in ("", name):
                     raise InvalidError("apply.pool.name", "that of the stream's first batch")
                 answer = self._apply(request.apply, stream.is_active)
-                if not stream.pool:
-                    self._bind(stream, name)
+                stream.pool = name
+                if not answer.replayed:  # one that is repeated late takes no other's place
+                    self._bind(stream)
                 stream.answer(answer)
 
     def _enter(self, stream: Stream) -> bool:
@@ -121,14 +122,15 @@ class Streams(OwnThreads):
             self._open.add(stream)
             return True
 
-    def _bind(self, stream: Stream, pool: str) -> None:
-        """Make this the stream of a pool, after the pool has taken its first batch."""
+    def _bind(self, stream: Stream) -> None:
+        """Make this the stream of its pool, after the pool has taken a batch of it."""
+        if self._by_pool.get(stream.pool) is stream:
+            return
         with self._lock:
-            stream.pool = pool
-            older = self._by_pool.get(pool)
-            self._by_pool[pool] = stream
+            older = self._by_pool.get(stream.pool)
+            self._by_pool[stream.pool] = stream
         if older:
-            older.end(StreamReplacedError(pool))
+            older.end(StreamReplacedError(stream.pool))
 
     def _leave(self, stream: Stream) -> None:
         with self._lock:
