@@ -9,10 +9,10 @@ from typing import Any
 from lab.robustness.load import RandomBatches
 from lab.robustness.twin import Findings, Held, Twin
 from odma_service.client import Client, PoolClient
-from odma_service.errors import UnavailableError
+from odma_service.errors import RefusedError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-from odma_service.values import Answer, Batch, Moves, PlaneGroup
+from odma_service.values import Allocate, Answer, Batch, End, Free, Moves, PlaneGroup
 from odma_service.wire import answer_from, batch_to, place_from
 
 CAPACITY_TOKENS = 32_768
@@ -71,6 +71,15 @@ class Engine:
         """Do one batch."""
         self.prepare()
         self.settle()
+
+    def call(self) -> None:
+        """Take a region and give it back, by calls of their own."""
+        request_id = f"call-{self._random.randrange(2**32)}"
+        try:
+            place = self.pool.allocate(Allocate(request_id, prompt_tokens=1))
+        except RefusedError:
+            return
+        self.pool.free(Free(place.handle, End.ABORTED))
 
     def prepare(self) -> pb.ApplyRequest:
         """Make the next batch, not sent yet."""
