@@ -63,9 +63,9 @@ class Engine:
     def use(self, service: Client) -> None:
         """Go on over another connection."""
         moved = PoolClient(service, self.pool.response)
-        moved.ref.CopyFrom(self.pool.ref)
         moved.seq, moved.completed_seq = self.pool.seq, self.pool.completed_seq
         moved.pending = self.pool.pending
+        moved.ref.CopyFrom(self.pool.ref)
         self.pool = moved
 
     def step(self) -> None:
@@ -157,7 +157,7 @@ class Engine:
         if self._last is None:
             return
         request, answer = self._last
-        request.pool.CopyFrom(self.pool.numbered())  # other calls may have been made since
+        request.pool.CopyFrom(self.pool.numbered())
         again = answer_from(service.call(service.memory.Apply, request))
         if not again.replayed:
             findings.note("wrong_replays", f"{where}: seq {request.seq} was done twice")
