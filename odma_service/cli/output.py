@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+
+from odma_service.cli.plain import printable
 
 Facts = dict[str, Any]
+
+
+class SafeConsole(Console):
+    """A console for what strangers named: no text of it reaches the terminal as a command."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render with every text printable; rich's own styles and controls stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def by_name(facts: Facts) -> str:
@@ -30,7 +44,7 @@ def show(
         typer.echo(json.dumps(facts))
         return
     shown = picture if isinstance(picture, str) else picture(facts)
-    typer.echo(shown) if isinstance(shown, str) else Console().print(shown)
+    typer.echo(printable(shown)) if isinstance(shown, str) else SafeConsole().print(shown)
 
 
 def object_of(message: Message) -> Facts:

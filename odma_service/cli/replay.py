@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.cli.options import AsJson, TraceFormat
-from odma_service.cli.output import Facts, progress_bar, show
+from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.errors import InvalidError
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
@@ -165,8 +164,8 @@ def _object(compared: Sequence[replay.Comparison]) -> Facts:
 def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
-    console = Console()
-    console = Console(width=max(console.width, TABLE_WIDTH))
+    console = SafeConsole()
+    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [
