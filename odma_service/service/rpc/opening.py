@@ -11,10 +11,9 @@ from odma_service.pool.geometry import (
     MOST_MODEL_LENGTH_TOKENS,
     Device,
     Geometry,
-    ModelGeometry,
     device,
-    from_model_config,
 )
+from odma_service.pool.models import ModelGeometry, Parallel, from_model_config
 from odma_service.pool.policy import PolicyRecord, named
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
