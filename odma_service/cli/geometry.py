@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -70,8 +71,7 @@ def command(
 
 def _text_of(config: str) -> str:
     """Return the text; one byte above the limit is read, so that it is refused as too long."""
-    stream = sys.stdin.buffer if config == "-" else Path(config).open("rb")
-    with stream:
+    with nullcontext(sys.stdin.buffer) if config == "-" else Path(config).open("rb") as stream:
         return stream.read(MOST_CONFIG_BYTES + 1).decode(errors="replace")
 
 

@@ -43,11 +43,15 @@ ELEMENT_BYTES = {
 """Bytes of one element, by the name a model config has for its type."""
 
 CACHE_WORDS = re.compile(
-    r"kv|cache|head|layer|window|share|loop|recur|compress|latent|lora|rank|index|cross|state"
+    r"(?!moe_|mtp_|rope_|router_|vision_|audio_|image_|video_|mm_|tts_)"
+    r".*(kv|cache|head|layer|window|share|loop|recur|compress|latent|lora|rank|index|cross|state"
     r"|ssm|mamba|conv|linear|pattern|interval|period|group|depth|repeat|memory|multi_query"
-    r"|attn|attention|mixer|block|chunk|encoder|dim$|stack|width"
+    r"|attn|attention|mixer|block|chunk|encoder|dim$|stack|width)"
 )
-"""A key with one of these words may change the cache of a family that does not read it."""
+"""A key with one of these words may change the cache of a family that does not read it.
+
+Keys of experts, predictions, positions and other senses do not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +244,7 @@ class Config:
                     f"{self.path}.{_printable(key)}",
                     f"is not understood, and {known} known here; give the planes instead",
                 )
-            if CACHE_WORDS.search(key):
+            if CACHE_WORDS.match(key):
                 raise InvalidError(
                     f"{self.path}.{_printable(key)}",
                     f"is not understood for model_type {self.model_type!r};"
@@ -294,12 +298,10 @@ def _scheme_bytes(path: str, scheme: dict[str, Any]) -> int:
     for key, value in _about_the_cache(scheme):
         if value in (None, False, "", [], {}, "auto", "none", "None"):
             continue
-        if isinstance(value, str) and value.lower().startswith("fp8"):
-            found = 1
-        elif isinstance(value, dict) and _is_of_8_bits(value):
-            found = 1
-        else:
+        named = isinstance(value, str) and value.lower().startswith("fp8")
+        if not named and not (isinstance(value, dict) and _is_of_8_bits(value)):
             raise InvalidError(f"{path}.{_printable(key)}", "is not understood; give element_bytes")
+        found = 1
     return found
 
 

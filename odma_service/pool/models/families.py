@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from odma_service.errors import InvalidError
 from odma_service.pool.models.config import MOST_LAYERS, Config, Family, Table
@@ -69,8 +70,12 @@ def _kv_heads(config: Config) -> int:
     return kv_heads
 
 
-def _head_dim(config: Config, key: str = "head_dim") -> int:
-    return config.count(key) if config.has(key) else _divided(config)
+def _head_dim(config: Config, *keys: str) -> int:
+    """Return the width of a head as the keys say it, of which all that are there must agree."""
+    said = {key: config.count(key) for key in keys or ("head_dim",) if config.has(key)}
+    if len(set(said.values())) > 1:
+        raise config.refuse(list(said)[-1], f"says another width than {next(iter(said))}")
+    return next(iter(said.values())) if said else _divided(config)
 
 
 def _divided(config: Config, factor: int = 1) -> int:
@@ -267,8 +272,7 @@ def _cross_layer(config: Config) -> list[Layer]:
     """Return the layers of Hunyuan: with use_cla, a group of them reads the cache of its first."""
     factor = config.natural("cla_share_factor") or 1
     factor = factor if config.flag("use_cla") else 1
-    config.get("attention_head_dim")
-    planes = kv(_kv_heads(config), _head_dim(config))
+    planes = kv(_kv_heads(config), _head_dim(config, "head_dim", "attention_head_dim"))
     return [
         Layer(Kind.SHARED) if i % factor else Layer(kind, planes)
         for i, kind in enumerate(attending(config))
@@ -357,8 +361,8 @@ def _everywhere(config: Config) -> list[Layer]:
 
 def _nemotron_h(config: Config) -> list[Layer]:
     found = hybrid(config, "hybrid_override_pattern", "layers_block_type", "layer_types")
-    config.get("attention_head_dim")
-    return layers_of(found, kv(_kv_heads(config), _head_dim(config)))
+    width = _head_dim(config, "attention_head_dim", "head_dim")
+    return layers_of(found, kv(_kv_heads(config), width))
 
 
 def _wide_heads(*keys: str) -> Callable[[Config], list[Layer]]:
@@ -452,13 +456,13 @@ def table() -> Table:
     states = read["states"]
     families = {}
     for name, entry in read["families"].items():
-        ignores = (states["ignores"],) if entry["rule"] in states["rules"] else ()
+        of_states = [states["ignores"]] if entry["rule"] in states["rules"] else []
         families[name] = Family(
             entry["rule"],
             entry["source"],
             entry.get("defaults", {}),
             entry.get("aliases", {}),
-            ignores,
+            (*of_states, *entry.get("ignores", ())),
             entry.get("mtp", ""),
         )
     return Table(families, read["wrapped"], frozenset(read["plain"]["keys"]))
@@ -470,5 +474,5 @@ def _refused() -> dict[str, str]:
 
 
 @cache
-def _toml() -> dict[str, dict[str, dict[str, str]]]:  # its shape is held by a test
-    return tomllib.loads(MODELS.read_text(encoding="utf-8"))  # type: ignore[return-value]
+def _toml() -> dict[str, Any]:
+    return tomllib.loads(MODELS.read_text(encoding="utf-8"))

@@ -40,8 +40,8 @@ class Parallel:
     windows: str = ""
 
     def __post_init__(self) -> None:
-        insist_count("tensor_parallel", self.tensor or 1, MOST_RANKS)
-        insist_count("pipeline_parallel", self.pipeline or 1, MOST_RANKS)
+        for name in ("tensor", "pipeline"):
+            insist_count(f"{name}_parallel", getattr(self, name) or 1, MOST_RANKS)
         if self.pipeline_layers and self.pipeline not in (0, len(self.pipeline_layers)):
             raise InvalidError("pipeline_layers", f"layers of {self.pipeline} ranks")
         rank, ranks = self.pipeline_rank, self.pipeline_ranks
@@ -140,7 +140,7 @@ def _heads_per_rank(heads: int, ranks: int) -> int:
 MEANINGS = {
     Kind.FULL: "keep every token",
     Kind.SLIDING: "have a window; all its tokens are kept, as for the full ones",
-    Kind.STATE: "keep a state of fixed size, which the engine holds itself: slots are not built yet",
+    Kind.STATE: "keep a state, which the engine holds itself: slots are not built yet",
     Kind.CROSS: "keep the KV of an image or a sound, which the engine holds itself",
     Kind.SHARED: "read the cache of another layer",
     Kind.NONE: "do not attend",
