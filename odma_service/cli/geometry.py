@@ -64,7 +64,7 @@ def command(
             mtp,
             windows,
         )
-        model = from_model_config(text, 0, element_bytes, part)
+        model = from_model_config(text, element_bytes, part)
         facts = _facts(model) | _fitting(model, memory, requests)
     show(facts, as_json, _picture)
 

@@ -8,7 +8,7 @@ import pytest
 
 from odma_service.errors import InvalidError
 from odma_service.pool.geometry import PRESETS, Geometry, device
-from odma_service.pool.models import from_model_config
+from odma_service.pool.models import Parallel, from_model_config
 from odma_service.values import PlaneGroup
 
 QWEN_7B = {
@@ -33,8 +33,8 @@ DEEPSEEK_V3 = {
 }
 
 
-def read(config, *args, **changes):
-    return from_model_config(json.dumps(config | changes), *args)
+def read(config, ranks=0, element_bytes=0, **changes):
+    return from_model_config(json.dumps(config | changes), element_bytes, Parallel(ranks))
 
 
 def planes(config, *args, **changes):

@@ -45,7 +45,7 @@ class Parallel:
         if self.pipeline_layers and self.pipeline not in (0, len(self.pipeline_layers)):
             raise InvalidError("pipeline_layers", f"layers of {self.pipeline} ranks")
         rank, ranks = self.pipeline_rank, self.pipeline_ranks
-        if not isinstance(rank, int) or not 0 <= rank < ranks:
+        if not 0 <= rank < ranks:
             raise InvalidError("pipeline_rank", f"0 to {ranks - 1}, not {rank}")
         if self.windows and self.windows not in WINDOWS:
             raise InvalidError("windows", f"one of {', '.join(WINDOWS)}, not {self.windows!r}")
@@ -53,6 +53,9 @@ class Parallel:
     @property
     def pipeline_ranks(self) -> int:
         return len(self.pipeline_layers) or self.pipeline or 1
+
+
+WHOLE = Parallel()
 
 
 class ModelGeometry(NamedTuple):
@@ -65,19 +68,14 @@ class ModelGeometry(NamedTuple):
 
 
 def from_model_config(
-    config_json: str,
-    tensor_parallel: int = 0,
-    element_bytes: int = 0,
-    parallel: Parallel | None = None,
+    config_json: str, element_bytes: int = 0, part: Parallel = WHOLE
 ) -> ModelGeometry:
     """Return the geometry of one rank from the text of a Hugging Face config.json.
 
-    KV heads are divided over `tensor_parallel` ranks (0: one), or replicated where there are
-    fewer heads than ranks. A latent row has no heads and is whole on every rank. An element takes
-    `element_bytes` (0: as the config says). `parallel` says more than `tensor_parallel` does.
-    Raises InvalidError naming the key or the argument.
+    KV heads are divided over the tensor-parallel ranks, or replicated where there are fewer heads
+    than ranks. A latent row has no heads and is whole on every rank. An element takes
+    `element_bytes` (0: as the config says). Raises InvalidError naming the key or the argument.
     """
-    part = parallel or Parallel(tensor_parallel)
     if element_bytes:
         insist_count("element_bytes", element_bytes, 16)
     config = Config(config_json, table())

@@ -89,7 +89,14 @@ def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
     if layout == "model":
         model = request.model
         with _inside("model"):
-            return from_model_config(model.config_json, model.tensor_parallel, model.element_bytes)
+            part = Parallel(
+                model.tensor_parallel,
+                model.pipeline_parallel,
+                model.pipeline_rank,
+                tuple(model.pipeline_layers),
+                model.mtp,
+            )
+            return from_model_config(model.config_json, model.element_bytes, part)
     raise InvalidError("geometry", "geometry or model is required")
 
 
