@@ -43,7 +43,7 @@ ELEMENT_BYTES = {
 """Bytes of one element, by the name a model config has for its type."""
 
 CACHE_WORDS = re.compile(
-    r"(?!moe_|mtp_|rope_|router_|vision_|audio_|image_|video_|mm_|tts_|n(um)?_shared_exp|shared_exp)"
+    r"(?!moe_|mtp_|rope_|router_|vision_|audio_|image_|video_|mm_|tts_|n(um)?_shared_exp|shared_exp|.*multipliers?$)"
     r".*(kv|cache|head|layer|window|share|loop|recur|compress|latent|lora|rank|index|cross|state"
     r"|ssm|mamba|conv|linear|pattern|interval|period|group|depth|repeat|memory|multi_query"
     r"|attn|attention|mixer|block|chunk|encoder|dim$|stack|width)"
@@ -83,7 +83,7 @@ class Config:
         *outer, (self.path, self._values) = self._chain
         self.nested = bool(outer)
         self._inert = table.inert
-        self._asked: set[str] = {"model_type", *NESTED}
+        self._asked = {"model_type", "hidden_size", "num_attention_heads", *NESTED}
         self.model_type = self._type_of(table)
         self.family = table.families.get(self.model_type)
         if _is_encoder_decoder(self._chain):

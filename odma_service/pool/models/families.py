@@ -31,6 +31,19 @@ MODELS = Path(__file__).parents[2] / "data" / "models.toml"
 INDEXER_BLOCK = 128
 """Elements of an indexer's key that share one scale of 4 bytes."""
 
+BLOCK_KEYS = {
+    "n_heads_in_group",
+    "no_op",
+    "num_key_value_heads",
+    "num_sink_tokens",
+    "replace_with_linear",
+    "sparsify",
+    "unshifted_sink",
+    "use_prefill_window_in_sink_attention",
+    "window_length",
+}
+"""What is understood of the attention of a block."""
+
 
 def layers_from(config: Config) -> list[Layer]:
     """Return the layers of a model. Raises InvalidError naming what is not understood."""
@@ -118,6 +131,8 @@ def _falcon(config: Config) -> list[Layer]:
 
 def _multi_query(config: Config) -> list[Layer]:
     heads = 1 if config.flag("multi_query") else config.size("num_attention_heads")
+    if config.get("num_key_value_heads") not in (None, heads):
+        raise config.refuse("num_key_value_heads", f"must be {heads} with this multi_query")
     return layers_of(attending(config), kv(heads, _divided(config)))
 
 
@@ -180,6 +195,8 @@ def _block(config: Config, block: object) -> Layer:
     attention = block.get("attention") if isinstance(block, dict) else None
     if not isinstance(attention, dict):
         raise config.refuse("block_configs", "must have attention in each block")
+    if unknown := [key for key, value in attention.items() if value and key not in BLOCK_KEYS]:
+        raise config.refuse("block_configs", f"{str(unknown[0])[:40]!r} is not understood")
     if attention.get("no_op") or attention.get("replace_with_linear"):
         return Layer(Kind.NONE)
     heads = config.size("num_attention_heads")
@@ -277,6 +294,11 @@ def _cross_layer(config: Config) -> list[Layer]:
         Layer(Kind.SHARED) if i % factor else Layer(kind, planes)
         for i, kind in enumerate(attending(config))
     ]
+
+
+def _looped(config: Config) -> list[Layer]:
+    """Return the layers of a model that runs all of them several times, each with its own KV."""
+    return _grouped(config) * config.count("num_loops", MOST_LAYERS)
 
 
 # --- latent attention ---
@@ -428,6 +450,7 @@ RULES: dict[str, Callable[[Config], list[Layer]]] = {
     "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "cross_layer": _cross_layer,
+    "looped": _looped,
     "latent": _latent,
     "latent_twice": _latent_twice,
     "indexed": _indexed,
