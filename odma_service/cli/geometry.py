@@ -33,7 +33,9 @@ def command(
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks that share the KV heads of each layer.")
     ] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Ranks that share the layers.")] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="Ranks that share the layers. 0: one, or as --pipeline-layers.")
+    ] = 0,
     rank: Annotated[int, typer.Option(help="Which of these ranks, from 0.")] = 0,
     pipeline_layers: Annotated[
         str, typer.Option(help="Layers of each such rank, where they are not even: 31,30.")
