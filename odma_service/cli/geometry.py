@@ -56,7 +56,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Show the planes of a model, what fits, and why; 1 if the config is refused."""
-    text = _text_of(config)
+    text = text_of(config)
     with bad_result(InvalidError):
         part = Parallel(
             tensor_parallel,
@@ -71,7 +71,7 @@ def command(
     show(facts, as_json, _picture)
 
 
-def _text_of(config: str) -> str:
+def text_of(config: str) -> str:
     """Return the text; one byte above the limit is read, so that it is refused as too long."""
     with nullcontext(sys.stdin.buffer) if config == "-" else Path(config).open("rb") as stream:
         return stream.read(MOST_CONFIG_BYTES + 1).decode(errors="replace")
