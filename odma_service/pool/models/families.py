@@ -216,7 +216,7 @@ def _sliding_heads(config: Config) -> list[Layer]:
             Kind.FULL if i == 0 or not (i + 1) % 6 else Kind.SLIDING for i in range(config.layers)
         ]
     heads, k, v = _kv_heads(config), config.count("head_dim"), config.count("v_head_dim")
-    own = config.has("swa_num_key_value_heads")
+    own = config.has("swa_num_key_value_heads") or config.model_type != "mimo_v2_flash"
     sliding = kv(
         config.count("swa_num_key_value_heads") if own else 2 * heads,
         config.count("swa_head_dim") if config.has("swa_head_dim") else k,

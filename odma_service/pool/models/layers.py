@@ -164,10 +164,12 @@ def kinds(config: Config, *keys: str) -> list[Kind] | None:
 
 def attending(config: Config) -> list[Kind]:
     """Return the kinds where each layer keeps every token, or a window of them."""
-    found = kinds(config, "layer_types") or [Kind.FULL] * config.layers
+    keys = ("layer_types", "attn_type_list")
+    found = kinds(config, *keys) or [Kind.FULL] * config.layers
     for kind in found:
         if kind not in TOKENS:
-            raise config.refuse("layer_types", f"a layer of kind {kind} is not understood here")
+            key = next(key for key in keys if config.has(key))
+            raise config.refuse(key, f"a layer of kind {kind} is not understood here")
     return found
 
 
