@@ -382,7 +382,11 @@ def _everywhere(config: Config) -> list[Layer]:
 
 
 def _nemotron_h(config: Config) -> list[Layer]:
-    found = hybrid(config, "hybrid_override_pattern", "layers_block_type", "layer_types")
+    keys = ("hybrid_override_pattern", "layers_block_type", "layer_types")
+    said = next((config.get(key) for key in keys if config.has(key)), None)
+    if not config.has("num_hidden_layers") and isinstance(said, str | list):
+        config = config.with_values(num_hidden_layers=len(said))
+    found = hybrid(config, *keys)
     width = _head_dim(config, "attention_head_dim", "head_dim")
     return layers_of(found, kv(_kv_heads(config), width))
 
