@@ -44,7 +44,7 @@ ELEMENT_BYTES = {
 
 CACHE_WORDS = re.compile(
     r"(?!moe_|mtp_|rope_|router_|vision_|audio_|image_|video_|mm_|tts_|n(um)?_shared_exp|shared_exp|.*multipliers?$)"
-    r".*(kv|cache|head|layer|window|share|loop|recur|compress|latent|lora|rank|index|cross|state"
+    r".*(kv|mla|sparse|cache|head|layer|window|share|loop|recur|compress|latent|lora|rank|index|cross|state"
     r"|ssm|mamba|conv|linear|pattern|interval|period|group|depth|repeat|memory|multi_query"
     r"|attn|attention|mixer|block|chunk|encoder|dim$|stack|width)"
 )

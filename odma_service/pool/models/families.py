@@ -391,24 +391,20 @@ def _nemotron_h(config: Config) -> list[Layer]:
     return layers_of(found, kv(_kv_heads(config), width))
 
 
-def _wide_heads(*keys: str) -> Callable[[Config], list[Layer]]:
-    """Return the rule of Zamba: its attention reads the hidden state and the input beside it."""
-
-    def rule(config: Config) -> list[Layer]:
-        planes = kv(_kv_heads(config), _divided(config, 2))
-        for key in ("attention_head_dim", "attention_hidden_size", "kv_channels"):
-            config.get(key)
-        found = hybrid(config, *keys)
-        if config.has("hybrid_layer_ids"):
-            ids = config.items("hybrid_layer_ids")
-            if ids != [i for i, kind in enumerate(found) if kind is Kind.FULL]:
-                raise config.refuse("hybrid_layer_ids", f"says other layers than {keys[0]}")
-        return [
-            Layer(kind, planes if kind is Kind.FULL else (), has_state=kind is Kind.FULL)
-            for kind in found
-        ]
-
-    return rule
+def _wide_heads(config: Config) -> list[Layer]:
+    """Return the layers of Zamba: its attention reads the hidden state and the input beside it."""
+    planes = kv(_kv_heads(config), _divided(config, 2))
+    for key in ("attention_head_dim", "attention_hidden_size", "kv_channels"):
+        config.get(key)
+    found = hybrid(config, "layers_block_type")
+    if config.has("hybrid_layer_ids"):
+        ids = config.items("hybrid_layer_ids")
+        if ids != [i for i, kind in enumerate(found) if kind is Kind.FULL]:
+            raise config.refuse("hybrid_layer_ids", "says other layers than layers_block_type")
+    return [
+        Layer(kind, planes if kind is Kind.FULL else (), has_state=kind is Kind.FULL)
+        for kind in found
+    ]
 
 
 def _kimi_linear(config: Config) -> list[Layer]:
@@ -467,8 +463,7 @@ RULES: dict[str, Callable[[Config], list[Layer]]] = {
     "cycle": _hybrid("block_types"),
     "everywhere": _everywhere,
     "nemotron_h": _nemotron_h,
-    "zamba": _wide_heads("layers_block_type", "attn_layer_period"),
-    "zamba2": _wide_heads("layers_block_type"),
+    "zamba": _wide_heads,
     "kimi_linear": _kimi_linear,
     "latent_groups": _latent_groups,
     "mllama": _mllama,
