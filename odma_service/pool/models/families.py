@@ -415,7 +415,7 @@ def _kimi_linear(config: Config) -> list[Layer]:
     inner = config.within("linear_attn_config")
     numbers = inner.items("full_attn_layers")
     layers = config.layers
-    if not all(isinstance(each, int) and 1 <= each <= layers for each in numbers):
+    if not all(type(each) is int and 1 <= each <= layers for each in numbers):
         raise inner.refuse("full_attn_layers", f"must list some of {layers} layers, from 1")
     found = [Kind.FULL if i + 1 in numbers else Kind.STATE for i in range(layers)]
     return layers_of(found, planes)

@@ -111,14 +111,14 @@ def _period(config: Config, key: str) -> list[Kind]:
     return [Kind.FULL if i % every == offset else Kind.STATE for i in range(config.layers)]
 
 
-def _listed(listed: Kind, other: Kind, first: int = 0) -> Callable[[Config, str], list[Kind]]:
+def _listed(listed: Kind, other: Kind) -> Callable[[Config, str], list[Kind]]:
     def read(config: Config, key: str) -> list[Kind]:
         numbers, layers = config.items(key), config.layers
         for number in numbers:
             whole = isinstance(number, int) and not isinstance(number, bool)
-            if not whole or not first <= number < layers + first:
+            if not whole or not 0 <= number < layers:
                 raise config.refuse(key, f"must list some of {layers} layers")
-        return [listed if i + first in numbers else other for i in range(layers)]
+        return [listed if i in numbers else other for i in range(layers)]
 
     return read
 
@@ -139,7 +139,6 @@ READERS: dict[str, Callable[[Config, str], list[Kind]]] = {
     "attn_layer_period": _period,
     "attn_layer_indices": _listed(Kind.FULL, Kind.STATE),
     "full_attn_idxs": _listed(Kind.FULL, Kind.STATE),
-    "full_attn_layers": _listed(Kind.FULL, Kind.STATE, first=1),
     "cross_attention_layers": _listed(Kind.CROSS, Kind.FULL),
     "block_types": _cycle,
 }
