@@ -102,10 +102,11 @@ static void take_used(odma_arena *arena, const odma_batch *batch) {
     }
 }
 
-/* A tenant's own maximum holds up only that tenant. */
+/* A tenant's own maximum holds up only that tenant, and so does what is behind it. */
 static bool stops_allocates(const odma_result *result) {
     return result->outcome == ODMA_REFUSED && result->reason != ODMA_REASON_INVALID &&
-           result->reason != ODMA_REASON_NOT_FOUND && result->reason != ODMA_REASON_QUOTA;
+           result->reason != ODMA_REASON_NOT_FOUND && result->reason != ODMA_REASON_QUOTA &&
+           result->reason != ODMA_REASON_SKIPPED;
 }
 
 /* Whether an earlier allocate of the batch has the same request id. */

@@ -641,7 +641,7 @@ class Walk:
         elif self.refused:
             assert covered is None or skipped == (not covered), f"{skipped=} though {covered=}"
         else:
-            assert not skipped, f"{skipped=} though {due=}"
+            assert not skipped, "nothing is ahead of it"
         if skipped:
             assert result.preempt_handle == 0, "nobody should be preempted for this"
             self.held_up.add(op.tenant)
