@@ -84,7 +84,10 @@ RULES: dict[int, tuple[str, str]] = {
     lib.ODMA_RULE_COMPLETED_SEQ: ("completed_seq", "never falls, at most the last answered seq"),
     lib.ODMA_RULE_USED_HANDLE: ("handle", "its region must be live, and listed once"),
     lib.ODMA_RULE_USED_TOKENS: ("used_tokens", "at most the region's length"),
-    lib.ODMA_RULE_REQUEST_ID_TWICE: ("request_id", "asked for by an earlier operation of the batch"),
+    lib.ODMA_RULE_REQUEST_ID_TWICE: (
+        "request_id",
+        "asked for by an earlier operation of the batch",
+    ),
     lib.ODMA_RULE_TENANT_MAX_TOTAL: ("max_total_tokens", "at most what its tenant may hold"),
     lib.ODMA_RULE_TENANT_PROMPT: (
         "prompt_tokens",
@@ -295,7 +298,9 @@ def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Res
     """Return what C answered to each of `ops`."""
     answered: list[Result] = []
     for op, entry in zip(ops, _entries(_RESULT, results, len(ops)), strict=True):
-        outcome, reason, rule, start, length, free, largest, waiting, needed, most, handle, who = entry
+        outcome, reason, rule, start, length, free, largest, waiting, needed, most, handle, who = (
+            entry
+        )
         if outcome == _PLACED:
             answered.append(_new(Place, (handle, start * block_tokens, length * block_tokens)))
         elif outcome == _FREED:

@@ -839,7 +839,9 @@ class Walk:
             assert self.slides or self.evacuates or grows, "nothing would move"
             assert self.limited, "copies are unlimited"
             if self.many_copies and not self.growths and len(self.evacuations) <= 1:
-                assert result.copy_tokens_needed > self.budget - self.copied, "that many are allowed"
+                assert result.copy_tokens_needed > self.budget - self.copied, (
+                    "that many are allowed"
+                )
         elif reason == Reason.NO_SPACE:
             assert not self.counted or self.free < more, "enough blocks are free"
         elif reason == Reason.FRAGMENTED:
