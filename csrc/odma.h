@@ -183,9 +183,8 @@ typedef enum odma_overflow {
  * tenant's guarantee covers and that finds no room is a claim: its refusal names
  * a region of a tenant that holds more than its guarantee, and until it is let
  * in nobody else is admitted beyond a guarantee. A claim lapses once it was not
- * asked for again in ODMA_CLAIM_TURNS batches and unary calls that changed
- * something, or ODMA_CLAIM_CALLS of any kind, of which each of those counts for
- * as many as there are to one. */
+ * asked for again in ODMA_CLAIM_CALLS batches and unary calls, of which one that
+ * changed something counts for as many as make ODMA_CLAIM_TURNS of them do. */
 typedef struct odma_tenant {
     char name[ODMA_NAME_BYTES];   /* not empty, named once */
     double guaranteed_share;      /* 0 to maximum_share */
@@ -400,7 +399,8 @@ typedef struct odma_answer {
  *           with the same body gets the stored answer, `replayed` set.
  * Fails     ODMA_EPOCH, ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP;
  *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
- * Cost      O(used + ops); an operation that has to move regions O(live).
+ * Cost      O(used + ops); an operation that has to move regions O(live), and all
+ *           of a batch together 2^24 runs looked at: beyond that nothing is moved.
  */
 odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
 

@@ -270,7 +270,7 @@ def pool_that_plans_long(client):
         capacity_tokens=(hole + WAITING + 2 + 64) * 16,
         max_regions=WAITING + 8,
         single_ordered_stream=False,
-        policy=PolicyChange(name="elastic"),
+        policy=PolicyChange(name="elastic", safety_share=0),
     )
     large = pool.allocate(asking("hole", hole * 16)).handle
     handles = []
