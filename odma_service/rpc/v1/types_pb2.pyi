@@ -248,21 +248,35 @@ class PoolRef(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 characters of [A-Za-z0-9._-], not starting with a dot."""
     epoch: _builtins.int
     """The epoch that OpenPool answered. A call with another epoch is refused with
     FAILED_PRECONDITION: stop using the books and open the pool again.
     """
+    owner: _builtins.int
+    """The owner number that OpenPool answered, where it was asked with an
+    instance. It is in everything that the owner sends; a number that is not the
+    present one is refused: FENCED. 0: none, as in all that only reports.
+    """
+    number: _builtins.int
+    """Counts what is sent under one owner number: 1, 2, ..., whatever the rpc, one
+    after the other; a retry of a message has its number again. KeepAlive has
+    none. See MemoryService.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        owner: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "number", b"number", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +374,9 @@ class Refusal(_message.Message):
     awaiting_completion_tokens: _builtins.int
     """Vacated tokens that completed_seq does not cover yet."""
     copy_tokens_needed: _builtins.int
-    """COPY_BUDGET: what the cheapest plan found would copy."""
+    """COPY_BUDGET: what the cheapest plan found would still copy; 0: max_copies is
+    what is lacking. Part of it may be done already: ask again.
+    """
     preempt_handle: _builtins.int
     """Refused Extend: the youngest region by order of its Allocate, possibly the
     asker's own, never the oldest and never a pinned one. 0: nobody. Where the
@@ -528,7 +544,7 @@ class TenantShare(_message.Message):
     guarantee covers and that finds no room is a claim: it names whom to preempt,
     and until it is let in no Allocate beyond a guarantee is, but its own
     tenant's. A claim lapses when it was not asked for again in 64 batches and
-    unary calls.
+    unary calls that changed something; one that did not counts a 64th.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
