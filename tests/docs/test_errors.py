@@ -40,6 +40,7 @@ SAMPLES = (
     errors.UnimplementedError("no such rpc"),
     errors.UnavailableError("draining"),
     errors.BooksLockedError("locked"),
+    errors.BooksUnavailableError("no descriptor is left"),
     errors.BooksError("broken"),
     errors.BooksForeignError("of another user"),
     errors.BooksMismatchError("of another layout"),
