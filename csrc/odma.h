@@ -231,6 +231,10 @@ odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
 odma_status odma_policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]);
 odma_status odma_geometry_check(const odma_geometry *geometry, char reason[ODMA_REASON_BYTES]);
 
+/* Bytes of the file of an arena of this geometry, 0 for a bad one. The memory of a
+ * process that has it open is less. */
+uint64_t odma_geometry_file_bytes(const odma_geometry *geometry);
+
 /* --- step: what one decode step asks, and its answer --- */
 
 typedef struct odma_used {

@@ -190,6 +190,13 @@ static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTE
     return ODMA_OK;
 }
 
+uint64_t odma_geometry_file_bytes(const odma_geometry *geometry) {
+    odma_geometry finished;
+    if (geometry == NULL) return 0;
+    finished = finished_geometry(*geometry);
+    return geometry_fault(&finished) == NULL ? layout_of(&finished).file_bytes : 0;
+}
+
 odma_status odma_arena_create(const char *path, const odma_geometry *geometry, odma_arena **out,
                               char reason[ODMA_REASON_BYTES]) {
     if (path == NULL || geometry == NULL || out == NULL)

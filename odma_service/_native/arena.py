@@ -95,6 +95,7 @@ _BOOKS_ERRORS: dict[int, type[BooksError]] = {
     lib.ODMA_CORRUPT: BooksCorruptError,
     lib.ODMA_BROKEN: BooksCorruptError,
     lib.ODMA_IO: BooksUnavailableError,
+    lib.ODMA_EXISTS: BooksUnavailableError,
 }
 
 

@@ -195,7 +195,7 @@ def test_a_file_that_shrinks_under_its_server(servers):
         os.truncate(server.pool_dir / "p.pool", 4096)
         with pytest.raises(OdmaError):
             pool.apply(ops=[Allocate("r", 10)])
-        assert "changed under the arena" in told_of(server, "pool set aside", "p.pool.set-aside-1")
+        assert "its geometry needs" in told_of(server, "pool set aside", "p.pool.set-aside-1")
         assert open_pool(service, "p").apply(ops=[Allocate("r", 10)]).seq == 1
 
 

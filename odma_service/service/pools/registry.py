@@ -7,9 +7,8 @@ only callers of the same pool. A retry that comes while its original runs waits 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from odma_service.errors import (
     BooksError,
     BooksForeignError,
     BooksMismatchError,
+    BooksUnavailableError,
     EpochError,
     InvalidError,
     OdmaError,
@@ -64,12 +64,16 @@ class View(NamedTuple):
 
 
 class Entry:
-    """A pool and the time of its owner's last call. pool None: the pool is gone."""
+    """A pool and the time of its owner's last call.
 
-    __slots__ = ("heard_at", "learner", "lock", "pool", "stale")
+    pool None: the pool is gone, or `trouble` says why its file could not be opened again.
+    """
+
+    __slots__ = ("heard_at", "learner", "lock", "pool", "stale", "trouble")
 
     def __init__(self, learner: Learner, now: float) -> None:
         self.lock = Lock()
+        self.trouble: OdmaError | None = None
         self.adopt(learner, now)
 
     def adopt(self, learner: Learner, now: float) -> None:
@@ -81,8 +85,13 @@ class Entry:
 
 
 class Registry:
-    """All pools of one directory. Nobody else may write to it.
+    """All pools of one directory. Nobody else may write to it: see PoolDirectory.
 
+    Books that fail in a call are read again from their file, as after a kill. What the file says
+    decides: the epoch goes on, the books are set aside, or the system refuses them for a while.
+
+    `last_epoch` is the highest that was ever given here, `keep_epoch` is told of a higher one.
+    `most_bytes` bounds the files of all pools together.
     `monotonic` and `wall` return seconds, `model` returns the model that predicts now. `boot_id`
     names the run of the machine: device memory does not outlive it.
     """
@@ -93,6 +102,9 @@ class Registry:
         *,
         max_pools: int,
         max_owner_pools: int,
+        most_bytes: int = 2**63,
+        last_epoch: int = 0,
+        keep_epoch: Callable[[int], None] = lambda _: None,
         boot_id: str,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
@@ -102,6 +114,9 @@ class Registry:
         self._directory = directory
         self._max_pools = max_pools
         self._max_owner_pools = max_owner_pools
+        self._most_bytes = most_bytes
+        self._last_epoch = last_epoch
+        self._keep_epoch = keep_epoch
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
@@ -114,7 +129,8 @@ class Registry:
     def attach_all(self) -> None:
         """Attach the pools of an earlier run; log the reason for each that cannot be used."""
         for leftover in self._directory.glob(f"*{SUFFIX}{UNFINISHED}"):
-            leftover.unlink()
+            with suppress(OSError):  # a new one takes its place
+                leftover.unlink()
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
             try:
                 self._find(path.name.removesuffix(SUFFIX))
@@ -158,22 +174,21 @@ class Registry:
             if entry is None:
                 return self._create(claimed(spec, None), policy)
             with entry.lock:
-                if entry.pool is None:
+                if entry.pool is None and entry.trouble is None:
                     return self._create(claimed(spec, None), policy)
-                pool = self._insist(spec.name, entry)
-                spec = claimed(spec, pool.spec)
-                if self._is_retry(pool, spec):
-                    self._hear(spec.name, entry)
-                else:
-                    self._insist_free(pool, entry, take_over=take_over)
-                    self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
-                return _opened(entry.pool)
+                with self._using(spec.name, entry) as pool:
+                    spec = claimed(spec, pool.spec)
+                    if self._is_retry(pool, spec):
+                        self._hear(spec.name, entry)
+                    else:
+                        self._insist_free(pool, entry, take_over=take_over)
+                        self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
+                return _opened(entry.learner.pool)
 
     def close_epoch(self, name: str, epoch: int) -> None:
         """End an epoch; a repeated call changes nothing. Raises EpochError for an older epoch."""
         entry = self._find(name)
-        with entry.lock:
-            pool = self._insist_seen(name, entry)
+        with entry.lock, self._using(name, entry, seen=True) as pool:
             if pool.epoch == 0 and pool.report().last_epoch == epoch:
                 return
             if pool.epoch != epoch:
@@ -185,43 +200,50 @@ class Registry:
     def owned(self, name: str, epoch: int) -> Iterator[Learner]:
         """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
         entry = self._find(name)
-        with self.telemetry.spans.waiting(entry.lock):
-            pool = self._insist_seen(name, entry)
+        with (
+            self.telemetry.spans.waiting(entry.lock),
+            self._using(name, entry, seen=True) as pool,
+        ):
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             self.telemetry.spans.serves(name, epoch)
             self._hear(name, entry)
-            try:
-                yield entry.learner
-            except BooksCorruptError as error:
-                self._drop(name, entry, error)
-                raise
+            yield entry.learner
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
         """Hold a pool to look at it. Raises PoolNotFoundError."""
         entry = self._find(name)
-        with entry.lock:
-            self._insist_seen(name, entry)
+        with entry.lock, self._using(name, entry, seen=True):
             yield View(entry.learner, self._idle_seconds(entry))
 
-    def reap(self) -> None:
+    def reap(self, now: float | None = None, *, missed_seconds: float = 0.0) -> None:
         """Report owners that fell silent, and close their pools after the retention time.
 
-        A pool in use is skipped: its owner is not silent.
+        Nothing else closes them: a call is heard, however late it is taken. A pool in use is
+        skipped, as its owner is not silent. `now` is when the caller looked at the clock. For
+        `missed_seconds` before that the process did not run, so nobody can have been heard.
         """
+        now = self._monotonic() if now is None else now
         for name, entry in list(self._entries.items()):
             if not entry.lock.acquire(blocking=False):
                 continue
             try:
-                pool = entry.pool and self._insist(name, entry)
-                if not pool or not pool.epoch or entry.stale:
-                    continue
-                entry.stale = self._idle_seconds(entry) > pool.spec.ttl_seconds
-                if entry.stale:
-                    self.telemetry.tell(EventKind.STALE, name, pool.epoch)
+                entry.heard_at = max(entry.heard_at, min(entry.heard_at + missed_seconds, now))
+                if entry.pool is not None:
+                    with suppress(BooksError), self._using(name, entry) as pool:
+                        self._look_at(pool, entry, now - entry.heard_at)
             finally:
                 entry.lock.release()
+
+    def _look_at(self, pool: Pool, entry: Entry, idle_seconds: float) -> None:
+        name, epoch = pool.spec.name, pool.epoch
+        if epoch and idle_seconds > pool.spec.retention_seconds:
+            pool.close_epoch(epoch)
+            self.telemetry.tell(EventKind.EXPIRED, name, epoch)
+        elif epoch and not entry.stale and idle_seconds > pool.spec.ttl_seconds:
+            entry.stale = True
+            self.telemetry.tell(EventKind.STALE, name, epoch)
 
     # --- the set of pools ---
 
@@ -240,13 +262,16 @@ class Registry:
         """Return a pool's entry, or attach its file, which another process may have given up."""
         entry = self._entries.get(name)
         path = self._path(name)
-        if entry is not None or not os.path.lexists(path):
+        if entry is not None or not _may_exist(path):
             return entry
         try:
             pool = self._attach(name, path)
         except UNUSABLE as error:
             self._set_aside(name, error)
             return None
+        except PoolNotFoundError:
+            return None
+        self._last_epoch = max(self._last_epoch, pool.report().last_epoch)
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
@@ -265,20 +290,22 @@ class Registry:
         pool.close()
         raise BooksMismatchError(f"{path}: its books are those of pool {pool.spec.name!r}")
 
-    def _insist(self, name: str, entry: Entry) -> Pool:
-        """Return the pool of a locked entry; close its epoch if its owner was silent too long.
+    @contextmanager
+    def _using(self, name: str, entry: Entry, *, seen: bool = False) -> Iterator[Pool]:
+        """Use the pool of a locked entry; read its file again if its books fail.
 
-        Raises PoolNotFoundError.
+        Raises PoolNotFoundError, if `seen` also for a pool that the caller may not see.
         """
         pool = entry.pool
         if pool is None:
             self._insist_serving()
+            raise entry.trouble or PoolNotFoundError(name)
+        if seen and not may_see(pool.spec):
             raise PoolNotFoundError(name)
-        if pool.epoch and self._idle_seconds(entry) > pool.spec.retention_seconds:
-            epoch = pool.epoch
-            pool.close_epoch(epoch)
-            self.telemetry.tell(EventKind.EXPIRED, name, epoch)
-        return pool
+        try:
+            yield pool
+        except BooksCorruptError as error:
+            raise self._renew(name, entry, error) from None
 
     def _hear(self, name: str, entry: Entry) -> None:
         """Record that the owner of a locked entry lives."""
@@ -287,35 +314,45 @@ class Registry:
             entry.stale = False
             self.telemetry.tell(EventKind.REVIVED, name, entry.learner.pool.epoch)
 
-    def _insist_seen(self, name: str, entry: Entry) -> Pool:
-        """Return the pool of a locked entry.
-
-        Raises PoolNotFoundError also for a pool that the caller may not see.
-        """
-        pool = self._insist(name, entry)
-        if not may_see(pool.spec):
-            raise PoolNotFoundError(name)
-        return pool
-
     def _insist_serving(self) -> None:
         if self._closed:
             raise draining()
 
-    def _drop(self, name: str, entry: Entry, error: BooksError) -> None:
-        """Set the books of a locked entry aside: then the pool can be opened again."""
+    def _renew(self, name: str, entry: Entry, error: BooksError) -> OdmaError:
+        """Read the file of a locked entry again, as after a kill; return what to tell its caller.
+
+        Books that are set aside can be opened anew.
+        """
         if entry.pool is None:
-            return
+            return error
         entry.pool.close()
         entry.pool = None
-        self._entries.pop(name, None)
-        self._set_aside(name, error)
+        try:
+            pool = self._attach(name, self._path(name))
+        except UNUSABLE as fault:
+            self._entries.pop(name, None)
+            self._set_aside(name, fault)
+            return fault
+        except PoolNotFoundError:
+            self._entries.pop(name, None)
+            return error
+        except OdmaError as trouble:
+            self._entries.pop(name, None)
+            entry.trouble = trouble
+            return trouble
+        entry.adopt(self._learner(pool), entry.heard_at)
+        return BooksUnavailableError(f"{error}; it was read again: repeat the call")
 
     def _set_aside(self, name: str, error: BooksError) -> None:
-        aside = set_aside(self._path(name), str(error))
+        try:
+            aside = set_aside(self._path(name), str(error))
+        except OSError as refused:
+            reason = f"{error}; it cannot be set aside: {refused.strerror}"
+            raise BooksUnavailableError(reason) from None
         self.telemetry.tell(EventKind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
-    def _make_room(self, owner: str) -> None:
-        """Forget the closed pool that was opened longest ago, if a limit is reached.
+    def _to_forget(self, owner: str) -> str | None:
+        """Return the closed pool that was opened longest ago, if a limit is reached.
 
         An owner at its own limit makes room among its own pools. Raises PoolLimitError.
         """
@@ -325,26 +362,46 @@ class Registry:
             if owner and entry.pool and entry.pool.spec.owner == owner
         }
         if len(own) >= self._max_owner_pools:
-            self._forget_oldest(own, f"{self._max_owner_pools} pools (max-owner-pools)")
-        elif len(self._entries) >= self._max_pools:
-            self._forget_oldest(self._entries, f"{self._max_pools} pools (max-pools)")
+            return self._oldest_closed(own, f"{self._max_owner_pools} pools (max-owner-pools)")
+        if len(self._entries) >= self._max_pools:
+            return self._oldest_closed(self._entries, f"{self._max_pools} pools (max-pools)")
+        return None
 
-    def _forget_oldest(self, entries: Mapping[str, Entry], limit: str) -> None:
+    def _oldest_closed(self, entries: Mapping[str, Entry], limit: str) -> str:
         closed: list[tuple[int, str]] = []
         for name, entry in entries.items():
             with entry.lock:
-                if entry.pool and not self._insist(name, entry).epoch:
+                if entry.pool and not entry.pool.epoch:
                     closed.append((entry.pool.report().last_epoch, name))
         if not closed:
             raise PoolLimitError(f"all {limit} are open")
-        _, name = min(closed)
-        entry = self._entries.pop(name)
+        return min(closed)[1]
+
+    def _forget(self, name: str) -> None:
+        """Remove a closed pool. Raises OSError: it is still there."""
+        entry = self._entries[name]
         with entry.lock:
+            self._path(name).unlink(missing_ok=True)
             if entry.pool:
                 entry.pool.close()
             entry.pool = None
-            self._path(name).unlink()
-        self.telemetry.tell(EventKind.FORGOTTEN, name)
+        self._entries.pop(name, None)
+
+    def _insist_bytes(self, spec: PoolSpec, without: str | None) -> None:
+        """Raise PoolLimitError if the files would pass their bound, one of them being gone."""
+        wanted = spec.arena_geometry().file_bytes
+        pools = [(name, entry.pool) for name, entry in list(self._entries.items())]
+        taken = sum(
+            pool.spec.arena_geometry().file_bytes
+            for name, pool in pools
+            if pool is not None and name != without
+        )
+        if taken + wanted > self._most_bytes:
+            raise PoolLimitError(
+                f"its file takes {wanted:,} bytes, and those of the others {taken:,} of "
+                f"{self._most_bytes:,} (max-pool-bytes); fewer max_regions, max_ops or max_copies "
+                "take less"
+            )
 
     # --- opening ---
 
@@ -358,17 +415,22 @@ class Registry:
 
     def _insist_free(self, pool: Pool, entry: Entry, *, take_over: bool) -> None:
         """Raise PoolOwnedError if somebody else owns the pool and it is not taken over."""
-        name, epoch = pool.spec.name, pool.epoch
-        if not epoch:
-            return
-        if not take_over:
-            raise PoolOwnedError(name, self._idle_seconds(entry))
-        self.telemetry.tell(EventKind.TAKEN_OVER, name, epoch)
+        if pool.epoch and not take_over:
+            raise PoolOwnedError(pool.spec.name, self._idle_seconds(entry))
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
-        self._make_room(spec.owner)
+        forgotten = self._to_forget(spec.owner)
+        self._insist_bytes(spec, forgotten)
         path = self._path(spec.name)
-        pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
+        pool = self._new_books(path, spec, self._next_epoch(0), policy)
+        if forgotten is not None:
+            try:
+                self._forget(forgotten)
+            except OSError:
+                pool.close()
+                path.unlink()
+                raise
+            self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
         self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
@@ -377,27 +439,57 @@ class Registry:
         self, pool: Pool, entry: Entry, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool
     ) -> None:
         """Begin an epoch for a locked entry, with new books if the geometry changes."""
+        before = pool.epoch
         epoch = self._next_epoch(pool.report().last_epoch)
         if spec.arena_geometry() == pool.spec.arena_geometry():
             pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
         else:
+            self._insist_bytes(spec, spec.name)
             path = self._path(spec.name)
             unfinished = path.with_name(path.name + UNFINISHED)
-            old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
-            unfinished.replace(path)
+            unfinished.unlink(missing_ok=True)
+            old, pool = pool, self._new_books(unfinished, spec, epoch, policy)
+            try:
+                unfinished.replace(path)
+            except OSError:
+                pool.close()
+                unfinished.unlink()
+                raise
             old.close()
+        if before:
+            self.telemetry.tell(EventKind.TAKEN_OVER, spec.name, before)
         entry.adopt(self._learner(pool), self._monotonic())
         self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
 
+    def _new_books(self, path: Path, spec: PoolSpec, epoch: int, policy: PolicyRecord) -> Pool:
+        try:
+            return Pool.create(path, spec, epoch, self._boot_id, policy)
+        except BooksCorruptError as error:  # a page of it failed: there are no books yet
+            raise BooksUnavailableError(str(error)) from None
+
     def _next_epoch(self, last: int) -> int:
-        """Return a number that no epoch had before, not even in lost books."""
-        return max(int(self._wall() * 1000), last + 1)
+        """Return a number that no epoch had before, in lost books and by other clocks either."""
+        epoch = max(int(self._wall() * 1000), last + 1, self._last_epoch + 1)
+        self._keep_epoch(epoch)
+        self._last_epoch = epoch
+        return epoch
 
     def _idle_seconds(self, entry: Entry) -> float:
         return self._monotonic() - entry.heard_at
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}{SUFFIX}"
+
+
+def _may_exist(path: Path) -> bool:
+    """Whether a file is there, or nobody can say."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def draining() -> UnavailableError:

@@ -83,8 +83,9 @@ def told(error: Exception, rpc: str) -> Status:
     """Return the status that tells an error of any kind; a bug of ours is logged."""
     if isinstance(error, OdmaError):
         return status_of(error)
-    if isinstance(error, MemoryError):
-        return status_of(errors.BooksUnavailableError("no memory is left; try again"))
+    if isinstance(error, (OSError, MemoryError)):
+        reason = "no memory is left" if isinstance(error, MemoryError) else str(error)
+        return status_of(errors.BooksUnavailableError(reason))
     log.error("a call failed inside", rpc=rpc, exc_info=error)
     return INTERNAL
 
