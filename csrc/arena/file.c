@@ -61,10 +61,10 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     void *page = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (page == MAP_FAILED) return refuse(reason, ODMA_IO, "not enough memory for a page");
     arena->fork_mark = page;
+    *arena->fork_mark = 1;
     if (madvise(page, PAGE_BYTES, MADV_WIPEONFORK) != 0)
         return refuse(reason, ODMA_IO, "the system cannot mark memory for forks: %s",
                       strerror(errno));
-    *arena->fork_mark = 1;
     return ODMA_OK;
 }
 

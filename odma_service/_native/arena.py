@@ -143,7 +143,11 @@ class Arena:
         status = lib.odma_arena_create(os.fsencode(path), wanted, arena, reason)
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
-        return cls(path, arena[0])
+        try:
+            return cls(path, arena[0])
+        except MemoryError:
+            path.unlink()
+            raise
 
     @classmethod
     def attach(

@@ -421,14 +421,13 @@ class Registry:
     def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
         forgotten = self._to_forget(spec.owner)
         self._insist_bytes(spec, forgotten)
-        path = self._path(spec.name)
-        pool = self._new_books(path, spec, self._next_epoch(0), policy)
+        pool = self._new_books(spec, self._next_epoch(0), policy)
         if forgotten is not None:
             try:
                 self._forget(forgotten)
             except OSError:
                 pool.close()
-                path.unlink()
+                self._path(spec.name).unlink()
                 raise
             self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
@@ -445,27 +444,29 @@ class Registry:
             pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
         else:
             self._insist_bytes(spec, spec.name)
-            path = self._path(spec.name)
-            unfinished = path.with_name(path.name + UNFINISHED)
-            unfinished.unlink(missing_ok=True)
-            old, pool = pool, self._new_books(unfinished, spec, epoch, policy)
-            try:
-                unfinished.replace(path)
-            except OSError:
-                pool.close()
-                unfinished.unlink()
-                raise
+            old, pool = pool, self._new_books(spec, epoch, policy)
             old.close()
         if before:
             self.telemetry.tell(EventKind.TAKEN_OVER, spec.name, before)
         entry.adopt(self._learner(pool), self._monotonic())
         self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
 
-    def _new_books(self, path: Path, spec: PoolSpec, epoch: int, policy: PolicyRecord) -> Pool:
+    def _new_books(self, spec: PoolSpec, epoch: int, policy: PolicyRecord) -> Pool:
+        """Make books in the place of the pool's file, if there is one: if that fails it stays."""
+        path = self._path(spec.name)
+        unfinished = path.with_name(path.name + UNFINISHED)
+        unfinished.unlink(missing_ok=True)  # of an attempt that failed
         try:
-            return Pool.create(path, spec, epoch, self._boot_id, policy)
+            pool = Pool.create(unfinished, spec, epoch, self._boot_id, policy)
         except BooksCorruptError as error:  # a page of it failed: there are no books yet
             raise BooksUnavailableError(str(error)) from None
+        try:
+            unfinished.replace(path)
+        except OSError:
+            pool.close()
+            unfinished.unlink()
+            raise
+        return pool
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had before, in lost books and by other clocks either."""
