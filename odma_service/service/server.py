@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,13 +105,16 @@ def run(settings: Settings) -> None:
 
 def _run(settings: Settings, lines: Lines) -> None:
     path = _own_directory(settings.pool_dir)
-    wait = _wait_for_directory if settings.wait_for_pool_dir else None
     try:
-        directory = PoolDirectory.take(path, wait)
-    except DirectoryTakenError:
-        if settings.wait_for_pool_dir:  # it was told to stop while it waited
+        directory = PoolDirectory.take(path)
+    except DirectoryTakenError as taken:
+        if not settings.wait_for_pool_dir:
+            raise
+        log.warning("the service waits for the pool directory", reason=str(taken))
+        waited = _wait_for(path)
+        if waited is None:
             return
-        raise
+        directory = waited
     models = Models(
         _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
     )
@@ -232,9 +235,12 @@ def _wait_for_stop() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _wait_for_directory() -> bool:
-    """Pause before the next attempt to take the pool directory; return False at a stop signal."""
-    return signal.sigtimedwait(STOP_SIGNALS, LOOK_SECONDS) is None
+def _wait_for(path: Path) -> PoolDirectory | None:
+    """Return the pool directory once no server has it, None at a stop signal."""
+    while signal.sigtimedwait(STOP_SIGNALS, LOOK_SECONDS) is None:
+        with suppress(DirectoryTakenError):
+            return PoolDirectory.take(path)
+    return None
 
 
 def _print(line: str) -> None:

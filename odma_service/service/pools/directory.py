@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -33,23 +32,17 @@ class PoolDirectory:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, wait: Callable[[], bool] | None = None) -> Self:
+    def take(cls, path: Path) -> Self:
         """Lock a directory.
 
-        `wait` pauses between two attempts, and returns whether to go on. Raises
-        DirectoryTakenError that names the process that has it, OdmaError if no file can be made.
+        Raises DirectoryTakenError that names the process that has it, OdmaError if no file can be
+        made.
         """
-        while True:
-            try:
-                return cls._try(path)
-            except DirectoryTakenError:
-                if wait is None or not wait():
-                    raise
-            except OSError as error:
-                file = path / LOCK_NAME
-                raise OdmaError(
-                    f"cannot lock the pool directory: {file}: {error.strerror}"
-                ) from None
+        try:
+            return cls._try(path)
+        except OSError as error:
+            file = path / LOCK_NAME
+            raise OdmaError(f"cannot lock the pool directory: {file}: {error.strerror}") from None
 
     @classmethod
     def _try(cls, path: Path) -> Self:
