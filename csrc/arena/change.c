@@ -156,7 +156,7 @@ odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
     struct books *books = arena->books;
     if (expected_version != 0 && expected_version != books->policy.version)
         return leave(arena, ODMA_VERSION);
-    next.version = books->policy.version + 1;
+    next.version = books->policy.version == UINT32_MAX ? 1 : books->policy.version + 1;
     if (memcmp(next.tenants, books->policy.tenants, sizeof next.tenants) != 0)
         memset(books->claims, 0, sizeof books->claims);
     books->policy = next;

@@ -86,7 +86,6 @@ CLASS_OTHER: int = lib.ODMA_CLASS_OTHER
 """Index of the request classes beyond the 64th."""
 
 OTHER_CLASS_NAME = "(other)"
-POOL_CLASS_NAME = "(pool)"
 
 _BOOKS_ERRORS: dict[int, type[BooksError]] = {
     lib.ODMA_LOCKED: BooksLockedError,
@@ -530,13 +529,17 @@ class Arena:
             prompt_tokens=entry.prompt_tokens,
             generated_tokens=entry.generated_tokens,
             max_total_tokens=entry.max_total_tokens,
-            request_class=self._class_name(entry.class_index) if live else "",
+            request_class=self.class_name(entry.class_index) if live else "",
             request_id=_text(entry.request_id),
         )
 
-    def _class_name(self, index: int) -> str:
+    def class_name(self, index: int) -> str:
+        """Return the name of a class; that of CLASS_OTHER is no class's own, primed if need be."""
         if index == CLASS_OTHER:
-            return OTHER_CLASS_NAME
+            names, other = self.class_names(), OTHER_CLASS_NAME
+            while other in names:
+                other += "'"
+            return other
         if index >= len(self._class_names):
             self.class_names()
         return self._class_names[index]

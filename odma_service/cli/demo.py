@@ -7,7 +7,6 @@ of memory, was not. A trace or an option that cannot be used exits with 2.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
@@ -15,20 +14,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
-    TextColumn,
-    TimeElapsedColumn,
 )
 from rich.text import Text
 
 from odma_service.cli.failures import BadResultError, bad_result
 from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key
-from odma_service.cli.output import show
+from odma_service.cli.output import progress_bar, show
 from odma_service.client import Client
 from odma_service.client.local import own_server
 from odma_service.demo.play import Setting, play
@@ -157,25 +152,13 @@ def _load(path: Path | None, rows: int | None, seed: int, limits: Limits) -> Tra
 def _play(
     load: Trace, policies: list[str], setting: Setting, service: Client, *, quiet: bool
 ) -> list[Outcome]:
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         outcomes = []
         for policy in policies:
             task = progress.add_task(policy, total=len(load))
             outcomes.append(play(service, load, policy, setting, _mover(progress, task)))
             progress.update(task, completed=len(load))
     return outcomes
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not (sys.stdout.isatty() and sys.stderr.isatty()),
-    )
 
 
 def _mover(progress: Progress, task: TaskID) -> Callable[[History], None]:

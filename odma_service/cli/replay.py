@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.cli.options import AsJson
-from odma_service.cli.output import Facts, show
+from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.errors import InvalidError
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
@@ -150,20 +141,6 @@ def tenant_of(text: str) -> TenantShare:
         raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
-def progress_bar(quiet: bool) -> Progress:
-    """Return a bar on stderr, which is not drawn where nobody looks."""
-    return Progress(
-        TextColumn("{task.description:22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-        transient=True,
-    )
-
-
 def _watch(progress: Progress, total: int) -> replay.Progress:
     tasks: dict[str, TaskID] = {}
 
@@ -186,8 +163,8 @@ def _object(compared: Sequence[replay.Comparison]) -> Facts:
 def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
-    console = Console()
-    console = Console(width=max(console.width, TABLE_WIDTH))
+    console = SafeConsole()
+    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [

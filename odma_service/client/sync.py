@@ -68,7 +68,7 @@ class Client:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
-        self._caller = Caller(token)
+        self._caller = Caller(token, target, tls)
         self._channel = (
             grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls

@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
 MOST_EPOCH = 2**53 - 1
-OTHER_CLASSES = "(other)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,9 +432,10 @@ class Pool:
 
     def class_history(self, index: int) -> ClassHistory:
         """Return what is known about the class of an index below report().classes."""
-        name = OTHER_CLASSES if index == CLASS_OTHER else self._arena.class_names()[index]
         known = self._arena.quantiles(index)
-        return ClassHistory(name, self._arena.histogram(index), known and known[0])
+        return ClassHistory(
+            self._arena.class_name(index), self._arena.histogram(index), known and known[0]
+        )
 
 
 def _insist_next(epoch: int, last_epoch: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -37,6 +39,7 @@ from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceS
 from odma_service.service.config import UNIX, Settings
 from odma_service.service.door.access import Access
 from odma_service.service.door.guard import GUARD_OPTIONS, Calls, Guard
+from odma_service.service.door.private import insist_trusted
 from odma_service.service.door.tls import credentials_of
 from odma_service.service.pools.directory import DirectoryTakenError, PoolDirectory
 from odma_service.service.pools.models import Models
@@ -76,6 +79,7 @@ NOTED_SIGNALS = {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 """They ask for nothing that is not done by itself: changed files are read when they change."""
 LOOK_SECONDS = 0.2
 """Between two attempts to take the pool directory."""
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
 
@@ -96,6 +100,7 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     with standard_error() as lines:
         _configure_log(settings)
+        _forbid_core_dumps()
         # In all threads, until waited for.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | NOTED_SIGNALS)
         own_faults()
@@ -345,7 +350,18 @@ def _remove_stale(path: Path) -> None:
 def _model_directory(setting: str) -> Path | None:
     if setting == "none":
         return None
-    return default_model() if setting == "shipped" else Path(setting).expanduser()
+    if setting == "shipped":
+        return default_model()
+    directory = Path(setting).expanduser()
+    for path in (directory, *directory.glob("*")):
+        insist_trusted(path)
+    return directory
+
+
+def _forbid_core_dumps() -> None:
+    """Keep this process's memory, in which prompts pass, out of core files and other processes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
 
 
 def _own_directory(path: Path) -> Path:

@@ -281,7 +281,11 @@ class Registry:
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
-        return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
+        try:
+            return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
+        except MemoryError:
+            pool.close()  # its file can be attached again
+            raise
 
     def _attach(self, name: str, path: Path) -> Pool:
         pool = Pool.attach(path, self._boot_id)
@@ -304,8 +308,8 @@ class Registry:
             raise PoolNotFoundError(name)
         try:
             yield pool
-        except BooksCorruptError as error:
-            raise self._renew(name, entry, error) from None
+        except (BooksCorruptError, MemoryError) as error:
+            raise self._renew(name, entry, str(error) or "no memory is left") from None
 
     def _hear(self, name: str, entry: Entry) -> None:
         """Record that the owner of a locked entry lives."""
@@ -318,30 +322,29 @@ class Registry:
         if self._closed:
             raise draining()
 
-    def _renew(self, name: str, entry: Entry, error: BooksError) -> OdmaError:
+    def _renew(self, name: str, entry: Entry, reason: str) -> OdmaError:
         """Read the file of a locked entry again, as after a kill; return what to tell its caller.
 
         Books that are set aside can be opened anew.
         """
-        if entry.pool is None:
-            return error
-        entry.pool.close()
+        if entry.pool is not None:
+            entry.pool.close()
         entry.pool = None
         try:
             pool = self._attach(name, self._path(name))
+            entry.adopt(self._learner(pool), entry.heard_at)
         except UNUSABLE as fault:
             self._entries.pop(name, None)
             self._set_aside(name, fault)
             return fault
         except PoolNotFoundError:
             self._entries.pop(name, None)
-            return error
-        except OdmaError as trouble:
+            return BooksCorruptError(reason)
+        except (BooksError, MemoryError) as refused:
             self._entries.pop(name, None)
-            entry.trouble = trouble
-            return trouble
-        entry.adopt(self._learner(pool), entry.heard_at)
-        return BooksUnavailableError(f"{error}; it was read again: repeat the call")
+            entry.trouble = BooksUnavailableError(str(refused) or reason)
+            return entry.trouble
+        return BooksUnavailableError(f"{reason}; the file was read again: repeat the call")
 
     def _set_aside(self, name: str, error: BooksError) -> None:
         try:
