@@ -402,8 +402,7 @@ class Registry:
         if taken + wanted > self._most_bytes:
             raise PoolLimitError(
                 f"its file takes {wanted:,} bytes, and those of the others {taken:,} of "
-                f"{self._most_bytes:,} (max-pool-bytes); fewer max_regions, max_ops or max_copies "
-                "take less"
+                f"{self._most_bytes:,} (max-pool-bytes); fewer max_regions take less"
             )
 
     # --- opening ---
