@@ -40,6 +40,7 @@ from odma_service.errors import (
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import memory_service_pb2_grpc, pool_service_pb2
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.service.door.private import Reloaded, read_file
 from odma_service.service.pools.directory import LOCK_NAME, PoolDirectory
 from odma_service.service.watch.decisions import ROTATED, RotatedFile
 from odma_service.service.watch.events import EventKind
@@ -199,6 +200,17 @@ def test_a_server_without_descriptors_refuses_for_a_while_and_goes_on(servers):
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
         assert open_pool(service, "new").apply().seq == 1
     assert not list(server.pool_dir.glob("*.set-aside*"))
+
+
+def test_files_that_could_not_be_read_are_read_when_they_can_be(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o600)
+    value = Reloaded([path], lambda: read_file(path, private=True))
+    path.write_text("newer")
+    with no_descriptor():
+        assert value.get() == b"old"
+    wait_for(lambda: value.get() == b"newer", "the new content")
 
 
 def test_what_an_attempt_left_behind_does_not_block_the_next(registry, tmp_path):

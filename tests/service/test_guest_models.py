@@ -15,6 +15,7 @@ from servers import open_pool, wait_for
 from odma_service.client import Client
 from odma_service.errors import ModelError
 from odma_service.learning.predictor import History, Predictor, PromptInput, Run, default_model
+from odma_service.pool.policy import named
 from odma_service.service.pools import models
 from odma_service.service.pools.models import Guest, Models, Watchdog
 from odma_service.values import Allocate, Batch, End, Free, Place, PolicyChange
@@ -98,9 +99,7 @@ def learnt_registry(tmp_path, model):
             [place] = learner.apply(epoch, Batch(seq, seq - 1, [], [Allocate("r", 10)])).results
             done = Free(place.handle, End.FINISHED, 100)
             learner.apply(epoch, Batch(seq + 1, seq, [], [done]))
-        learner.set_policy(
-            learner.pool.policy().with_changes(start=2, overflow_risk=0.05, unsure_ratio=8.0)
-        )
+        learner.set_policy(named("odma", 150_000, 200_000))
     return registry, epoch
 
 

@@ -26,6 +26,8 @@ from odma_service.service.watch.lines import Seldom
 from odma_service.values import Quantiles, Text
 
 LOOK_SECONDS = 2.0
+REFUSED_SECONDS = 30.0
+"""Until a model that was refused is loaded again: the trouble may have been the system's."""
 LOAD_SECONDS = 60.0
 PREDICT_SECONDS = 5.0
 """For so long a model may run before it is stopped."""
@@ -142,6 +144,8 @@ class Models:
         self._watchdog = Watchdog()
         self._failures: Counter[str] = Counter()
         self._loaded = self._seen = _look(directory) if directory else None
+        self._refused: Look | None = None
+        self._again_at = 0.0
         self._model = self._load(directory) if directory else None
 
     def now(self) -> Guest | None:
@@ -176,12 +180,16 @@ class Models:
         before, self._seen = self._seen, _look(self._directory)
         if self._seen in (None, self._loaded) or self._seen != before:
             return  # gone, known, or still being written
-        self._loaded = self._seen
+        if self._seen == self._refused and monotonic() < self._again_at:
+            return
         try:
             model = self._load(self._directory.resolve())
         except Exception as error:  # noqa: BLE001 - its files are a guest's
-            log.error("new model refused", directory=str(self._directory), reason=str(error))
+            if self._seen != self._refused:
+                log.error("new model refused", directory=str(self._directory), reason=str(error))
+            self._refused, self._again_at = self._seen, monotonic() + REFUSED_SECONDS
             return
+        self._loaded = self._seen
         old, self._model = self._model, model
         log.info(
             "model exchanged",
