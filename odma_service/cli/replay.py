@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
-from odma_service.cli.options import AsJson
+from odma_service.cli.options import AsJson, TraceFormat
 from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.errors import InvalidError
 from odma_service.replay.workplace import workplace
@@ -27,7 +27,7 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    trace: Annotated[list[Path], typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
@@ -84,6 +84,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
@@ -98,7 +99,7 @@ def command(
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = replay.marked(traces.read_trace(path, rows), skip)
+            load = replay.marked(traces.read_trace(path, rows, form), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
                 serving,
