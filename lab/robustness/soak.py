@@ -314,11 +314,11 @@ def soak(
     """Run it, and return what came of it."""
     findings, tally, over = Findings(), CallCounts(), Event()
     random = Random(seed)
-    begun = time.monotonic()
     host = Host(directory, random.randrange(2**32), tally)
     weather = Weather(random.randrange(2**32))
     proxy = Proxy(host.target, weather.choose)
     target = proxy.target if faults else host.target
+    begun = time.monotonic()
     subjects = [
         Subject(number, target, random.randrange(2**32), findings, tally)
         for number in range(ENGINES)
