@@ -155,7 +155,7 @@ def _attn_config(config: Config) -> list[Layer]:
             heads = 1
         elif inner.has("kv_n_heads"):
             heads = inner.count("kv_n_heads")
-        elif kind not in {"multihead_attention", "grouped_query_attention"}:
+        elif kind not in ("multihead_attention", "grouped_query_attention"):
             raise inner.refuse("attn_type", "is not understood")
     return layers_of(attending(config), kv(heads, _divided(config)))
 
@@ -298,7 +298,7 @@ def _cross_layer(config: Config) -> list[Layer]:
 
 def _looped(config: Config) -> list[Layer]:
     """Return the layers of a model that runs all of them several times, each with its own KV."""
-    return _grouped(config) * config.count("num_loops", MOST_LAYERS)
+    return _grouped(config) * config.count("num_loops", MOST_LAYERS // config.layers)
 
 
 # --- latent attention ---
