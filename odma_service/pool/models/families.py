@@ -153,10 +153,13 @@ def _attn_config(config: Config) -> list[Layer]:
         kind = inner.get("attn_type") or "multihead_attention"
         if kind == "multiquery_attention":
             heads = 1
-        elif inner.has("kv_n_heads"):
+        elif inner.has("kv_n_heads") or kind == "grouped_query_attention":
             heads = inner.count("kv_n_heads")
-        elif kind not in ("multihead_attention", "grouped_query_attention"):
+        elif kind != "multihead_attention":
             raise inner.refuse("attn_type", "is not understood")
+        for key, value in config.get("attn_config").items():
+            if value and key != "kv_n_heads" and any(word in key for word in ("kv", "cache")):
+                raise inner.refuse(key, "is not understood")
     return layers_of(attending(config), kv(heads, _divided(config)))
 
 
