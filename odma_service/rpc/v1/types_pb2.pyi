@@ -374,7 +374,9 @@ class Refusal(_message.Message):
     awaiting_completion_tokens: _builtins.int
     """Vacated tokens that completed_seq does not cover yet."""
     copy_tokens_needed: _builtins.int
-    """COPY_BUDGET: what the cheapest plan found would copy."""
+    """COPY_BUDGET: what the cheapest plan found would still copy; 0: max_copies is
+    what is lacking. Part of it may be done already: ask again.
+    """
     preempt_handle: _builtins.int
     """Refused Extend: the youngest region by order of its Allocate, possibly the
     asker's own, never the oldest and never a pinned one. 0: nobody. Where the
@@ -565,7 +567,7 @@ class TenantShare(_message.Message):
     guarantee covers and that finds no room is a claim: it names whom to preempt,
     and until it is let in no Allocate beyond a guarantee is, but its own
     tenant's. A claim lapses when it was not asked for again in 64 batches and
-    unary calls.
+    unary calls that changed something; one that did not counts a 64th.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
