@@ -158,7 +158,7 @@ def _attn_config(config: Config) -> list[Layer]:
         elif kind != "multihead_attention":
             raise inner.refuse("attn_type", "is not understood")
         for key, value in config.get("attn_config").items():
-            if value and key != "kv_n_heads" and any(word in key for word in ("kv", "cache")):
+            if value and key not in ("kv_n_heads", "clip_qkv") and ("kv" in key or "cache" in key):
                 raise inner.refuse(key, "is not understood")
     return layers_of(attending(config), kv(heads, _divided(config)))
 
