@@ -6,6 +6,7 @@ geometry_cases.json has the right value and where it comes from; `how` is its ar
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,43 @@ def test_the_ranks_of_a_pipeline_have_all_layers_together():
     case = next(case for case in RIGHT if case["name"] == "jamba-mini")
     parts = [read(case | {"part": {"pipeline": 4, "pipeline_rank": i}}) for i in range(4)]
     assert sum(part.geometry.bytes_per_token for part in parts) == case["right"]
+
+
+NONSENSE = [
+    None,
+    True,
+    -1,
+    1.5,
+    2**70,
+    "x",
+    "*",
+    [],
+    [None],
+    [{}],
+    [[1]],
+    [-1, 10**9],
+    {},
+    {"a": []},
+]
+
+
+@pytest.mark.parametrize("case", RIGHT, ids=named)
+def test_nonsense_in_any_key_is_refused_or_read_and_never_breaks(case):
+    """Every key of every case, at any depth, gets values that it cannot have."""
+    for path in paths_of(case["config"]):
+        for value in NONSENSE:
+            config = json.loads(json.dumps(case["config"]))
+            *outer, key = path
+            inner = config
+            for each in outer:
+                inner = inner[each]
+            inner[key] = value
+            with suppress(InvalidError):
+                assert read(case | {"config": config}).geometry.bytes_per_token > 0
+
+
+def paths_of(values):
+    for key, value in values.items():
+        yield [key]
+        if isinstance(value, dict):
+            yield from ([key, *path] for path in paths_of(value))

@@ -153,10 +153,13 @@ def _attn_config(config: Config) -> list[Layer]:
         kind = inner.get("attn_type") or "multihead_attention"
         if kind == "multiquery_attention":
             heads = 1
-        elif inner.has("kv_n_heads"):
+        elif inner.has("kv_n_heads") or kind == "grouped_query_attention":
             heads = inner.count("kv_n_heads")
-        elif kind not in {"multihead_attention", "grouped_query_attention"}:
+        elif kind != "multihead_attention":
             raise inner.refuse("attn_type", "is not understood")
+        for key, value in config.get("attn_config").items():
+            if value and key not in ("kv_n_heads", "clip_qkv") and ("kv" in key or "cache" in key):
+                raise inner.refuse(key, "is not understood")
     return layers_of(attending(config), kv(heads, _divided(config)))
 
 
@@ -298,7 +301,7 @@ def _cross_layer(config: Config) -> list[Layer]:
 
 def _looped(config: Config) -> list[Layer]:
     """Return the layers of a model that runs all of them several times, each with its own KV."""
-    return _grouped(config) * config.count("num_loops", MOST_LAYERS)
+    return _grouped(config) * config.count("num_loops", MOST_LAYERS // config.layers)
 
 
 # --- latent attention ---
