@@ -495,11 +495,14 @@ typedef struct odma_report {
     uint32_t classes;             /* named so far */
     uint32_t rebooted;            /* attach ended an epoch of another boot */
     uint32_t recovery;            /* odma_recovery: what attach found */
-    uint32_t plan_steps;          /* runs that the last batch or unary call looked at for plans */
+    uint32_t pad;
     odma_counters counters;
 } odma_report;
 
 odma_status odma_arena_report(odma_arena *arena, odma_report *report);
+
+/* How many runs the last batch or unary call has looked at in search of plans. */
+odma_status odma_arena_plan_steps(odma_arena *arena, uint64_t *steps);
 
 odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry);
 odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine);

@@ -74,9 +74,9 @@ class Pool:
             self.step(ops, completes=completes)
 
     def steps(self):
-        report = ffi.new("odma_report *")
-        assert lib.odma_arena_report(self.arena._arena, report) == lib.ODMA_OK
-        return report.plan_steps
+        steps = ffi.new("uint64_t *")
+        assert lib.odma_arena_plan_steps(self.arena._arena, steps) == lib.ODMA_OK
+        return steps[0]
 
 
 def pool_of_waiting(path, waiting):
