@@ -269,7 +269,8 @@ static void read_result(struct bench *bench, uint32_t at, const struct step *ste
 static void do_alone(struct bench *bench, const struct mix *mix, uint32_t from, uint32_t to) {
     for (uint32_t i = from; i < to; i++) {
         write_op(bench, 0, &mix->steps[i], mix->ids[i]);
-        must(odma_arena_unary(bench->arena, (odma_caller){.epoch = 1}, bench->ops, bench->results), "unary");
+        must(odma_arena_unary(bench->arena, (odma_caller){.epoch = 1}, bench->ops, bench->results),
+             "unary");
         read_result(bench, 0, &mix->steps[i]);
     }
 }
