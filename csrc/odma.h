@@ -380,7 +380,7 @@ typedef enum odma_rule {
     ODMA_RULE_COMPLETED_SEQ,      /* never falls, at most the last answered seq */
     ODMA_RULE_USED_HANDLE,        /* live, and listed once */
     ODMA_RULE_USED_TOKENS,        /* at most the region's length */
-    ODMA_RULE_REQUEST_ID_TWICE,   /* one allocate of a batch for each */
+    ODMA_RULE_REQUEST_ID_TWICE,   /* an earlier operation of the batch placed it */
     ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
     ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
 } odma_rule;
