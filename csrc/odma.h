@@ -380,7 +380,7 @@ typedef enum odma_rule {
     ODMA_RULE_COMPLETED_SEQ,      /* never falls, at most the last answered seq */
     ODMA_RULE_USED_HANDLE,        /* live, and listed once */
     ODMA_RULE_USED_TOKENS,        /* at most the region's length */
-    ODMA_RULE_REQUEST_ID_TWICE,   /* one allocate of a batch for each */
+    ODMA_RULE_REQUEST_ID_TWICE,   /* an earlier operation of the batch placed it */
     ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
     ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
 } odma_rule;
@@ -500,11 +500,14 @@ typedef struct odma_report {
     uint32_t classes;             /* named so far */
     uint32_t rebooted;            /* attach ended an epoch of another boot */
     uint32_t recovery;            /* odma_recovery: what attach found */
-    uint32_t plan_steps;          /* runs that the last batch or unary call looked at for plans */
+    uint32_t pad;
     odma_counters counters;
 } odma_report;
 
 odma_status odma_arena_report(odma_arena *arena, odma_report *report);
+
+/* How many runs the last batch or unary call has looked at in search of plans. */
+odma_status odma_arena_plan_steps(odma_arena *arena, uint64_t *steps);
 
 odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry);
 odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine);

@@ -172,12 +172,6 @@ struct account {
     uint32_t held_up_tick; /* of the step that refused an operation of it */
 };
 
-/* An allocate of the step, valid if tick is the step's. */
-struct asked {
-    uint32_t tick;
-    uint32_t index;        /* of its operation */
-};
-
 /* A slot that the step has moved, and where it was before. */
 struct move {
     uint32_t slot;
@@ -197,8 +191,7 @@ struct step {
     uint32_t pins;
     uint64_t *held_up;           /* tenants of which an operation was refused: at most max_ops */
     uint32_t held_up_count;
-    struct asked *asked;         /* its allocates by request id, open addressing */
-    uint32_t asked_mask;
+    uint64_t first_birth;        /* births before it */
     uint64_t first_steps;        /* arena->steps when it began */
     bool ordered;                /* allocates are held up by those refused before them, */
     bool stopped;                /* as one was */

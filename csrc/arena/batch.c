@@ -95,7 +95,6 @@ static void next_tick(odma_arena *arena) {
     if (++arena->step.tick != 0) return;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
         arena->runs[i].note = (struct note){0};
-    memset(arena->step.asked, 0, ((size_t)arena->step.asked_mask + 1) * sizeof *arena->step.asked);
     arena->step.tick = 1;
 }
 
@@ -109,6 +108,7 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
     step->moves = step->pins = step->held_up_count = 0;
     step->places_changed = step->ordered = step->stopped = false;
     step->first_steps = arena->steps;
+    step->first_birth = arena->books->births;
 }
 
 static void take_used(odma_arena *arena, const odma_batch *batch) {
@@ -129,20 +129,10 @@ static bool stops_allocates(const odma_result *result) {
            result->reason != ODMA_REASON_SKIPPED;
 }
 
-/* Whether an earlier allocate of the batch has the same request id. */
-static bool asked_before(odma_arena *arena, const odma_batch *batch, uint32_t index) {
-    const char *id = batch->ops[index].request_id;
-    uint32_t hash = arena->step.hashes[index];
-    for (uint32_t i = hash & arena->step.asked_mask;; i = (i + 1) & arena->step.asked_mask) {
-        struct asked *asked = &arena->step.asked[i];
-        if (asked->tick != arena->step.tick) {
-            *asked = (struct asked){.tick = arena->step.tick, .index = index};
-            return false;
-        }
-        if (arena->step.hashes[asked->index] == hash &&
-            memcmp(batch->ops[asked->index].request_id, id, ODMA_ID_BYTES) == 0)
-            return true;
-    }
+/* Whether an earlier allocate of the batch was given a new region under this request id. */
+static bool is_taken(const odma_arena *arena, const odma_op *op, uint32_t hash) {
+    uint32_t slot = find_id(arena, op->request_id, hash);
+    return slot != NONE && arena->cells[slot].request.birth > arena->step.first_birth;
 }
 
 static bool changes(const odma_result *result) {
@@ -188,7 +178,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
         const odma_op *op = &batch->ops[i];
         if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
         odma_result *result = &arena->step.results[i];
-        if (op->kind == ODMA_OP_ALLOCATE && op->request_id[0] != 0 && asked_before(arena, batch, i))
+        if (op->kind == ODMA_OP_ALLOCATE && is_taken(arena, op, arena->step.hashes[i]))
             invalid(arena, ODMA_RULE_REQUEST_ID_TWICE, result);
         else
             do_op(arena, op, arena->step.hashes[i], result);

@@ -1,6 +1,14 @@
 /* read.c - the doors that read. */
 #include <string.h>
 
+odma_status odma_arena_plan_steps(odma_arena *arena, uint64_t *steps) {
+    if (steps == NULL) return ODMA_INVALID;
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    *steps = arena->steps - arena->step.first_steps;
+    return leave(arena, ODMA_OK);
+}
+
 odma_status odma_arena_geometry(odma_arena *arena, odma_geometry *geometry) {
     if (geometry == NULL) return ODMA_INVALID;
     odma_status status = enter(arena);
@@ -53,7 +61,6 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
                             .waiting_blocks = arena->waiting_blocks,
                             .largest_run = largest_run(arena),
                             .safety_blocks = safety_blocks(arena),
-                            .plan_steps = (uint32_t)(arena->steps - arena->step.first_steps),
                             .classes = books->class_count,
                             .rebooted = arena->rebooted,
                             .recovery = arena->recovery,

@@ -206,7 +206,8 @@ def test_nobody_is_admitted_beyond_his_maximum(tmp_path_factory, maxima, others,
         result = shared.ask(tenant, blocks)
         limit = most.get(tenant, int(others * BLOCKS))
         over = limit < BLOCKS and held + blocks > limit
-        assert over == (isinstance(result, Refusal) and result.reason == Reason.QUOTA)
+        never = Reason.INVALID if blocks > limit else Reason.QUOTA
+        assert over == (isinstance(result, Refusal) and result.reason == never)
         assert shared.held()[tenant] <= limit
         if frees and shared.owner:
             shared.free(min(shared.owner))
@@ -221,13 +222,19 @@ def test_in_one_batch_a_guarantee_is_not_behind_what_others_were_refused(tmp_pat
         return Allocate(request_id, blocks * UNIT, max_total_tokens=blocks * UNIT, tenant=tenant)
 
     results = shared.apply(
-        op("1", "b", 100), op("2", "b", 1), op("3", "a", 8), op("4", "a", 128), op("5", "a", 1)
+        op("0", "b", 1),
+        op("1", "c", 256),
+        op("2", "c", 1),
+        op("3", "a", 8),
+        op("4", "a", 128),
+        op("5", "a", 1),
     )
     assert [type(r) is Place or r.reason for r in results] == [
-        Reason.QUOTA,
+        True,
+        Reason.NO_SPACE,
         Reason.SKIPPED,
         True,
-        Reason.SKIPPED,  # beyond the guarantee: behind b's like anybody's
+        Reason.SKIPPED,  # beyond the guarantee: behind c's like anybody's
         Reason.SKIPPED,  # covered, but its own tenant's order is kept
     ]
 

@@ -224,7 +224,7 @@ class Walk:
         self.turns = twin.turns
         self.claims = dict(twin.claims)
         self.held_up = set()  # tenants of which an operation was refused
-        self.asked = set()  # request ids of its allocates
+        self.asked = set()  # request ids of its new regions
         self.known = True  # the places
         self.lost = False  # not even the lengths
         self.refused = False
@@ -597,7 +597,6 @@ class Walk:
             twice = {(Reason.INVALID, "request_id")}
             self.is_mistaken(result, twice | self.allocate_rules(op, prediction))
             return
-        self.asked.add(op.request_id)
         if self.is_asked_again(op, prediction, result):
             return
         rules = self.allocate_rules(op, prediction)
@@ -685,6 +684,7 @@ class Walk:
                 self.needed_moves = True
             else:
                 assert self.in_best_hole(start, length), "it is not in a best hole"
+        self.asked.add(op.request_id)
         self.births += 1
         said = None if self.unary else 0
         region = Region(
