@@ -147,7 +147,7 @@ def _run(settings: Settings, lines: Lines) -> None:
             _serve(settings, registry, spans)
     finally:
         models.stop()
-        registry.close()
+        registry.close(0)
         telemetry.close()
         directory.close()
 
@@ -194,13 +194,14 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         log.info("draining", seconds=settings.drain_seconds)
         for name in ("", *_names()):  # but not ALIVE
             healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        registry.close()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        deadline = time.monotonic() + settings.drain_seconds
+        registry.close(settings.drain_seconds - notice_seconds)
         memory.streams.end_all(draining())
         registry.telemetry.events.end()
-        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a health check.
-        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        wait(calls.under_way(), max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()

@@ -1,13 +1,15 @@
 """The pools of the service, by name: opened, found again after a restart, taken over, closed.
 
-Each pool is a file NAME.pool in one directory. Two kinds of locks, taken in this order: the
-registry's, for the set of pools; then a pool's own, for all work on it. So a slow call holds up
-only callers of the same pool. A retry that comes while its original runs waits for it there.
+Each pool is a file NAME.pool in one directory. Two kinds of locks: the registry's, for the set
+of pools; and a pool's own, for all work on it. Nobody waits for a pool's lock while he holds the
+registry's, so a slow call holds up only callers of the same pool. A retry that comes while its
+original runs waits for it there. Readers, and the drain, wait only so long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -43,6 +45,9 @@ from odma_service.service.door.access import claimed, may_see
 from odma_service.service.watch.events import EventKind
 from odma_service.service.watch.telemetry import Telemetry
 from odma_service.values import Caller
+
+READ_SECONDS = 5.0
+"""A reader waits that long for the calls that hold its pool."""
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -135,6 +140,7 @@ class Registry:
         self._most_bytes = most_bytes
         self._last_epoch = last_epoch
         self._keep_epoch = keep_epoch
+        self._epochs = Lock()
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
@@ -157,19 +163,26 @@ class Registry:
             except (OdmaError, OSError) as error:
                 log.error("pool left alone", file=str(path), reason=str(error))
 
-    def close(self) -> None:
+    def close(self, within_seconds: float = READ_SECONDS) -> None:
         """Refuse new calls; give all files back after the calls that hold them.
 
-        Epochs go on: the next start finds them.
+        A pool that a call still holds at the end of that time is left to the end of the process,
+        which loses nothing. Epochs go on: the next start finds them.
         """
         self._closed = True
-        with self._lock:
-            for entry in self._entries.values():
-                with entry.lock:
-                    if entry.pool:
-                        entry.pool.close()
-                    entry.pool = None
-            self._entries.clear()
+        deadline = time.monotonic() + within_seconds
+        with self._lock:  # held for nobody's call
+            entries, self._entries = self._entries, {}
+        for name, entry in entries.items():
+            if not entry.lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                log.warning("pool in use at the end of the drain", pool=name)
+                continue
+            try:
+                if entry.pool:
+                    entry.pool.close()
+                entry.pool = None
+            finally:
+                entry.lock.release()
 
     def names(self) -> list[str]:
         """Return the names of all pools that the caller may see."""
@@ -193,14 +206,16 @@ class Registry:
         fences the epoch. Raises PoolOwnedError, PoolForeignError, PoolLimitError, InvalidError,
         BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
-        with self._lock:
-            self._insist_serving()
-            entry = self._entry(spec.name)
-            if entry is None:
-                return self._create(claimed(spec, None), policy, opening)
-            with entry.lock:
-                if entry.pool is None and entry.trouble is None:
+        while True:
+            with self._lock:
+                self._insist_serving()
+                entry = self._entry(spec.name)
+                if entry is None:
                     return self._create(claimed(spec, None), policy, opening)
+            with entry.lock:
+                if entry.pool is None:
+                    continue  # forgotten, set aside or given up meanwhile
+                self._insist_serving()
                 with self._using(spec.name, entry) as pool:
                     spec = claimed(spec, pool.spec)
                     pool.openers.check(opening, spec.name, pool.owner)
@@ -280,10 +295,15 @@ class Registry:
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
-        """Hold a pool to look at it. Raises PoolNotFoundError."""
+        """Hold a pool to look at it. Raises PoolNotFoundError, UnavailableError."""
         entry = self._find(name)
-        with entry.lock, self._using(name, entry, seen=True):
-            yield View(entry.learner, self._idle_seconds(entry))
+        if not entry.lock.acquire(timeout=READ_SECONDS):
+            raise UnavailableError(f"pool {name!r} is in use; try again")
+        try:
+            with self._using(name, entry, seen=True):
+                yield View(entry.learner, self._idle_seconds(entry))
+        finally:
+            entry.lock.release()
 
     def reap(self, now: float | None = None, *, missed_seconds: float = 0.0) -> None:
         """Report owners that fell silent, and close their pools after the retention time.
@@ -368,6 +388,8 @@ class Registry:
 
         Raises PoolNotFoundError, if `seen` also for a pool that the caller may not see.
         """
+        if seen:
+            self._insist_serving()
         pool = entry.pool
         if pool is None:
             self._insist_serving()
@@ -422,41 +444,48 @@ class Registry:
             raise BooksUnavailableError(reason) from None
         self.telemetry.tell(EventKind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
-    def _to_forget(self, owner: str) -> str | None:
-        """Return the closed pool that was opened longest ago, if a limit is reached.
+    def _to_forget(self, owner: str) -> list[str]:
+        """Return the closed pools, the oldest first, if a limit is reached; else none.
 
         An owner at its own limit makes room among its own pools. Raises PoolLimitError.
         """
         own = {
             name: entry
-            for name, entry in self._entries.items()
+            for name, entry in list(self._entries.items())
             if owner and entry.pool and entry.pool.spec.owner == owner
         }
         if len(own) >= self._max_owner_pools:
             return self._oldest_closed(own, f"{self._max_owner_pools} pools (max-owner-pools)")
         if len(self._entries) >= self._max_pools:
             return self._oldest_closed(self._entries, f"{self._max_pools} pools (max-pools)")
-        return None
+        return []
 
-    def _oldest_closed(self, entries: Mapping[str, Entry], limit: str) -> str:
+    def _oldest_closed(self, entries: Mapping[str, Entry], limit: str) -> list[str]:
         closed: list[tuple[int, str]] = []
-        for name, entry in entries.items():
-            with entry.lock:
-                if entry.pool and not entry.pool.epoch:
+        for name, entry in list(entries.items()):
+            with _tried(entry.lock) as held:
+                if held and entry.pool and not entry.pool.epoch:
                     closed.append((entry.pool.report().last_epoch, name))
         if not closed:
             raise PoolLimitError(f"all {limit} are open")
-        return min(closed)[1]
+        return [name for _, name in sorted(closed)]
 
-    def _forget(self, name: str) -> None:
-        """Remove a closed pool. Raises OSError: it is still there."""
-        entry = self._entries[name]
-        with entry.lock:
-            self._path(name).unlink(missing_ok=True)
-            if entry.pool:
+    def _forget_one(self, closed: Sequence[str]) -> str | None:
+        """Remove the first of these pools that is still closed; return its name.
+
+        Raises OSError: it is still there.
+        """
+        for name in closed:
+            entry = self._entries[name]
+            with _tried(entry.lock) as held:
+                if not held or entry.pool is None or entry.pool.epoch:
+                    continue  # somebody opens it, or looks at it
+                self._path(name).unlink(missing_ok=True)
                 entry.pool.close()
-            entry.pool = None
-        self._entries.pop(name, None)
+                entry.pool = None
+                del self._entries[name]
+                return name
+        return None
 
     def _insist_bytes(self, spec: PoolSpec, without: str | None) -> None:
         """Raise PoolLimitError if the files would pass their bound, one of them being gone."""
@@ -505,14 +534,16 @@ class Registry:
             )
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord, opening: Opening) -> Opened:
-        forgotten = self._to_forget(spec.owner)
-        self._insist_bytes(spec, forgotten)
+        closed = self._to_forget(spec.owner)
+        self._insist_bytes(spec, closed[0] if closed else None)
         openers = NOBODY.owned_by(opening, ends_another=False)
         pool = self._new_books(spec, self._next_epoch(0), policy, openers)
-        if forgotten is not None:
+        if closed:
             try:
-                self._forget(forgotten)
-            except OSError:
+                forgotten = self._forget_one(closed)
+                if forgotten is None:
+                    raise PoolLimitError("all pools are open, or in use; try again")
+            except (OSError, PoolLimitError):
                 pool.close()
                 self._path(spec.name).unlink()
                 raise
@@ -568,9 +599,10 @@ class Registry:
 
     def _next_epoch(self, last: int) -> int:
         """Return a number that no epoch had before, in lost books and by other clocks either."""
-        epoch = max(int(self._wall() * 1000), last + 1, self._last_epoch + 1)
-        self._keep_epoch(epoch)
-        self._last_epoch = epoch
+        with self._epochs:
+            epoch = max(int(self._wall() * 1000), last + 1, self._last_epoch + 1)
+            self._keep_epoch(epoch)
+            self._last_epoch = epoch
         return epoch
 
     def _idle_seconds(self, entry: Entry) -> float:
@@ -589,6 +621,17 @@ def _may_exist(path: Path) -> bool:
     except OSError:
         return True
     return True
+
+
+@contextmanager
+def _tried(lock: Lock) -> Iterator[bool]:
+    """Hold a lock if nobody else does; tell whether it is held."""
+    held = lock.acquire(blocking=False)
+    try:
+        yield held
+    finally:
+        if held:
+            lock.release()
 
 
 def draining() -> UnavailableError:
