@@ -9,7 +9,7 @@ original runs waits for it there. Readers, and the drain, wait only so long.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -46,9 +46,6 @@ from odma_service.service.watch.events import EventKind
 from odma_service.service.watch.telemetry import Telemetry
 from odma_service.values import Caller
 
-READ_SECONDS = 5.0
-"""A reader waits that long for the calls that hold its pool."""
-
 SUFFIX = ".pool"
 UNFINISHED = ".new"
 UNUSABLE = (BooksForeignError, BooksMismatchError, BooksCorruptError)
@@ -61,6 +58,9 @@ FINAL = (
     NotCompletedError,
 )
 """Refusals of a message that must not succeed later, when its sender has gone on."""
+
+READ_SECONDS = 5.0
+"""A reader waits that long for the calls that hold its pool."""
 
 log = structlog.get_logger()
 
@@ -140,13 +140,13 @@ class Registry:
         self._most_bytes = most_bytes
         self._last_epoch = last_epoch
         self._keep_epoch = keep_epoch
-        self._epochs = Lock()
         self._boot_id = boot_id
         self._monotonic = monotonic
         self._wall = wall
         self._model = model
         self.telemetry = telemetry or Telemetry()
         self._lock = Lock()
+        self._epochs = Lock()  # taken last, for a moment
         self._entries: dict[str, Entry] = {}
         self._closed = False
 
@@ -214,7 +214,7 @@ class Registry:
                     return self._create(claimed(spec, None), policy, opening)
             with entry.lock:
                 if entry.pool is None:
-                    continue  # forgotten, set aside or given up meanwhile
+                    continue  # forgotten, set aside or refused by the system, meanwhile
                 self._insist_serving()
                 with self._using(spec.name, entry) as pool:
                     spec = claimed(spec, pool.spec)
@@ -388,11 +388,10 @@ class Registry:
 
         Raises PoolNotFoundError, if `seen` also for a pool that the caller may not see.
         """
-        if seen:
-            self._insist_serving()
         pool = entry.pool
-        if pool is None:
+        if seen or pool is None:
             self._insist_serving()
+        if pool is None:
             raise entry.trouble or PoolNotFoundError(name)
         if seen and not may_see(pool.spec):
             raise PoolNotFoundError(name)
@@ -444,48 +443,51 @@ class Registry:
             raise BooksUnavailableError(reason) from None
         self.telemetry.tell(EventKind.SET_ASIDE, name, reason=str(error), file=str(aside))
 
-    def _to_forget(self, owner: str) -> list[str]:
-        """Return the closed pools, the oldest first, if a limit is reached; else none.
+    @contextmanager
+    def _room_for(self, owner: str) -> Iterator[str | None]:
+        """Hold the closed pool that was opened longest ago, if a limit is reached, and name it.
 
         An owner at its own limit makes room among its own pools. Raises PoolLimitError.
         """
         own = {
             name: entry
-            for name, entry in list(self._entries.items())
+            for name, entry in self._entries.items()
             if owner and entry.pool and entry.pool.spec.owner == owner
         }
         if len(own) >= self._max_owner_pools:
-            return self._oldest_closed(own, f"{self._max_owner_pools} pools (max-owner-pools)")
-        if len(self._entries) >= self._max_pools:
-            return self._oldest_closed(self._entries, f"{self._max_pools} pools (max-pools)")
-        return []
+            with self._oldest_closed(
+                own, f"{self._max_owner_pools} pools (max-owner-pools)"
+            ) as name:
+                yield name
+        elif len(self._entries) >= self._max_pools:
+            with self._oldest_closed(self._entries, f"{self._max_pools} pools (max-pools)") as name:
+                yield name
+        else:
+            yield None
 
-    def _oldest_closed(self, entries: Mapping[str, Entry], limit: str) -> list[str]:
+    @contextmanager
+    def _oldest_closed(self, entries: Mapping[str, Entry], limit: str) -> Iterator[str]:
         closed: list[tuple[int, str]] = []
-        for name, entry in list(entries.items()):
+        for name, entry in entries.items():
             with _tried(entry.lock) as held:
                 if held and entry.pool and not entry.pool.epoch:
                     closed.append((entry.pool.report().last_epoch, name))
-        if not closed:
-            raise PoolLimitError(f"all {limit} are open")
-        return [name for _, name in sorted(closed)]
-
-    def _forget_one(self, closed: Sequence[str]) -> str | None:
-        """Remove the first of these pools that is still closed; return its name.
-
-        Raises OSError: it is still there.
-        """
-        for name in closed:
-            entry = self._entries[name]
+        for _, name in sorted(closed):
+            entry = entries[name]
             with _tried(entry.lock) as held:
-                if not held or entry.pool is None or entry.pool.epoch:
-                    continue  # somebody opens it, or looks at it
-                self._path(name).unlink(missing_ok=True)
-                entry.pool.close()
-                entry.pool = None
-                del self._entries[name]
-                return name
-        return None
+                if held and entry.pool and not entry.pool.epoch:  # nobody has opened it since
+                    yield name
+                    return
+        raise PoolLimitError(f"all {limit} are open")
+
+    def _forget(self, name: str) -> None:
+        """Remove a closed pool whose lock is held. Raises OSError: it is still there."""
+        entry = self._entries[name]
+        self._path(name).unlink(missing_ok=True)
+        if entry.pool:
+            entry.pool.close()
+        entry.pool = None
+        self._entries.pop(name, None)
 
     def _insist_bytes(self, spec: PoolSpec, without: str | None) -> None:
         """Raise PoolLimitError if the files would pass their bound, one of them being gone."""
@@ -534,20 +536,18 @@ class Registry:
             )
 
     def _create(self, spec: PoolSpec, policy: PolicyRecord, opening: Opening) -> Opened:
-        closed = self._to_forget(spec.owner)
-        self._insist_bytes(spec, closed[0] if closed else None)
-        openers = NOBODY.owned_by(opening, ends_another=False)
-        pool = self._new_books(spec, self._next_epoch(0), policy, openers)
-        if closed:
-            try:
-                forgotten = self._forget_one(closed)
-                if forgotten is None:
-                    raise PoolLimitError("all pools are open, or in use; try again")
-            except (OSError, PoolLimitError):
-                pool.close()
-                self._path(spec.name).unlink()
-                raise
-            self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
+        with self._room_for(spec.owner) as forgotten:
+            self._insist_bytes(spec, forgotten)
+            openers = NOBODY.owned_by(opening, ends_another=False)
+            pool = self._new_books(spec, self._next_epoch(0), policy, openers)
+            if forgotten is not None:
+                try:
+                    self._forget(forgotten)
+                except OSError:
+                    pool.close()
+                    self._path(spec.name).unlink()
+                    raise
+                self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
         self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
