@@ -81,6 +81,7 @@ def apply_once(target, pool):
         with grpc.insecure_channel(target) as channel:
             stub = memory_service_pb2_grpc.MemoryServiceStub(channel)
             request = pb.ApplyRequest(pool=pool, seq=1)
+            request.pool.number = 1
             allocate = request.ops.add().allocate
             allocate.request_id, allocate.prompt_tokens = "r", 50
             return stub.Apply(request, timeout=30)
