@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from odma_service.errors import InvalidError, OdmaError
@@ -35,7 +35,9 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to
 from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
 from odma_service.service.config import UNIX, Settings
 from odma_service.service.door.access import Access
-from odma_service.service.door.guard import GUARD_OPTIONS, Calls, Guard
+from odma_service.service.door.calls import sweeping
+from odma_service.service.door.guard import GUARD_OPTIONS, Guard, Pools
+from odma_service.service.door.health import Health
 from odma_service.service.door.tls import credentials_of
 from odma_service.service.pools.models import Models
 from odma_service.service.pools.reaper import reaping
@@ -62,11 +64,8 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # of clients
 )
-MOST_HEALTH_WATCHERS = 64
-"""Clients that may watch the health at once, each with a thread of its own; others wait."""
-
-ALIVE = "odma.alive"
-"""The health of this name is SERVING as long as the process answers, while it drains too."""
+SPARE_PLACES = 1024
+"""Places for calls beyond twice max-calls: streams, watchers, and strangers with theirs."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
@@ -116,20 +115,19 @@ def run(settings: Settings) -> None:
 
 
 def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
-    calls = Calls(settings.workers)
+    threads = Pools.of(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
-    # A client that sends no message holds a thread for each of its calls; it must not get all.
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     server = grpc.server(
-        calls,
+        threads.calls,
         options=(*OPTIONS, most_streams),
         interceptors=[
             *([spans.observer()] if spans else []),
             RpcMetrics(metrics),
-            Guard(identities, calls, settings.max_calls),
+            Guard(identities, threads, settings.max_calls),
         ],
-        maximum_concurrent_rpcs=2 * settings.max_calls,
+        maximum_concurrent_rpcs=2 * settings.max_calls + SPARE_PLACES,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
     pools = PoolService(registry)
@@ -137,13 +135,15 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
     add_PoolServiceServicer_to_server(pools, server)
     add_PredictorServiceServicer_to_server(PredictorService(registry), server)
     add_EmulatorServiceServicer_to_server(EmulatorService(), server)
-    healthy = _add_health(server)
+    health = Health(_names())
+    add_HealthServicer_to_server(health, server)
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
     with (
         _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
         serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+        sweeping(threads.sweep, memory.streams.sweep, pools.watchers.sweep),
     ):
         server.start()
         log.info(
@@ -155,39 +155,23 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
-        for name in ("", *_names()):  # but not ALIVE
-            healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.drain()
         registry.close()
         memory.streams.end_all(draining())
         registry.telemetry.events.end()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a health check.
-        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        under_way = threads.calls.under_way() | threads.reading.under_way()
+        wait(under_way, settings.drain_seconds - notice_seconds)
         server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()
-    calls.shutdown()
+    threads.close()
 
 
 def _names() -> list[str]:
     return [module.DESCRIPTOR.services_by_name[name].full_name for module, name in SERVED]
-
-
-def _add_health(server: grpc.Server) -> health.HealthServicer:
-    """Add the standard health service, for each service and for all together."""
-    # Its Watch by callback freezes the whole server: it sends to one client under a lock; the end
-    # of another client's call waits for this lock in the thread that would do the sending.
-    watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
-    healthy = health.HealthServicer(
-        experimental_non_blocking=False, experimental_thread_pool=watchers
-    )
-    status = health_pb2.HealthCheckResponse
-    healthy.set(ALIVE, status.SERVING)
-    for name in _names():
-        healthy.set(name, status.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    return healthy
 
 
 def _wait_for_stop() -> None:

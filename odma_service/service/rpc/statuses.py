@@ -53,6 +53,7 @@ _CODES = {
     errors.IdentityError: grpc.StatusCode.UNAUTHENTICATED,
     errors.RoleError: grpc.StatusCode.PERMISSION_DENIED,
     errors.PoolForeignError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.CallerLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.MessageSizeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
@@ -136,6 +137,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             errors.BooksLockedError()
             | errors.UnavailableError()
             | errors.BusyError()
+            | errors.CallerLimitError()
             | errors.StreamLimitError()
         ):
             return [_retry_info()]
