@@ -10,6 +10,7 @@ COMMANDS = {
     "arena": "lab.bench.arena",
     "rpc": "lab.bench.rpc",
     "predictor": "lab.bench.predictor",
+    "readers": "lab.bench.readers",
     "replay": "lab.bench.replay",
     "tenants": "lab.bench.tenants",
     "torture": "lab.robustness.torture",

@@ -65,11 +65,14 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # of clients
 )
 SPARE_PLACES = 1024
-"""Places for calls beyond twice max-calls: streams, watchers, and strangers with theirs."""
+"""Places beyond four times max-calls (calls, readers, streams, watchers): those of strangers."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
+
+SWITCH_SECONDS = 0.0005
+"""A thread that computes lets others in so often: an Apply changes threads twice."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -85,6 +88,7 @@ log = structlog.get_logger()
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     _configure_log(settings)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     models = Models(
@@ -127,7 +131,7 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
             RpcMetrics(metrics),
             Guard(identities, threads, settings.max_calls),
         ],
-        maximum_concurrent_rpcs=2 * settings.max_calls + SPARE_PLACES,
+        maximum_concurrent_rpcs=4 * settings.max_calls + SPARE_PLACES,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
     pools = PoolService(registry)

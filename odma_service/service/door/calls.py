@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context
 from time import monotonic, thread_time
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from odma_service.service.door.access import CALLER
 SILENT_SECONDS = 0.5
 """A call whose message has not come after so long makes way for calls that wait."""
 SWEEP_SECONDS = 0.1
+BUSY_SECONDS = 1.0
 
 _HERE = threading.local()
 
@@ -33,12 +35,39 @@ log = structlog.get_logger()
 
 
 class Pace(NamedTuple):
-    """How much of a processor a caller may use: seconds in a second, and seconds at once."""
+    """How much of a processor a caller may use: seconds in a second, and seconds at once.
+
+    Callers without a name share this at one address. It holds while `busy` says that a caller
+    at another connection is at work.
+    """
 
     share: float
     burst_seconds: float
     call_seconds: float
     """What a call costs beside its handler."""
+    busy: Callable[[Hashable], bool]
+
+
+class Busy:
+    """Who was at work lately."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Hashable, float] = (None, 0.0)
+        self._other: tuple[Hashable, float] = (None, 0.0)
+
+    def note(self) -> None:
+        """Note that the caller of this thread's call is at work."""
+        call = getattr(_HERE, "call", None)
+        caller = call.caller if call is not None else None
+        last = self._last
+        if last[0] != caller:
+            self._other = last
+        self._last = caller, monotonic()
+
+    def with_others(self, caller: Hashable) -> bool:
+        """Return whether another caller was at work within the last BUSY_SECONDS."""
+        since = monotonic() - BUSY_SECONDS
+        return any(then > since and who != caller for who, then in (self._last, self._other))
 
 
 class _Call:
@@ -164,7 +193,12 @@ class Calls(ThreadPoolExecutor):
             call.future.set_result(None)
 
     def _in_pace(self, caller: Hashable) -> bool:
-        return self._pace is None or self._beyond(caller) < self._pace.burst_seconds
+        pace = self._pace
+        return (
+            pace is None
+            or self._beyond(_payer(caller)) < pace.burst_seconds
+            or not pace.busy(caller)
+        )
 
     def _beyond(self, caller: Hashable) -> float:
         """Return the seconds that a caller used beyond its share."""
@@ -173,7 +207,8 @@ class Calls(ThreadPoolExecutor):
         return max(0.0, used - (monotonic() - then) * self._pace.share)
 
     def _charge(self, caller: Hashable, seconds: float) -> None:
-        self._used[caller] = (self._beyond(caller) + seconds, monotonic())
+        payer = _payer(caller)
+        self._used[payer] = (self._beyond(payer) + seconds, monotonic())
         if len(self._used) > 1024:  # forget those who have paid
             self._used = {one: used for one, used in self._used.items() if self._beyond(one) > 0.0}
 
@@ -183,6 +218,11 @@ def hear() -> None:
     call = getattr(_HERE, "call", None)
     if call is not None:
         call.heard = True
+
+
+def _payer(caller: Hashable) -> Hashable:
+    """Return whose pace it is: a connection's is that of its address."""
+    return caller.rpartition(":")[0] if isinstance(caller, str) else caller
 
 
 def _take_off(counts: Counter[Hashable], caller: Hashable) -> None:
@@ -224,6 +264,6 @@ def _wire_of(args: tuple[Any, ...]) -> Any:
 def _caller_of(run: Any, wire: Any) -> Hashable:
     """Return who calls: the identity that the call's context knows, or else its connection."""
     context = getattr(run, "__self__", None)
-    identity = context.get(CALLER) if context is not None else None
-    who: Hashable = identity.who if identity else wire.peer() if wire else None
+    identity = context.get(CALLER) if isinstance(context, Context) else None
+    who: Hashable = identity.who if identity else wire.peer().decode() if wire else None
     return who

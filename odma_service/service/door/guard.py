@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from threading import BoundedSemaphore
+from typing import Any, NamedTuple, cast
 
 import grpc
 import structlog
@@ -30,8 +31,8 @@ from odma_service.errors import (
 )
 from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, STILL_KNOWN, Access, Identity
-from odma_service.service.door.calls import Calls, Pace, hear
-from odma_service.service.door.handlers import CallShape, Handler, Parse, Parts
+from odma_service.service.door.calls import Busy, Calls, Pace, hear
+from odma_service.service.door.handlers import CallShape, Function, Handler, Parse, Parts
 from odma_service.service.door.unread import Unread
 from odma_service.service.rpc.statuses import abort, status_of
 
@@ -51,9 +52,11 @@ MOST_STRANGERS = 256
 """Calls of open services answered or waiting at once, of each kind."""
 MOST_HEALTH_WATCHERS = 256
 
-READERS = 4
-PACE = Pace(share=0.1, burst_seconds=1.0, call_seconds=0.0005)
-"""Of the calls that only read, for each caller."""
+READERS = 16
+"""Threads of calls that only read; so many of them are answered at once:"""
+READING = 2
+READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.05, 0.1, 0.0005
+"""The pace of a caller that reads while others work: see Pace."""
 READS = frozenset(
     {
         "/odma.v1.PoolService/ListPools",
@@ -77,26 +80,30 @@ class Pools(NamedTuple):
     watching: Calls
     """Those of strangers that watch the health."""
     reflecting: Calls
+    busy: Busy
 
     @classmethod
     def of(cls, workers: int) -> Pools:
         """Make them. `workers`: threads for calls of known callers."""
+        busy = Busy()
+        pace = Pace(READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS, busy.with_others)
         return cls(
             Calls(workers, max(1, workers // 2)),
-            Calls(READERS, READERS // 2, name="read", pace=PACE),
+            Calls(READERS, READERS // 2, name="read", pace=pace),
             Calls(STRANGERS, STRANGERS // 2, name="stranger"),
             Calls(MOST_HEALTH_WATCHERS, name="health"),
             Calls(STRANGERS, STRANGERS // 2, name="reflect"),
+            busy,
         )
 
     def sweep(self) -> None:
         """Sweep all: see Calls."""
-        for pool in self:
+        for pool in self[:-1]:
             pool.sweep()
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""
-        for pool in self:
+        for pool in self[:-1]:
             pool.shutdown()
 
 
@@ -127,7 +134,9 @@ class Guard(grpc.ServerInterceptor):
         self._most_calls = most_calls
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
         self._unread = Unread()
+        self._reading = BoundedSemaphore(READING)
         self._guarded: dict[str, Handler] = {}
+        self._threads: dict[str, Calls] = {}
         self._checks = {
             CallShape.UNARY: _Checks(_insist_usable, _nothing),
             CallShape.SERVER_STREAM: _Checks(_insist_usable, access.insist_still_known),
@@ -153,13 +162,13 @@ class Guard(grpc.ServerInterceptor):
                 self._insist_open_room(rpc)
             else:
                 self._insist_token(rpc, details.invocation_metadata)
-                self._insist_room()
+                self._insist_room(rpc)
         except OdmaError as error:
             return self._refusal(error)
         return guarded
 
     def _insist_open_room(self, rpc: str) -> None:
-        pool = self._open_pool(rpc)
+        pool = self._threads[rpc]
         if pool is self._pools.watching:
             if pool.count >= MOST_HEALTH_WATCHERS:
                 raise StreamLimitError(
@@ -168,12 +177,12 @@ class Guard(grpc.ServerInterceptor):
         elif pool.count >= MOST_STRANGERS:
             raise BusyError(f"{MOST_STRANGERS} calls of callers without a name are waiting already")
 
-    def _insist_room(self) -> None:
-        pools, identity = (self._pools.calls, self._pools.reading), CALLER.get()
-        if sum(pool.count for pool in pools) >= self._most_calls:
+    def _insist_room(self, rpc: str) -> None:
+        pool, identity = self._threads[rpc], CALLER.get()
+        if pool.count >= self._most_calls:
             raise BusyError(f"{self._most_calls:,} calls (max-calls) are being answered already")
         most = max(1, self._most_calls // 2)
-        if identity and sum(pool.count_of(identity.who) for pool in pools) >= most:
+        if identity and pool.count_of(identity.who) >= most:
             raise CallerLimitError(f"{most:,} calls of this caller are being answered already")
 
     def _open_pool(self, rpc: str) -> Calls:
@@ -209,6 +218,22 @@ class Guard(grpc.ServerInterceptor):
         if self._identities:
             STILL_KNOWN.set(partial(self._identities.knows, identity))
 
+    def _one_of_few(self, function: Function) -> Function:
+        def answering(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._reading:
+                return function(request, context)
+
+        return answering
+
+    def _noting(self, asked: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return `asked` for a rpc of engines: those who read give way to them."""
+
+        def noting(request: object) -> None:
+            self._pools.busy.note()
+            asked(request)
+
+        return noting
+
     def _refusal(self, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
@@ -228,8 +253,15 @@ class Guard(grpc.ServerInterceptor):
             largest = LARGEST_OPEN_MESSAGE_BYTES
             parts = parts._replace(threads=self._open_pool(rpc))
         elif rpc in READS:
-            parts = parts._replace(threads=self._pools.reading)
-        guarded = parts.around(partial(self._checked, rpc, self._checks[parts.shape]))
+            parts = parts._replace(
+                threads=self._pools.reading, function=self._one_of_few(parts.function)
+            )
+        self._threads[rpc] = threads = cast("Calls", parts.threads or self._pools.calls)
+        parts = parts._replace(threads=threads)
+        checks = self._checks[parts.shape]
+        if not access.is_open(rpc) and rpc not in READS:
+            checks = checks._replace(asked=self._noting(checks.asked))
+        guarded = parts.around(partial(self._checked, rpc, checks))
         if parts.shape is CallShape.UNARY and parts.serialise:
             guarded = guarded._replace(serialise=self._unread.counting(parts.serialise))
         return guarded._replace(parse=_parser(parts.parse, largest)).handler()
