@@ -17,7 +17,7 @@ LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a
 
 # What Debian has for the C++ client of examples/cpp.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
-	nlohmann-json3-dev
+	nlohmann-json3-dev strace
 
 .PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:

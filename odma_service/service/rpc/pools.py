@@ -60,7 +60,8 @@ class PoolService(PoolServiceServicer):
             raise InvalidError("page_size", f"at most {LARGEST_PAGE_REGIONS:,}, not {size:,}")
         with self._registry.viewed(name) as view:
             entries = view.pool.regions(request.from_token, size + 1)
-        regions, room = [], LARGEST_PAGE_BYTES
+        regions: list[pb.Region] = []
+        room = LARGEST_PAGE_BYTES
         for entry in entries[:size]:
             region = region_to(entry)
             room -= region.ByteSize() + REGION_FRAME_BYTES
