@@ -47,7 +47,7 @@ from odma_service.service.rpc.memory import MemoryService
 from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
-from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
+from odma_service.service.watch.metrics import SILENT, RpcMetrics, metrics_of, serving_metrics
 from odma_service.service.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -123,13 +123,20 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
+    rpc_metrics = RpcMetrics(metrics)
+    refused = rpc_metrics.refused
     server = grpc.server(
         threads.calls,
         options=(*OPTIONS, most_streams),
         interceptors=[
             *([spans.observer()] if spans else []),
-            RpcMetrics(metrics),
-            Guard(identities, threads, settings.max_calls),
+            rpc_metrics,
+            Guard(
+                identities,
+                threads,
+                settings.max_calls,
+                lambda reason: refused.labels(reason).inc(),
+            ),
         ],
         maximum_concurrent_rpcs=4 * settings.max_calls + SPARE_PLACES,
     )
@@ -147,7 +154,12 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
     with (
         _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
         serving_metrics(settings.metrics_listen, metrics) as metrics_address,
-        sweeping(threads.sweep, memory.streams.sweep, pools.watchers.sweep),
+        sweeping(
+            threads.sweep,
+            memory.streams.sweep,
+            pools.watchers.sweep,
+            cut=refused.labels(SILENT).inc,
+        ),
     ):
         server.start()
         log.info(

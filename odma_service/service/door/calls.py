@@ -138,8 +138,11 @@ class Calls(ThreadPoolExecutor):
             self._queues.clear()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
-    def sweep(self) -> None:
-        """Cut silent calls if others wait or few threads are free; let paced callers go on."""
+    def sweep(self) -> int:
+        """Cut silent calls if others wait or few threads are free; let paced callers go on.
+
+        Returns how many were cut.
+        """
         with self._lock:
             self._give_threads()
             wanted = max(
@@ -148,8 +151,10 @@ class Calls(ThreadPoolExecutor):
             old = monotonic() - SILENT_SECONDS
             silent = [call for call in self._running if not call.heard and call.since < old]
         silent.sort(key=lambda call: call.since)
-        for call in silent[: max(wanted, 0)]:
+        cut = silent[: max(wanted, 0)]
+        for call in cut:
             call.cut()
+        return len(cut)
 
     def _give_threads(self) -> None:
         """Give free threads to callers in turn. The lock is held."""
@@ -232,15 +237,20 @@ def _take_off(counts: Counter[Hashable], caller: Hashable) -> None:
 
 
 @contextmanager
-def sweeping(*sweeps: Callable[[], object]) -> Iterator[None]:
-    """Call each of these every SWEEP_SECONDS, in a thread, for as long as the context lasts."""
+def sweeping(
+    *sweeps: Callable[[], int], cut: Callable[[int], object] = lambda _: None
+) -> Iterator[None]:
+    """Call each of these every SWEEP_SECONDS, in a thread, for as long as the context lasts.
+
+    `cut` learns how many calls were cut.
+    """
     stop = threading.Event()
 
     def sweep() -> None:
         while not stop.wait(SWEEP_SECONDS):
             for one in sweeps:
                 try:
-                    one()
+                    cut(one())
                 except Exception:
                     log.exception("a sweep of the calls failed; it goes on")
 

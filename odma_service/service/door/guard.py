@@ -96,10 +96,9 @@ class Pools(NamedTuple):
             busy,
         )
 
-    def sweep(self) -> None:
+    def sweep(self) -> int:
         """Sweep all: see Calls."""
-        for pool in self[:-1]:
-            pool.sweep()
+        return sum(pool.sweep() for pool in self[:-1])
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""
@@ -128,7 +127,15 @@ class _Checks(NamedTuple):
 class Guard(grpc.ServerInterceptor):
     """Lets calls through to their servicers. It has to be the innermost of the interceptors."""
 
-    def __init__(self, identities: Access | None, pools: Pools, most_calls: int) -> None:
+    def __init__(
+        self,
+        identities: Access | None,
+        pools: Pools,
+        most_calls: int,
+        refused: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """`refused` learns the reason of each call that is refused here."""
+        self._refused = refused
         self._identities = identities
         self._pools = pools
         self._most_calls = most_calls
@@ -237,6 +244,7 @@ class Guard(grpc.ServerInterceptor):
     def _refusal(self, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
+        self._refused(error.reason)
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError):
@@ -278,6 +286,7 @@ class Guard(grpc.ServerInterceptor):
         except grpc.RpcError as gone:
             gone.__traceback__ = None  # or it stays in memory: see Streams
         except OdmaError as error:
+            self._refused(error.reason)
             abort(context, status_of(error))
         except NotImplementedError:  # by the base class of a servicer
             abort(context, status_of(UnimplementedError("this rpc is not built yet")))

@@ -63,9 +63,9 @@ class OwnThreads:
         # One thread more than calls: it refuses those that are too many.
         self.experimental_thread_pool = Calls(most_calls + 1, name=name)
 
-    def sweep(self) -> None:
-        """Cut calls whose message does not come, while others wait."""
-        self.experimental_thread_pool.sweep()
+    def sweep(self) -> int:
+        """Cut calls whose message does not come, while others wait. Returns how many."""
+        return self.experimental_thread_pool.sweep()
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""

@@ -124,12 +124,12 @@ class Streams(OwnThreads):
                     self._bind(stream, name)
                 stream.answer(answer)
 
-    def sweep(self) -> None:
-        """End the streams of callers that were struck off the token file."""
-        super().sweep()
+    def sweep(self) -> int:
+        """End the streams of callers that were struck off the token file too."""
         for stream in list(self._open):
             if not stream.known():
                 stream.end(IdentityError("this token or certificate is not known any more"), 0.0)
+        return super().sweep()
 
     def _enter(self, stream: Stream, enough: StreamLimitError) -> bool:
         """Let a stream in; one without a batch makes way if there are too many."""
