@@ -17,8 +17,7 @@ LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a
 
 # What runs with the oldest packages allowed: the service, its door and its clients.
 OLDEST_TESTS := tests/service/test_strangers.py tests/service/test_guard.py \
-	tests/service/test_service.py tests/service/test_streams.py tests/service/test_access.py \
-	tests/learning/test_predictor.py
+	tests/service/test_service.py tests/service/test_streams.py tests/service/test_access.py
 OLDEST_TOOLS := pytest,pytest-timeout,hypothesis,cryptography,setuptools
 
 # What Debian has for the C++ client of examples/cpp.

@@ -12,6 +12,7 @@ COMMANDS = {
     "predictor": "lab.bench.predictor",
     "readers": "lab.bench.readers",
     "replay": "lab.bench.replay",
+    "strangers": "lab.bench.strangers",
     "tenants": "lab.bench.tenants",
     "torture": "lab.robustness.torture",
     "soak": "lab.robustness.soak",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,6 +12,7 @@ from descriptors import error_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import Server, open_pool, wait_for
 
+from lab.bench.strangers import FIELDS, REFLECTION, call_often, private_bytes
 from odma_service.client import Client
 from odma_service.errors import CallerLimitError, IdentityError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -24,10 +25,7 @@ from odma_service.service.door.watchers import MOST_OF_AN_IDENTITY
 
 Code = grpc.StatusCode
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
-HEALTH, REFLECTION = (
-    "/grpc.health.v1.Health/",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-)
+HEALTH = "/grpc.health.v1.Health/"
 PATIENCE_SECONDS = 30
 
 
@@ -98,13 +96,6 @@ def silent_calls(server: Server, connected: int, rpc: str, metadata=None):
             stop.set()
 
 
-def memory_bytes(server: Server) -> int:
-    """Return what the server's process holds for itself."""
-    with open(f"/proc/{server.process.pid}/smaps_rollup") as file:  # noqa: PTH123
-        sizes = dict(line.split(":") for line in file if ":" in line and "kB" in line)
-    return sum(int(sizes[key].split()[0]) for key in ("Private_Dirty", "Swap")) * 1024
-
-
 # --- open services ---
 
 
@@ -136,25 +127,34 @@ def test_a_strangers_message_is_small(guarded, rpc):
         assert error_info(caught.value).reason == "MESSAGE_SIZE"
 
 
-@pytest.mark.parametrize("rpc", [f"{HEALTH}Check", f"{HEALTH}Watch", REFLECTION])
+@pytest.mark.parametrize("rpc", FIELDS)
 def test_calls_of_strangers_leave_no_memory_behind(guarded, rpc):
     server, _ = guarded
-    field = b"\x0a" if "Health" in rpc else b"\x22"
-
-    def call_many(channel, count):
-        for i in range(count):
-            text = os.urandom(448).hex().encode()  # 896 bytes
-            message = field + bytes([128 | len(text) & 127, len(text) >> 7]) + text
-            call = channel.stream_stream(rpc)(iter([message, os.urandom(i % 1000 + 1)]))
-            with suppress(grpc.RpcError):
-                next(call)
-            call.cancel()
-
     with grpc.insecure_channel(server.target) as channel:
-        call_many(channel, 300)
-        before = memory_bytes(server)
-        call_many(channel, 1_000)
-    assert memory_bytes(server) - before < 2 << 20
+        call_often(channel, rpc, 300)
+        before = private_bytes(server.process.pid)
+        call_often(channel, rpc, 1_000)
+    assert private_bytes(server.process.pid) - before < 2 << 20
+
+
+@pytest.mark.parametrize("rpc", [*FIELDS, "/odma.v1.MemoryService/Apply"])
+def test_a_compressed_message_is_stopped_before_it_is_large(guarded, rpc):
+    server, _ = guarded
+    before = peak_bytes(server)
+    unlimited = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.target, unlimited) as channel:
+        call = channel.stream_stream(rpc)
+        zeros, packed = bytes(256 << 20), grpc.Compression.Gzip
+        with pytest.raises(grpc.RpcError):
+            list(call(iter([zeros]), metadata=bearer("new"), compression=packed, timeout=60))
+    assert peak_bytes(server) - before < 64 << 20
+
+
+def peak_bytes(server: Server) -> int:
+    """Return the most memory that the server's process ever had."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peak) * 1024
 
 
 def test_watchers_of_the_health_take_no_place_from_engines(guarded):
