@@ -35,7 +35,7 @@
  *
  *     if (odma_arena_create("kv.pool", &geometry, &arena, reason) != ODMA_OK) puts(reason);
  *     odma_arena_open_epoch(arena, 1, &engine, NULL, NULL, 0);
- *     odma_arena_unary(arena, 1, &op, &result);
+ *     odma_arena_unary(arena, (odma_caller){.epoch = 1}, &op, &result);
  *     printf("%u blocks from block %u\n", result.length, result.start);
  *     odma_arena_close(arena);
  */
@@ -93,7 +93,10 @@ typedef enum odma_status {
     ODMA_NO_SPACE,      /* the file system is full, or memory ran out */
     ODMA_IO,            /* the system refused for another reason */
     ODMA_BROKEN,        /* the file changed under the arena: only close it */
-    ODMA_FORKED         /* this process did not attach the arena */
+    ODMA_FORKED,        /* this process did not attach the arena */
+    ODMA_FENCED,        /* another owner number is the present one */
+    ODMA_UNFENCED,      /* the epoch has an owner number, the call has none */
+    ODMA_LATE           /* its number was passed, or refused before */
 } odma_status;
 
 /* --- make: a file, an epoch, a policy --- */
@@ -161,8 +164,36 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
                                   const char *boot_id, const void *description,
                                   uint32_t description_bytes);
 
-/* End the epoch. ODMA_EPOCH if another one, or none, is running. */
-odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch);
+/* Who asks. An epoch that has an owner number (odma_arena_describe) does only
+ * what carries it, and each message of its owner once and in order: one whose
+ * number is above the last is done, and its number and its effect are in one
+ * commit. One with the last number is a retry: a batch gets its stored answer,
+ * another call is done again, which has the same effect; if it was refused, it
+ * stays refused. All else is refused, and changes nothing.
+ *
+ * Fails     ODMA_EPOCH, ODMA_FENCED, ODMA_UNFENCED, ODMA_LATE. */
+typedef struct odma_caller {
+    uint64_t epoch;
+    uint64_t owner;               /* default: none, as in a pool without a service */
+    uint64_t number;              /* from 1 under each owner number, below 2^53 */
+} odma_caller;
+
+/* Change the description, and with it the owner number of the epoch: both or
+ * neither. Under a larger one numbers begin anew.
+ *
+ * Fails     ODMA_INVALID if `owner` is below the present one or not below 2^53,
+ *           or if it changes and no epoch is running.
+ */
+odma_status odma_arena_describe(odma_arena *arena, uint64_t owner, const void *description,
+                                uint32_t description_bytes);
+
+/* Use up the number of a call that was refused outside of the books: if it comes
+ * again it stays refused. Fails as odma_caller says. */
+odma_status odma_arena_spend(odma_arena *arena, odma_caller caller);
+
+/* End the epoch. A caller without an owner number is not compared with the epoch's:
+ * that is an operator, or nobody calls any more. Fails as odma_caller says. */
+odma_status odma_arena_end_epoch(odma_arena *arena, odma_caller caller);
 
 typedef enum odma_start {
     ODMA_START_MAXIMUM = 1,
@@ -217,13 +248,13 @@ typedef struct odma_policy {
 } odma_policy;
 
 /* Install a policy record and write it back as it is stored: with its new version,
- * and with defaults where it was unset.
+ * and with defaults where it was unset. `caller` may be NULL: nobody who is fenced.
  *
  * Fails     ODMA_INVALID if a field breaks its rule; ODMA_VERSION if
- *           expected_version is not 0 and not in force.
+ *           expected_version is not 0 and not in force; as odma_caller says.
  */
-odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
-                                  uint32_t expected_version);
+odma_status odma_arena_set_policy(odma_arena *arena, const odma_caller *caller,
+                                  odma_policy *policy, uint32_t expected_version);
 
 /* Whether a finished record, in which nothing is unset, keeps every rule: ODMA_OK,
  * or ODMA_INVALID with "field: rule" in `reason`. */
@@ -293,6 +324,8 @@ typedef struct odma_batch {
     uint32_t op_count;            /* at most max_ops */
     const odma_used *used;
     const odma_op *ops;
+    uint64_t owner;               /* with epoch as in odma_caller, and in no fingerprint */
+    uint64_t number;
 } odma_batch;
 
 typedef enum odma_outcome {
@@ -392,7 +425,7 @@ typedef struct odma_answer {
  *
  * Promise   All of it or none of it, whenever the process dies. The same seq
  *           with the same body gets the stored answer, `replayed` set.
- * Fails     ODMA_EPOCH, ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP;
+ * Fails     ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP; as odma_caller says;
  *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
  * Cost      O(used + ops); an operation that has to move regions O(live).
  */
@@ -406,14 +439,14 @@ odma_status odma_arena_replay(odma_arena *arena, const odma_batch *batch, odma_a
 /* Do one operation outside of batches: it takes no seq, leaves the stored
  * answer alone and copies nothing. A free promises that no enqueued work uses
  * the region. */
-odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *op,
+odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_op *op,
                              odma_result *result);
 
 /* Free every live region whose handle is not among `handles`, and every waiting
  * run. Stores where the listed ones lie in `kept` (length 0: it is dead), in
  * the order given, and the handles freed in `freed`, which has room for
  * max_regions. */
-odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64_t *handles,
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
                                  uint32_t count, odma_place *kept, uint64_t *freed,
                                  uint32_t *freed_count);
 
@@ -442,6 +475,8 @@ typedef struct odma_report {
     uint64_t last_epoch;
     uint64_t seq;                 /* last answered */
     uint64_t completed_seq;
+    uint64_t owner;               /* number of the epoch's owner, 0: none */
+    uint64_t number;              /* of its last message that was done or refused */
     uint32_t live;                /* regions */
     uint32_t waiting;             /* vacated runs */
     uint32_t free_runs;

@@ -111,7 +111,9 @@ struct books {
     uint32_t class_count;
     uint32_t description_bytes;
     uint64_t turns;       /* batches and unary calls */
-    uint64_t pad[3];
+    uint64_t owner;       /* fence of the epoch, 0: none */
+    uint64_t number;      /* last of the owner's messages */
+    uint64_t refused;     /* 1: that one was, and stays so */
     odma_engine engine;
     odma_counters counters;
     odma_policy policy;   /* from here on a batch marks only what it changes */

@@ -24,6 +24,9 @@ const char *odma_status_name(odma_status status) {
         case ODMA_IO: return "input/output error";
         case ODMA_BROKEN: return "the file changed under the arena";
         case ODMA_FORKED: return "attached by the parent process";
+        case ODMA_FENCED: return "another owner has the epoch";
+        case ODMA_UNFENCED: return "no owner number in an epoch that has one";
+        case ODMA_LATE: return "a late message";
     }
     return "unknown status";
 }

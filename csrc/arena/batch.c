@@ -58,13 +58,33 @@ static odma_status batch_fault(odma_arena *arena, const odma_batch *batch, odma_
     return ODMA_OK;
 }
 
+/* Whether a message is its owner's next or last one: see odma_caller. */
+static odma_status admit(const odma_arena *arena, odma_caller caller) {
+    const struct books *books = arena->books;
+    if (books->epoch == 0 || caller.epoch != books->epoch) return ODMA_EPOCH;
+    if (caller.owner != books->owner) return caller.owner == 0 ? ODMA_UNFENCED : ODMA_FENCED;
+    if (books->owner == 0) return ODMA_OK;
+    if (caller.number < books->number || caller.number == 0 || caller.number >= MAX_WIRE)
+        return ODMA_LATE;
+    return caller.number == books->number && books->refused == 1 ? ODMA_LATE : ODMA_OK;
+}
+
+/* Note that an admitted message is done or refused. The door marks the head of the books. */
+static void take_number(odma_arena *arena, uint64_t number, bool refused) {
+    if (arena->books->owner == 0) return;
+    arena->books->number = number;
+    arena->books->refused = refused;
+}
+
 /* Whether a batch is the next one (ODMA_NOT_FOUND), the last one (ODMA_OK, with
  * its stored answer), or neither. */
 static odma_status seek(odma_arena *arena, const odma_batch *batch, const uint64_t fingerprint[2],
                         odma_answer *answer) {
     const struct books *books = arena->books;
-    if (books->epoch == 0 || batch->epoch != books->epoch) return ODMA_EPOCH;
-    if (batch->seq == books->seq + 1 && batch->seq < MAX_WIRE) return ODMA_NOT_FOUND;
+    odma_status status = admit(arena, (odma_caller){batch->epoch, batch->owner, batch->number});
+    if (status != ODMA_OK) return status;
+    if (batch->seq == books->seq + 1 && batch->seq < MAX_WIRE)
+        return books->owner != 0 && batch->number == books->number ? ODMA_LATE : ODMA_NOT_FOUND;
     if (batch->seq == 0 || batch->seq < books->seq) return ODMA_SEQ_OLD;
     if (batch->seq > books->seq) return ODMA_SEQ_GAP;
     return stored_answer(arena, fingerprint, answer);
@@ -133,6 +153,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     struct books *books = arena->books;
     books->seq = batch->seq;
     books->completed_seq = batch->completed_seq;
+    take_number(arena, batch->number, false);
     books->turns++;
     free_waiting_up_to(arena, batch->completed_seq);
     take_used(arena, batch);

@@ -44,6 +44,8 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
                             .last_epoch = books->last_epoch,
                             .seq = books->seq,
                             .completed_seq = books->completed_seq,
+                            .owner = books->owner,
+                            .number = books->number,
                             .live = arena->live,
                             .waiting = arena->waiting,
                             .free_runs = arena->free_runs,

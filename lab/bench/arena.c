@@ -224,7 +224,7 @@ static struct bench *fresh(const char *path, uint32_t blocks, uint32_t max_regio
                           .step_tokens = BLOCK_TOKENS,
                           .max_copy_tokens = 1U << 30};
     if (odma_arena_create(path, &geometry, &bench->arena, reason) != ODMA_OK) fail(path, reason);
-    must(odma_arena_set_policy(bench->arena, &policy, 0), "set policy");
+    must(odma_arena_set_policy(bench->arena, NULL, &policy, 0), "set policy");
     must(odma_arena_open_epoch(bench->arena, 1, &engine, NULL, NULL, 0), "open epoch");
     for (uint32_t i = 0; i < LARGEST_BATCH; i++)
         bench->ops[i] = (odma_op){.end = ODMA_END_ABORTED, .prompt_tokens = 1};
@@ -266,7 +266,7 @@ static void read_result(struct bench *bench, uint32_t at, const struct step *ste
 static void do_alone(struct bench *bench, const struct mix *mix, uint32_t from, uint32_t to) {
     for (uint32_t i = from; i < to; i++) {
         write_op(bench, 0, &mix->steps[i], mix->ids[i]);
-        must(odma_arena_unary(bench->arena, 1, bench->ops, bench->results), "unary");
+        must(odma_arena_unary(bench->arena, (odma_caller){.epoch = 1}, bench->ops, bench->results), "unary");
         read_result(bench, 0, &mix->steps[i]);
     }
 }

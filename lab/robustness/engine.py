@@ -76,7 +76,9 @@ class Engine:
         """Make the next batch, not sent yet."""
         batch = self._asked = self._load.batch(self._twin, self.pool.seq + 1)
         completed_seq = max(batch.completed_seq, self.pool.completed_seq)
-        self.pool.pending = batch_to(self.pool.ref, batch._replace(completed_seq=completed_seq))
+        self.pool.pending = batch_to(
+            self.pool.numbered(), batch._replace(completed_seq=completed_seq)
+        )
         return self.pool.pending
 
     def settle(self) -> None:
@@ -88,8 +90,9 @@ class Engine:
         """Lose all but the handles of some regions; open with the same open_id and reconcile."""
         kept = {h: held for h, held in self._twin.held.items() if self._random.random() < 0.5}
         gone = self._twin.held.keys() - kept
+        completed_seq = self.pool.seq
         self.pool = service.open_pool(self.name, **self._how)
-        answer = self.pool.reconcile(list(kept))
+        answer = self.pool.reconcile(list(kept), completed_seq=completed_seq)
         where = f"pool {self.name}, reconciled after seq {answer.last_seq}"
         for place, held in zip(answer.kept, kept.values(), strict=False):
             if place != held[1:]:

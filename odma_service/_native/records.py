@@ -198,6 +198,8 @@ class ArenaReport(NamedTuple):
     last_epoch: int
     seq: int
     completed_seq: int
+    owner: int
+    number: int
     live: int
     waiting: int
     free_runs: int

@@ -1,13 +1,13 @@
 """`odma demo`: a real server, an engine that plays against it, and what came of it.
 
 It exits with 1 when a token was not where it should be, when a request or a token is
-missing, when the books do not balance, and when the synthetic load, which is made to be short
-of memory, was not. A trace or an option that cannot be used exits with 2.
+missing, when the books do not balance, and when the usual synthetic load, which is made to be
+short of memory, was not. A trace or an option that cannot be used, or a trace of which nothing
+fits, exits with 2.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
@@ -15,26 +15,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
-    TextColumn,
-    TimeElapsedColumn,
 )
 from rich.text import Text
 
 from odma_service.cli.failures import BadResultError, bad_result
-from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key
-from odma_service.cli.output import show
+from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, TraceFormat
+from odma_service.cli.output import progress_bar, show
 from odma_service.client import Client
 from odma_service.client.local import own_server
 from odma_service.demo.play import Setting, play
 from odma_service.demo.report import Outcome, as_object, table_of
 from odma_service.errors import InvalidError, OdmaError
-from odma_service.replay.load import Limits
+from odma_service.replay.load import Limits, load_of
 from odma_service.replay.loop import History
 from odma_service.replay.pooled import EngineKind
 from odma_service.traces import Trace, generate, read_trace
@@ -45,6 +41,7 @@ SYNTHETIC_ROWS = 1_000
 BAR_DECISIONS = 64  # the progress bar moves once in so many
 
 USUAL = Setting()
+USUAL_SIZE = USUAL.limits, USUAL.batch_cap
 
 
 class MovesChoice(StrEnum):
@@ -69,7 +66,7 @@ app = typer.Typer()
 def command(
     trace: Annotated[
         Path | None,
-        typer.Option(help="Parquet, Azure CSV or Mooncake JSONL. Without it: a synthetic load."),
+        typer.Option(help="As for `odma trace describe`. Without it: a synthetic load."),
     ] = None,
     rows: Annotated[
         int | None,
@@ -111,6 +108,7 @@ def command(
     cert: Cert = None,
     key: Key = None,
     drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Play an engine against a real server, over gRPC, and check every token it keeps."""
@@ -118,7 +116,8 @@ def command(
     limits = Limits(max_output, model_length, capacity_tokens)
     setting = Setting(limits, kind, batch_cap, overtake, drop_copy)
     policies = _policies(policy)
-    load = _load(trace, rows, seed, limits)
+    load = _load(trace, rows, seed, limits, form)
+    load_of(load, limits)  # one of which nothing fits needs no server to be refused
     server = own_server() if target is None else nullcontext(target)
     with (
         bad_result(OdmaError),
@@ -127,7 +126,8 @@ def command(
     ):
         outcomes = _play(load, policies, setting, service, quiet=as_json)
     show(as_object(outcomes), as_json, lambda _: _picture(load, limits, outcomes))
-    strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
+    made_short = trace is None and rows is None and (limits, batch_cap) == USUAL_SIZE
+    strict = made_short and kind.moves is Moves.ANY and kind.single_stream
     flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
     flaws += [
         omission
@@ -147,35 +147,25 @@ def _policies(names: str) -> list[str]:
     return list(dict.fromkeys(policies))
 
 
-def _load(path: Path | None, rows: int | None, seed: int, limits: Limits) -> Trace:
+def _load(
+    path: Path | None, rows: int | None, seed: int, limits: Limits, form: str | None
+) -> Trace:
     """Return the trace to play; a made one is cut by the engine, not by its maker."""
     if path is not None:
-        return read_trace(path, rows)
+        return read_trace(path, rows, form)
     return generate(rows or SYNTHETIC_ROWS, seed, max_output_tokens=limits.model_length_tokens)
 
 
 def _play(
     load: Trace, policies: list[str], setting: Setting, service: Client, *, quiet: bool
 ) -> list[Outcome]:
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         outcomes = []
         for policy in policies:
             task = progress.add_task(policy, total=len(load))
             outcomes.append(play(service, load, policy, setting, _mover(progress, task)))
             progress.update(task, completed=len(load))
     return outcomes
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not (sys.stdout.isatty() and sys.stderr.isatty()),
-    )
 
 
 def _mover(progress: Progress, task: TaskID) -> Callable[[History], None]:

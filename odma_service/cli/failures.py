@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from odma_service.cli.plain import printable
 from odma_service.errors import OdmaError
 
 EXIT_CODES = (
@@ -75,4 +76,4 @@ def _reason(error: OdmaError | OSError) -> str:
 def _say(command: str, *reasons: str) -> None:
     for reason in reasons:
         if reason:  # there is none where the help was printed
-            typer.echo(f"{command}: {' '.join(reason.split())}", err=True)
+            typer.echo(f"{command}: {printable(' '.join(reason.split()))}", err=True)

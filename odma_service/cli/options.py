@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 TOKEN = "ODMA_TOKEN"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+TraceFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="Of the trace (docs/reference/traces.md). Default: what its marks say."
+    ),
+]
 Ca = Annotated[
     Path | None,
     typer.Option(envvar="ODMA_CLIENT_CA", help="PEM file: who signs the service's certificate."),
@@ -33,7 +39,7 @@ Key = Annotated[Path | None, typer.Option(envvar="ODMA_CLIENT_KEY", help="PEM fi
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the service is, and how to reach it: with TLS if there is a PEM file."""
+    """Where the service is, and how to reach it: with TLS if asked or if there is a PEM file."""
 
     target: Annotated[str, typer.Option(help="The service: host:port or unix:/path.")] = (
         "127.0.0.1:50051"
@@ -41,12 +47,17 @@ class Connection:
     ca: Ca = None
     cert: Cert = None
     key: Key = None
+    tls: Annotated[
+        bool,
+        typer.Option("--tls", envvar="ODMA_CLIENT_TLS", help="Use TLS; --ca: whom to trust."),
+    ] = False
 
     def client(self, retry_seconds: float = 0) -> Client:
         """Return a client with the token of the environment. Raises OdmaError for a bad file."""
         from odma_service.client import Client, Tls
 
-        tls = Tls(self.ca, self.cert, self.key) if self.ca or self.cert or self.key else None
+        secure = self.tls or self.ca or self.cert or self.key
+        tls = Tls(self.ca, self.cert, self.key) if secure else None
         token = os.environ.get(TOKEN, "").strip()
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
 

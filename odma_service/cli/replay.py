@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
-from odma_service.cli.options import AsJson
-from odma_service.cli.output import Facts, show
+from odma_service.cli.options import AsJson, TraceFormat
+from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.errors import InvalidError
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
@@ -36,7 +27,7 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    trace: Annotated[list[Path], typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
@@ -93,6 +84,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
@@ -107,7 +99,7 @@ def command(
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = replay.marked(traces.read_trace(path, rows), skip)
+            load = replay.marked(traces.read_trace(path, rows, form), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
                 serving,
@@ -150,20 +142,6 @@ def tenant_of(text: str) -> TenantShare:
         raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
-def progress_bar(quiet: bool) -> Progress:
-    """Return a bar on stderr, which is not drawn where nobody looks."""
-    return Progress(
-        TextColumn("{task.description:22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-        transient=True,
-    )
-
-
 def _watch(progress: Progress, total: int) -> replay.Progress:
     tasks: dict[str, TaskID] = {}
 
@@ -186,8 +164,8 @@ def _object(compared: Sequence[replay.Comparison]) -> Facts:
 def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
-    console = Console()
-    console = Console(width=max(console.width, TABLE_WIDTH))
+    console = SafeConsole()
+    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [

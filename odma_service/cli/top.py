@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -30,6 +30,7 @@ from rich.text import Text
 
 from odma_service.cli import view
 from odma_service.cli.options import Connection, connecting
+from odma_service.cli.output import SafeConsole
 from odma_service.client import Client
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -70,7 +71,7 @@ def command(
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Show pools and their events, live. q or Ctrl-C ends it."""
-    console = Console()
+    console = SafeConsole()
     if not (sys.stdin.isatty() and console.is_terminal):
         raise OdmaError("it needs a terminal; see odma status and odma watch")
     events: deque[str] = deque(maxlen=EVENTS_SHOWN)

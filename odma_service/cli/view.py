@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from odma_service.cli.plain import printable
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 
@@ -98,7 +99,7 @@ def line_of(event: pool_pb.Event) -> str:
     """Return an event as one printable line, in UTC."""
     at = datetime.fromtimestamp(event.unix_seconds, UTC)
     line = f"{at:%H:%M:%S}  {event.pool.name:<16} {kind_of(event):<13} {event.reason}".rstrip()
-    return "".join(c if c.isprintable() else " " for c in line)
+    return printable(line).replace("\n", " ")
 
 
 def _headline(pool: pool_pb.GetPoolResponse) -> Text:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +45,34 @@ class Tls(NamedTuple):
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 
-class Caller:
-    """Who calls. Without a token nobody in particular."""
+LOCAL = re.compile(r"unix(-abstract)?:.*|(dns:(//[^/]*)?/?)?localhost(:[0-9]+)?", re.IGNORECASE)
+ADDRESS = re.compile(r"(?:ipv[46]:|dns:///)?\[?([0-9a-fA-F.:]+?)\]?(?::[0-9]+)?")
 
-    def __init__(self, token: str | None) -> None:
+
+def is_local(target: str) -> bool:
+    """Whether a target is a socket of this machine: Unix or on the loopback, by its very name.
+
+    >>> is_local("127.0.0.1:50051"), is_local("[::1]:50051"), is_local("10.0.0.1:50051")
+    (True, True, False)
+    """
+    if LOCAL.fullmatch(target):
+        return True
+    address = ADDRESS.fullmatch(target)
+    try:
+        return bool(address and ip_address(address[1]).is_loopback)
+    except ValueError:
+        return False
+
+
+class Caller:
+    """Who calls. Without a token nobody in particular.
+
+    Raises OdmaError for a token that would go over a network in plain.
+    """
+
+    def __init__(self, token: str | None, target: str, tls: Tls | None) -> None:
+        if token and tls is None and not is_local(target):
+            raise OdmaError(f"the token would go to {target} in plain: connect with TLS")
         self._token: Headers = (("authorization", f"Bearer {token}"),) if token else ()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -35,8 +36,9 @@ PERHAPS_DONE = NO_ANSWER | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 class Patience:
     """For how long something is asked again while nobody answers, and after what pauses.
 
-    The `retry_seconds` begin now. Each pause is twice as long as the one before it, up to half a
-    second.
+    The `retry_seconds` begin now. The longest pause doubles, up to half a second; each is drawn
+    between half of it and all of it, so that many clients do not come back at once. A service
+    that tells how long to wait (RetryInfo) is waited for so long.
     """
 
     def __init__(self, retry_seconds: float, pause_seconds: float = FIRST_PAUSE_SECONDS) -> None:
@@ -48,11 +50,21 @@ class Patience:
 
         Raises the OdmaError that `error` stands for if it is an answer, or time is up.
         """
-        pause_seconds = self._pause_seconds
+        told_seconds = _retry_delay_seconds(error)
+        pause_seconds = max(told_seconds, self._pause_seconds * random.uniform(0.5, 1))
         if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > self._give_up:
             raise error_from(error) from None
-        self._pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
         return pause_seconds
+
+
+def _retry_delay_seconds(error: grpc.RpcError) -> float:
+    """Return the pause that a service asks for, 0 without one."""
+    status = rpc_status.from_call(cast("grpc.Call", error))
+    info = error_details_pb2.RetryInfo()
+    if status is None or not any(detail.Unpack(info) for detail in status.details):
+        return 0.0
+    return float(info.retry_delay.ToTimedelta().total_seconds())
 
 
 def _refused(details: Sequence[Any]) -> OdmaError:
@@ -87,7 +99,10 @@ def error_of(code: grpc.StatusCode, text: str, status: Status | None) -> OdmaErr
             return _refused(status.details)
         if info.domain == DOMAIN and info.reason and info.reason in _KINDS:
             kind = _KINDS[info.reason]
-            values = [read(info.metadata[name]) for name, read in kind.fields]
+            try:
+                values = [read(info.metadata[name]) for name, read in kind.fields]
+            except ValueError:
+                return ServiceError(f"{code.name}: {text} (details without a number)")
             return kind(*values or [text])
     unknown = UnavailableError if code in PERHAPS_DONE else ServiceError
     return unknown(f"{code.name}: {text}")

@@ -69,11 +69,6 @@ class History:
     quantiles: Quantiles = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     count: int = 0
 
-    @property
-    def q95(self) -> float:
-        """The length, as its logarithm, that one completion in twenty passes."""
-        return self.quantiles[5]
-
     @classmethod
     def of(cls, output_tokens: Iterable[float]) -> History:
         """Return the history of these completions, oldest first: of the last WINDOW of them.

@@ -28,18 +28,27 @@ from pydantic_settings import (
 )
 
 from odma_service.errors import InvalidError
+from odma_service.service.door.private import insist_trusted
 
 PREFIX = "ODMA_"
 NOT_SETTINGS = {
     "ODMA_CLIENT_CA",
     "ODMA_CLIENT_CERT",
     "ODMA_CLIENT_KEY",
+    "ODMA_CLIENT_TLS",
     "ODMA_DATA_DIR",
     "ODMA_REFERENCE_DIR",
     "ODMA_REQUIRE_CLIENTS",
     "ODMA_TOKEN",
 }
 """Variables with our prefix for other tools of the project."""
+
+SERVICE_LINK = re.compile(
+    r"ODMA(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+LINKED_PORT = re.compile(r"ODMA(_[A-Z0-9_]+)?_PORT=(tcp|udp|sctp)://.*")
+"""What Kubernetes puts into every container for a Service whose name begins with `odma`."""
 
 UNIX = "unix:"
 HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:\s]+):(?P<port>[0-9]{1,5})")
@@ -225,8 +234,15 @@ def _where(field: str, flags: Mapping[str, Any]) -> str:
 def _check_environment() -> None:
     known = {PREFIX + field.upper() for field in Settings.model_fields}
     for variable in sorted(os.environ):
-        if variable.upper().startswith(PREFIX) and variable not in known | NOT_SETTINGS:
+        if _is_service_link(variable) or variable in known | NOT_SETTINGS:
+            continue
+        if variable.upper().startswith(PREFIX):
             raise InvalidError(variable, _unknown("environment variable", variable.upper(), known))
+
+
+def _is_service_link(variable: str) -> bool:
+    linked = f"{variable}={os.environ[variable]}"
+    return bool(SERVICE_LINK.fullmatch(variable) or LINKED_PORT.fullmatch(linked))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -237,6 +253,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise InvalidError("config", f"cannot read {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidError("config", f"{file} is not TOML: {error}") from None
+    insist_trusted(file)
     known = {_kebab(field) for field in Settings.model_fields} - {"config"}
     for key in table:
         if key not in known:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -38,6 +40,7 @@ from odma_service.service.door.access import Access
 from odma_service.service.door.calls import sweeping
 from odma_service.service.door.guard import GUARD_OPTIONS, Guard, Pools
 from odma_service.service.door.health import Health
+from odma_service.service.door.private import insist_trusted
 from odma_service.service.door.tls import credentials_of
 from odma_service.service.pools.models import Models
 from odma_service.service.pools.reaper import reaping
@@ -68,6 +71,7 @@ SPARE_PLACES = 1024
 """Places beyond four times max-calls (calls, readers, streams, watchers): those of strangers."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
 
@@ -90,6 +94,7 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     sys.setswitchinterval(SWITCH_SECONDS)
     _configure_log(settings)
+    _forbid_core_dumps()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
     models = Models(
         _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
@@ -292,7 +297,18 @@ def _remove_stale(path: Path) -> None:
 def _model_directory(setting: str) -> Path | None:
     if setting == "none":
         return None
-    return default_model() if setting == "shipped" else Path(setting).expanduser()
+    if setting == "shipped":
+        return default_model()
+    directory = Path(setting).expanduser()
+    for path in (directory, *directory.glob("*")):
+        insist_trusted(path)
+    return directory
+
+
+def _forbid_core_dumps() -> None:
+    """Keep this process's memory, in which prompts pass, out of core files and other processes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
 
 
 def _own_directory(path: Path) -> Path:

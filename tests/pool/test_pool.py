@@ -326,3 +326,12 @@ def test_the_65th_class_shares_its_statistics(pool):
     assert classes[-1].request_class == "(other)"
     assert classes[-1].histogram.completions == 2
     assert pool.quantiles("class 65") == pool.quantiles("class 1")
+
+
+def test_no_class_has_the_name_of_those_that_share(pool):
+    for name in ["(other)", "(other)'", *map(str, range(63))]:
+        place = pool.allocate(EPOCH, Allocate("a", 100, request_class=name))
+        pool.free(EPOCH, Free(place.handle, End.FINISHED, 30))
+    names = [known.request_class for known in pool.classes()]
+    assert len(set(names)) == len(names) == 65
+    assert names[-1] == "(other)''"

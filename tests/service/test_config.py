@@ -9,7 +9,7 @@ from running import odma
 from typer.main import get_command
 
 from odma_service.cli.serve import app
-from odma_service.errors import InvalidError
+from odma_service.errors import InvalidError, OdmaError
 from odma_service.service import config
 
 OF_TYPER = {"--install-completion", "--show-completion", "--help"}
@@ -95,6 +95,36 @@ def test_an_unknown_variable_without_neighbours_is_told_what_there_is(monkeypatc
 def test_variables_of_the_projects_other_tools_are_left_alone(variable, monkeypatch):
     monkeypatch.setenv(variable, "x")
     config.load({})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ODMA_SERVICE_HOST", "10.0.0.1"),
+        ("ODMA_SERVICE_PORT", "50051"),
+        ("ODMA_SERVICE_PORT_GRPC", "50051"),
+        ("ODMA_PORT", "tcp://10.0.0.1:50051"),
+        ("ODMA_PORT_50051_TCP", "tcp://10.0.0.1:50051"),
+        ("ODMA_PORT_50051_TCP_ADDR", "10.0.0.1"),
+        ("ODMA_METRICS_SERVICE_HOST", "10.0.0.2"),
+        ("ODMA_METRICS_PORT", "tcp://10.0.0.2:9464"),
+    ],
+)
+def test_service_links_of_kubernetes_are_left_alone(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert config.load({}) == config.Settings()
+
+
+def test_a_port_that_somebody_meant_is_an_error(monkeypatch):
+    monkeypatch.setenv("ODMA_PORT", "50051")
+    with pytest.raises(InvalidError, match="unknown environment variable"):
+        config.load({})
+
+
+def test_a_file_that_everybody_may_write_to_is_refused(file):
+    file.chmod(0o666)
+    with pytest.raises(OdmaError, match="everybody may write"):
+        config.load({"config": file})
 
 
 def test_an_unknown_key_is_an_error_that_names_its_neighbours(file):

@@ -340,6 +340,47 @@ def test_a_real_prometheus_scrapes_it_by_the_shipped_configuration(
         process.wait()
 
 
+ALERTS = """
+rule_files: [alerts.yml]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'odma_events_total{kind="set_aside", instance="a"}'
+        values: '_x20 1x5'
+      - series: 'odma_rpc_calls_total{rpc="odma.v1.MemoryService.Stream", code="INTERNAL"}'
+        values: '_x20 1x5'
+      - series: 'odma_rpc_duration_seconds_bucket{rpc="odma.v1.MemoryService.Stream", le="0.05"}'
+        values: '0x5 0+100x30'
+      - series: 'odma_rpc_duration_seconds_bucket{rpc="odma.v1.MemoryService.Stream", le="+Inf"}'
+        values: '0x5 0+100x30'
+    alert_rule_test:
+      - {eval_time: 22m, alertname: OdmaBooksSetAside, exp_alerts: [
+          {exp_labels: {kind: set_aside, instance: a}}]}
+      - {eval_time: 22m, alertname: OdmaFailsInside, exp_alerts: [
+          {exp_labels: {rpc: odma.v1.MemoryService.Stream, code: INTERNAL}}]}
+      - {eval_time: 30m, alertname: OdmaSlow, exp_alerts: [
+          {exp_labels: {rpc: odma.v1.MemoryService.Stream}}]}
+      - {eval_time: 10m, alertname: OdmaBooksSetAside, exp_alerts: []}
+"""
+
+
+def test_alerts_fire_at_the_first_event_and_for_streams(tmp_path):
+    promtool = needed("promtool")
+    rules = (ROOT / "deploy" / "alerts.yml").read_text()
+    # promtool compares annotations too, and these are for people.
+    plain = re.sub(r"\n        annotations:\n(?:          .*\n?)+", "\n", rules)
+    (tmp_path / "alerts.yml").write_text(plain)
+    (tmp_path / "test.yml").write_text(ALERTS)
+    done = subprocess.run(
+        [promtool, "test", "rules", str(tmp_path / "test.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_promtool_finds_no_fault_with_names_queries_and_configuration(scraped, tmp_path):
     promtool = needed("promtool")
     with urllib.request.urlopen(f"http://{metrics_address(scraped)}/metrics", timeout=10) as page:
@@ -360,7 +401,9 @@ def queries() -> list[str]:
     """Return every query of the dashboard and of the alerts."""
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "odma.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked += re.findall(r"expr: (.*)", (ROOT / "deploy" / "alerts.yml").read_text())
+    asked += re.findall(
+        r"expr: (?:>-\n)?((?:.*)(?:\n {10}.*)*)", (ROOT / "deploy" / "alerts.yml").read_text()
+    )
     return [variable["query"] for variable in dashboard["templating"]["list"]] + asked
 
 

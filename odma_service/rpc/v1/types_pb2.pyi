@@ -248,21 +248,35 @@ class PoolRef(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 characters of [A-Za-z0-9._-], not starting with a dot."""
     epoch: _builtins.int
     """The epoch that OpenPool answered. A call with another epoch is refused with
     FAILED_PRECONDITION: stop using the books and open the pool again.
     """
+    owner: _builtins.int
+    """The owner number that OpenPool answered, where it was asked with an
+    instance. It is in everything that the owner sends; a number that is not the
+    present one is refused: FENCED. 0: none, as in all that only reports.
+    """
+    number: _builtins.int
+    """Counts what is sent under one owner number: 1, 2, ..., whatever the rpc, one
+    after the other; a retry of a message has its number again. KeepAlive has
+    none. See MemoryService.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        owner: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "number", b"number", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,18 @@ def _insist_private(path: Path, found: os.stat_result) -> None:
         )
 
 
+def insist_trusted(path: Path) -> None:
+    """Raise OdmaError if others than root and this user decide what a file or directory holds."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise OdmaError(f"cannot read {path}: {error.strerror}") from None
+    if found.st_uid not in {0, os.geteuid()}:
+        raise OdmaError(f"{path} belongs to another user; it must be this user's or root's")
+    if found.st_mode & stat.S_IWOTH:
+        raise OdmaError(f"everybody may write to {path}: what it holds would steer the service")
+
+
 class Reloaded(Generic[Value]):
     """A value read from files, and read again when one of them changes.
 

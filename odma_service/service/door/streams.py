@@ -42,6 +42,7 @@ class Stream:
         caller = CALLER.get()
         self.caller: Hashable = caller.who if caller else context.peer()
         self.known = STILL_KNOWN.get()
+        self.is_active: Callable[[], bool] = context.is_active
         self._context = context
         self._send = send
 
@@ -74,7 +75,9 @@ class Streams(OwnThreads):
     experimental_non_blocking = True
 
     def __init__(
-        self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
+        self,
+        apply: Callable[[pb.ApplyRequest, Callable[[], bool]], pb.ApplyResponse],
+        most_streams: int,
     ) -> None:
         # Streams that make way keep their threads until their clients have heard of it.
         super().__init__(2 * most_streams, "stream")
@@ -119,9 +122,10 @@ class Streams(OwnThreads):
                 name = request.apply.pool.name
                 if stream.pool not in ("", name):
                     raise InvalidError("apply.pool.name", "that of the stream's first batch")
-                answer = self._apply(request.apply)
-                if not stream.pool:
-                    self._bind(stream, name)
+                answer = self._apply(request.apply, stream.is_active)
+                stream.pool = name
+                if not answer.replayed:  # one that is repeated late takes no other's place
+                    self._bind(stream)
                 stream.answer(answer)
 
     def sweep(self) -> int:
@@ -150,14 +154,15 @@ class Streams(OwnThreads):
             oldest.end(enough, 0.0)
         return True
 
-    def _bind(self, stream: Stream, pool: str) -> None:
-        """Make this the stream of a pool, after the pool has taken its first batch."""
+    def _bind(self, stream: Stream) -> None:
+        """Make this the stream of its pool, after the pool has taken a batch of it."""
+        if self._by_pool.get(stream.pool) is stream:
+            return
         with self._lock:
-            stream.pool = pool
-            older = self._by_pool.get(pool)
-            self._by_pool[pool] = stream
+            older = self._by_pool.get(stream.pool)
+            self._by_pool[stream.pool] = stream
         if older:
-            older.end(StreamReplacedError(pool))
+            older.end(StreamReplacedError(stream.pool))
 
     def _leave(self, stream: Stream) -> None:
         with self._lock:

@@ -22,23 +22,39 @@ from odma_service.errors import (
     BooksForeignError,
     BooksMismatchError,
     EpochError,
+    HandleError,
     InvalidError,
+    NotCompletedError,
+    NothingLearntError,
     OdmaError,
     PoolLimitError,
     PoolNotFoundError,
     PoolOwnedError,
+    RefusedError,
     UnavailableError,
+    UnfencedError,
+    VersionError,
 )
 from odma_service.learning import Learner, Model
-from odma_service.pool import Pool, PoolSpec, set_aside
+from odma_service.pool import NO_INSTANCE, NOBODY, Opening, Pool, PoolSpec, set_aside
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.door.access import claimed, may_see
 from odma_service.service.watch.events import EventKind
 from odma_service.service.watch.telemetry import Telemetry
+from odma_service.values import Caller
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
 UNUSABLE = (BooksForeignError, BooksMismatchError, BooksCorruptError)
+FINAL = (
+    InvalidError,
+    RefusedError,
+    HandleError,
+    VersionError,
+    NothingLearntError,
+    NotCompletedError,
+)
+"""Refusals of a message that must not succeed later, when its sender has gone on."""
 
 log = structlog.get_logger()
 
@@ -48,6 +64,7 @@ class Opened(NamedTuple):
 
     spec: PoolSpec
     epoch: int
+    owner: int
     policy_version: int
 
 
@@ -144,58 +161,119 @@ class Registry:
         return [name for name, pool in pools if pool and may_see(pool.spec)]
 
     def open(
-        self, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool, take_over: bool
+        self,
+        spec: PoolSpec,
+        policy: PolicyRecord,
+        *,
+        keep_policy: bool,
+        take_over: bool,
+        opening: Opening = NO_INSTANCE,
     ) -> Opened:
         """Begin an epoch, in the books of an earlier one if their geometry is the same.
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed,
-        unless the pool has a policy and `keep_policy` is set. Raises PoolOwnedError,
-        PoolForeignError, PoolLimitError, InvalidError, BooksLockedError.
+        unless the pool has a policy and `keep_policy` is set. An `opening` with an instance
+        fences the epoch. Raises PoolOwnedError, PoolForeignError, PoolLimitError, InvalidError,
+        BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
         with self._lock:
             self._insist_serving()
             entry = self._entry(spec.name)
             if entry is None:
-                return self._create(claimed(spec, None), policy)
+                return self._create(claimed(spec, None), policy, opening)
             with entry.lock:
                 if entry.pool is None:
-                    return self._create(claimed(spec, None), policy)
+                    return self._create(claimed(spec, None), policy, opening)
                 pool = self._insist(spec.name, entry)
                 spec = claimed(spec, pool.spec)
-                if self._is_retry(pool, spec):
+                pool.openers.check(opening, spec.name, pool.owner)
+                try:
+                    is_retry = self._is_retry(pool, spec)
+                    if not is_retry:
+                        self._insist_free(pool, entry, take_over=take_over)
+                except OdmaError:
+                    if opening.instance:
+                        pool.refuse(opening)
+                    raise
+                if is_retry:
+                    self._own(pool, opening)
                     self._hear(spec.name, entry)
                 else:
-                    self._insist_free(pool, entry, take_over=take_over)
-                    self._begin(pool, entry, spec, policy, keep_policy=keep_policy)
+                    self._begin(pool, entry, spec, policy, opening, keep_policy=keep_policy)
                 return _opened(entry.pool)
 
-    def close_epoch(self, name: str, epoch: int) -> None:
+    def close_epoch(self, name: str, caller: Caller | int, *, by_operator: bool = False) -> None:
         """End an epoch; a repeated call changes nothing. Raises EpochError for an older epoch."""
+        caller = Caller.of(caller)
         entry = self._find(name)
         with entry.lock:
             pool = self._insist_seen(name, entry)
-            if pool.epoch == 0 and pool.report().last_epoch == epoch:
+            if pool.epoch == 0 and pool.report().last_epoch == caller.epoch:
                 return
-            if pool.epoch != epoch:
-                raise EpochError(name, epoch)
-            pool.close_epoch(epoch)
-            self.telemetry.tell(EventKind.CLOSED, name, epoch)
+            if by_operator and pool.epoch == caller.epoch:
+                caller = Caller(caller.epoch)
+            else:
+                pool.insist(caller)
+            pool.close_epoch(caller)
+            self.telemetry.tell(EventKind.CLOSED, name, caller.epoch)
 
     @contextmanager
-    def owned(self, name: str, epoch: int) -> Iterator[Learner]:
-        """Hold a pool for a call of its owner. Raises PoolNotFoundError, EpochError."""
-        entry = self._find(name)
-        with self.telemetry.spans.waiting(entry.lock):
+    def owned(
+        self, name: str, caller: Caller | int, wanted: Callable[[], bool] | None = None
+    ) -> Iterator[Learner]:
+        """Hold a pool for a call of its owner, and use up its number if it is refused.
+
+        `wanted` says whether anybody waits for the answer. Raises PoolNotFoundError,
+        EpochError, FencedError, UnfencedError, and UnavailableError if nobody does.
+        """
+        caller = Caller.of(caller)
+        with self._held(name, wanted) as entry:
+            pool = self._insist_seen(name, entry)
+            pool.insist(caller)
+            self.telemetry.spans.serves(name, caller.epoch)
+            self._hear(name, entry)
+            with self._guarded(name, entry):
+                try:
+                    yield entry.learner
+                except FINAL:
+                    if caller.owner:
+                        pool.spend(caller)
+                    raise
+
+    @contextmanager
+    def steered(
+        self, name: str, epoch: int, wanted: Callable[[], bool] | None = None
+    ) -> Iterator[Learner]:
+        """Hold a pool for a call that its policy's version fences, whoever makes it.
+
+        It is no sign of life of an owner that has a number. Raises as `owned` does.
+        """
+        with self._held(name, wanted) as entry:
             pool = self._insist_seen(name, entry)
             if pool.epoch != epoch:
                 raise EpochError(name, epoch)
             self.telemetry.spans.serves(name, epoch)
-            self._hear(name, entry)
-            try:
+            if not pool.owner:
+                self._hear(name, entry)
+            with self._guarded(name, entry):
                 yield entry.learner
-            except BooksCorruptError as error:
-                self._drop(name, entry, error)
-                raise
+
+    @contextmanager
+    def _held(self, name: str, wanted: Callable[[], bool] | None) -> Iterator[Entry]:
+        entry = self._find(name)
+        with self.telemetry.spans.waiting(entry.lock):
+            if wanted is not None and not wanted():
+                raise UnavailableError("nobody waits for the answer any more")
+            yield entry
+
+    @contextmanager
+    def _guarded(self, name: str, entry: Entry) -> Iterator[None]:
+        """Set the books aside if they prove broken."""
+        try:
+            yield
+        except BooksCorruptError as error:
+            self._drop(name, entry, error)
+            raise
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
@@ -365,25 +443,52 @@ class Registry:
             raise PoolOwnedError(name, self._idle_seconds(entry))
         self.telemetry.tell(EventKind.TAKEN_OVER, name, epoch)
 
-    def _create(self, spec: PoolSpec, policy: PolicyRecord) -> Opened:
+    def _own(self, pool: Pool, opening: Opening) -> None:
+        """Make the sender of a retried OpenPool the owner. Raises UnfencedError."""
+        if not opening.instance:
+            if pool.owner:
+                raise UnfencedError(pool.spec.name, pool.owner)
+            return
+        before = pool.openers.owner.instance
+        pool.own(opening)
+        if before not in ("", opening.instance):
+            self.telemetry.tell(
+                EventKind.SUCCEEDED,
+                pool.spec.name,
+                pool.epoch,
+                reason=f"owner number {pool.owner}",
+            )
+
+    def _create(self, spec: PoolSpec, policy: PolicyRecord, opening: Opening) -> Opened:
         self._make_room(spec.owner)
         path = self._path(spec.name)
-        pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy)
+        openers = NOBODY.owned_by(opening, ends_another=False)
+        pool = Pool.create(path, spec, self._next_epoch(0), self._boot_id, policy, openers)
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
         self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
         return _opened(pool)
 
     def _begin(
-        self, pool: Pool, entry: Entry, spec: PoolSpec, policy: PolicyRecord, *, keep_policy: bool
+        self,
+        pool: Pool,
+        entry: Entry,
+        spec: PoolSpec,
+        policy: PolicyRecord,
+        opening: Opening,
+        *,
+        keep_policy: bool,
     ) -> None:
         """Begin an epoch for a locked entry, with new books if the geometry changes."""
         epoch = self._next_epoch(pool.report().last_epoch)
+        openers = pool.openers.owned_by(opening, ends_another=bool(pool.epoch))
         if spec.arena_geometry() == pool.spec.arena_geometry():
-            pool.open_epoch(spec, epoch, self._boot_id, None if keep_policy else policy)
+            changed = None if keep_policy else policy
+            pool.open_epoch(spec, epoch, self._boot_id, changed, openers)
         else:
             path = self._path(spec.name)
             unfinished = path.with_name(path.name + UNFINISHED)
-            old, pool = pool, Pool.create(unfinished, spec, epoch, self._boot_id, policy)
+            old = pool
+            pool = Pool.create(unfinished, spec, epoch, self._boot_id, policy, openers)
             unfinished.replace(path)
             old.close()
         entry.adopt(self._learner(pool), self._monotonic())
@@ -406,4 +511,4 @@ def draining() -> UnavailableError:
 
 
 def _opened(pool: Pool) -> Opened:
-    return Opened(pool.spec, pool.epoch, pool.policy().version)
+    return Opened(pool.spec, pool.epoch, pool.owner, pool.policy().version)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from odma_service.errors import InvalidError
-from odma_service.pool import MOST_CAPACITY_TOKENS, PoolSpec
+from odma_service.pool import MOST_CAPACITY_TOKENS, Opening, PoolSpec
 from odma_service.pool.geometry import (
     MOST_MODEL_LENGTH_TOKENS,
     Device,
@@ -26,6 +26,7 @@ DEFAULT_BLOCK_TOKENS = 16
 DEFAULT_TTL_SECONDS = 60
 DEFAULT_RETENTION_SECONDS = 86_400
 DEFAULT_MAX_REGIONS = 1024
+INSTANCE_BYTES = 16
 
 
 def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
@@ -50,6 +51,15 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
         retention_seconds=request.retention_seconds or DEFAULT_RETENTION_SECONDS,
         max_regions=request.max_regions or DEFAULT_MAX_REGIONS,
     )
+
+
+def opening_from(request: pb.OpenPoolRequest) -> Opening:
+    """Return which process asks, and how often it did."""
+    if len(request.instance) not in (0, INSTANCE_BYTES):
+        raise InvalidError("instance", f"{INSTANCE_BYTES} random bytes, or none")
+    if bool(request.instance) != bool(request.attempt):
+        raise InvalidError("attempt", "1, 2, ... with an instance, 0 without")
+    return Opening(request.instance.hex(), request.attempt)
 
 
 def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:

@@ -40,6 +40,11 @@ _CODES = {
     errors.PoolNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.PoolOwnedError: grpc.StatusCode.ALREADY_EXISTS,
     errors.EpochError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UnfencedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LateError: grpc.StatusCode.ABORTED,
+    errors.StaleOpenError: grpc.StatusCode.ABORTED,
+    errors.NotCompletedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SeqChangedError: grpc.StatusCode.ALREADY_EXISTS,
     errors.SeqOldError: grpc.StatusCode.OUT_OF_RANGE,
     errors.SeqGapError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -122,6 +127,9 @@ def _details(error: OdmaError) -> Sequence[Message]:
             | errors.PoolOwnedError()
             | errors.PoolForeignError()
             | errors.EpochError()
+            | errors.FencedError()
+            | errors.UnfencedError()
+            | errors.StaleOpenError()
             | errors.StreamReplacedError()
         ):
             return [details_pb.ResourceInfo(resource_type="pool", resource_name=error.name)]

@@ -38,6 +38,7 @@ class EventKind(IntEnum):
     RECALIBRATED = 10
     SAFETY_SHARE = 11
     EXPIRED = 12
+    SUCCEEDED = 13
 
 
 ENDS_EPOCH = {
@@ -54,6 +55,7 @@ _LINES = {
     EventKind.TAKEN_OVER: ("warning", "pool taken over"),
     EventKind.CLOSED: ("info", "pool closed"),
     EventKind.EXPIRED: ("warning", "pool closed: its owner is silent"),
+    EventKind.SUCCEEDED: ("warning", "owner succeeded by another instance"),
     EventKind.STALE: ("warning", "pool stale: its owner is silent"),
     EventKind.REVIVED: ("info", "pool revived: its owner is back"),
     EventKind.SET_ASIDE: ("error", "pool set aside"),
