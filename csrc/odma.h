@@ -61,7 +61,8 @@ enum {
     ODMA_QUANTILES = 7,          /* .1 .25 .5 .75 .9 .95 .99 of output tokens */
     ODMA_LIMITS = 16,
     ODMA_TENANTS = 16,           /* tenants with shares of their own */
-    ODMA_CLAIM_TURNS = 64,       /* batches and unary calls that a claim stands for */
+    ODMA_CLAIM_TURNS = 64,       /* calls that change something, which a claim outlives, */
+    ODMA_CLAIM_CALLS = 4096,     /* and calls at all */
     ODMA_CLASSES = 64,           /* request classes with statistics of their own */
     ODMA_CLASS_POOL = 64,        /* index of all classes together */
     ODMA_CLASS_OTHER = 65,       /* index of the classes beyond ODMA_CLASSES */
@@ -213,7 +214,8 @@ typedef enum odma_overflow {
  * tenant's guarantee covers and that finds no room is a claim: its refusal names
  * a region of a tenant that holds more than its guarantee, and until it is let
  * in nobody else is admitted beyond a guarantee. A claim lapses once it was not
- * asked for again in ODMA_CLAIM_TURNS batches and unary calls. */
+ * asked for again in ODMA_CLAIM_CALLS batches and unary calls, of which one that
+ * changed something counts for as many as make ODMA_CLAIM_TURNS of them do. */
 typedef struct odma_tenant {
     char name[ODMA_NAME_BYTES];   /* not empty, named once */
     double guaranteed_share;      /* 0 to maximum_share */
@@ -372,7 +374,10 @@ typedef enum odma_rule {
     ODMA_RULE_COUNTS,             /* too many ops or used */
     ODMA_RULE_COMPLETED_SEQ,      /* never falls, at most the last answered seq */
     ODMA_RULE_USED_HANDLE,        /* live, and listed once */
-    ODMA_RULE_USED_TOKENS         /* at most the region's length */
+    ODMA_RULE_USED_TOKENS,        /* at most the region's length */
+    ODMA_RULE_REQUEST_ID_TWICE,   /* one allocate of a batch for each */
+    ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
+    ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
 } odma_rule;
 
 typedef struct odma_result {
@@ -384,8 +389,8 @@ typedef struct odma_result {
     uint32_t free_blocks;
     uint32_t largest_run;
     uint32_t waiting_blocks;
-    uint32_t copy_tokens_needed;
-    uint32_t pad;
+    uint32_t copy_tokens_needed;  /* COPY_BUDGET: 0 if max_copies is what is lacking */
+    uint32_t most_blocks;         /* what a tenant may hold, where a request breaks that rule */
     uint64_t handle;
     uint64_t preempt_handle;      /* 0: nobody */
 } odma_result;
@@ -427,7 +432,8 @@ typedef struct odma_answer {
  *           with the same body gets the stored answer, `replayed` set.
  * Fails     ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP; as odma_caller says;
  *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
- * Cost      O(used + ops); an operation that has to move regions O(live).
+ * Cost      O(used + ops); an operation that has to move regions O(live), and all
+ *           of a batch together 2^24 runs looked at: beyond that nothing is moved.
  */
 odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
 
@@ -489,7 +495,7 @@ typedef struct odma_report {
     uint32_t classes;             /* named so far */
     uint32_t rebooted;            /* attach ended an epoch of another boot */
     uint32_t recovery;            /* odma_recovery: what attach found */
-    uint32_t pad;
+    uint32_t plan_steps;          /* runs that the last batch or unary call looked at for plans */
     odma_counters counters;
 } odma_report;
 

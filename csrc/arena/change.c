@@ -70,7 +70,8 @@ odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_o
     odma_result outcome;
     uint32_t hash = op->kind == ODMA_OP_ALLOCATE ? id_hash(op->request_id) : 0;
     arena->books->turns++;
-    do_op(arena, op, hash, false, &outcome);
+    do_op(arena, op, hash, &outcome);
+    if (changes(&outcome)) arena->books->turns += CHANGE_TURNS - 1;
     take_number(arena, caller.number, outcome.outcome == ODMA_REFUSED);
     books_mark(arena, arena->books, offsetof(struct books, policy));
     status = commit(arena);
@@ -138,6 +139,8 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
     if (epoch <= books->last_epoch) return leave(arena, ODMA_INVALID);
+    status = draw_key(arena);
+    if (status != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     books->epoch = books->last_epoch = epoch;
     books->engine = finished;

@@ -34,7 +34,9 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     uint64_t granules = layout->books_bytes / GRANULE_BYTES;
     uint32_t ids = 4;
     while (ids < 4 * geometry->max_regions) ids *= 2;
-    uint32_t accounts = 4 * ODMA_TENANTS < ids ? ids : 4 * ODMA_TENANTS;
+    uint32_t accounts = 4 * ODMA_TENANTS, asked = 2;
+    while (accounts < 4 * geometry->max_regions + 2 * geometry->max_ops) accounts *= 2;
+    while (asked < 2 * geometry->max_ops) asked *= 2;
     bool enough = true;
     arena->books = zeroed_lines(1, layout->books_bytes, &enough);
     arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
@@ -47,6 +49,9 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->accounts = zeroed(accounts, sizeof *arena->accounts, &enough);
     arena->accounts_mask = accounts - 1;
     arena->step.hashes = zeroed(geometry->max_ops, sizeof *arena->step.hashes, &enough);
+    arena->step.held_up = zeroed(geometry->max_ops, sizeof *arena->step.held_up, &enough);
+    arena->step.asked = zeroed(asked, sizeof *arena->step.asked, &enough);
+    arena->step.asked_mask = asked - 1;
     arena->step.freed_slots = zeroed(geometry->max_ops, sizeof *arena->step.freed_slots, &enough);
     arena->step.moved = zeroed(geometry->max_copies, sizeof *arena->step.moved, &enough);
     arena->step.results = zeroed(geometry->max_ops, sizeof *arena->step.results, &enough);
@@ -82,6 +87,8 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->ids);
     free(arena->accounts);
     free(arena->step.hashes);
+    free(arena->step.held_up);
+    free(arena->step.asked);
     free(arena->step.freed_slots);
     free(arena->step.moved);
     free(arena->step.results);

@@ -53,6 +53,7 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
                             .waiting_blocks = arena->waiting_blocks,
                             .largest_run = largest_run(arena),
                             .safety_blocks = safety_blocks(arena),
+                            .plan_steps = (uint32_t)(arena->steps - arena->step.first_steps),
                             .classes = books->class_count,
                             .rebooted = arena->rebooted,
                             .recovery = arena->recovery,

@@ -1,7 +1,7 @@
 """A network between clients and the service that delays, repeats and reorders messages.
 
-It stands on loopback and passes every rpc on as bytes. For each message a `Fate` is chosen. What
-was held back or passed is kept, and may be delivered (again) at any later time.
+It stands on loopback and passes every rpc on as bytes. For each message of MemoryService a `Fate`
+is chosen, by order or by chance; it may be delivered (again) at any later time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ Chooser = Callable[[Message], Fate]
 
 
 class Proxy(grpc.GenericRpcHandler):
-    """The network. `choose` decides about each message of MemoryService; others pass."""
+    """The network. `choose` decides; without it order() does, and all messages are kept."""
 
     def __init__(self, target: str, choose: Chooser | None = None) -> None:
         self._choose = choose or self._told
@@ -106,7 +106,9 @@ class Proxy(grpc.GenericRpcHandler):
 
     def _told(self, message: Message) -> Fate:
         orders = self._orders[message.rpc]
-        return orders.pop(0) if orders else Fate.PASS
+        fate = orders.pop(0) if orders else Fate.PASS
+        (self.held if fate is Fate.HOLD else self.passed).append(message)
+        return fate
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Return what passes a call on."""
@@ -126,9 +128,7 @@ class Proxy(grpc.GenericRpcHandler):
     def _fate(self, message: Message) -> Fate:
         if not message.method.startswith(MEMORY):
             return Fate.PASS
-        fate = self._choose(message)
-        (self.held if fate is Fate.HOLD else self.passed).append(message)
-        return fate
+        return self._choose(message)
 
     def _unary(self, method: str, call: Any, body: bytes, context: grpc.ServicerContext) -> bytes:
         message = Message(method, body, _headers(context), call)

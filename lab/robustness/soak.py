@@ -41,6 +41,7 @@ ENGINES = 6
 TTL_SECONDS = 1
 HANG_SECONDS = 1.2  # longer than the ttl
 STEPS_BETWEEN_LOOKS = (10, 60)
+STEPS_A_CALL = 10
 TIMEOUT_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 LIFE_SECONDS = (1.5, 4.0)
@@ -171,6 +172,8 @@ class Subject:
         with engine.pool.stream() if self._streaming else nullcontext():
             for _ in range(self._random.randint(*STEPS_BETWEEN_LOOKS)):
                 engine.step()
+                if self._random.randrange(STEPS_A_CALL) == 0:
+                    engine.call()
 
     def _crash(self, engine: Engine, service: Client) -> Engine:
         """Go in the middle of a call; somebody else takes the pool over."""

@@ -26,6 +26,10 @@ def open_request(
     config_json: str | None = None,
     tensor_parallel: int = 0,
     element_bytes: int = 0,
+    pipeline_parallel: int = 0,
+    pipeline_rank: int = 0,
+    pipeline_layers: Iterable[int] = (),
+    mtp: bool = False,
     capacity_tokens: int | None = None,
     capacity_bytes: int | None = None,
     preset: str = "",
@@ -45,7 +49,7 @@ def open_request(
     """Return what opens a pool. Zeros and None mean the defaults of OpenPoolRequest.
 
     A token is made of `planes`, or of what a model's config.json says, of whose cache this is
-    one of `tensor_parallel` ranks.
+    one of `tensor_parallel` ranks; `pipeline_rank` has the layers of one of `pipeline_parallel`.
     """
     groups = planes_to(planes)
     request = pb.OpenPoolRequest(
@@ -60,7 +64,13 @@ def open_request(
         model=None
         if config_json is None
         else types.ModelConfig(
-            config_json=config_json, tensor_parallel=tensor_parallel, element_bytes=element_bytes
+            config_json=config_json,
+            tensor_parallel=tensor_parallel,
+            element_bytes=element_bytes,
+            pipeline_parallel=pipeline_parallel,
+            pipeline_rank=pipeline_rank,
+            pipeline_layers=pipeline_layers,
+            mtp=mtp,
         ),
         model_length_tokens=model_length_tokens,
         block_tokens=block_tokens,

@@ -118,7 +118,7 @@ def run(settings: Settings) -> None:
             _serve(settings, registry, spans)
     finally:
         models.stop()
-        registry.close()
+        registry.close(0)
         telemetry.close()
     log.info("stopped")
 
@@ -177,14 +177,15 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
         health.drain()
-        registry.close()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        deadline = time.monotonic() + settings.drain_seconds
+        registry.close(settings.drain_seconds - notice_seconds)
         memory.streams.end_all(draining())
         registry.telemetry.events.end()
-        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a health check.
         under_way = threads.calls.under_way() | threads.reading.under_way()
-        wait(under_way, settings.drain_seconds - notice_seconds)
+        wait(under_way, max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()

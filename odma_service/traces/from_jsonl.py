@@ -121,9 +121,8 @@ def read_aiperf(source: Source, rows: int | None) -> Table:
         for row, record in source.records(rows):
             _refuse_foreign(source, row, record, OF_BAILIAN)
             name = record.get("session_id")
-            session = _Session() if name is None else sessions.get(str(name))
-            first = session is None or name is None
-            session = session or _Session()
+            first = name is None or str(name) not in sessions
+            session = _Session() if first else sessions[str(name)]
             if name is not None:
                 sessions[str(name)] = session
             if record.get(LENGTHS[0]) is not None:

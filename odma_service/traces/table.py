@@ -40,7 +40,7 @@ class Table:
 
     names        what the file calls the next three
     t_seconds    in units of the file, per_second of them in a second; None: not known
-    from_first   times count from the earliest request
+    from_first   times count from the earliest request that can be replayed
     recorded     False: the row has no recorded output
     prefix_ids   of blocks of `block_tokens` tokens
     """
@@ -82,7 +82,7 @@ def trace_of(source: Source, table: Table) -> Trace:
     if table.t_seconds is None:
         notes.append("no arrival times: every request arrives at 0")
     if table.from_first:
-        arrivals = arrivals - arrivals.min()
+        arrivals = arrivals - arrivals[order].min()
     in_time = order[np.argsort(arrivals[order], kind="stable")]
     if not np.array_equal(in_time, order):
         notes.append("sorted by arrival: the file's rows were not in that order")

@@ -463,6 +463,8 @@ class Player:
             known = self.engines.get(name)
             if known is None or known.opened["pool"]["epoch"] != answer["pool"]["epoch"]:
                 self.engines[name] = Engine(message, answer, PoolClient(self.client, response))
+            else:  # perhaps under another owner number
+                known.client.ref.CopyFrom(response.pool)
         elif rpc == "ClosePool":
             self.engines.pop(message["pool"]["name"], None)
         elif rpc == "Apply" and not answer["replayed"]:

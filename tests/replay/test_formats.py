@@ -64,7 +64,7 @@ VLLM = {
     "output_lens": [5, 0, 7],
     "ttfts": [0.1, 0.0, 0.2],
     "itls": [[0.1], [], [0.2]],
-    "start_times": [1000.5, 1001.0, 1003.0],
+    "start_times": [1000.5, 0.0, 1003.0],  # a failed one may have none
     "errors": ["", "refused", ""],
 }
 SGLANG = {

@@ -414,11 +414,12 @@ def test_a_comparison_has_every_figure(tmp_path):
         assert figures["ttft_p50_s"] <= figures["ttft_p95_s"] <= figures["ttft_p99_s"]
 
 
-@pytest.mark.parametrize("rows", [40, 60, 120])
-def test_the_best_headroom_is_best_where_it_is_reported(rows, tmp_path):
-    trace = traces.generate(rows, 4, max_output_tokens=600)
-    setting = replay.Setting(limits_for(trace, SMALL, 600), batch_cap=64, seeds=3)
-    comparison = compare(trace, ["static", "elastic", "ideal-best"], setting, TUNING, tmp_path)
+@pytest.mark.parametrize(("rows", "seed", "capacity"), [(50, 2, 12_000), (150, 3, 25_000)])
+def test_the_best_headroom_is_best_where_it_is_reported(rows, seed, capacity, tmp_path):
+    """On weak loads, whose common window is not that which each headroom has alone."""
+    trace = traces.generate(rows, seed, max_output_tokens=800)
+    setting = replay.Setting(limits_for(trace, capacity, 800), batch_cap=64)
+    comparison = compare(trace, ["static", "ideal-best"], setting, TUNING, tmp_path)
     for best, ideal in zip(comparison.rates(IDEAL_BEST), comparison.rates("ideal-16"), strict=True):
         assert best >= ideal
 

@@ -31,6 +31,31 @@ def odma(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_another_model_is_priced(trace, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "deepseek_v32", "num_hidden_layers": 61, "kv_lora_rank": 512,'
+        ' "qk_rope_head_dim": 64, "index_head_dim": 128, "torch_dtype": "bfloat16"}'
+    )
+    options = ("--policy", "elastic", "--capacity-tokens", 12_000, "--json")
+
+    def replayed(*more):
+        ran = odma("replay", trace, *options, *more)
+        assert ran.exit_code == 0
+        facts = json.loads(ran.stdout.splitlines()[-1])
+        return facts["assumptions"], facts["policies"]["elastic"]["tokens_per_s"]
+
+    assumed, rate = replayed()
+    heavier, slower = replayed("--model", config, "--weights-gbytes", 37)
+    assert (assumed["kv_bytes_per_token"], assumed["planes"]) == (57_344, 56)
+    assert (heavier["kv_bytes_per_token"], heavier["planes"]) == (78_324, 122)
+    assert heavier["weight_bytes"] == heavier["flops_per_token"] == 37e9
+    assert heavier["model"] == str(config)
+    assert slower < rate
+    config.write_text("{}")
+    assert odma("replay", trace, *options, "--model", config).exit_code == 2
+
+
 def test_replay_ends_with_one_json_object(trace):
     ran = odma("replay", trace, "--policy", "elastic,paged", "--capacity-tokens", 12_000, "--json")
     assert ran.exit_code == 0

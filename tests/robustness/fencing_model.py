@@ -32,7 +32,7 @@ RULES = frozenset(
         "refused number",  # is used up
         "same commit",  # holds the number and its effect
         "new try",  # must be above the highest
-        "succeeded instance",  # stays out, if its epoch ran
+        "succeeded instance",  # stays out, if its epoch ran when another came
         "refused try",  # of OpenPool is used up
         "outlives the epoch",  # what is known of instances
         "no fingerprint",  # holds the owner and the number
@@ -40,6 +40,9 @@ RULES = frozenset(
         "promise",  # of Reconcile is a number
     }
 )
+
+# What the new way does not have: an instance stays out, too, if it had closed the pool.
+CLOSED_TOO = "closed instance"
 
 SHARED = "two living requests share a place"
 TAKEN = "a region was freed or moved without asking"
@@ -143,6 +146,7 @@ class Frame(NamedTuple):
     choices: frozenset[str] | None = None  # what engines do; None: all
     limited: bool = False  # room for one region until an operator changes the policy
     answered_first: bool = True  # the second starts when the first has opened
+    opens_after_closing: bool = False  # the first of two, without an answer to its ClosePool
     harms: tuple[str, ...] = HARMS
 
 
@@ -310,7 +314,8 @@ def _impatience(frame: Frame, who: int, process: Process, new: bool) -> Iterator
             yield _reconcile(who, dropped, new, frozenset())
         else:
             yield _reconcile(who, dropped, new, process.view)
-    if rpc in ("ClosePool", "Apply"):
+    may_open = rpc == "Apply" or frame.second == "none" or frame.opens_after_closing
+    if rpc in ("ClosePool", "Apply") and may_open:
         yield _opening(frame, who, rest._replace(closing=rpc == "ClosePool"))
 
 
@@ -509,8 +514,10 @@ def _become_owner(
             service = service._replace(attempts=tuple(attempts))
         return service, ("refused", "POOL_OWNED")
     before = service.instance
-    if service.is_open and before not in (-1, instance) and "succeeded instance" in frame.rules:
-        attempts[before] = OUT
+    if before not in (-1, instance):
+        ran = service.is_open and "succeeded instance" in frame.rules
+        if ran or CLOSED_TOO in frame.rules:
+            attempts[before] = OUT
     if not service.is_open or service.open_id != open_id:
         service = _new_epoch(service, open_id)
     service = service._replace(

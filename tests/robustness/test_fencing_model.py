@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from fencing_model import (
+    CLOSED_TOO,
     LEAKED,
     REFUSED,
     REVIVED,
@@ -115,3 +116,15 @@ def test_who_never_was_answered_may_still_become_the_owner():
     frame = Frame(new=True, steps=(1, 1), second="same", answered_first=False)
     assert REFUSED in search(frame._replace(harms=(REFUSED,))).ways
     assert search(frame._replace(harms=(SHARED, UNCOPIED))).ways == {}
+
+
+@pytest.mark.parametrize("second", ["same", "other", "polite"])
+def test_who_closed_the_pool_may_still_become_the_owner_after_another(second):
+    """A limit: an instance that closed its pool may open it after another had it.
+
+    So its OpenPool, under way while it is closed and opened by another, ends the other's
+    epoch or opens the pool again. If it stayed out then, too, there would be no harm.
+    """
+    frame = Frame(new=True, steps=(2, 1), second=second, opens_after_closing=True)
+    assert search(frame).ways
+    assert search(frame._replace(rules=RULES | {CLOSED_TOO})).ways == {}

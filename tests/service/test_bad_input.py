@@ -423,7 +423,7 @@ BAD_OPENINGS = {
     "config not JSON": (model("{"), "model.config_json"),
     "config no object": (model("[]"), "model.config_json"),
     "config nested deeply": (model("[" * 30_000), "model.config_json"),
-    "config too long": (model(" " * 65_537), "model.config_json"),
+    "config of blanks": (model(" " * 4_000_000), "model.config_json"),
     "config without layers": (model("{}"), "model.config_json.torch_dtype"),
     "config layers negative": (model(CONFIG % -1), "model.config_json.num_hidden_layers"),
     "config layers huge": (model(CONFIG % 10**9), "model.config_json.num_hidden_layers"),
@@ -431,6 +431,18 @@ BAD_OPENINGS = {
     "config layers fraction": (model(CONFIG % 1.5), "model.config_json.num_hidden_layers"),
     "ranks uneven": (model(CONFIG % 2, tensor_parallel=3), "model.tensor_parallel"),
     "ranks huge": (model(CONFIG % 2, tensor_parallel=HUGE32), "model.tensor_parallel"),
+    "key not understood": (
+        model((CONFIG % 2)[:-1] + ', "num_loops": 2}'),
+        "model.config_json.num_loops",
+    ),
+    "pipeline uneven": (model(CONFIG % 3, pipeline_parallel=2), "model.pipeline_parallel"),
+    "pipeline huge": (model(CONFIG % 2, pipeline_parallel=HUGE32), "model.pipeline_parallel"),
+    "pipeline rank too high": (model(CONFIG % 2, pipeline_rank=1), "model.pipeline_rank"),
+    "pipeline layers too many": (
+        model(CONFIG % 2, pipeline_layers=[1, 2]),
+        "model.pipeline_layers",
+    ),
+    "no prediction layers": (model(CONFIG % 2, mtp=True), "model.mtp"),
     "element huge": (model(CONFIG % 2, element_bytes=17), "model.element_bytes"),
     "device unknown": ({"device": types.Device(preset="tpu")}, "device.preset"),
     "bandwidth zero": (

@@ -1,13 +1,15 @@
 """The pools of the service, by name: opened, found again after a restart, taken over, closed.
 
-Each pool is a file NAME.pool in one directory. Two kinds of locks, taken in this order: the
-registry's, for the set of pools; then a pool's own, for all work on it. So a slow call holds up
-only callers of the same pool. A retry that comes while its original runs waits for it there.
+Each pool is a file NAME.pool in one directory. Two kinds of locks: the registry's, for the set
+of pools; and a pool's own, for all work on it. Nobody waits for a pool's lock while he holds the
+registry's, so a slow call holds up only callers of the same pool. A retry that comes while its
+original runs waits for it there. Readers, and the drain, wait only so long.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,9 @@ from odma_service.service.door.access import claimed, may_see
 from odma_service.service.watch.events import EventKind
 from odma_service.service.watch.telemetry import Telemetry
 from odma_service.values import Caller
+
+READ_SECONDS = 5.0
+"""A reader waits that long for the calls that hold its pool."""
 
 SUFFIX = ".pool"
 UNFINISHED = ".new"
@@ -140,19 +145,26 @@ class Registry:
             except (OdmaError, OSError) as error:
                 log.error("pool left alone", file=str(path), reason=str(error))
 
-    def close(self) -> None:
+    def close(self, within_seconds: float = READ_SECONDS) -> None:
         """Refuse new calls; give all files back after the calls that hold them.
 
-        Epochs go on: the next start finds them.
+        A pool that a call still holds at the end of that time is left to the end of the process,
+        which loses nothing. Epochs go on: the next start finds them.
         """
         self._closed = True
-        with self._lock:
-            for entry in self._entries.values():
-                with entry.lock:
-                    if entry.pool:
-                        entry.pool.close()
-                    entry.pool = None
-            self._entries.clear()
+        deadline = time.monotonic() + within_seconds
+        with self._lock:  # held for nobody's call
+            entries, self._entries = self._entries, {}
+        for name, entry in entries.items():
+            if not entry.lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                log.warning("pool in use at the end of the drain", pool=name)
+                continue
+            try:
+                if entry.pool:
+                    entry.pool.close()
+                entry.pool = None
+            finally:
+                entry.lock.release()
 
     def names(self) -> list[str]:
         """Return the names of all pools that the caller may see."""
@@ -176,14 +188,16 @@ class Registry:
         fences the epoch. Raises PoolOwnedError, PoolForeignError, PoolLimitError, InvalidError,
         BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
-        with self._lock:
-            self._insist_serving()
-            entry = self._entry(spec.name)
-            if entry is None:
-                return self._create(claimed(spec, None), policy, opening)
+        while True:
+            with self._lock:
+                self._insist_serving()
+                entry = self._entry(spec.name)
+                if entry is None:
+                    return self._create(claimed(spec, None), policy, opening)
             with entry.lock:
                 if entry.pool is None:
-                    return self._create(claimed(spec, None), policy, opening)
+                    continue  # forgotten, or set aside, meanwhile
+                self._insist_serving()
                 pool = self._insist(spec.name, entry)
                 spec = claimed(spec, pool.spec)
                 pool.openers.check(opening, spec.name, pool.owner)
@@ -277,11 +291,15 @@ class Registry:
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
-        """Hold a pool to look at it. Raises PoolNotFoundError."""
+        """Hold a pool to look at it. Raises PoolNotFoundError, UnavailableError."""
         entry = self._find(name)
-        with entry.lock:
+        if not entry.lock.acquire(timeout=READ_SECONDS):
+            raise UnavailableError(f"pool {name!r} is in use; try again")
+        try:
             self._insist_seen(name, entry)
             yield View(entry.learner, self._idle_seconds(entry))
+        finally:
+            entry.lock.release()
 
     def reap(self) -> None:
         """Report owners that fell silent, and close their pools after the retention time.
@@ -370,6 +388,7 @@ class Registry:
 
         Raises PoolNotFoundError also for a pool that the caller may not see.
         """
+        self._insist_serving()
         pool = self._insist(name, entry)
         if not may_see(pool.spec):
             raise PoolNotFoundError(name)
@@ -410,19 +429,21 @@ class Registry:
     def _forget_oldest(self, entries: Mapping[str, Entry], limit: str) -> None:
         closed: list[tuple[int, str]] = []
         for name, entry in entries.items():
-            with entry.lock:
-                if entry.pool and not self._insist(name, entry).epoch:
+            with _tried(entry.lock) as held:
+                if held and entry.pool and not self._insist(name, entry).epoch:
                     closed.append((entry.pool.report().last_epoch, name))
-        if not closed:
-            raise PoolLimitError(f"all {limit} are open")
-        _, name = min(closed)
-        entry = self._entries.pop(name)
-        with entry.lock:
-            if entry.pool:
+        for _, name in sorted(closed):
+            entry = self._entries[name]
+            with _tried(entry.lock) as held:
+                if not held or entry.pool is None or entry.pool.epoch:
+                    continue  # somebody opens it, or looks at it
                 entry.pool.close()
-            entry.pool = None
-            self._path(name).unlink()
-        self.telemetry.tell(EventKind.FORGOTTEN, name)
+                entry.pool = None
+                del self._entries[name]
+                self._path(name).unlink()
+            self.telemetry.tell(EventKind.FORGOTTEN, name)
+            return
+        raise PoolLimitError(f"all {limit} are open")
 
     # --- opening ---
 
@@ -503,6 +524,17 @@ class Registry:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}{SUFFIX}"
+
+
+@contextmanager
+def _tried(lock: Lock) -> Iterator[bool]:
+    """Hold a lock if nobody else does; tell whether it is held."""
+    held = lock.acquire(blocking=False)
+    try:
+        yield held
+    finally:
+        if held:
+            lock.release()
 
 
 def draining() -> UnavailableError:

@@ -11,10 +11,9 @@ from odma_service.pool.geometry import (
     MOST_MODEL_LENGTH_TOKENS,
     Device,
     Geometry,
-    ModelGeometry,
     device,
-    from_model_config,
 )
+from odma_service.pool.models import ModelGeometry, Parallel, from_model_config
 from odma_service.pool.policy import PolicyRecord, named
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -100,7 +99,14 @@ def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
     if layout == "model":
         model = request.model
         with _inside("model"):
-            return from_model_config(model.config_json, model.tensor_parallel, model.element_bytes)
+            part = Parallel(
+                model.tensor_parallel,
+                model.pipeline_parallel,
+                model.pipeline_rank,
+                tuple(model.pipeline_layers),
+                model.mtp,
+            )
+            return from_model_config(model.config_json, model.element_bytes, part)
     raise InvalidError("geometry", "geometry or model is required")
 
 
