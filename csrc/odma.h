@@ -91,8 +91,8 @@ typedef enum odma_status {
     ODMA_FOREIGN,       /* wrong owner, permissions, or not a regular file */
     ODMA_MISMATCH,      /* another layout version or another geometry */
     ODMA_CORRUPT,       /* the file breaks a rule that the library keeps */
-    ODMA_NO_SPACE,      /* the file system is full, or memory ran out */
-    ODMA_IO,            /* the system refused for another reason */
+    ODMA_NO_SPACE,      /* the file system is full */
+    ODMA_IO,            /* the system refused: memory, descriptors, rights, a bad disk; try again */
     ODMA_BROKEN,        /* the file changed under the arena: only close it */
     ODMA_FORKED,        /* this process did not attach the arena */
     ODMA_FENCED,        /* another owner number is the present one */
@@ -135,7 +135,8 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry,
 odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, const char *boot_id,
                               odma_arena **arena, char reason[ODMA_REASON_BYTES]);
 
-/* Give back the memory and the lock. The file stays. NULL is allowed. */
+/* Give back the memory and the lock. The file stays. NULL is allowed. In a forked
+ * child it gives back only what the child has; the parent keeps the lock. */
 void odma_arena_close(odma_arena *arena);
 
 typedef enum odma_moves {
@@ -262,6 +263,10 @@ odma_status odma_arena_set_policy(odma_arena *arena, const odma_caller *caller,
  * or ODMA_INVALID with "field: rule" in `reason`. */
 odma_status odma_policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]);
 odma_status odma_geometry_check(const odma_geometry *geometry, char reason[ODMA_REASON_BYTES]);
+
+/* Bytes of the file of an arena of this geometry, 0 for a bad one. The memory of a
+ * process that has it open is less. */
+uint64_t odma_geometry_file_bytes(const odma_geometry *geometry);
 
 /* --- step: what one decode step asks, and its answer --- */
 

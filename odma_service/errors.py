@@ -32,6 +32,7 @@ OdmaError
 │   └── UnavailableError     there was no answer; the call may have been done
 └── BooksError           a pool's file cannot be used
     ├── BooksLockedError     another process has it open
+    ├── BooksUnavailableError  the system refuses it now; the books are as they were
     ├── BooksForeignError    wrong owner, permissions or kind of file
     ├── BooksMismatchError   another layout or geometry
     └── BooksCorruptError    it breaks a rule that the library keeps
@@ -358,6 +359,12 @@ class BooksLockedError(BooksError):
     """Another process has the file open."""
 
     reason = "BOOKS_LOCKED"
+
+
+class BooksUnavailableError(BooksError):
+    """The system refuses the file now: descriptors, memory, rights, a disk. Nothing is lost."""
+
+    reason = "BOOKS_UNAVAILABLE"
 
 
 class BooksForeignError(BooksError):

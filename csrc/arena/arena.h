@@ -7,6 +7,7 @@
  *
  *   change.c, read.c      the doors: they take the lock; those of change.c commit
  *   file.c                a file made, attached, closed
+ *   faults.c              a page of a mapped file that fails
  *   batch.c               a whole batch; digest.c, prefetch.c look at it first
  *   record.c              the bytes of the file, and how they change
  *   ops.c, check.c        one operation; every rule
@@ -27,6 +28,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "../odma.h"
 
@@ -224,11 +226,13 @@ struct odma_arena {
     odma_geometry geometry;
     struct layout layout;
     int descriptor;
+    ino_t inode;                 /* of the file at the descriptor */
+    dev_t device;
     uint8_t *map;
     volatile uint32_t *fork_mark; /* a page that a forked child sees zeroed */
     uint64_t lsn;                /* of the last commit */
     uint64_t sum;                /* of the file's books */
-    bool broken;
+    volatile bool broken;        /* also set by faults.c, in the middle of a call */
     bool rebooted;
     uint32_t recovery;           /* odma_recovery */
     bool rescale;                /* some histogram's weights have grown too large */

@@ -43,6 +43,7 @@ from odma_service.errors import (
     BooksForeignError,
     BooksLockedError,
     BooksMismatchError,
+    BooksUnavailableError,
     EpochError,
     FencedError,
     InvalidError,
@@ -95,10 +96,21 @@ _BOOKS_ERRORS: dict[int, type[BooksError]] = {
     lib.ODMA_MISMATCH: BooksMismatchError,
     lib.ODMA_CORRUPT: BooksCorruptError,
     lib.ODMA_BROKEN: BooksCorruptError,
+    lib.ODMA_IO: BooksUnavailableError,
+    lib.ODMA_EXISTS: BooksUnavailableError,
 }
 
 
 _NOBODY = Caller(0)
+
+
+def own_faults() -> None:
+    """Take SIGBUS for this process: a page of a pool's file that fails breaks that arena only.
+
+    For a service: a library must not own a signal.
+    """
+    if lib.odma_own_faults() != 0:
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
 
 
 class Arena:
@@ -136,7 +148,11 @@ class Arena:
         status = lib.odma_arena_create(os.fsencode(path), wanted, arena, reason)
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
-        return cls(path, arena[0])
+        try:
+            return cls(path, arena[0])
+        except MemoryError:
+            path.unlink()
+            raise
 
     @classmethod
     def attach(
@@ -144,13 +160,15 @@ class Arena:
     ) -> Self:
         """Attach the file at `path` and finish what a killed process left half done.
 
-        An epoch of another boot is ended. Raises PoolNotFoundError, PoolLimitError, or the
-        BooksError that says why the file cannot be used; the file is as before.
+        An epoch of another boot is ended. Raises PoolNotFoundError, or the BooksError that says
+        why the file cannot be used; the file is as before.
         """
         arena, reason = ffi.new("odma_arena **"), new_reason()
         wanted = ffi.NULL if geometry is None else ffi.new("odma_geometry *", geometry._asdict())
         boot = ffi.NULL if boot_id is None else boot_id.encode()
         status = lib.odma_arena_attach(os.fsencode(path), wanted, boot, arena, reason)
+        if status == lib.ODMA_NO_SPACE:  # for books that there are: it may come back
+            status = lib.ODMA_IO
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
         return cls(path, arena[0])

@@ -46,6 +46,7 @@ SAMPLES = (
     errors.UnimplementedError("no such rpc"),
     errors.UnavailableError("draining"),
     errors.BooksLockedError("locked"),
+    errors.BooksUnavailableError("no descriptor is left"),
     errors.BooksError("broken"),
     errors.BooksForeignError("of another user"),
     errors.BooksMismatchError("of another layout"),
@@ -108,7 +109,12 @@ def test_every_row_says_what_to_do():
 def test_a_client_makes_the_same_error_of_it(sample):
     status = status_of(sample)
     made = error_of(grpc.StatusCode.UNKNOWN, sample.args[0], status)
-    if isinstance(sample, (errors.BooksLockedError, errors.UnavailableError)):
+    unavailable = (
+        errors.BooksLockedError,
+        errors.BooksUnavailableError,
+        errors.UnavailableError,
+    )
+    if isinstance(sample, unavailable):
         assert type(made) is errors.UnavailableError
     elif isinstance(sample, errors.BooksError):
         assert type(made) is errors.BooksError

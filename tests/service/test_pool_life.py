@@ -69,6 +69,7 @@ def test_looking_at_a_pool_does_not_keep_it(registry, clock):
         clock.now += 3
         assert told_state(registry, "p") == STALE
     clock.now += 3
+    registry.reap()
     assert told_state(registry, "p") == CLOSED
 
 

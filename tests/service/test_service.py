@@ -497,6 +497,7 @@ def test_a_silent_owner_loses_its_pool_only_after_the_retention_time(registry, c
         pass
     assert state(registry, "p") == (epoch, 0)
     clock.now += 10.1
+    registry.reap()
     assert state(registry, "p")[0] == 0
     with pytest.raises(EpochError), registry.owned("p", epoch):
         pass

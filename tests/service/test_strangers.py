@@ -10,13 +10,14 @@ import grpc
 import pytest
 from descriptors import error_info
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from servers import Server, open_pool, wait_for
+from servers import GEOMETRY, Server, open_pool, wait_for
 
 from lab.bench.strangers import FIELDS, REFLECTION, call_often, private_bytes
 from odma_service.client import Client
 from odma_service.errors import CallerLimitError, IdentityError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.door.guard import LARGEST_OPEN_MESSAGE_BYTES
@@ -196,17 +197,20 @@ def test_a_token_that_was_struck_off_ends_what_it_opened(guarded):
         yield from ()
 
     with (
-        Client(server.target, token=token_of("new")) as client,
         grpc.insecure_channel(server.target) as channel,
     ):
-        pool = open_pool(client, "p")
-        batch = pb.StreamRequest(apply=pb.ApplyRequest(pool=pool.ref, seq=1))
+        stub = MemoryServiceStub(channel)
+        opening = pb.OpenPoolRequest(
+            name="p", open_id="once", geometry=GEOMETRY, capacity_tokens=4096, moves=types.MOVES_ANY
+        )
+        pool = stub.OpenPool(opening, metadata=bearer("new")).pool
+        batch = pb.StreamRequest(apply=pb.ApplyRequest(pool=pool, seq=1))
 
         def one():
             yield batch
             done.wait()
 
-        stub, watch = MemoryServiceStub(channel), PoolServiceStub(channel).Watch
+        watch = PoolServiceStub(channel).Watch
         old, new = bearer("old"), bearer("new")
         bound, unbound = stub.Stream(one(), metadata=old), stub.Stream(idle(), metadata=old)
         watching = watch(pool_pb.WatchRequest(), metadata=old)
@@ -218,7 +222,7 @@ def test_a_token_that_was_struck_off_ends_what_it_opened(guarded):
                 next(call)
             assert caught.value.code() is Code.UNAUTHENTICATED
             assert error_info(caught.value).reason == "IDENTITY"
-        assert pool.apply().seq == 1  # the same batch again
+        assert stub.Apply(batch.apply, metadata=new).seq == 1  # the same batch again
         assert staying.is_active()
         done.set()
     with Client(server.target, token=token_of("old")) as client, pytest.raises(IdentityError):

@@ -35,6 +35,7 @@ from odma_service.service.door.calls import Busy, Calls, Pace, hear
 from odma_service.service.door.handlers import CallShape, Function, Handler, Parse, Parts
 from odma_service.service.door.unread import Unread
 from odma_service.service.rpc.statuses import abort, status_of
+from odma_service.service.watch.lines import Seldom
 
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
@@ -142,6 +143,7 @@ class Guard(grpc.ServerInterceptor):
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
         self._unread = Unread()
         self._reading = BoundedSemaphore(READING)
+        self._seldom = Seldom()
         self._guarded: dict[str, Handler] = {}
         self._threads: dict[str, Calls] = {}
         self._checks = {
@@ -247,8 +249,9 @@ class Guard(grpc.ServerInterceptor):
         self._refused(error.reason)
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
-            if isinstance(error, IdentityError):
-                log.info("caller refused", peer=context.peer(), reason=str(error))
+            if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
+                more = {"others": left_out} if left_out else {}
+                log.info("caller refused", peer=context.peer(), reason=str(error), **more)
             abort(context, status_of(error))
 
         return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()

@@ -64,6 +64,7 @@ _CODES = {
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.BooksLockedError: grpc.StatusCode.UNAVAILABLE,
+    errors.BooksUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.BooksError: grpc.StatusCode.DATA_LOSS,
 }
 
@@ -88,6 +89,9 @@ def told(error: Exception, rpc: str) -> Status:
     """Return the status that tells an error of any kind; a bug of ours is logged."""
     if isinstance(error, OdmaError):
         return status_of(error)
+    if isinstance(error, (OSError, MemoryError)):
+        reason = "no memory is left" if isinstance(error, MemoryError) else str(error)
+        return status_of(errors.BooksUnavailableError(reason))
     log.error("a call failed inside", rpc=rpc, exc_info=error)
     return INTERNAL
 
@@ -143,6 +147,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             return [refusal_pb, _retry_info()]
         case (
             errors.BooksLockedError()
+            | errors.BooksUnavailableError()
             | errors.UnavailableError()
             | errors.BusyError()
             | errors.CallerLimitError()

@@ -112,11 +112,10 @@ class Events:
         owner: str = "",
         file: str = "",
     ) -> None:
-        """Log an event and keep it, without a wait for readers. `file`: for the log line only."""
+        """Keep an event, then log it, without a wait for readers. `file`: for the log line only."""
         known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
         level, line = _LINES[kind]
         told = {name: value for name, value in known.items() if value}
-        getattr(log, level)(line, kind=kind.name, pool=pool, **told)
         with self._news:
             self._last += 1
             self._counts[kind] += 1
@@ -124,6 +123,7 @@ class Events:
                 Event(self._last, kind, pool, epoch, self._wall(), reason, policy_version, owner)
             )
             self._news.notify_all()
+        getattr(log, level)(line, kind=kind.name, pool=pool, **told)
 
     def end(self) -> None:
         """Wake all readers: nothing follows."""
