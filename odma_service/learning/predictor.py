@@ -111,7 +111,7 @@ class Run:
     """A run of a model that another thread can end."""
 
     def __init__(self) -> None:
-        self.options = onnxruntime.RunOptions()
+        self.options = onnxruntime().RunOptions()
 
     def end(self) -> None:
         """Let the run fail at its next node, or the next round of a loop."""
