@@ -15,11 +15,16 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
+# What runs with the oldest packages allowed: the service, its door and its clients.
+OLDEST_TESTS := tests/service/test_strangers.py tests/service/test_guard.py \
+	tests/service/test_service.py tests/service/test_streams.py tests/service/test_access.py
+OLDEST_TOOLS := pytest,pytest-timeout,hypothesis,cryptography,setuptools
+
 # What Debian has for the C++ client of examples/cpp.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
-	nlohmann-json3-dev
+	nlohmann-json3-dev strace
 
-.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
+.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage test-oldest bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -45,6 +50,9 @@ serve: .venv/.compiled  ## Run the service (ARGS="--help")
 
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-oldest: .venv/.compiled build/oldest/.installed  ## Run a part of the tests with the oldest packages allowed
+	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest -q $(or $(ARGS),$(OLDEST_TESTS))
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .
@@ -98,6 +106,16 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,dev]'
 	touch $@ .venv/.compiled
+
+# Installed for its version and its build; the tests run the package of the tree.
+build/oldest/.installed: pyproject.toml tools/oldest.py
+	rm -rf build/oldest
+	$(PYTHON) -m venv build/oldest
+	$(BIN)/python tools/oldest.py --only $(OLDEST_TOOLS) > build/oldest/requirements.txt
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --only-binary :all: \
+		--requirement build/oldest/requirements.txt
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
+	touch $@
 
 build/obj/odma.o: $(C_SOURCES)
 	@mkdir -p $(@D)

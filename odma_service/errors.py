@@ -25,6 +25,7 @@ OdmaError
 ├── RoleError            the caller's role may not call this rpc
 ├── PoolForeignError     the name belongs to a pool of somebody else
 ├── BusyError            too many calls at once
+├── CallerLimitError     too many calls, watches or unread answers of this caller
 ├── MessageSizeError     the message is too large
 ├── UnimplementedError   the service has no such rpc
 ├── ServiceError         a client's call failed, for another reason
@@ -318,6 +319,12 @@ class BusyError(OdmaError):
     """Too many calls at once: this one was not begun."""
 
     reason = "BUSY"
+
+
+class CallerLimitError(OdmaError):
+    """The caller has all that one caller may have: calls, watches or unread answers."""
+
+    reason = "CALLER_LIMIT"
 
 
 class MessageSizeError(OdmaError):

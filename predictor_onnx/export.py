@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from odma_service._native.features import GROUPS, NO_ROW, STATS, see
@@ -29,6 +28,7 @@ from odma_service.learning.predictor import (
     PromptInput,
     seeing,
 )
+from odma_service.learning.runtime import onnxruntime
 from odma_service.values import QUANTILE_LEVELS, Text
 from predictor_onnx.graph import LARGE, build, quantised
 from predictor_onnx.network import DIMS, Inputs, own, trusted
@@ -177,7 +177,7 @@ def _prove(
     prompts: Sequence[PromptInput],
 ) -> Proof:
     wanted = answers(stored, prompts)
-    session = onnxruntime.InferenceSession(directory / "model.onnx")
+    session = onnxruntime().InferenceSession(directory / "model.onnx")
     [graphs] = session.run(None, {"inputs": served.inputs(prompts)})
     services = np.log1p(np.array(served.predict(prompts)))
     moved = np.abs(answers(trained, prompts) - wanted)

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import onnxruntime
 
 from odma_service._native import features
 from odma_service.errors import ModelError
+from odma_service.learning.runtime import onnxruntime
 from odma_service.learning.sketch import features_of, sketched
 from odma_service.learning.survival import Distribution, summaries
 from odma_service.values import QUANTILE_LEVELS, Quantiles, Text
@@ -111,7 +111,7 @@ class Run:
     """A run of a model that another thread can end."""
 
     def __init__(self) -> None:
-        self.options = onnxruntime.RunOptions()
+        self.options = onnxruntime().RunOptions()
 
     def end(self) -> None:
         """Let the run fail at its next node, or the next round of a loop."""
@@ -303,11 +303,12 @@ def _read_embeddings(file: Path, config: dict[str, Any]) -> features.Embeddings:
 
 def _session(file: Path, width: int) -> Any:
     """Return an onnxruntime session of one thread: the callers are the threads."""
-    options = onnxruntime.SessionOptions()
+    runtime = onnxruntime()
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(
+        session = runtime.InferenceSession(
             file.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as problem:  # noqa: BLE001 - onnxruntime's errors have no base of their own

@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from odma_service._native import own_faults
@@ -38,7 +38,9 @@ from odma_service.rpc.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to
 from odma_service.rpc.v1.predictor_service_pb2_grpc import add_PredictorServiceServicer_to_server
 from odma_service.service.config import UNIX, Settings
 from odma_service.service.door.access import Access
-from odma_service.service.door.guard import GUARD_OPTIONS, Calls, Guard
+from odma_service.service.door.calls import sweeping
+from odma_service.service.door.guard import GUARD_OPTIONS, Guard, Pools
+from odma_service.service.door.health import Health
 from odma_service.service.door.private import insist_trusted
 from odma_service.service.door.tls import credentials_of
 from odma_service.service.pools.directory import DirectoryTakenError, PoolDirectory
@@ -51,7 +53,7 @@ from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
 from odma_service.service.watch.lines import Lines, standard_error
-from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
+from odma_service.service.watch.metrics import SILENT, RpcMetrics, metrics_of, serving_metrics
 from odma_service.service.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -68,11 +70,8 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # of clients
 )
-MOST_HEALTH_WATCHERS = 64
-"""Clients that may watch the health at once, each with a thread of its own; others wait."""
-
-ALIVE = "odma.alive"
-"""The health of this name is SERVING as long as the process answers, while it drains too."""
+SPARE_PLACES = 1024
+"""Places beyond four times max-calls (calls, readers, streams, watchers): those of strangers."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTED_SIGNALS = {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -82,6 +81,9 @@ LOOK_SECONDS = 0.2
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
+
+SWITCH_SECONDS = 0.0005
+"""A thread that computes lets others in so often: an Apply changes threads twice."""
 
 STDOUT = 1
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -98,6 +100,7 @@ log = structlog.get_logger()
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     with standard_error() as lines:
         _configure_log(settings)
         _forbid_core_dumps()
@@ -153,20 +156,26 @@ def _run(settings: Settings, lines: Lines) -> None:
 
 
 def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
-    calls = Calls(settings.workers)
+    threads = Pools.of(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
     metrics = metrics_of(registry)
-    # A client that sends no message holds a thread for each of its calls; it must not get all.
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
+    rpc_metrics = RpcMetrics(metrics)
+    refused = rpc_metrics.refused
     server = grpc.server(
-        calls,
+        threads.calls,
         options=(*OPTIONS, most_streams),
         interceptors=[
             *([spans.observer()] if spans else []),
-            RpcMetrics(metrics),
-            Guard(identities, calls, settings.max_calls),
+            rpc_metrics,
+            Guard(
+                identities,
+                threads,
+                settings.max_calls,
+                lambda reason: refused.labels(reason).inc(),
+            ),
         ],
-        maximum_concurrent_rpcs=2 * settings.max_calls,
+        maximum_concurrent_rpcs=4 * settings.max_calls + SPARE_PLACES,
     )
     memory = MemoryService(registry, settings.max_pools + SPARE_STREAMS)
     pools = PoolService(registry)
@@ -174,13 +183,20 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
     add_PoolServiceServicer_to_server(pools, server)
     add_PredictorServiceServicer_to_server(PredictorService(registry), server)
     add_EmulatorServiceServicer_to_server(EmulatorService(), server)
-    healthy = _add_health(server)
+    health = Health(_names())
+    add_HealthServicer_to_server(health, server)
     if settings.reflection:
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
     with (
         _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
         serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+        sweeping(
+            threads.sweep,
+            memory.streams.sweep,
+            pools.watchers.sweep,
+            cut=refused.labels(SILENT).inc,
+        ),
     ):
         server.start()
         log.info(
@@ -192,8 +208,7 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         _print(f"odma ready on {', '.join(addresses)}")
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
-        for name in ("", *_names()):  # but not ALIVE
-            healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.drain()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         deadline = time.monotonic() + settings.drain_seconds
         registry.close(settings.drain_seconds - notice_seconds)
@@ -201,31 +216,16 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         registry.telemetry.events.end()
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a health check.
-        wait(calls.under_way(), max(deadline - time.monotonic(), 0))
+        under_way = threads.calls.under_way() | threads.reading.under_way()
+        wait(under_way, max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()
-    calls.shutdown()
+    threads.close()
 
 
 def _names() -> list[str]:
     return [module.DESCRIPTOR.services_by_name[name].full_name for module, name in SERVED]
-
-
-def _add_health(server: grpc.Server) -> health.HealthServicer:
-    """Add the standard health service, for each service and for all together."""
-    # Its Watch by callback freezes the whole server: it sends to one client under a lock; the end
-    # of another client's call waits for this lock in the thread that would do the sending.
-    watchers = ThreadPoolExecutor(MOST_HEALTH_WATCHERS, thread_name_prefix="health")
-    healthy = health.HealthServicer(
-        experimental_non_blocking=False, experimental_thread_pool=watchers
-    )
-    status = health_pb2.HealthCheckResponse
-    healthy.set(ALIVE, status.SERVING)
-    for name in _names():
-        healthy.set(name, status.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    return healthy
 
 
 def _wait_for_stop() -> None:

@@ -37,6 +37,7 @@ SAMPLES = (
     errors.HandleError(5, "it is dead"),
     errors.PoolLimitError("all 64 pools are open"),
     errors.StreamLimitError("all streams are open"),
+    errors.CallerLimitError("512 calls of this caller are being answered already"),
     errors.StreamReplacedError("main"),
     errors.IdentityError("no token"),
     errors.RoleError("Apply", "operator"),

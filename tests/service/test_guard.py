@@ -20,7 +20,7 @@ from odma_service.rpc.v1 import emulator_service_pb2 as emulator_pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
-from odma_service.service.door.guard import MOST_SILENT
+from odma_service.service.door.guard import STRANGERS
 
 Code = grpc.StatusCode
 HEALTH = health_pb2.HealthCheckRequest()
@@ -78,7 +78,7 @@ def test_silent_callers_of_the_health_keep_no_other_from_an_answer(server, rpc):
             def ended():
                 return [call.code() for call in chain(*hung) if call.done()]
 
-            wait_for(lambda: len(ended()) >= 4 * 30 - MOST_SILENT, "room")
+            wait_for(lambda: len(ended()) >= 4 * 30 - STRANGERS, "room")
             assert set(ended()) == {Code.CANCELLED}
             check = health_pb2_grpc.HealthStub(channels[0]).Check
             assert check(HEALTH, timeout=30).status == 1
@@ -96,7 +96,7 @@ def test_silent_callers_of_reflection_keep_nobody_from_the_health(servers):
         with Client(server.target, timeout_seconds=30) as client:
             assert client.is_serving()
         stop.set()
-        assert {call.code() for call in hung} == {Code.OK}
+        assert {call.code() for call in hung} <= {Code.OK, Code.CANCELLED}
 
 
 def test_a_health_call_without_a_message_ends(server):
@@ -104,7 +104,7 @@ def test_a_health_call_without_a_message_ends(server):
     stop.set()
     with grpc.insecure_channel(server.target) as channel:
         [call] = silent(channel, "/grpc.health.v1.Health/Check", stop, 1)
-        assert call.code() == Code.CANCELLED
+        assert call.code() == Code.UNIMPLEMENTED
 
 
 # --- what gRPC itself refuses, as docs/reference/errors.md has it ---
@@ -135,21 +135,6 @@ def test_a_call_that_ends_without_its_message_is_refused_by_grpc(server):
         call = channel.stream_unary("/odma.v1.PoolService/ListPools")
         code, _ = refused_by_grpc(lambda: call(iter(()), timeout=30))
         assert code == Code.UNIMPLEMENTED
-
-
-def test_calls_beyond_twice_the_limit_are_refused_by_grpc(servers):
-    server, stop = servers("--max-calls", "4", "--workers", "2"), threading.Event()
-    with grpc.insecure_channel(server.target) as channel:
-        hung = silent(channel, "/odma.v1.PoolService/ListPools", stop, 4)
-        watches = [health_pb2_grpc.HealthStub(channel).Watch(HEALTH) for _ in range(4)]
-        for watch in watches:
-            next(watch)
-        list_pools = PoolServiceStub(channel).ListPools
-        code, text = refused_by_grpc(lambda: list_pools(pool_pb.ListPoolsRequest(), timeout=30))
-        assert code == Code.RESOURCE_EXHAUSTED
-        assert "Concurrent RPC limit" in text
-        assert not any(call.done() for call in hung)
-        stop.set()
 
 
 def test_calls_beyond_a_connections_share_wait_in_the_client(servers):

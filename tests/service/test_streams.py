@@ -18,7 +18,6 @@ from odma_service.client import Client
 from odma_service.errors import (
     EpochError,
     InvalidError,
-    StreamLimitError,
     StreamReplacedError,
     UnavailableError,
 )
@@ -105,38 +104,27 @@ def test_a_stream_with_an_old_epoch_does_not_end_the_owners(service, pool, name)
 # --- streams and calls ---
 
 
-def test_open_streams_take_no_thread_from_calls_and_are_not_too_many(servers):
+def test_streams_without_a_batch_make_way_for_new_ones(servers):
     server = servers("--workers", "1", "--max-pools", "1")
+    stop = threading.Event()
+
+    def idle():
+        stop.wait()
+        yield from ()
+
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.insecure_channel(server.target, own_connection) for _ in range(5)]
     with Client(server.target) as service:
         pool = open_pool(service, "p")
-        stop = threading.Event()
-
-        def idle():
-            stop.wait()
-            yield from ()
-
-        own_connection = [("grpc.use_local_subchannel_pool", 1)]
-        channels = [grpc.insecure_channel(server.target, own_connection) for _ in range(2)]
-        streams = [MemoryServiceStub(channels[i % 2]).Stream(idle()) for i in range(17)]
-
-        def full():
-            for i, stream in enumerate(streams):
-                if not stream.is_active():  # refused, for ours was there first
-                    streams[i] = MemoryServiceStub(channels[i % 2]).Stream(idle())
-            return refused()
-
-        def refused():
-            try:
-                with pool.stream():
-                    return not pool.apply()
-            except StreamLimitError:
-                return True
-
+        streams = [MemoryServiceStub(channel).Stream(idle()) for channel in channels * 8]
         try:
-            wait_for(full, "the limit")
-            assert pool.apply().seq == pool.seq  # a call
-            streams[0].cancel()
-            wait_for(lambda: not refused(), "room for a stream")
+            with pool.stream():
+                for _ in range(3):
+                    assert pool.apply().seq == pool.seq
+            refused = [stream for stream in streams if not stream.is_active()]
+            assert len(refused) >= len(streams) - 17
+            for stream in refused:
+                assert end_of(stream) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT", True)
         finally:
             for stream in streams:
                 stream.cancel()

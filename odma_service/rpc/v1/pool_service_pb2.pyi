@@ -615,7 +615,7 @@ class ListRegionsRequest(_message.Message):
     FROM_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     page_size: _builtins.int
-    """0 means 1,000; at most 10,000."""
+    """0 means 1,000; at most 10,000. A page may be shorter: it has at most 256 KiB."""
     from_token: _builtins.int
     """next_token of the page before; 0 starts."""
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import StrEnum
@@ -68,20 +68,28 @@ Proof = TypeVar("Proof", bytes, str)
 
 
 class Identity(NamedTuple):
-    """A caller, by name and role."""
+    """A caller, by name, role and its proof: the digest of a token or a name in a certificate."""
 
     name: str
     role: Role
+    proof: bytes | str = ""
+
+    @property
+    def who(self) -> tuple[str, Role]:
+        """Whose bounds the caller shares: all with this name and role, by whatever proof."""
+        return self.name, self.role
 
 
 CALLER: ContextVar[Identity | None] = ContextVar("caller", default=None)
 """The caller that this code runs for. None: callers need no identity."""
 
+STILL_KNOWN: ContextVar[Callable[[], bool]] = ContextVar("still known", default=lambda: True)
+"""Says whether the caller's proof is still in the token file."""
+
 
 class _Table(NamedTuple):
     by_digest: dict[bytes, Identity]
     by_certificate: dict[str, Identity]
-    identities: set[Identity]
 
 
 class Access:
@@ -114,17 +122,23 @@ class Access:
         """Return the identity of the certificate with these names. Raises IdentityError."""
         table = self._table.get().by_certificate
         found = {table[name] for name in names if name in table}
-        if len(found) != 1:
+        if len({identity.who for identity in found}) != 1:
             raise IdentityError(
                 "the certificate names several identities"
                 if found
                 else "send 'authorization: Bearer TOKEN', or a certificate that is known here"
             )
-        return found.pop()
+        return min(found)
 
     def knows(self, identity: Identity) -> bool:
-        """Return whether the file still has this identity, with any proof."""
-        return identity in self._table.get().identities
+        """Return whether the file still has this identity, with this proof."""
+        table, proof = self._table.get(), identity.proof
+        known = (
+            table.by_digest.get(proof)
+            if isinstance(proof, bytes)
+            else table.by_certificate.get(proof)
+        )
+        return known == identity
 
 
 def is_open(rpc: str) -> bool:
@@ -136,6 +150,12 @@ def insist_role(rpc: str, identity: Identity) -> None:
     """Raise RoleError unless the identity's role may call `rpc`."""
     if identity.role not in ROLES.get(rpc, ()):
         raise RoleError(rpc.rpartition("/")[2], identity.role)
+
+
+def insist_still_known() -> None:
+    """Raise IdentityError if the caller's proof was struck off the token file."""
+    if not STILL_KNOWN.get()():
+        raise IdentityError("this token or certificate is not known here any more")
 
 
 def acts_as_operator(said: bool, rpc: str) -> bool:
@@ -192,7 +212,7 @@ def _read(file: Path) -> _Table:
         raise OdmaError(f"{file}: only [[identity]] tables are known")
     if not 1 <= len(entries) <= MOST_IDENTITIES:
         raise OdmaError(f"{file}: 1 to {MOST_IDENTITIES:,} identities, not {len(entries):,}")
-    table = _Table({}, {}, set())
+    table = _Table({}, {})
     for number, entry in enumerate(entries, 1):
         try:
             _add(table, entry)
@@ -216,7 +236,6 @@ def _add(table: _Table, entry: Mapping[str, Any]) -> None:
     if len(proofs) != 1:
         raise ValueError(f"one of {', '.join(PROOFS)} is needed")
     identity = Identity(entry["name"], Role(entry["role"]))
-    table.identities.add(identity)
     if "certificate" in entry:
         _put(table.by_certificate, entry["certificate"], identity)
     else:
@@ -236,4 +255,4 @@ def _digest_of(entry: Mapping[str, str]) -> bytes:
 def _put(known: dict[Proof, Identity], proof: Proof, identity: Identity) -> None:
     if not proof or proof in known:
         raise ValueError("its token or certificate is empty, or another identity's")
-    known[proof] = identity
+    known[proof] = identity._replace(proof=proof)

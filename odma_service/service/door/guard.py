@@ -2,17 +2,18 @@
 
 A refusal has the same details as every other error, also where gRPC's own answer has none: for
 an rpc that is not served and for a message that cannot be parsed. A refusal before the message
-is read takes none of the threads that answer calls. Neither do health and reflection.
+is read takes none of the threads that answer calls. Neither do the calls of open services, whose
+callers are not known: they have threads and places of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
-from typing import Any, NamedTuple
+from threading import BoundedSemaphore
+from typing import Any, NamedTuple, cast
 
 import grpc
 import structlog
@@ -20,15 +21,19 @@ from google.protobuf.message import DecodeError
 
 from odma_service.errors import (
     BusyError,
+    CallerLimitError,
     IdentityError,
     InvalidError,
     MessageSizeError,
     OdmaError,
+    StreamLimitError,
     UnimplementedError,
 )
 from odma_service.service.door import access
-from odma_service.service.door.access import CALLER, Access, Identity
-from odma_service.service.door.handlers import CallShape, Handler, Parse, Parts
+from odma_service.service.door.access import CALLER, STILL_KNOWN, Access, Identity
+from odma_service.service.door.calls import Busy, Calls, Pace, hear
+from odma_service.service.door.handlers import CallShape, Function, Handler, Parse, Parts
+from odma_service.service.door.unread import Unread
 from odma_service.service.rpc.statuses import abort, status_of
 from odma_service.service.watch.lines import Seldom
 
@@ -39,63 +44,67 @@ GUARD_OPTIONS = (
     ("grpc.absolute_max_metadata_size", 16 * 1024),  # between the two it is up to chance
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
-MOST_SILENT = 15
-"""Health checks that may wait for their message; each holds a thread."""
+LARGEST_OPEN_MESSAGE_BYTES = 1024
+"""Nobody is known who sends it; a name of a service is short."""
+
+STRANGERS = 16
+"""Threads for health checks, and as many for reflection."""
+MOST_STRANGERS = 256
+"""Calls of open services answered or waiting at once, of each kind."""
+MOST_HEALTH_WATCHERS = 256
+
+READERS = 16
+"""Threads of calls that only read; so many of them are answered at once:"""
+READING = 2
+READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.05, 0.1, 0.0005
+"""The pace of a caller that reads while others work: see Pace."""
+READS = frozenset(
+    {
+        "/odma.v1.PoolService/ListPools",
+        "/odma.v1.PoolService/GetPool",
+        "/odma.v1.PoolService/ListRegions",
+        "/odma.v1.PredictorService/Predict",
+        "/odma.v1.EmulatorService/EstimateAccess",
+    }
+)
 CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
 
 log = structlog.get_logger()
 
 
-class Calls(ThreadPoolExecutor):
-    """The threads that answer calls, and the calls that they have or will get."""
+class Pools(NamedTuple):
+    """Threads for calls: of known callers, of those that only read, and of strangers."""
 
-    def __init__(self, workers: int) -> None:
-        super().__init__(workers, thread_name_prefix="call")
-        self._under_way: set[Future[Any]] = set()
+    calls: Calls
+    reading: Calls
+    strangers: Calls
+    watching: Calls
+    """Those of strangers that watch the health."""
+    reflecting: Calls
+    busy: Busy
 
-    @property
-    def count(self) -> int:
-        """How many calls are under way."""
-        return len(self._under_way)
+    @classmethod
+    def of(cls, workers: int) -> Pools:
+        """Make them. `workers`: threads for calls of known callers."""
+        busy = Busy()
+        pace = Pace(READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS, busy.with_others)
+        return cls(
+            Calls(workers, max(1, workers // 2)),
+            Calls(READERS, READERS // 2, name="read", pace=pace),
+            Calls(STRANGERS, STRANGERS // 2, name="stranger"),
+            Calls(MOST_HEALTH_WATCHERS, name="health"),
+            Calls(STRANGERS, STRANGERS // 2, name="reflect"),
+            busy,
+        )
 
-    def under_way(self) -> set[Future[Any]]:
-        """Return the calls under way, for a caller that waits for them."""
-        return self._under_way.copy()
+    def sweep(self) -> int:
+        """Sweep all: see Calls."""
+        return sum(pool.sweep() for pool in self[:-1])
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a call as soon as a thread is free."""
-        future = super().submit(fn, *args, **kwargs)
-        self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
-        return future
-
-
-class Silent:
-    """Calls that wait for their message, each in a thread.
-
-    One call too many costs the oldest its place. So one thread more than `most` is enough to
-    read every call.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = Lock()
-        self._waiting: list[grpc.ServicerContext] = []
-
-    def first(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """Return the message of a call, or None if none came."""
-        with self._lock:
-            self._waiting.append(context)
-            for oldest in self._waiting[: -self._most]:
-                oldest.cancel()
-        try:
-            return next(requests, None)
-        except grpc.RpcError as gone:
-            gone.__traceback__ = None  # or it stays in memory: see Streams
-            return None
-        finally:
-            with self._lock:
-                self._waiting.remove(context)
+    def close(self) -> None:
+        """Give the threads back, after the server has stopped."""
+        for pool in self[:-1]:
+            pool.shutdown()
 
 
 class _Unusable(NamedTuple):
@@ -119,21 +128,29 @@ class _Checks(NamedTuple):
 class Guard(grpc.ServerInterceptor):
     """Lets calls through to their servicers. It has to be the innermost of the interceptors."""
 
-    def __init__(self, identities: Access | None, calls: Calls, most_calls: int) -> None:
+    def __init__(
+        self,
+        identities: Access | None,
+        pools: Pools,
+        most_calls: int,
+        refused: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """`refused` learns the reason of each call that is refused here."""
+        self._refused = refused
         self._identities = identities
-        self._calls = calls
+        self._pools = pools
         self._most_calls = most_calls
         self._refusing = ThreadPoolExecutor(1, thread_name_prefix="refuse")
-        self._reflecting = ThreadPoolExecutor(2, thread_name_prefix="reflect")
-        self._probing = ThreadPoolExecutor(MOST_SILENT + 1, thread_name_prefix="probe")
-        self._silent = Silent(MOST_SILENT)
+        self._unread = Unread()
+        self._reading = BoundedSemaphore(READING)
         self._seldom = Seldom()
         self._guarded: dict[str, Handler] = {}
+        self._threads: dict[str, Calls] = {}
         self._checks = {
             CallShape.UNARY: _Checks(_insist_usable, _nothing),
-            CallShape.SERVER_STREAM: _Checks(_insist_usable, self._insist_still_known),
-            CallShape.BOTH_STREAMS: _Checks(self._insist_next, _nothing),
-            CallShape.BOTH_BY_CALLBACK: _Checks(self._insist_next, _nothing),
+            CallShape.SERVER_STREAM: _Checks(_insist_usable, access.insist_still_known),
+            CallShape.BOTH_STREAMS: _Checks(_insist_next, _nothing),
+            CallShape.BOTH_BY_CALLBACK: _Checks(_insist_next, _nothing),
         }
 
     def intercept_service(
@@ -150,16 +167,39 @@ class Guard(grpc.ServerInterceptor):
                 if handler is None:
                     raise UnimplementedError("the service has no such rpc, or it is switched off")
                 guarded = self._guarded[rpc] = self._guard(rpc, handler)
-            if not access.is_open(rpc):
-                self._insist_room()
+            if access.is_open(rpc):
+                self._insist_open_room(rpc)
+            else:
                 self._insist_token(rpc, details.invocation_metadata)
+                self._insist_room(rpc)
         except OdmaError as error:
             return self._refusal(error)
         return guarded
 
-    def _insist_room(self) -> None:
-        if self._calls.count >= self._most_calls:
+    def _insist_open_room(self, rpc: str) -> None:
+        pool = self._threads[rpc]
+        if pool is self._pools.watching:
+            if pool.count >= MOST_HEALTH_WATCHERS:
+                raise StreamLimitError(
+                    f"all {MOST_HEALTH_WATCHERS} watchers of the health are there"
+                )
+        elif pool.count >= MOST_STRANGERS:
+            raise BusyError(f"{MOST_STRANGERS} calls of callers without a name are waiting already")
+
+    def _insist_room(self, rpc: str) -> None:
+        pool, identity = self._threads[rpc], CALLER.get()
+        if pool.count >= self._most_calls:
             raise BusyError(f"{self._most_calls:,} calls (max-calls) are being answered already")
+        most = max(1, self._most_calls // 2)
+        if identity and pool.count_of(identity.who) >= most:
+            raise CallerLimitError(f"{most:,} calls of this caller are being answered already")
+
+    def _open_pool(self, rpc: str) -> Calls:
+        """Return the threads of an open rpc."""
+        if rpc == "/grpc.health.v1.Health/Watch":
+            return self._pools.watching
+        health = rpc.startswith("/grpc.health.")
+        return self._pools.strangers if health else self._pools.reflecting
 
     def _insist_token(self, rpc: str, metadata: Any) -> None:
         """Learn the caller from its token. Without one its certificate is asked for later."""
@@ -184,21 +224,29 @@ class Guard(grpc.ServerInterceptor):
     def _admit(self, rpc: str, identity: Identity) -> None:
         access.insist_role(rpc, identity)
         CALLER.set(identity)
+        if self._identities:
+            STILL_KNOWN.set(partial(self._identities.knows, identity))
 
-    def _insist_still_known(self) -> None:
-        """Raise IdentityError if the caller of a stream was struck off the token file."""
-        caller = CALLER.get()
-        if self._identities and caller and not self._identities.knows(caller):
-            raise IdentityError("this identity is not known here any more")
+    def _one_of_few(self, function: Function) -> Function:
+        def answering(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._reading:
+                return function(request, context)
 
-    def _insist_next(self, request: object) -> None:
-        """Check the next message of a stream. Raises OdmaError."""
-        self._insist_still_known()
-        _insist_usable(request)
+        return answering
+
+    def _noting(self, asked: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return `asked` for a rpc of engines: those who read give way to them."""
+
+        def noting(request: object) -> None:
+            self._pools.busy.note()
+            asked(request)
+
+        return noting
 
     def _refusal(self, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
+        self._refused(error.reason)
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
@@ -211,27 +259,23 @@ class Guard(grpc.ServerInterceptor):
     def _guard(self, rpc: str, handler: Handler) -> Handler:
         """Return `handler` with the checks that need the message or the connection."""
         parts = Parts.of(handler)
-        guarded = parts.around(partial(self._checked, rpc, self._checks[parts.shape]))
-        if parts.shape is CallShape.UNARY and access.is_open(rpc):  # a health check
-            guarded = self._by_callback(guarded)
-        elif parts.shape is CallShape.BOTH_STREAMS:  # reflection
-            guarded = guarded._replace(threads=parts.threads or self._reflecting)
-        return guarded._replace(parse=_parser(parts.parse)).handler()
-
-    def _by_callback(self, unary: Parts) -> Parts:
-        """Return a unary rpc in a shape that lets its caller be silent."""
-
-        def by_callback(requests: Any, context: grpc.ServicerContext, send: Any) -> None:
-            request = self._silent.first(requests, context)
-            if request is None:
-                context.set_code(grpc.StatusCode.CANCELLED)
-            else:
-                send(unary.function(request, context))
-            send(None)
-
-        return unary._replace(
-            shape=CallShape.BOTH_BY_CALLBACK, function=by_callback, threads=self._probing
-        )
+        largest = LARGEST_MESSAGE_BYTES
+        if access.is_open(rpc):
+            largest = LARGEST_OPEN_MESSAGE_BYTES
+            parts = parts._replace(threads=self._open_pool(rpc))
+        elif rpc in READS:
+            parts = parts._replace(
+                threads=self._pools.reading, function=self._one_of_few(parts.function)
+            )
+        self._threads[rpc] = threads = cast("Calls", parts.threads or self._pools.calls)
+        parts = parts._replace(threads=threads)
+        checks = self._checks[parts.shape]
+        if not access.is_open(rpc) and rpc not in READS:
+            checks = checks._replace(asked=self._noting(checks.asked))
+        guarded = parts.around(partial(self._checked, rpc, checks))
+        if parts.shape is CallShape.UNARY and parts.serialise:
+            guarded = guarded._replace(serialise=self._unread.counting(parts.serialise))
+        return guarded._replace(parse=_parser(parts.parse, largest)).handler()
 
     @contextmanager
     def _checked(
@@ -240,10 +284,12 @@ class Guard(grpc.ServerInterceptor):
         """Check a call; end it with the status of an error, also of one left to gRPC."""
         try:
             self._insist_known(rpc, context)
+            self._unread.insist_room(context)
             yield checks
         except grpc.RpcError as gone:
             gone.__traceback__ = None  # or it stays in memory: see Streams
         except OdmaError as error:
+            self._refused(error.reason)
             abort(context, status_of(error))
         except NotImplementedError:  # by the base class of a servicer
             abort(context, status_of(UnimplementedError("this rpc is not built yet")))
@@ -253,22 +299,28 @@ def _nothing() -> None:
     """Check nothing."""
 
 
+def _insist_next(request: object) -> None:
+    """Check the next message of a stream. Raises OdmaError."""
+    access.insist_still_known()
+    _insist_usable(request)
+
+
 def _insist_usable(request: object) -> None:
+    hear()
     if type(request) is _Unusable:
         raise request.error()
 
 
-def _parser(parse: Parse | None) -> Parse:
+def _parser(parse: Parse | None, largest: int) -> Parse:
     """Return `parse` with a refusal of ours where gRPC's would be INTERNAL."""
 
     assert parse is not None  # our rpcs have messages
 
     def parse_usable(content: bytes) -> Any:
-        if len(content) > LARGEST_MESSAGE_BYTES:
+        if len(content) > largest:
             return _Unusable(
                 lambda: MessageSizeError(
-                    f"the message has {len(content):,} bytes, at most "
-                    f"{LARGEST_MESSAGE_BYTES:,} are taken"
+                    f"the message has {len(content):,} bytes, at most {largest:,} are taken"
                 )
             )
         try:

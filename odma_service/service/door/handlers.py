@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import grpc
 
+from odma_service.service.door.calls import Calls
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Function = Callable[..., Any]
 Parse = Callable[[bytes], Any]
@@ -59,7 +61,11 @@ class OwnThreads:
 
     def __init__(self, most_calls: int, name: str) -> None:
         # One thread more than calls: it refuses those that are too many.
-        self.experimental_thread_pool = ThreadPoolExecutor(most_calls + 1, name)
+        self.experimental_thread_pool = Calls(most_calls + 1, name=name)
+
+    def sweep(self) -> int:
+        """Cut calls whose message does not come, while others wait. Returns how many."""
+        return self.experimental_thread_pool.sweep()
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""

@@ -8,14 +8,21 @@ handler sends by callback: so another thread can end a stream that waits for its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from threading import Lock
 
 import grpc
 from grpc_status import rpc_status
 
-from odma_service.errors import InvalidError, StreamLimitError, StreamReplacedError
+from odma_service.errors import (
+    IdentityError,
+    InvalidError,
+    StreamLimitError,
+    StreamReplacedError,
+)
 from odma_service.rpc.v1 import memory_service_pb2 as pb
+from odma_service.service.door.access import CALLER, STILL_KNOWN
 from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.statuses import told
 
@@ -32,6 +39,9 @@ class Stream:
         self.lock = Lock()
         self.pool = ""  # none yet
         self.ended = False
+        caller = CALLER.get()
+        self.caller: Hashable = caller.who if caller else context.peer()
+        self.known = STILL_KNOWN.get()
         self.is_active: Callable[[], bool] = context.is_active
         self._context = context
         self._send = send
@@ -69,19 +79,22 @@ class Streams(OwnThreads):
         apply: Callable[[pb.ApplyRequest, Callable[[], bool]], pb.ApplyResponse],
         most_streams: int,
     ) -> None:
-        super().__init__(most_streams, "stream")
+        # Streams that make way keep their threads until their clients have heard of it.
+        super().__init__(2 * most_streams, "stream")
         self._apply = apply
         self._most_streams = most_streams
+        self._most_unbound = max(1, most_streams // 4)
         self._lock = Lock()
-        self._open: set[Stream] = set()
+        self._open: dict[Stream, None] = {}  # oldest first
         self._by_pool: dict[str, Stream] = {}
 
     def __call__(
         self, requests: Iterator[pb.StreamRequest], context: grpc.ServicerContext, send: Send
     ) -> None:
         stream = Stream(context, send)
-        if not self._enter(stream):
-            stream.end(StreamLimitError(f"all {self._most_streams} streams are open; use Apply"))
+        enough = StreamLimitError(f"all {self._most_streams} streams are open; use Apply")
+        if not self._enter(stream, enough):
+            stream.end(enough)
             return
         try:
             self._serve(stream, requests)
@@ -115,12 +128,31 @@ class Streams(OwnThreads):
                     self._bind(stream)
                 stream.answer(answer)
 
-    def _enter(self, stream: Stream) -> bool:
+    def sweep(self) -> int:
+        """End the streams of callers that were struck off the token file too."""
+        for stream in list(self._open):
+            if not stream.known():
+                stream.end(IdentityError("this token or certificate is not known any more"), 0.0)
+        return super().sweep()
+
+    def _enter(self, stream: Stream, enough: StreamLimitError) -> bool:
+        """Let a stream in; one without a batch makes way if there are too many."""
         with self._lock:
-            if len(self._open) >= self._most_streams:
-                return False
-            self._open.add(stream)
-            return True
+            unbound = [one for one in self._open if not one.pool]
+            counts = Counter(one.caller for one in unbound)
+            full = len(self._open) >= self._most_streams
+            if full or counts[stream.caller] >= self._most_unbound:
+                if not unbound:
+                    return False
+                greediest = stream.caller if not full else counts.most_common(1)[0][0]
+                oldest = next(one for one in unbound if one.caller == greediest)
+                del self._open[oldest]
+            else:
+                oldest = None
+            self._open[stream] = None
+        if oldest:
+            oldest.end(enough, 0.0)
+        return True
 
     def _bind(self, stream: Stream) -> None:
         """Make this the stream of its pool, after the pool has taken a batch of it."""
@@ -134,6 +166,6 @@ class Streams(OwnThreads):
 
     def _leave(self, stream: Stream) -> None:
         with self._lock:
-            self._open.discard(stream)
+            self._open.pop(stream, None)
             if self._by_pool.get(stream.pool) is stream:
                 del self._by_pool[stream.pool]

@@ -11,16 +11,23 @@ from typing import cast
 
 import grpc
 
-from odma_service.errors import InvalidError, OdmaError, StreamLimitError, UnavailableError
+from odma_service.errors import (
+    CallerLimitError,
+    InvalidError,
+    OdmaError,
+    StreamLimitError,
+    UnavailableError,
+)
 from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
-from odma_service.service.door.access import may_see_of
+from odma_service.service.door.access import CALLER, Identity, insist_still_known, may_see_of
 from odma_service.service.door.handlers import OwnThreads
 from odma_service.service.rpc.names import name_from
 from odma_service.service.rpc.statuses import abort, status_of
 from odma_service.service.watch.events import Event, Events
 
 MOST_WATCHERS = 32
+MOST_OF_AN_IDENTITY = 16
 LOOK_SECONDS = 1.0
 """A thread may wait so long for events after its client has gone."""
 
@@ -32,7 +39,7 @@ class Watchers(OwnThreads):
         super().__init__(MOST_WATCHERS, "watch")
         self._events = events
         self._lock = Lock()
-        self._watching = 0
+        self._watching: list[Identity | None] = []
 
     def __call__(
         self, request: pb.WatchRequest, context: grpc.ServicerContext
@@ -54,6 +61,7 @@ class Watchers(OwnThreads):
         yield pb.WatchResponse(cursor=cursor, incarnation=events.incarnation, lost=lost)
         while context.is_active():
             missed = events.after(cursor, LOOK_SECONDS)
+            insist_still_known()
             if missed.lost:
                 cursor = missed.events[0].cursor - 1
                 yield pb.WatchResponse(cursor=cursor, incarnation=events.incarnation, lost=True)
@@ -80,14 +88,18 @@ class Watchers(OwnThreads):
         return request.cursor, False
 
     def _enter(self) -> None:
+        caller = CALLER.get()
         with self._lock:
-            if self._watching >= MOST_WATCHERS:
+            if len(self._watching) >= MOST_WATCHERS:
                 raise StreamLimitError(f"all {MOST_WATCHERS} watchers are there; use ListPools")
-            self._watching += 1
+            own = [one for one in self._watching if caller and one and one.who == caller.who]
+            if len(own) >= MOST_OF_AN_IDENTITY:
+                raise CallerLimitError(f"{MOST_OF_AN_IDENTITY} watchers of this caller are there")
+            self._watching.append(caller)
 
     def _leave(self) -> None:
         with self._lock:
-            self._watching -= 1
+            self._watching.remove(CALLER.get())
 
 
 def _event_to(event: Event) -> pb.Event:

@@ -77,10 +77,11 @@ def _device_from(request: pb.EstimateAccessRequest) -> tuple[LpddrDevice, float,
 def _runs_from(request: pb.EstimateAccessRequest) -> np.ndarray:
     if len(request.runs) > MOST_RUNS:
         raise InvalidError("runs", f"at most {MOST_RUNS:,}, not {len(request.runs):,}")
-    for i, run in enumerate(request.runs):
-        if run.offset_bytes >= MOST_OFFSET_BYTES:
-            raise InvalidError(f"runs[{i}].offset_bytes", "below 2^53")
-        if not 1 <= run.length_bytes <= MOST_LENGTH_BYTES:
-            raise InvalidError(f"runs[{i}].length_bytes", "1 to 2^40")
     pairs = [(run.offset_bytes, run.length_bytes) for run in request.runs]
-    return np.array(pairs, np.uint64).reshape(-1, 2)
+    runs = np.array(pairs, np.uint64).reshape(-1, 2)
+    offsets, lengths = runs[:, 0], runs[:, 1]
+    for i in np.flatnonzero(offsets >= MOST_OFFSET_BYTES):
+        raise InvalidError(f"runs[{i}].offset_bytes", "below 2^53")
+    for i in np.flatnonzero((lengths < 1) | (lengths > MOST_LENGTH_BYTES)):
+        raise InvalidError(f"runs[{i}].length_bytes", "1 to 2^40")
+    return runs

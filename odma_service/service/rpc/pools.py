@@ -15,6 +15,8 @@ from odma_service.service.rpc.statuses import reports_errors
 
 DEFAULT_PAGE_REGIONS = 1_000
 LARGEST_PAGE_REGIONS = 10_000
+LARGEST_PAGE_BYTES = 256 * 1024
+REGION_FRAME_BYTES = 3
 
 
 class PoolService(PoolServiceServicer):
@@ -58,7 +60,15 @@ class PoolService(PoolServiceServicer):
             raise InvalidError("page_size", f"at most {LARGEST_PAGE_REGIONS:,}, not {size:,}")
         with self._registry.viewed(name) as view:
             entries = view.pool.regions(request.from_token, size + 1)
+        regions: list[pb.Region] = []
+        room = LARGEST_PAGE_BYTES
+        for entry in entries[:size]:
+            region = region_to(entry)
+            room -= region.ByteSize() + REGION_FRAME_BYTES
+            if room < 0 and regions:
+                break
+            regions.append(region)
+        rest = entries[len(regions) :]
         return pb.ListRegionsResponse(
-            regions=map(region_to, entries[:size]),
-            next_token=entries[size].start_token if len(entries) > size else None,
+            regions=regions, next_token=rest[0].start_token if rest else None
         )

@@ -58,6 +58,7 @@ _CODES = {
     errors.IdentityError: grpc.StatusCode.UNAUTHENTICATED,
     errors.RoleError: grpc.StatusCode.PERMISSION_DENIED,
     errors.PoolForeignError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.CallerLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.MessageSizeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
@@ -149,6 +150,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             | errors.BooksUnavailableError()
             | errors.UnavailableError()
             | errors.BusyError()
+            | errors.CallerLimitError()
             | errors.StreamLimitError()
         ):
             return [_retry_info()]

@@ -42,6 +42,9 @@ from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
 
 BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
+SILENT = "SILENT"
+REFUSALS = ("BUSY", "CALLER_LIMIT", "IDENTITY", "MESSAGE_SIZE", "ROLE", "STREAM_LIMIT", SILENT)
+"""Reasons that have a series from the start."""
 SLOWEST_CLIENT_SECONDS = 10.0
 SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
@@ -363,6 +366,14 @@ class RpcMetrics(CallObserver):
         self.calls = Counter(
             "odma_rpc_calls", "Calls that ended.", ["rpc", "code"], registry=registry
         )
+        self.refused = Counter(
+            "odma_refused_calls",
+            "Calls refused before they were begun, or cut for their message did not come.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in REFUSALS:
+            self.refused.labels(reason)
         self.running = Gauge(
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )

@@ -1,0 +1,279 @@
+"""Calls: threads for calls, shared out fairly among callers.
+
+A caller is an identity, or a connection where callers need none. Each caller has a queue and a
+bound of threads; queues take turns. grpcio gives a call its thread before its message has come:
+so a call may hold a thread for as long as its client is silent. While others wait for a thread,
+the calls that have been silent longest are cut.
+
+Calls of a rpc that only reads can be paced: a caller that has used up its time waits, in the
+queue and without a thread, until it has some again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import Context
+from time import monotonic, thread_time
+from typing import Any, NamedTuple
+
+import structlog
+
+from odma_service.service.door.access import CALLER
+
+SILENT_SECONDS = 0.5
+"""A call whose message has not come after so long makes way for calls that wait."""
+SWEEP_SECONDS = 0.1
+BUSY_SECONDS = 1.0
+
+_HERE = threading.local()
+
+log = structlog.get_logger()
+
+
+class Pace(NamedTuple):
+    """How much of a processor a caller may use: seconds in a second, and seconds at once.
+
+    Callers without a name share this at one address. It holds while `busy` says that a caller
+    at another connection is at work.
+    """
+
+    share: float
+    burst_seconds: float
+    call_seconds: float
+    """What a call costs beside its handler."""
+    busy: Callable[[Hashable], bool]
+
+
+class Busy:
+    """Who was at work lately."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Hashable, float] = (None, 0.0)
+        self._other: tuple[Hashable, float] = (None, 0.0)
+
+    def note(self) -> None:
+        """Note that the caller of this thread's call is at work."""
+        call = getattr(_HERE, "call", None)
+        caller = call.caller if call is not None else None
+        last = self._last
+        if last[0] != caller:
+            self._other = last
+        self._last = caller, monotonic()
+
+    def with_others(self, caller: Hashable) -> bool:
+        """Return whether another caller was at work within the last BUSY_SECONDS."""
+        since = monotonic() - BUSY_SECONDS
+        return any(then > since and who != caller for who, then in (self._last, self._other))
+
+
+class _Call:
+    """A call that waits for a thread or has one."""
+
+    __slots__ = ("caller", "cut", "future", "heard", "since", "work")
+
+    def __init__(
+        self, caller: Hashable, cut: Callable[[], object], work: Callable[[], object]
+    ) -> None:
+        self.caller = caller
+        self.cut = cut
+        self.work = work
+        self.future: Future[Any] = Future()
+        self.heard = False
+        self.since = 0.0
+
+
+class Calls(ThreadPoolExecutor):
+    """The threads that answer calls, and the calls that they have or will get."""
+
+    def __init__(
+        self, threads: int, each: int | None = None, *, name: str = "call", pace: Pace | None = None
+    ) -> None:
+        """Share `threads` out; a caller has at most `each` of them at a time."""
+        super().__init__(threads, thread_name_prefix=name)
+        self._most = threads
+        self._each = each or threads
+        self._pace = pace
+        self._lock = threading.Lock()
+        self._queues: OrderedDict[Hashable, deque[_Call]] = OrderedDict()
+        self._running: set[_Call] = set()
+        self._held: Counter[Hashable] = Counter()
+        self._under_way: set[Future[Any]] = set()
+        self._by_caller: Counter[Hashable] = Counter()
+        self._used: dict[Hashable, tuple[float, float]] = {}
+        """Seconds used by a caller beyond its share, and when that was so."""
+
+    @property
+    def count(self) -> int:
+        """How many calls are under way."""
+        return len(self._under_way)
+
+    def count_of(self, caller: Hashable) -> int:
+        """Return how many calls of a caller are under way."""
+        return self._by_caller[caller]
+
+    def under_way(self) -> set[Future[Any]]:
+        """Return the calls under way, for a caller that waits for them."""
+        with self._lock:
+            return self._under_way.copy()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call as soon as its caller may have a thread and one is free."""
+        wire = _wire_of(args)
+        caller = _caller_of(fn, wire)
+        call = _Call(caller, wire.cancel if wire else lambda: None, lambda: fn(*args, **kwargs))
+        with self._lock:
+            self._under_way.add(call.future)
+            self._by_caller[caller] += 1
+            self._queues.setdefault(caller, deque()).append(call)
+            self._give_threads()
+        return call.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Give the threads back after the calls that have one."""
+        with self._lock:
+            self._queues.clear()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def sweep(self) -> int:
+        """Cut silent calls if others wait or few threads are free; let paced callers go on.
+
+        Returns how many were cut.
+        """
+        with self._lock:
+            self._give_threads()
+            wanted = max(
+                sum(map(len, self._queues.values())), len(self._running) - self._most * 7 // 8
+            )
+            old = monotonic() - SILENT_SECONDS
+            silent = [call for call in self._running if not call.heard and call.since < old]
+        silent.sort(key=lambda call: call.since)
+        cut = silent[: max(wanted, 0)]
+        for call in cut:
+            call.cut()
+        return len(cut)
+
+    def _give_threads(self) -> None:
+        """Give free threads to callers in turn. The lock is held."""
+        skipped = 0
+        while self._queues and skipped < len(self._queues) and len(self._running) < self._most:
+            caller, queue = next(iter(self._queues.items()))
+            self._queues.move_to_end(caller)
+            if self._held[caller] >= self._each or not self._in_pace(caller):
+                skipped += 1
+                continue
+            skipped = 0
+            call = queue.popleft()
+            if not queue:
+                del self._queues[caller]
+            self._running.add(call)
+            self._held[caller] += 1
+            call.since = monotonic()
+            super().submit(self._run, call)
+
+    def _run(self, call: _Call) -> None:
+        _HERE.call = call
+        begun = thread_time()
+        error: BaseException | None = None
+        try:
+            call.work()
+        except BaseException as raised:  # noqa: BLE001  it belongs to whoever asks the future
+            raised.__traceback__ = None  # or its frames keep the call
+            error = raised
+        _HERE.call = None
+        with self._lock:
+            self._running.discard(call)
+            _take_off(self._held, call.caller)
+            _take_off(self._by_caller, call.caller)
+            self._under_way.discard(call.future)
+            if self._pace:
+                self._charge(call.caller, thread_time() - begun + self._pace.call_seconds)
+            self._give_threads()
+        if error:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(None)
+
+    def _in_pace(self, caller: Hashable) -> bool:
+        pace = self._pace
+        return (
+            pace is None
+            or self._beyond(_payer(caller)) < pace.burst_seconds
+            or not pace.busy(caller)
+        )
+
+    def _beyond(self, caller: Hashable) -> float:
+        """Return the seconds that a caller used beyond its share."""
+        assert self._pace is not None
+        used, then = self._used.get(caller, (0.0, 0.0))
+        return max(0.0, used - (monotonic() - then) * self._pace.share)
+
+    def _charge(self, caller: Hashable, seconds: float) -> None:
+        payer = _payer(caller)
+        self._used[payer] = (self._beyond(payer) + seconds, monotonic())
+        if len(self._used) > 1024:  # forget those who have paid
+            self._used = {one: used for one, used in self._used.items() if self._beyond(one) > 0.0}
+
+
+def hear() -> None:
+    """Note that the message of this thread's call has come."""
+    call = getattr(_HERE, "call", None)
+    if call is not None:
+        call.heard = True
+
+
+def _payer(caller: Hashable) -> Hashable:
+    """Return whose pace it is: a connection's is that of its address."""
+    return caller.rpartition(":")[0] if isinstance(caller, str) else caller
+
+
+def _take_off(counts: Counter[Hashable], caller: Hashable) -> None:
+    counts[caller] -= 1
+    if not counts[caller]:
+        del counts[caller]
+
+
+@contextmanager
+def sweeping(
+    *sweeps: Callable[[], int], cut: Callable[[int], object] = lambda _: None
+) -> Iterator[None]:
+    """Call each of these every SWEEP_SECONDS, in a thread, for as long as the context lasts.
+
+    `cut` learns how many calls were cut.
+    """
+    stop = threading.Event()
+
+    def sweep() -> None:
+        while not stop.wait(SWEEP_SECONDS):
+            for one in sweeps:
+                try:
+                    cut(one())
+                except Exception:
+                    log.exception("a sweep of the calls failed; it goes on")
+
+    thread = threading.Thread(target=sweep, name="sweep", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- what grpcio hands over with a call; no other module knows ---
+
+
+def _wire_of(args: tuple[Any, ...]) -> Any:
+    """Return the call itself, None if grpcio has changed: then silent calls are not cut."""
+    return next((arg.call for arg in args if hasattr(arg, "call_details")), None)
+
+
+def _caller_of(run: Any, wire: Any) -> Hashable:
+    """Return who calls: the identity that the call's context knows, or else its connection."""
+    context = getattr(run, "__self__", None)
+    identity = context.get(CALLER) if isinstance(context, Context) else None
+    who: Hashable = identity.who if identity else wire.peer().decode() if wire else None
+    return who

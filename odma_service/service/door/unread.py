@@ -1,0 +1,78 @@
+"""Unread: answers that were given and that their clients have not taken.
+
+gRPC keeps such an answer in memory for as long as its client likes, and counts it nowhere. Small
+ones are not counted here either: the places in a connection bound them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from threading import Lock, local
+from typing import Any
+
+import grpc
+
+from odma_service.errors import CallerLimitError
+from odma_service.service.door.access import CALLER
+
+SMALL_BYTES = 16 * 1024
+MOST_BYTES = 4 * 1024 * 1024
+"""Of one caller: an identity, or a connection where callers need none. More are not begun."""
+MOST_BYTES_OF_ALL = 64 * 1024 * 1024
+"""Beyond it the oldest are cut."""
+
+Serialise = Callable[[Any], bytes]
+
+
+class Unread:
+    """The answers that wait for their clients, by caller."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._here = local()
+        self._waiting: dict[grpc.ServicerContext, int] = {}  # oldest first
+        self._bytes: Counter[Hashable] = Counter()
+
+    def insist_room(self, context: grpc.ServicerContext) -> None:
+        """Begin a call in this thread. Raises CallerLimitError."""
+        caller = _caller_of(context)
+        if self._bytes[caller] > MOST_BYTES:
+            raise CallerLimitError(f"{self._bytes[caller]:,} bytes of answers are unread")
+        self._here.call = context, caller
+
+    def counting(self, serialise: Serialise) -> Serialise:
+        """Return `serialise`, with its result counted until the call of this thread is over."""
+
+        def counted(answer: Any) -> bytes:
+            content = serialise(answer)
+            (context, caller), self._here.call = self._here.call, None
+            if len(content) > SMALL_BYTES:
+                self._count(context, caller, len(content))
+            return content
+
+        return counted
+
+    def _count(self, context: grpc.ServicerContext, caller: Hashable, count: int) -> None:
+        def taken() -> None:
+            with self._lock:
+                if self._waiting.pop(context, None) is None:
+                    return
+                self._bytes[caller] -= count
+                if not self._bytes[caller]:
+                    del self._bytes[caller]
+
+        with self._lock:
+            self._waiting[context] = count
+            self._bytes[caller] += count
+            oldest = next(iter(self._waiting))
+            too_many = sum(self._waiting.values()) > MOST_BYTES_OF_ALL
+        if not context.add_callback(taken):
+            taken()
+        if too_many:
+            oldest.cancel()
+
+
+def _caller_of(context: grpc.ServicerContext) -> Hashable:
+    identity = CALLER.get()
+    return identity.who if identity else context.peer()
