@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from odma_service.errors import InvalidError
 from odma_service.replay.memory import Asked, Decision, Placed, Run, Step
 from odma_service.values import (
     Allocate,
@@ -142,11 +143,18 @@ class PoolMemory(ABC):
 
     def _admit(self, step: Step, results: list[Result], decision: Decision) -> None:
         refused = False
-        for result in results:
+        for asked, result in zip(step.asked, results, strict=True):
             if isinstance(result, Place):
                 decision.placed.append(Placed(result.handle, result.length_tokens))
                 continue
             assert isinstance(result, Refusal)
+            if result.reason is Reason.INVALID:  # nothing that ends would let it in
+                raise InvalidError(
+                    result.field,
+                    f"request {asked.number} can never be let in: "
+                    f"{asked.request.prompt_tokens:,} tokens of prompt, "
+                    f"{asked.request.maximum_tokens:,} at most, tenant {asked.request.tenant!r}",
+                )
             decision.placed.append(None)
             if result.preempt_handle:  # its tenant's guarantee is lent out
                 self._call_in(step, result.preempt_handle, decision)
