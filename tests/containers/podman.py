@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 PROGRAMS = ("podman", "runc", "debootstrap", "docker-compose", "netavark", "iptables")
 BASE = "python:3.11-slim"  # the name in the Dockerfile's FROM
-BASE_PACKAGES = "python3,python3-venv,python3-dev,ca-certificates"
+BASE_PACKAGES = "python3,python3-venv,python3-dev,python-is-python3,ca-certificates"
 TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
 
 SETTINGS = """
@@ -52,21 +53,14 @@ def missing() -> list[str]:
 
 def make_base(archive: Path) -> None:
     """Write the files of a small Debian with Python, from the archive that apt's sources name."""
-    targets = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", "Created-By: Packages"]
-        + ["Component: main", "Origin: Debian"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    site, release = targets.stdout.splitlines()[0].split()
+    release = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    wanted = ("Created-By: Packages", "Component: main", f"Codename: {release}")
+    command = ["apt-get", "indextargets", "--format", "$(SITE)", *wanted]
+    site = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     archive.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="odma-base-") as root:
         command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}"]
         subprocess.run([*command, release, root, site], check=True)
-        link = Path(root, "usr/bin/python")
-        link.unlink(missing_ok=True)
-        link.symlink_to("python3")
         shutil.rmtree(Path(root, "var/cache/apt"))
         partial = archive.with_suffix(".partial")
         subprocess.run(["tar", "-C", root, "-cf", partial, "."], check=True)
@@ -121,7 +115,17 @@ class Podman:
     def build(self, name: str, context: Path, *flags: object) -> None:
         """Build an image with the network and the certificates of this machine."""
         trust = ["--volume", f"{TRUSTED}:{TRUSTED}:ro"] if TRUSTED.exists() else []
-        build = ["build", "--network", "host", "--pull=never", *trust, "--tag", name]
+        build = [
+            "build",
+            "--format",
+            "docker",
+            "--network",
+            "host",
+            "--pull=never",
+            *trust,
+            "--tag",
+            name,
+        ]
         self(*build, *flags, context)
 
     def inspect(self, container: str) -> dict:

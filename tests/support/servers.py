@@ -105,9 +105,9 @@ def metrics_address(server: Server) -> str:
     return [line["metrics"] for line in lines if line["event"] == "serving"][-1]
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Return when `condition` holds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Return when `condition` holds; fail if it does not in so many seconds."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true"
         time.sleep(0.01)
