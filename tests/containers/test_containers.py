@@ -1,7 +1,7 @@
 """The image and the compose file, for real: built, brought up, scraped, killed, and looked into.
 
-`make test-containers` runs this, and `make test` does not. Everything lies in a temporary directory,
-but for the base of the image, which is made once: build/containers. Grafana is left out.
+`make test-containers` runs this, and `make test` does not. All of it lies in a temporary directory,
+but for the base of the image, which is made once: build/containers. Grafana is not run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from servers import books, open_pool, wait_for
 
 from odma_service.client import Client
 from odma_service.errors import InvalidError, RefusedError
+from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.values import Allocate
 
 pytestmark = pytest.mark.timeout(900)
@@ -225,10 +226,9 @@ def test_engines_and_books_survive_a_service_that_is_killed(stack):
         before = books(service, "kept")
 
         def playing() -> str | None:
-            names = [pool.name for pool in service.list_pools() if pool.open]
-            demos = [name for name in names if name.startswith("demo-")]
-            busy = [n for n in demos if service.get_pool(n).counters.batches > 50]
-            return busy[0] if busy else None
+            opened = [p for p in service.list_pools() if p.state == pb.POOL_STATE_OPEN]
+            demos = [p.pool.name for p in opened if p.pool.name.startswith("demo-")]
+            return next((n for n in demos if service.get_pool(n).counters.batches > 50), None)
 
         engine = stack.engine("--policy", "odma,elastic")
         killed = []
@@ -254,14 +254,14 @@ def panels() -> list[tuple[str, str]]:
 def test_every_query_of_the_dashboard_has_data(stack):
     with stack.client() as service:
         pool = open_pool(service, "trouble")
+        pool.allocate(Allocate("holds", 1000))
 
         def trouble() -> None:
             """Make what the panels of refusals and errors show."""
             with pytest.raises(InvalidError):
                 open_pool(service, ".no-name")
             with pytest.raises(RefusedError):
-                for i in range(1000):
-                    pool.allocate(Allocate(f"{time.monotonic_ns()}-{i}", 4000))
+                pool.allocate(Allocate("refused", 4096))
 
         empty = dict.fromkeys(panels())
 
