@@ -49,7 +49,12 @@ USER nobody
 VOLUME /prometheus
 ENTRYPOINT ["/bin/prometheus"]
 """
-OVERRIDE = "services: {prometheus: {image: odma-test-prometheus}}\n"
+# podman raises the limits that a service with limits of its own does not name; not everybody may.
+OVERRIDE = """
+services:
+  odma: {ulimits: {nofile: 4096, nproc: 4096}}
+  prometheus: {image: odma-test-prometheus}
+"""
 RATE_INTERVAL = "1m"  # what Grafana takes: four times the scrape_interval
 
 
