@@ -106,8 +106,10 @@ class Stack:
     def healthy(self) -> bool:
         """Let the container's own health check run, as Docker does by the clock."""
         container = self.container("odma")
-        self.podman.popen("podman", "healthcheck", "run", container).communicate()
-        return self.podman.inspect(container)["State"]["Health"]["Status"] == "healthy"
+        with self.podman.popen("podman", "healthcheck", "run", container) as check:
+            check.communicate()
+        status = self.podman.inspect(container)["State"]["Health"]["Status"]
+        return check.returncode == 0 and status == "healthy"
 
     def inside(self, command: str) -> str:
         """Return what a shell in the service's container prints."""
@@ -236,14 +238,11 @@ def test_engines_and_books_survive_a_service_that_is_killed(stack):
             return next((n for n in demos if service.get_pool(n).counters.batches > 50), None)
 
         engine = stack.engine("--policy", "odma,elastic")
-        killed = []
         for _ in range(3):
-            wait_for(playing, "an engine at work", PATIENCE_SECONDS)
-            name = playing()
+            name = wait_for(playing, "an engine at work", PATIENCE_SECONDS)
             batches = service.get_pool(name).counters.batches
             stack.kill()
             assert service.get_pool(name).counters.batches >= batches
-            killed.append(name)
         found = outcomes(engine)
         assert books(service, "kept") == before
     for one in found:
@@ -292,6 +291,8 @@ def test_prometheus_weighs_the_alerts_and_says_that_the_service_is_gone(stack):
     assert {rule["health"] for rule in rules().values()} == {"ok"}
     assert rules()["OdmaDown"]["state"] == "inactive"
     stack.compose("stop", "odma")
-    wait_for(
-        lambda: rules()["OdmaDown"]["state"] == "firing", "the alert OdmaDown", PATIENCE_SECONDS
-    )
+
+    def noticed() -> bool:
+        return rules()["OdmaDown"]["state"] in ("pending", "firing")
+
+    wait_for(noticed, "the alert OdmaDown", PATIENCE_SECONDS)
