@@ -36,6 +36,7 @@
 #include "arena/digest.c"
 #include "arena/prefetch.c"
 #include "arena/batch.c"
+#include "arena/faults.c"
 #include "arena/file.c"
 
 #include "arena/read.c"

@@ -35,7 +35,7 @@
  *
  *     if (odma_arena_create("kv.pool", &geometry, &arena, reason) != ODMA_OK) puts(reason);
  *     odma_arena_open_epoch(arena, 1, &engine, NULL, NULL, 0);
- *     odma_arena_unary(arena, 1, &op, &result);
+ *     odma_arena_unary(arena, (odma_caller){.epoch = 1}, &op, &result);
  *     printf("%u blocks from block %u\n", result.length, result.start);
  *     odma_arena_close(arena);
  */
@@ -61,7 +61,8 @@ enum {
     ODMA_QUANTILES = 7,          /* .1 .25 .5 .75 .9 .95 .99 of output tokens */
     ODMA_LIMITS = 16,
     ODMA_TENANTS = 16,           /* tenants with shares of their own */
-    ODMA_CLAIM_TURNS = 64,       /* batches and unary calls that a claim stands for */
+    ODMA_CLAIM_TURNS = 64,       /* calls that change something, which a claim outlives, */
+    ODMA_CLAIM_CALLS = 4096,     /* and calls at all */
     ODMA_CLASSES = 64,           /* request classes with statistics of their own */
     ODMA_CLASS_POOL = 64,        /* index of all classes together */
     ODMA_CLASS_OTHER = 65,       /* index of the classes beyond ODMA_CLASSES */
@@ -90,10 +91,13 @@ typedef enum odma_status {
     ODMA_FOREIGN,       /* wrong owner, permissions, or not a regular file */
     ODMA_MISMATCH,      /* another layout version or another geometry */
     ODMA_CORRUPT,       /* the file breaks a rule that the library keeps */
-    ODMA_NO_SPACE,      /* the file system is full, or memory ran out */
-    ODMA_IO,            /* the system refused for another reason */
+    ODMA_NO_SPACE,      /* the file system is full */
+    ODMA_IO,            /* the system refused: memory, descriptors, rights, a bad disk; try again */
     ODMA_BROKEN,        /* the file changed under the arena: only close it */
-    ODMA_FORKED         /* this process did not attach the arena */
+    ODMA_FORKED,        /* this process did not attach the arena */
+    ODMA_FENCED,        /* another owner number is the present one */
+    ODMA_UNFENCED,      /* the epoch has an owner number, the call has none */
+    ODMA_LATE           /* its number was passed, or refused before */
 } odma_status;
 
 /* --- make: a file, an epoch, a policy --- */
@@ -131,7 +135,8 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry,
 odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, const char *boot_id,
                               odma_arena **arena, char reason[ODMA_REASON_BYTES]);
 
-/* Give back the memory and the lock. The file stays. NULL is allowed. */
+/* Give back the memory and the lock. The file stays. NULL is allowed. In a forked
+ * child it gives back only what the child has; the parent keeps the lock. */
 void odma_arena_close(odma_arena *arena);
 
 typedef enum odma_moves {
@@ -161,8 +166,36 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
                                   const char *boot_id, const void *description,
                                   uint32_t description_bytes);
 
-/* End the epoch. ODMA_EPOCH if another one, or none, is running. */
-odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch);
+/* Who asks. An epoch that has an owner number (odma_arena_describe) does only
+ * what carries it, and each message of its owner once and in order: one whose
+ * number is above the last is done, and its number and its effect are in one
+ * commit. One with the last number is a retry: a batch gets its stored answer,
+ * another call is done again, which has the same effect; if it was refused, it
+ * stays refused. All else is refused, and changes nothing.
+ *
+ * Fails     ODMA_EPOCH, ODMA_FENCED, ODMA_UNFENCED, ODMA_LATE. */
+typedef struct odma_caller {
+    uint64_t epoch;
+    uint64_t owner;               /* default: none, as in a pool without a service */
+    uint64_t number;              /* from 1 under each owner number, below 2^53 */
+} odma_caller;
+
+/* Change the description, and with it the owner number of the epoch: both or
+ * neither. Under a larger one numbers begin anew.
+ *
+ * Fails     ODMA_INVALID if `owner` is below the present one or not below 2^53,
+ *           or if it changes and no epoch is running.
+ */
+odma_status odma_arena_describe(odma_arena *arena, uint64_t owner, const void *description,
+                                uint32_t description_bytes);
+
+/* Use up the number of a call that was refused outside of the books: if it comes
+ * again it stays refused. Fails as odma_caller says. */
+odma_status odma_arena_spend(odma_arena *arena, odma_caller caller);
+
+/* End the epoch. A caller without an owner number is not compared with the epoch's:
+ * that is an operator, or nobody calls any more. Fails as odma_caller says. */
+odma_status odma_arena_end_epoch(odma_arena *arena, odma_caller caller);
 
 typedef enum odma_start {
     ODMA_START_MAXIMUM = 1,
@@ -182,7 +215,8 @@ typedef enum odma_overflow {
  * tenant's guarantee covers and that finds no room is a claim: its refusal names
  * a region of a tenant that holds more than its guarantee, and until it is let
  * in nobody else is admitted beyond a guarantee. A claim lapses once it was not
- * asked for again in ODMA_CLAIM_TURNS batches and unary calls. */
+ * asked for again in ODMA_CLAIM_CALLS batches and unary calls, of which one that
+ * changed something counts for as many as make ODMA_CLAIM_TURNS of them do. */
 typedef struct odma_tenant {
     char name[ODMA_NAME_BYTES];   /* not empty, named once */
     double guaranteed_share;      /* 0 to maximum_share */
@@ -217,18 +251,22 @@ typedef struct odma_policy {
 } odma_policy;
 
 /* Install a policy record and write it back as it is stored: with its new version,
- * and with defaults where it was unset.
+ * and with defaults where it was unset. `caller` may be NULL: nobody who is fenced.
  *
  * Fails     ODMA_INVALID if a field breaks its rule; ODMA_VERSION if
- *           expected_version is not 0 and not in force.
+ *           expected_version is not 0 and not in force; as odma_caller says.
  */
-odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
-                                  uint32_t expected_version);
+odma_status odma_arena_set_policy(odma_arena *arena, const odma_caller *caller,
+                                  odma_policy *policy, uint32_t expected_version);
 
 /* Whether a finished record, in which nothing is unset, keeps every rule: ODMA_OK,
  * or ODMA_INVALID with "field: rule" in `reason`. */
 odma_status odma_policy_check(const odma_policy *policy, char reason[ODMA_REASON_BYTES]);
 odma_status odma_geometry_check(const odma_geometry *geometry, char reason[ODMA_REASON_BYTES]);
+
+/* Bytes of the file of an arena of this geometry, 0 for a bad one. The memory of a
+ * process that has it open is less. */
+uint64_t odma_geometry_file_bytes(const odma_geometry *geometry);
 
 /* --- step: what one decode step asks, and its answer --- */
 
@@ -293,6 +331,8 @@ typedef struct odma_batch {
     uint32_t op_count;            /* at most max_ops */
     const odma_used *used;
     const odma_op *ops;
+    uint64_t owner;               /* with epoch as in odma_caller, and in no fingerprint */
+    uint64_t number;
 } odma_batch;
 
 typedef enum odma_outcome {
@@ -339,7 +379,10 @@ typedef enum odma_rule {
     ODMA_RULE_COUNTS,             /* too many ops or used */
     ODMA_RULE_COMPLETED_SEQ,      /* never falls, at most the last answered seq */
     ODMA_RULE_USED_HANDLE,        /* live, and listed once */
-    ODMA_RULE_USED_TOKENS         /* at most the region's length */
+    ODMA_RULE_USED_TOKENS,        /* at most the region's length */
+    ODMA_RULE_REQUEST_ID_TWICE,   /* one allocate of a batch for each */
+    ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
+    ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
 } odma_rule;
 
 typedef struct odma_result {
@@ -351,8 +394,8 @@ typedef struct odma_result {
     uint32_t free_blocks;
     uint32_t largest_run;
     uint32_t waiting_blocks;
-    uint32_t copy_tokens_needed;
-    uint32_t pad;
+    uint32_t copy_tokens_needed;  /* COPY_BUDGET: 0 if max_copies is what is lacking */
+    uint32_t most_blocks;         /* what a tenant may hold, where a request breaks that rule */
     uint64_t handle;
     uint64_t preempt_handle;      /* 0: nobody */
 } odma_result;
@@ -392,9 +435,10 @@ typedef struct odma_answer {
  *
  * Promise   All of it or none of it, whenever the process dies. The same seq
  *           with the same body gets the stored answer, `replayed` set.
- * Fails     ODMA_EPOCH, ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP;
+ * Fails     ODMA_SEQ_CHANGED, ODMA_SEQ_OLD, ODMA_SEQ_GAP; as odma_caller says;
  *           ODMA_INVALID with answer->rule and rule_index; ODMA_BROKEN.
- * Cost      O(used + ops); an operation that has to move regions O(live).
+ * Cost      O(used + ops); an operation that has to move regions O(live), and all
+ *           of a batch together 2^24 runs looked at: beyond that nothing is moved.
  */
 odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_answer *answer);
 
@@ -406,14 +450,14 @@ odma_status odma_arena_replay(odma_arena *arena, const odma_batch *batch, odma_a
 /* Do one operation outside of batches: it takes no seq, leaves the stored
  * answer alone and copies nothing. A free promises that no enqueued work uses
  * the region. */
-odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *op,
+odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_op *op,
                              odma_result *result);
 
 /* Free every live region whose handle is not among `handles`, and every waiting
  * run. Stores where the listed ones lie in `kept` (length 0: it is dead), in
  * the order given, and the handles freed in `freed`, which has room for
  * max_regions. */
-odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64_t *handles,
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
                                  uint32_t count, odma_place *kept, uint64_t *freed,
                                  uint32_t *freed_count);
 
@@ -442,6 +486,8 @@ typedef struct odma_report {
     uint64_t last_epoch;
     uint64_t seq;                 /* last answered */
     uint64_t completed_seq;
+    uint64_t owner;               /* number of the epoch's owner, 0: none */
+    uint64_t number;              /* of its last message that was done or refused */
     uint32_t live;                /* regions */
     uint32_t waiting;             /* vacated runs */
     uint32_t free_runs;
@@ -454,7 +500,7 @@ typedef struct odma_report {
     uint32_t classes;             /* named so far */
     uint32_t rebooted;            /* attach ended an epoch of another boot */
     uint32_t recovery;            /* odma_recovery: what attach found */
-    uint32_t pad;
+    uint32_t plan_steps;          /* runs that the last batch or unary call looked at for plans */
     odma_counters counters;
 } odma_report;
 

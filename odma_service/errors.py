@@ -5,6 +5,11 @@ OdmaError
 ├── PoolNotFoundError    no pool has this name
 ├── PoolOwnedError       another owner has the pool
 ├── EpochError           the epoch is over
+├── FencedError          another instance owns the pool; stop
+├── UnfencedError        a call without an owner number, in an epoch that has one
+├── LateError            a message whose number was passed; nothing was changed
+├── StaleOpenError       an OpenPool that is no newer than one seen before
+├── NotCompletedError    copies of the last answer are not promised; `last_seq` is its seq
 ├── SeqChangedError      the last seq, but with another body
 ├── SeqOldError          a seq older than the last
 ├── SeqGapError          a seq beyond the next one; `expected` is the next one
@@ -26,6 +31,7 @@ OdmaError
 │   └── UnavailableError     there was no answer; the call may have been done
 └── BooksError           a pool's file cannot be used
     ├── BooksLockedError     another process has it open
+    ├── BooksUnavailableError  the system refuses it now; the books are as they were
     ├── BooksForeignError    wrong owner, permissions or kind of file
     ├── BooksMismatchError   another layout or geometry
     └── BooksCorruptError    it breaks a rule that the library keeps
@@ -102,6 +108,73 @@ class EpochError(OdmaError):
         super().__init__(f"epoch {epoch} of pool {name!r} is over; open the pool again")
         self.name = name
         self.epoch = epoch
+
+
+class FencedError(OdmaError):
+    """Another instance owns the pool. `owner` is the present owner number."""
+
+    reason = "FENCED"
+    fields = (("name", str), ("owner", int))
+
+    def __init__(self, name: str, owner: int) -> None:
+        super().__init__(f"pool {name!r} has another owner now, number {owner}; stop using it")
+        self.name = name
+        self.owner = owner
+
+
+class UnfencedError(OdmaError):
+    """The epoch has an owner number, and the call has none."""
+
+    reason = "UNFENCED"
+    fields = (("name", str), ("owner", int))
+
+    def __init__(self, name: str, owner: int) -> None:
+        super().__init__(
+            f"pool {name!r} was opened with an instance; send the owner number that OpenPool "
+            "answered, or as an operator by_operator or expected_version"
+        )
+        self.name = name
+        self.owner = owner
+
+
+class LateError(OdmaError):
+    """The message is late: its number was passed, or refused before. Nothing was changed."""
+
+    reason = "LATE"
+    fields = (("number", int), ("last", int))
+
+    def __init__(self, number: int, last: int) -> None:
+        super().__init__(f"message {number} is late, the last was {last}; ask again under the next")
+        self.number = number
+        self.last = last
+
+
+class StaleOpenError(OdmaError):
+    """The pool has seen this attempt of the instance, or a later one. Nothing was changed."""
+
+    reason = "OPEN_STALE"
+    fields = (("name", str), ("attempt", int), ("last", int))
+
+    def __init__(self, name: str, attempt: int, last: int) -> None:
+        super().__init__(f"attempt {attempt} to open pool {name!r} is late, the last was {last}")
+        self.name = name
+        self.attempt = attempt
+        self.last = last
+
+
+class NotCompletedError(OdmaError):
+    """The books say places to which the copies of the last answer are not promised to be done."""
+
+    reason = "NOT_COMPLETED"
+    fields = (("completed_seq", int), ("last_seq", int))
+
+    def __init__(self, completed_seq: int, last_seq: int) -> None:
+        super().__init__(
+            f"completed_seq is {completed_seq}, the last answered seq is {last_seq}; do the "
+            "copies of its answer first, or list no handles"
+        )
+        self.completed_seq = completed_seq
+        self.last_seq = last_seq
 
 
 class SeqChangedError(OdmaError):
@@ -279,6 +352,12 @@ class BooksLockedError(BooksError):
     """Another process has the file open."""
 
     reason = "BOOKS_LOCKED"
+
+
+class BooksUnavailableError(BooksError):
+    """The system refuses the file now: descriptors, memory, rights, a disk. Nothing is lost."""
+
+    reason = "BOOKS_UNAVAILABLE"
 
 
 class BooksForeignError(BooksError):

@@ -199,6 +199,22 @@ class Batch(NamedTuple):
     pass_refused: bool = False
 
 
+class Caller(NamedTuple):
+    """Who asks: the owner number of an epoch, and the number of this message of the owner.
+
+    Zeros where the epoch has no owner number, as with an embedded pool.
+    """
+
+    epoch: int
+    owner: int = 0
+    number: int = 0
+
+    @classmethod
+    def of(cls, caller: Caller | int) -> Caller:
+        """Return `caller`. An epoch alone: the owner of one without an owner number."""
+        return caller if type(caller) is cls else cls(cast("int", caller))
+
+
 class Place(NamedTuple):
     """Where a region lies. length_tokens 0: a later operation freed it."""
 

@@ -7,6 +7,7 @@
  *
  *   change.c, read.c      the doors: they take the lock; those of change.c commit
  *   file.c                a file made, attached, closed
+ *   faults.c              a page of a mapped file that fails
  *   batch.c               a whole batch; digest.c, prefetch.c look at it first
  *   record.c              the bytes of the file, and how they change
  *   ops.c, check.c        one operation; every rule
@@ -27,6 +28,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "../odma.h"
 
@@ -42,7 +44,9 @@ enum {
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
     SUB_BINS = 64,       /* longer ones: bins per power of two */
     FREE_BINS = EXACT_BINS + 15 * SUB_BINS,
-    MOST_OUTPUT_TOKENS = 1 << 24
+    MOST_OUTPUT_TOKENS = 1 << 24,
+    PLAN_STEPS = 1 << 24, /* of a batch; a search that is under way may end */
+    CHANGE_TURNS = ODMA_CLAIM_CALLS / ODMA_CLAIM_TURNS
 };
 
 static const uint32_t NONE = UINT32_MAX;
@@ -89,7 +93,7 @@ struct prediction {
 struct stats {
     double increment;     /* weight of the next completion: grows, so old ones decay */
     uint64_t completions;
-    uint64_t pad[2];
+    uint64_t key[2];      /* of ODMA_CLASS_POOL: of the hashes of tenants' names */
     double bins[4][ODMA_BINS]; /* output finished, censored; total finished, censored */
     odma_completion ring[ODMA_RING];
 };
@@ -110,8 +114,10 @@ struct books {
     char boot_id[ODMA_BOOT_BYTES];
     uint32_t class_count;
     uint32_t description_bytes;
-    uint64_t turns;       /* batches and unary calls */
-    uint64_t pad[3];
+    uint64_t turns;       /* CHANGE_TURNS for a call that changed something, else 1 */
+    uint64_t owner;       /* fence of the epoch, 0: none */
+    uint64_t number;      /* last of the owner's messages */
+    uint64_t refused;     /* 1: that one was, and stays so */
     odma_engine engine;
     odma_counters counters;
     odma_policy policy;   /* from here on a batch marks only what it changes */
@@ -163,7 +169,13 @@ struct account {
     uint32_t blocks;
     uint32_t regions;
     uint32_t owner;        /* index in the policy, NOT_NAMED; NO_ACCOUNT: nothing */
-    uint32_t pad;
+    uint32_t held_up_tick; /* of the step that refused an operation of it */
+};
+
+/* An allocate of the step, valid if tick is the step's. */
+struct asked {
+    uint32_t tick;
+    uint32_t index;        /* of its operation */
 };
 
 /* A slot that the step has moved, and where it was before. */
@@ -183,7 +195,13 @@ struct step {
     uint32_t moved_count;
     uint32_t moves;              /* moves so far, copied or not */
     uint32_t pins;
-    uint32_t held_up;            /* bit i: an operation of the policy's tenant i was refused */
+    uint64_t *held_up;           /* tenants of which an operation was refused: at most max_ops */
+    uint32_t held_up_count;
+    struct asked *asked;         /* its allocates by request id, open addressing */
+    uint32_t asked_mask;
+    uint64_t first_steps;        /* arena->steps when it began */
+    bool ordered;                /* allocates are held up by those refused before them, */
+    bool stopped;                /* as one was */
     bool places_changed;         /* since they were put into results */
     uint32_t copy_tokens_left;
     odma_result *results;
@@ -208,11 +226,13 @@ struct odma_arena {
     odma_geometry geometry;
     struct layout layout;
     int descriptor;
+    ino_t inode;                 /* of the file at the descriptor */
+    dev_t device;
     uint8_t *map;
     volatile uint32_t *fork_mark; /* a page that a forked child sees zeroed */
     uint64_t lsn;                /* of the last commit */
     uint64_t sum;                /* of the file's books */
-    bool broken;
+    volatile bool broken;        /* also set by faults.c, in the middle of a call */
     bool rebooted;
     uint32_t recovery;           /* odma_recovery */
     bool rescale;                /* some histogram's weights have grown too large */
@@ -245,6 +265,7 @@ struct odma_arena {
     bool limits;                 /* the policy limits tenants */
     uint32_t bin_upper[ODMA_BINS];
 
+    uint64_t steps;              /* runs looked at in search of a plan, ever */
     struct side *sides;          /* scratch of the planner and of index.c */
     struct step step;
 };

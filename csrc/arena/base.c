@@ -24,6 +24,9 @@ const char *odma_status_name(odma_status status) {
         case ODMA_IO: return "input/output error";
         case ODMA_BROKEN: return "the file changed under the arena";
         case ODMA_FORKED: return "attached by the parent process";
+        case ODMA_FENCED: return "another owner has the epoch";
+        case ODMA_UNFENCED: return "no owner number in an epoch that has one";
+        case ODMA_LATE: return "a late message";
     }
     return "unknown status";
 }
@@ -75,6 +78,34 @@ static uint64_t hash_bytes(const void *bytes, size_t count) {
     uint64_t rest = 0;
     memcpy(&rest, from, count);
     return mix(stir(hash, rest));
+}
+
+static inline uint64_t rolled(uint64_t word, int bits) {
+    return word << bits | word >> (64 - bits);
+}
+
+static void sip_round(uint64_t v[4]) {
+    v[0] += v[1], v[2] += v[3];
+    v[1] = rolled(v[1], 13) ^ v[0], v[3] = rolled(v[3], 16) ^ v[2];
+    v[2] += v[1], v[0] += v[3];
+    v[1] = rolled(v[1], 17) ^ v[2], v[3] = rolled(v[3], 21) ^ v[0];
+    v[0] = rolled(v[0], 32), v[2] = rolled(v[2], 32);
+}
+
+/* SipHash-2-4 of whole words: who does not know the key finds no two names of one hash. */
+static uint64_t keyed_hash(const uint64_t key[2], const void *bytes, size_t count) {
+    const uint8_t *from = bytes;
+    uint64_t v[4] = {key[0] ^ 0x736f6d6570736575ULL, key[1] ^ 0x646f72616e646f6dULL,
+                     key[0] ^ 0x6c7967656e657261ULL, key[1] ^ 0x7465646279746573ULL};
+    for (size_t i = 0; i <= count; i += 8) {
+        uint64_t word = i < count ? word_at(from + i) : (uint64_t)count << 56;
+        v[3] ^= word;
+        for (int round = 0; round < 2; round++) sip_round(v);
+        v[0] ^= word;
+    }
+    v[2] ^= 0xff;
+    for (int round = 0; round < 4; round++) sip_round(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
 /* --- changes of the books --- */
@@ -131,6 +162,11 @@ static odma_status enter(odma_arena *arena) {
     pthread_mutex_lock(&arena->lock);
     if (arena->broken) return leave(arena, ODMA_BROKEN);
     return ODMA_OK;
+}
+
+/* Whether the step may begin another search. Each run that one looks at is counted. */
+static inline bool may_search(const odma_arena *arena) {
+    return arena->steps - arena->step.first_steps < PLAN_STEPS;
 }
 
 static uint32_t blocks_of(const odma_arena *arena, uint32_t tokens) {

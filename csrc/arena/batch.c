@@ -58,13 +58,33 @@ static odma_status batch_fault(odma_arena *arena, const odma_batch *batch, odma_
     return ODMA_OK;
 }
 
+/* Whether a message is its owner's next or last one: see odma_caller. */
+static odma_status admit(const odma_arena *arena, odma_caller caller) {
+    const struct books *books = arena->books;
+    if (books->epoch == 0 || caller.epoch != books->epoch) return ODMA_EPOCH;
+    if (caller.owner != books->owner) return caller.owner == 0 ? ODMA_UNFENCED : ODMA_FENCED;
+    if (books->owner == 0) return ODMA_OK;
+    if (caller.number < books->number || caller.number == 0 || caller.number >= MAX_WIRE)
+        return ODMA_LATE;
+    return caller.number == books->number && books->refused == 1 ? ODMA_LATE : ODMA_OK;
+}
+
+/* Note that an admitted message is done or refused. The door marks the head of the books. */
+static void take_number(odma_arena *arena, uint64_t number, bool refused) {
+    if (arena->books->owner == 0) return;
+    arena->books->number = number;
+    arena->books->refused = refused;
+}
+
 /* Whether a batch is the next one (ODMA_NOT_FOUND), the last one (ODMA_OK, with
  * its stored answer), or neither. */
 static odma_status seek(odma_arena *arena, const odma_batch *batch, const uint64_t fingerprint[2],
                         odma_answer *answer) {
     const struct books *books = arena->books;
-    if (books->epoch == 0 || batch->epoch != books->epoch) return ODMA_EPOCH;
-    if (batch->seq == books->seq + 1 && batch->seq < MAX_WIRE) return ODMA_NOT_FOUND;
+    odma_status status = admit(arena, (odma_caller){batch->epoch, batch->owner, batch->number});
+    if (status != ODMA_OK) return status;
+    if (batch->seq == books->seq + 1 && batch->seq < MAX_WIRE)
+        return books->owner != 0 && batch->number == books->number ? ODMA_LATE : ODMA_NOT_FOUND;
     if (batch->seq == 0 || batch->seq < books->seq) return ODMA_SEQ_OLD;
     if (batch->seq > books->seq) return ODMA_SEQ_GAP;
     return stored_answer(arena, fingerprint, answer);
@@ -75,6 +95,7 @@ static void next_tick(odma_arena *arena) {
     if (++arena->step.tick != 0) return;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
         arena->runs[i].note = (struct note){0};
+    memset(arena->step.asked, 0, ((size_t)arena->step.asked_mask + 1) * sizeof *arena->step.asked);
     arena->step.tick = 1;
 }
 
@@ -85,8 +106,9 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
     step->safety_blocks = safety_blocks(arena);
     step->copy_tokens_left = copy_tokens;
     step->copy_count = step->place_count = step->moved_count = 0;
-    step->moves = step->pins = step->held_up = 0;
-    step->places_changed = false;
+    step->moves = step->pins = step->held_up_count = 0;
+    step->places_changed = step->ordered = step->stopped = false;
+    step->first_steps = arena->steps;
 }
 
 static void take_used(odma_arena *arena, const odma_batch *batch) {
@@ -100,9 +122,31 @@ static void take_used(odma_arena *arena, const odma_batch *batch) {
     }
 }
 
+/* A tenant's own maximum holds up only that tenant, and so does what is behind it. */
 static bool stops_allocates(const odma_result *result) {
     return result->outcome == ODMA_REFUSED && result->reason != ODMA_REASON_INVALID &&
-           result->reason != ODMA_REASON_NOT_FOUND;
+           result->reason != ODMA_REASON_NOT_FOUND && result->reason != ODMA_REASON_QUOTA &&
+           result->reason != ODMA_REASON_SKIPPED;
+}
+
+/* Whether an earlier allocate of the batch has the same request id. */
+static bool asked_before(odma_arena *arena, const odma_batch *batch, uint32_t index) {
+    const char *id = batch->ops[index].request_id;
+    uint32_t hash = arena->step.hashes[index];
+    for (uint32_t i = hash & arena->step.asked_mask;; i = (i + 1) & arena->step.asked_mask) {
+        struct asked *asked = &arena->step.asked[i];
+        if (asked->tick != arena->step.tick) {
+            *asked = (struct asked){.tick = arena->step.tick, .index = index};
+            return false;
+        }
+        if (arena->step.hashes[asked->index] == hash &&
+            memcmp(batch->ops[asked->index].request_id, id, ODMA_ID_BYTES) == 0)
+            return true;
+    }
+}
+
+static bool changes(const odma_result *result) {
+    return result->outcome == ODMA_PLACED || result->outcome == ODMA_FREED;
 }
 
 /* Make every place final, and list what moved and has no place among them. */
@@ -133,18 +177,26 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     struct books *books = arena->books;
     books->seq = batch->seq;
     books->completed_seq = batch->completed_seq;
+    take_number(arena, batch->number, false);
     books->turns++;
+    uint32_t waited = arena->waiting;
+    arena->step.ordered = batch->pass_refused == 0;
     free_waiting_up_to(arena, batch->completed_seq);
     take_used(arena, batch);
-    bool stopped = false, large = arena->live > CACHED_REGIONS;
+    bool changed = arena->waiting < waited, large = arena->live > CACHED_REGIONS;
     for (uint32_t i = 0; i < batch->op_count; i++) {
         const odma_op *op = &batch->ops[i];
         if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
-        bool skip = stopped && batch->pass_refused == 0;
-        do_op(arena, op, arena->step.hashes[i], skip, &arena->step.results[i]);
-        stopped |= stops_allocates(&arena->step.results[i]) && op->kind >= ODMA_OP_EXTEND;
+        odma_result *result = &arena->step.results[i];
+        if (op->kind == ODMA_OP_ALLOCATE && op->request_id[0] != 0 && asked_before(arena, batch, i))
+            invalid(arena, ODMA_RULE_REQUEST_ID_TWICE, result);
+        else
+            do_op(arena, op, arena->step.hashes[i], result);
+        arena->step.stopped |= stops_allocates(result) && op->kind >= ODMA_OP_EXTEND;
+        changed |= changes(result);
     }
     finish_places(arena, batch->op_count);
+    if (changed || arena->step.place_count > 0) books->turns += CHANGE_TURNS - 1;
     books->counters.batches++;
     books_mark(arena, books, offsetof(struct books, policy));
 }

@@ -5,7 +5,8 @@
  *
  * A run shorter than EXACT_BINS has a bin of its own length, so the first bin
  * that is not empty holds the best fit. Longer ones share a bin with lengths
- * up to 1.6 % apart, which is searched.
+ * up to 1.6 % apart, which is searched; once a step has searched enough, any run
+ * of a longer bin will do.
  */
 
 static uint32_t bin_of(uint32_t length) {
@@ -52,28 +53,38 @@ static uint32_t next_bin(const odma_arena *arena, uint32_t bin) {
 }
 
 /* The shortest free run of at least `length` blocks, or NONE. */
-static uint32_t best_fit(const odma_arena *arena, uint32_t length) {
+static uint32_t best_fit(odma_arena *arena, uint32_t length) {
     for (uint32_t bin = next_bin(arena, bin_of(length)); bin != NONE;
          bin = next_bin(arena, bin + 1)) {
         uint32_t best = arena->bins[bin];
         if (bin < EXACT_BINS) return best;
+        if (!may_search(arena)) {
+            if (bin > bin_of(length)) return best;
+            continue;
+        }
         best = NONE;
-        for (uint32_t id = arena->bins[bin]; id != NONE; id = arena->runs[id].bin_next)
+        for (uint32_t id = arena->bins[bin]; id != NONE; id = arena->runs[id].bin_next) {
+            arena->steps++;
             if (arena->runs[id].length >= length &&
                 (best == NONE || arena->runs[id].length < arena->runs[best].length))
                 best = id;
+        }
         if (best != NONE) return best;
     }
     return NONE;
 }
 
-static uint32_t largest_run(const odma_arena *arena) {
+/* Its length; once a step has searched enough, that of one up to 1.6 % shorter. */
+static uint32_t largest_run(odma_arena *arena) {
     uint32_t largest = 0;
     for (uint32_t word = (FREE_BINS + 63) / 64; word-- > 0;) {
         if (arena->bin_bits[word] == 0) continue;
         uint32_t bin = word * 64 + 63 - (uint32_t)__builtin_clzll(arena->bin_bits[word]);
-        for (uint32_t id = arena->bins[bin]; id != NONE; id = arena->runs[id].bin_next)
+        if (bin < EXACT_BINS || !may_search(arena)) return arena->runs[arena->bins[bin]].length;
+        for (uint32_t id = arena->bins[bin]; id != NONE; id = arena->runs[id].bin_next) {
+            arena->steps++;
             if (arena->runs[id].length > largest) largest = arena->runs[id].length;
+        }
         return largest;
     }
     return 0;

@@ -58,26 +58,28 @@ odma_status odma_arena_apply(odma_arena *arena, const odma_batch *batch, odma_an
     return leave(arena, status);
 }
 
-odma_status odma_arena_unary(odma_arena *arena, uint64_t epoch, const odma_op *op,
+odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_op *op,
                              odma_result *result) {
     if (op == NULL || result == NULL || op->kind < ODMA_OP_FREE || op->kind > ODMA_OP_ALLOCATE)
         return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
-    if (arena->books->epoch == 0 || epoch != arena->books->epoch) return leave(arena, ODMA_EPOCH);
+    if ((status = admit(arena, caller)) != ODMA_OK) return leave(arena, status);
     if (arena->rescale && (status = rescale(arena)) != ODMA_OK) return leave(arena, status);
     begin_batch(arena, NO_BATCH, 0);
     odma_result outcome;
     uint32_t hash = op->kind == ODMA_OP_ALLOCATE ? id_hash(op->request_id) : 0;
     arena->books->turns++;
-    do_op(arena, op, hash, false, &outcome);
+    do_op(arena, op, hash, &outcome);
+    if (changes(&outcome)) arena->books->turns += CHANGE_TURNS - 1;
+    take_number(arena, caller.number, outcome.outcome == ODMA_REFUSED);
     books_mark(arena, arena->books, offsetof(struct books, policy));
     status = commit(arena);
     if (status == ODMA_OK) *result = outcome;
     return leave(arena, status);
 }
 
-odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64_t *handles,
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
                                  uint32_t count, odma_place *kept, uint64_t *freed,
                                  uint32_t *freed_count) {
     if ((handles == NULL && count > 0) || (kept == NULL && count > 0) || freed == NULL ||
@@ -86,8 +88,9 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
-    if (books->epoch == 0 || epoch != books->epoch) return leave(arena, ODMA_EPOCH);
+    if ((status = admit(arena, caller)) != ODMA_OK) return leave(arena, status);
     begin_batch(arena, NO_BATCH, 0);
+    take_number(arena, caller.number, false);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t rule, slot = slot_of(arena, handles[i], &rule);
         if (slot != NONE) note_of(arena, slot)->listed = true;
@@ -116,6 +119,14 @@ odma_status odma_arena_reconcile(odma_arena *arena, uint64_t epoch, const uint64
 
 /* --- epochs and policies --- */
 
+static void describe(odma_arena *arena, const void *description, uint32_t bytes) {
+    struct books *books = arena->books;
+    books->description_bytes = bytes;
+    if (bytes > 0) memcpy(books->description, description, bytes);
+    books_mark(arena, books, offsetof(struct books, policy));
+    books_mark(arena, books->description, ODMA_DESCRIPTION_BYTES);
+}
+
 odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_engine *engine,
                                   const char *boot_id, const void *description,
                                   uint32_t description_bytes) {
@@ -128,39 +139,71 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
     if (epoch <= books->last_epoch) return leave(arena, ODMA_INVALID);
+    status = draw_key(arena);
+    if (status != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     books->epoch = books->last_epoch = epoch;
     books->engine = finished;
     if (boot_id != NULL) pad_boot_id(books->boot_id, boot_id);
-    books->description_bytes = description_bytes;
-    if (description_bytes > 0) memcpy(books->description, description, description_bytes);
-    books_mark(arena, books->description, ODMA_DESCRIPTION_BYTES);
+    describe(arena, description, description_bytes);
     return leave(arena, commit(arena));
 }
 
-odma_status odma_arena_end_epoch(odma_arena *arena, uint64_t epoch) {
+odma_status odma_arena_describe(odma_arena *arena, uint64_t owner, const void *description,
+                                uint32_t description_bytes) {
+    if (owner >= MAX_WIRE || description_bytes > ODMA_DESCRIPTION_BYTES ||
+        (description == NULL && description_bytes > 0))
+        return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
-    if (arena->books->epoch == 0 || arena->books->epoch != epoch) return leave(arena, ODMA_EPOCH);
+    struct books *books = arena->books;
+    if (owner < books->owner || (owner > books->owner && books->epoch == 0))
+        return leave(arena, ODMA_INVALID);
+    if (owner > books->owner) {
+        books->owner = owner;
+        books->number = books->refused = 0;
+    }
+    describe(arena, description, description_bytes);
+    return leave(arena, commit(arena));
+}
+
+odma_status odma_arena_spend(odma_arena *arena, odma_caller caller) {
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    status = admit(arena, caller);
+    if (status == ODMA_LATE && caller.number == arena->books->number) status = ODMA_OK; /* spent */
+    else if (status == ODMA_OK) take_number(arena, caller.number, true);
+    if (status != ODMA_OK) return leave(arena, status);
+    books_mark(arena, arena->books, offsetof(struct books, policy));
+    return leave(arena, commit(arena));
+}
+
+odma_status odma_arena_end_epoch(odma_arena *arena, odma_caller caller) {
+    odma_status status = enter(arena);
+    if (status != ODMA_OK) return status;
+    if (caller.owner == 0) caller.owner = arena->books->owner, caller.number = MAX_WIRE - 1;
+    if ((status = admit(arena, caller)) != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     return leave(arena, commit(arena));
 }
 
-odma_status odma_arena_set_policy(odma_arena *arena, odma_policy *policy,
-                                  uint32_t expected_version) {
+odma_status odma_arena_set_policy(odma_arena *arena, const odma_caller *caller,
+                                  odma_policy *policy, uint32_t expected_version) {
     if (policy == NULL) return ODMA_INVALID;
     odma_policy next = finished_policy(*policy);
     if (policy_check(&next, NULL) != ODMA_OK) return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     struct books *books = arena->books;
+    if (caller != NULL && (status = admit(arena, *caller)) != ODMA_OK) return leave(arena, status);
     if (expected_version != 0 && expected_version != books->policy.version)
         return leave(arena, ODMA_VERSION);
+    if (caller != NULL) take_number(arena, caller->number, false);
     next.version = books->policy.version == UINT32_MAX ? 1 : books->policy.version + 1;
     if (memcmp(next.tenants, books->policy.tenants, sizeof next.tenants) != 0)
         memset(books->claims, 0, sizeof books->claims);
     books->policy = next;
-    books_mark(arena, &books->policy, sizeof books->policy + sizeof books->claims);
+    books_mark(arena, books, offsetof(struct books, class_names));
     count_accounts(arena);
     status = commit(arena);
     if (status == ODMA_OK) *policy = next;

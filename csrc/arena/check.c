@@ -151,6 +151,9 @@ static const char *books_fault(const odma_arena *arena, char room[ODMA_REASON_BY
     if (books->epoch != 0 && books->epoch != books->last_epoch) return "the epoch is impossible";
     if (books->last_epoch >= MAX_WIRE || books->seq >= MAX_WIRE) return "a counter is too large";
     if (books->completed_seq > books->seq) return "more is completed than was answered";
+    if (books->owner >= MAX_WIRE || books->number >= MAX_WIRE || books->refused > 1 ||
+        (books->owner == 0 && books->number != 0))
+        return "the fence is impossible";
     if (books->births > books->counters.allocates) return "more were born than allocated";
     if (books->class_count > ODMA_CLASSES) return "there are too many classes";
     if (books->description_bytes > ODMA_DESCRIPTION_BYTES) return "the description is too long";

@@ -34,7 +34,9 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     uint64_t granules = layout->books_bytes / GRANULE_BYTES;
     uint32_t ids = 4;
     while (ids < 4 * geometry->max_regions) ids *= 2;
-    uint32_t accounts = 4 * ODMA_TENANTS < ids ? ids : 4 * ODMA_TENANTS;
+    uint32_t accounts = 4 * ODMA_TENANTS, asked = 2;
+    while (accounts < 4 * geometry->max_regions + 2 * geometry->max_ops) accounts *= 2;
+    while (asked < 2 * geometry->max_ops) asked *= 2;
     bool enough = true;
     arena->books = zeroed_lines(1, layout->books_bytes, &enough);
     arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
@@ -47,32 +49,51 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->accounts = zeroed(accounts, sizeof *arena->accounts, &enough);
     arena->accounts_mask = accounts - 1;
     arena->step.hashes = zeroed(geometry->max_ops, sizeof *arena->step.hashes, &enough);
+    arena->step.held_up = zeroed(geometry->max_ops, sizeof *arena->step.held_up, &enough);
+    arena->step.asked = zeroed(asked, sizeof *arena->step.asked, &enough);
+    arena->step.asked_mask = asked - 1;
     arena->step.freed_slots = zeroed(geometry->max_ops, sizeof *arena->step.freed_slots, &enough);
     arena->step.moved = zeroed(geometry->max_copies, sizeof *arena->step.moved, &enough);
     arena->step.results = zeroed(geometry->max_ops, sizeof *arena->step.results, &enough);
     arena->step.copies = zeroed(geometry->max_copies, sizeof *arena->step.copies, &enough);
     arena->step.places = zeroed(geometry->max_copies, sizeof *arena->step.places, &enough);
     arena->sides = zeroed(2 * (size_t)table + 2, sizeof *arena->sides, &enough);
-    if (!enough) return refuse(reason, ODMA_NO_SPACE, "not enough memory for the indexes");
+    if (!enough) return refuse(reason, ODMA_IO, "not enough memory for the indexes");
     arena->cells = (struct cell *)((uint8_t *)arena->books + sizeof(struct books));
     arena->request_ids = (char (*)[ODMA_ID_BYTES])(arena->cells + table);
     arena->predictions = (struct prediction *)(arena->request_ids + table);
 
     void *page = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) return refuse(reason, ODMA_NO_SPACE, "not enough memory for a page");
+    if (page == MAP_FAILED) return refuse(reason, ODMA_IO, "not enough memory for a page");
     arena->fork_mark = page;
+    *arena->fork_mark = 1;
     if (madvise(page, PAGE_BYTES, MADV_WIPEONFORK) != 0)
         return refuse(reason, ODMA_IO, "the system cannot mark memory for forks: %s",
                       strerror(errno));
-    *arena->fork_mark = 1;
     return ODMA_OK;
 }
 
+static bool is_forked(const odma_arena *arena) {
+    return arena->fork_mark != NULL && *arena->fork_mark == 0;
+}
+
+/* A child may have closed its copy of the descriptor and have opened another file under it. */
+static bool has_its_file(const odma_arena *arena) {
+    struct stat opened;
+    return arena->descriptor >= 0 && fstat(arena->descriptor, &opened) == 0 &&
+           opened.st_ino == arena->inode && opened.st_dev == arena->device;
+}
+
+/* A child has no map: whatever lies at its address there is not the arena's. */
 void odma_arena_close(odma_arena *arena) {
     if (arena == NULL) return;
-    if (arena->map != NULL) munmap(arena->map, arena->layout.file_bytes);
+    bool forked = is_forked(arena);
+    if (arena->map != NULL && !forked) {
+        UNMAPPING(arena);
+        munmap(arena->map, arena->layout.file_bytes);
+    }
     if (arena->fork_mark != NULL) munmap((void *)(uintptr_t)arena->fork_mark, PAGE_BYTES);
-    if (arena->descriptor >= 0) close(arena->descriptor);
+    if (forked ? has_its_file(arena) : arena->descriptor >= 0) close(arena->descriptor);
     free(arena->books);
     free(arena->dirty);
     free(arena->dirty_bits);
@@ -82,13 +103,15 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->ids);
     free(arena->accounts);
     free(arena->step.hashes);
+    free(arena->step.held_up);
+    free(arena->step.asked);
     free(arena->step.freed_slots);
     free(arena->step.moved);
     free(arena->step.results);
     free(arena->step.copies);
     free(arena->step.places);
     free(arena->sides);
-    pthread_mutex_destroy(&arena->lock);
+    if (!forked) pthread_mutex_destroy(&arena->lock); /* a thread may have held it at the fork */
     free(arena);
 }
 
@@ -118,6 +141,7 @@ static odma_status map_file(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
                      arena->descriptor, 0);
     if (map == MAP_FAILED) return refuse(reason, ODMA_IO, "cannot map it: %s", strerror(errno));
     arena->map = map;
+    MAPPED(arena);
     if (madvise(map, arena->layout.file_bytes, MADV_DONTFORK) != 0)
         return refuse(reason, ODMA_IO, "cannot keep the map from forks: %s", strerror(errno));
     return ODMA_OK;
@@ -132,15 +156,32 @@ static odma_status ready(odma_arena *arena, odma_status status, odma_arena **out
     return ODMA_OK;
 }
 
+static odma_status note_file(odma_arena *arena, struct stat *opened,
+                             char reason[ODMA_REASON_BYTES]) {
+    if (fstat(arena->descriptor, opened) != 0)
+        return refuse(reason, ODMA_IO, "cannot look at it: %s", strerror(errno));
+    arena->inode = opened->st_ino;
+    arena->device = opened->st_dev;
+    return ODMA_OK;
+}
+
+/* Take all blocks of the file, so that no store through the map is the first to want one. */
+static odma_status reserve(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
+    int error;
+    do error = posix_fallocate(arena->descriptor, 0, (off_t)arena->layout.file_bytes);
+    while (error == EINTR);
+    if (error == 0) return ODMA_OK;
+    bool full = error == ENOSPC || error == EFBIG || error == EDQUOT;
+    return refuse(reason, full ? ODMA_NO_SPACE : ODMA_IO, "cannot reserve %llu bytes: %s",
+                  (unsigned long long)arena->layout.file_bytes, strerror(error));
+}
+
 static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
-    odma_status status = take_lock(arena, reason);
-    if (status != ODMA_OK) return status;
-    int error = posix_fallocate(arena->descriptor, 0, (off_t)arena->layout.file_bytes);
-    if (error != 0)
-        return refuse(reason, error == ENOSPC || error == EFBIG ? ODMA_NO_SPACE : ODMA_IO,
-                      "cannot reserve %llu bytes: %s", (unsigned long long)arena->layout.file_bytes,
-                      strerror(error));
-    status = map_file(arena, reason);
+    struct stat opened;
+    odma_status status = note_file(arena, &opened, reason);
+    if (status == ODMA_OK) status = take_lock(arena, reason);
+    if (status == ODMA_OK) status = reserve(arena, reason);
+    if (status == ODMA_OK) status = map_file(arena, reason);
     if (status == ODMA_OK) status = take_memory(arena, reason);
     if (status != ODMA_OK) return status;
 
@@ -150,9 +191,17 @@ static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTE
     arena->sum = place_sum(arena->books, 0, arena->layout.books_bytes); /* all zero */
     forget_books(arena);
     status = commit(arena);
+    if (status != ODMA_OK) return refuse(reason, ODMA_IO, "it changed while it was made");
     atomic_signal_fence(memory_order_seq_cst);
     store(arena, 0, &header, sizeof header); /* last: until now it is no arena */
-    return status;
+    return ODMA_OK;
+}
+
+uint64_t odma_geometry_file_bytes(const odma_geometry *geometry) {
+    odma_geometry finished;
+    if (geometry == NULL) return 0;
+    finished = finished_geometry(*geometry);
+    return geometry_fault(&finished) == NULL ? layout_of(&finished).file_bytes : 0;
 }
 
 odma_status odma_arena_create(const char *path, const odma_geometry *geometry, odma_arena **out,
@@ -162,7 +211,7 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry, o
     odma_geometry finished = finished_geometry(*geometry);
     if (odma_geometry_check(&finished, reason) != ODMA_OK) return ODMA_INVALID;
     odma_arena *arena = new_arena();
-    if (arena == NULL) return refuse(reason, ODMA_NO_SPACE, "not enough memory");
+    if (arena == NULL) return refuse(reason, ODMA_IO, "not enough memory");
     arena->geometry = finished;
     arena->layout = layout_of(&finished);
     bins_init(arena);
@@ -170,9 +219,9 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry, o
     int flags = O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
     arena->descriptor = open(path, flags, S_IRUSR | S_IWUSR);
     if (arena->descriptor < 0) {
-        odma_status status = errno == EEXIST   ? ODMA_EXISTS
-                             : errno == ENOSPC ? ODMA_NO_SPACE
-                                               : ODMA_IO;
+        odma_status status = errno == EEXIST                      ? ODMA_EXISTS
+                             : errno == ENOSPC || errno == EDQUOT ? ODMA_NO_SPACE
+                                                                  : ODMA_IO;
         return ready(arena, refuse(reason, status, "cannot make %s: %s", path, strerror(errno)),
                      out);
     }
@@ -183,6 +232,32 @@ odma_status odma_arena_create(const char *path, const odma_geometry *geometry, o
 
 /* --- attach --- */
 
+/* Read `bytes` at `offset`: a page that cannot be read is an error here, and a signal in a map. */
+static odma_status read_at(const odma_arena *arena, void *into, uint64_t bytes, uint64_t offset,
+                           char reason[ODMA_REASON_BYTES]) {
+    uint8_t *to = into;
+    while (bytes > 0) {
+        ssize_t got = pread(arena->descriptor, to, bytes, (off_t)offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return refuse(reason, ODMA_IO, "cannot read it: %s", strerror(errno));
+        if (got == 0) return refuse(reason, ODMA_CORRUPT, "it is shorter than its books");
+        to += got;
+        offset += (uint64_t)got;
+        bytes -= (uint64_t)got;
+    }
+    return ODMA_OK;
+}
+
+/* Read all that the map is read of later, before it is. */
+static odma_status read_records(const odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
+    uint8_t part[16 * 1024];
+    uint64_t end = arena->layout.books_offset;
+    odma_status status = ODMA_OK;
+    for (uint64_t at = 0; at < end && status == ODMA_OK; at += sizeof part)
+        status = read_at(arena, part, end - at < sizeof part ? end - at : sizeof part, at, reason);
+    return status;
+}
+
 static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     struct progress progress;
     memcpy(&progress, arena->map + PROGRESS_OFFSET, sizeof progress);
@@ -191,7 +266,9 @@ static odma_status load_books(odma_arena *arena, char reason[ODMA_REASON_BYTES])
     odma_status status = redo(arena, reason);
     if (status != ODMA_OK) return status;
 
-    memcpy(arena->books, arena->map + arena->layout.books_offset, arena->layout.books_bytes);
+    status = read_at(arena, arena->books, arena->layout.books_bytes, arena->layout.books_offset,
+                     reason);
+    if (status != ODMA_OK) return status;
     if (place_sum(arena->books, 0, arena->layout.books_bytes) != arena->sum)
         return refuse(reason, ODMA_CORRUPT, "the sum of the books is wrong");
     char room[ODMA_REASON_BYTES];
@@ -222,22 +299,31 @@ static odma_status open_file(odma_arena *arena, const char *path, uint64_t *size
         return refuse(reason, ODMA_FOREIGN, "others than its owner may use it (mode %o)",
                       (unsigned)(status.st_mode & 07777));
     arena->descriptor = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-    struct stat opened;
-    if (arena->descriptor < 0 || fstat(arena->descriptor, &opened) != 0)
+    if (arena->descriptor < 0)
         return refuse(reason, errno == ELOOP ? ODMA_FOREIGN : ODMA_IO, "cannot open it: %s",
                       strerror(errno));
-    if (opened.st_ino != status.st_ino || opened.st_dev != status.st_dev)
-        return refuse(reason, ODMA_FOREIGN, "it was replaced while it was opened");
+    struct stat opened;
+    odma_status noted = note_file(arena, &opened, reason);
     *size = (uint64_t)opened.st_size;
-    return ODMA_OK;
+    return noted;
+}
+
+/* Whether the path still names the file that was opened, now that nobody else may have it. */
+static odma_status check_place(const odma_arena *arena, const char *path,
+                               char reason[ODMA_REASON_BYTES]) {
+    struct stat named;
+    if (lstat(path, &named) != 0)
+        return refuse(reason, ODMA_IO, "cannot look at it again: %s", strerror(errno));
+    if (named.st_ino == arena->inode && named.st_dev == arena->device) return ODMA_OK;
+    return refuse(reason, ODMA_IO, "it was replaced while it was opened");
 }
 
 static odma_status read_header(odma_arena *arena, uint64_t size, const odma_geometry *expected,
                                char reason[ODMA_REASON_BYTES]) {
     struct header header;
-    if (size < HEADER_BYTES ||
-        pread(arena->descriptor, &header, sizeof header, 0) != (ssize_t)sizeof header)
-        return refuse(reason, ODMA_CORRUPT, "it is shorter than a header");
+    if (size < HEADER_BYTES) return refuse(reason, ODMA_CORRUPT, "it is shorter than a header");
+    odma_status status = read_at(arena, &header, sizeof header, 0, reason);
+    if (status != ODMA_OK) return status;
     if (memcmp(header.magic, MAGIC, sizeof MAGIC) != 0)
         return refuse(reason, ODMA_CORRUPT, "it is not an arena, or was never finished");
     if (header.layout_version != ODMA_LAYOUT_VERSION)
@@ -277,11 +363,14 @@ odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, c
                               odma_arena **out, char reason[ODMA_REASON_BYTES]) {
     if (path == NULL || out == NULL) return refuse(reason, ODMA_INVALID, "an argument is NULL");
     odma_arena *arena = new_arena();
-    if (arena == NULL) return refuse(reason, ODMA_NO_SPACE, "not enough memory");
+    if (arena == NULL) return refuse(reason, ODMA_IO, "not enough memory");
     uint64_t size = 0;
     odma_status status = open_file(arena, path, &size, reason);
     if (status == ODMA_OK) status = take_lock(arena, reason);
+    if (status == ODMA_OK) status = check_place(arena, path, reason);
     if (status == ODMA_OK) status = read_header(arena, size, geometry, reason);
+    if (status == ODMA_OK) status = reserve(arena, reason);
+    if (status == ODMA_OK) status = read_records(arena, reason);
     if (status == ODMA_OK) status = map_file(arena, reason);
     if (status == ODMA_OK) status = take_memory(arena, reason);
     if (status == ODMA_OK) {
@@ -289,5 +378,6 @@ odma_status odma_arena_attach(const char *path, const odma_geometry *geometry, c
         status = load_books(arena, reason);
     }
     if (status == ODMA_OK) status = end_epoch_of_another_boot(arena, boot_id);
+    if (arena->broken) status = refuse(reason, ODMA_IO, "a page of it failed while it was read");
     return ready(arena, status, out);
 }

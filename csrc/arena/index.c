@@ -91,6 +91,7 @@ static void forget_books(odma_arena *arena) {
         mark_slot(arena, i);
     }
     books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
+    books->owner = books->number = books->refused = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);
     memset(&books->engine, 0, sizeof books->engine);
     if (books->policy.version == 0) books->policy = finished_policy((odma_policy){.version = 1});

@@ -22,7 +22,7 @@ static void will_change(odma_arena *arena, uint32_t slot) {
     arena->step.places_changed |= note_of(arena, slot)->placed;
 }
 
-static void refused(const odma_arena *arena, uint32_t reason, uint32_t rule, odma_result *result) {
+static void refused(odma_arena *arena, uint32_t reason, uint32_t rule, odma_result *result) {
     *result = (odma_result){.outcome = ODMA_REFUSED,
                             .reason = reason,
                             .rule = rule,
@@ -31,14 +31,9 @@ static void refused(const odma_arena *arena, uint32_t reason, uint32_t rule, odm
                             .waiting_blocks = arena->waiting_blocks};
 }
 
-static void invalid(const odma_arena *arena, uint32_t rule, odma_result *result) {
+static void invalid(odma_arena *arena, uint32_t rule, odma_result *result) {
     bool unknown = rule == ODMA_RULE_HANDLE_DEAD || rule == ODMA_RULE_HANDLE_UNKNOWN;
     refused(arena, unknown ? ODMA_REASON_NOT_FOUND : ODMA_REASON_INVALID, rule, result);
-}
-
-/* A tenant's own requests keep their order, whatever its guarantee. */
-static void hold_up(odma_arena *arena, const struct standing *tenant) {
-    if (tenant->index != NONE) arena->step.held_up |= (uint32_t)1 << tenant->index;
 }
 
 /* --- free, trim, extend --- */
@@ -118,7 +113,6 @@ static void advise_growth(odma_arena *arena, uint32_t slot, uint32_t more, odma_
     struct standing tenant = standing_of(arena, arena->cells[slot].request.tenant);
     if (is_covered(&tenant, more)) result->preempt_handle = borrower(arena, &tenant);
     if (result->preempt_handle == 0) result->preempt_handle = youngest(arena, &tenant);
-    hold_up(arena, &tenant);
 }
 
 static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result) {
@@ -150,7 +144,10 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             plan_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
             result->copy_tokens_needed = refusal.copy_tokens_needed;
-            advise_growth(arena, slot, least - length, result);
+            bool comes = refusal.reason == ODMA_REASON_WAITS_FOR_COMPLETION &&
+                         waiting_gives_room(arena, slot, least - length, least);
+            if (!comes) advise_growth(arena, slot, least - length, result);
+            hold_up(arena, arena->cells[slot].request.tenant);
             counters->refused_extends++;
             return;
         }
@@ -225,13 +222,18 @@ static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t 
     credit_region(arena, slot);
 }
 
+/* Blocks that a request's tenant may have with it. A request that has grown beyond its
+ * tenant's maximum, and made way, comes back once its tenant holds nothing else. */
+static uint32_t most_with(const struct standing *tenant, const odma_op *op, uint32_t least) {
+    return op->generated_tokens > 0 && tenant->maximum < least ? least : tenant->maximum;
+}
+
 /* Why an allocate has to wait before anybody looks for a place, or none. */
 static uint32_t admission(const odma_arena *arena, uint32_t length, const struct standing *tenant,
-                          bool unsure) {
+                          uint32_t most, bool unsure) {
     if (arena->live == arena->geometry.max_regions || arena->spare_slot_count == 0)
         return ODMA_REASON_TABLE_FULL;
-    if (tenant->maximum < arena->geometry.blocks &&
-        (uint64_t)tenant->held + length > tenant->maximum)
+    if (most < arena->geometry.blocks && (uint64_t)tenant->held + length > most)
         return ODMA_REASON_QUOTA;
     if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
     if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
@@ -254,7 +256,7 @@ static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
         result->preempt_handle = borrower(arena, tenant);
 }
 
-static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
+static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash,
                         odma_result *result) {
     uint32_t max_total = max_total_of(arena, op);
     uint32_t rule = allocate_rule(arena, op, max_total);
@@ -273,25 +275,34 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
         invalid(arena, rule, result);
         return;
     }
-    uint32_t length = first_blocks(arena, op, max_total);
-    uint64_t name = tenant_hash(op->tenant);
+    uint64_t name = tenant_hash(arena, op->tenant);
     struct standing tenant = standing_of(arena, name);
+    uint32_t least = least_blocks(arena, op, max_total), most = most_with(&tenant, op, least);
+    if (least > most) {
+        bool whole = least == blocks_of(arena, max_total);
+        invalid(arena, whole ? ODMA_RULE_TENANT_MAX_TOTAL : ODMA_RULE_TENANT_PROMPT, result);
+        result->most_blocks = most;
+        return;
+    }
+    uint32_t length = first_blocks(arena, op, max_total);
+    if (length > most) length = most;
     bool covered = tenant.index != NONE && is_covered(&tenant, length);
-    if (skip && !(covered && (arena->step.held_up >> tenant.index & 1) == 0)) {
+    if (arena->step.ordered &&
+        (is_held_up(arena, name) || (arena->step.stopped && !covered))) {
         refused(arena, ODMA_REASON_SKIPPED, ODMA_RULE_NONE, result);
-        hold_up(arena, &tenant);
+        hold_up(arena, name);
         return;
     }
     bool unsure = is_unsure(arena, op);
-    struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, unsure)};
+    struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, most, unsure)};
     uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
     if (slot == NONE || !plan_new(arena, slot, length, &refusal)) {
         if (slot != NONE) give_slot(arena, slot);
-        plan_hole(arena, NONE, length, &refusal);
+        plan_way_new(arena, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
         if (covered) press_claim(arena, hash, length, &tenant, result);
-        hold_up(arena, &tenant);
+        hold_up(arena, name);
         arena->books->counters.refused_allocates++;
         return;
     }
@@ -304,12 +315,11 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash, boo
 }
 
 /* `hash` is that of an allocate's request id. */
-static void do_op(odma_arena *arena, const odma_op *op, uint32_t hash, bool skip,
-                  odma_result *result) {
+static void do_op(odma_arena *arena, const odma_op *op, uint32_t hash, odma_result *result) {
     switch (op->kind) {
         case ODMA_OP_FREE: do_free(arena, op, result); break;
         case ODMA_OP_TRIM: do_trim(arena, op, result); break;
         case ODMA_OP_EXTEND: do_extend(arena, op, result); break;
-        default: do_allocate(arena, op, hash, skip, result); break;
+        default: do_allocate(arena, op, hash, result); break;
     }
 }

@@ -15,6 +15,7 @@
  * moves once a batch, and what it leaves waits for completion.
  */
 #include <math.h>
+#include <string.h>
 
 /* One end of a window around a region that grows. */
 struct side {
@@ -117,19 +118,23 @@ static void note_move(odma_arena *arena, uint32_t slot) {
     arena->step.moves++;
 }
 
-static void shift(odma_arena *arena, uint32_t slot, uint32_t to) {
+/* Move a region within an opened window if the budget allows it. Answers where it lies. */
+static uint32_t shift(odma_arena *arena, uint32_t slot, uint32_t to) {
     uint32_t from = arena->runs[slot].start;
-    if (from == to) return;
+    struct cost cost = {0};
+    add_cost(arena, &cost, slot, to);
+    if (from == to || !within_budget(arena, &cost)) return from;
     fix_used(arena, slot);
     note_move(arena, slot);
     emit(arena, slot, from, to);
     arena->runs[slot].start = to;
     set_place(arena, slot);
+    return to;
 }
 
 /* Where the runs of a window [left .. right] come to lie if its regions up to
  * and including `pivot` go down and the others up. Either the cost is added up
- * (`cost`), or they are moved. */
+ * (`cost`), or they are moved as far as the budget goes. */
 static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t right,
                  struct cost *cost) {
     uint32_t low = arena->runs[left].start;
@@ -143,20 +148,22 @@ static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t righ
         first_up = arena->runs[pivot].next;
     }
     for (uint32_t id = left; id != first_up; id = arena->runs[id].next) {
+        arena->steps++;
         if (is_free_run(arena, id)) continue;
         if (cost != NULL)
             add_cost(arena, cost, id, low);
         else
-            shift(arena, id, low);
+            low = shift(arena, id, low);
         low += arena->runs[id].length;
     }
     for (uint32_t id = right; id != pivot; id = arena->runs[id].prev) {
+        arena->steps++;
         if (is_free_run(arena, id)) continue;
         high -= arena->runs[id].length;
         if (cost != NULL)
             add_cost(arena, cost, id, high);
         else
-            shift(arena, id, high);
+            high = shift(arena, id, high);
     }
 }
 
@@ -168,6 +175,7 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
     double best = INFINITY, sum = 0;
     uint32_t first = NONE, gap = 0;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        arena->steps++;
         if (!is_free_run(arena, id)) {
             if (first == NONE) continue;
             if (may_move(arena, id, ignore_pins)) {
@@ -184,7 +192,7 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
         while (gap - arena->runs[first].length >= length) {
             gap -= arena->runs[first].length;
             for (first = arena->runs[first].next; !is_free_run(arena, first);
-                 first = arena->runs[first].next)
+                 first = arena->runs[first].next, arena->steps++)
                 sum -= price_of(arena, first);
         }
         if (gap >= length && sum < best) {
@@ -197,9 +205,11 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
 }
 
 /* Whether a run of `length` blocks will be free once all that waits is done. */
-static bool waiting_would_do(const odma_arena *arena, uint32_t length) {
+static bool waiting_would_do(odma_arena *arena, uint32_t length) {
     uint32_t sum = 0;
+    if (arena->waiting == 0 || !may_search(arena)) return false;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        arena->steps++;
         sum = is_live(arena, id) ? 0 : sum + arena->runs[id].length;
         if (sum >= length) return true;
     }
@@ -211,11 +221,15 @@ static bool no_plan(struct plan_refusal *refusal, uint32_t reason) {
     return false;
 }
 
-/* Refuse for the budget, naming the cheapest of the plans that were tried. */
-static bool over_budget(struct plan_refusal *refusal, const struct cost *cost) {
+/* Refuse for the budget, naming the cheapest of the plans that were tried: its
+ * tokens, or 0 if it has more copies than the answer holds. */
+static bool over_budget(const odma_arena *arena, struct plan_refusal *refusal,
+                        const struct cost *cost) {
     bool first = refusal->reason != ODMA_REASON_COPY_BUDGET;
-    if (first || cost->tokens < refusal->copy_tokens_needed)
-        refusal->copy_tokens_needed = (uint32_t)cost->tokens;
+    uint32_t needed = cost->tokens > arena->step.copy_tokens_left ? (uint32_t)cost->tokens : 0;
+    if (first || refusal->copy_tokens_needed == 0 ||
+        (needed != 0 && needed < refusal->copy_tokens_needed))
+        refusal->copy_tokens_needed = needed;
     return no_plan(refusal, ODMA_REASON_COPY_BUDGET);
 }
 
@@ -234,7 +248,8 @@ static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
     if (hole == NONE) {
         bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
                       arena->books->engine.single_ordered_stream;
-        if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH)
+        if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH ||
+            !may_search(arena))
             return no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
         uint32_t left = NONE, right = NONE;
         if (!cheapest_window(arena, length, false, &left, &right))
@@ -245,7 +260,7 @@ static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
         struct cost cost = {0};
         uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
         pack(arena, left, pivot, right, &cost);
-        if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
+        if (!within_budget(arena, &cost)) return over_budget(arena, refusal, &cost);
         pack(arena, left, pivot, right, NULL);
         hole = close_window(arena, pivot, after);
         arena->books->counters.compactions++;
@@ -260,6 +275,7 @@ static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
 static bool widen(odma_arena *arena, struct side *side, bool down, bool others, bool ignore_pins) {
     uint32_t id = side->edge;
     for (;;) {
+        arena->steps++;
         id = down ? arena->runs[id].prev : arena->runs[id].next;
         if (id == NONE) return false;
         if (is_free_run(arena, id)) break;
@@ -306,7 +322,7 @@ static bool cheapest_room(odma_arena *arena, uint32_t slot, uint32_t more, bool 
 
 static bool slide(odma_arena *arena, uint32_t slot, uint32_t length, const struct window *window,
                   const struct cost *cost, struct plan_refusal *refusal) {
-    if (!within_budget(arena, cost)) return over_budget(refusal, cost);
+    if (!within_budget(arena, cost)) return over_budget(arena, refusal, cost);
     pack(arena, window->left, slot, window->right, NULL);
     close_window(arena, slot, arena->runs[slot].next);
     fix_used(arena, slot);
@@ -321,7 +337,7 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     uint32_t from = arena->runs[slot].start, to = arena->runs[hole].start;
     struct cost cost = {0};
     add_cost(arena, &cost, slot, to);
-    if (!within_budget(arena, &cost)) return over_budget(refusal, &cost);
+    if (!within_budget(arena, &cost)) return over_budget(arena, refusal, &cost);
     uint32_t old = take_slot(arena);
     if (old == NONE) return no_plan(refusal, ODMA_REASON_TABLE_FULL);
     fix_used(arena, slot);
@@ -334,7 +350,19 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     return true;
 }
 
+/* Whether a region that grows by `more` blocks to `length` will have room once all
+ * that waits is done. */
+static bool waiting_gives_room(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
+    uint32_t behind = 0;
+    for (uint32_t id = arena->runs[slot].next; id != NONE && !is_live(arena, id) && behind < more;
+         id = arena->runs[id].next, arena->steps++)
+        behind += arena->runs[id].length;
+    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->step.seq != NO_BATCH;
+    return behind >= more || (elsewhere && waiting_would_do(arena, length));
+}
+
 static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
+    if (!may_search(arena)) return lack(arena, more, false);
     struct window window;
     bool slides = arena->books->engine.single_ordered_stream;
     if (arena->step.pins > 0 && arena->free_blocks >= more &&
@@ -342,12 +370,7 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
         ((slides && cheapest_room(arena, slot, more, true, &window)) ||
          best_fit(arena, length) != NONE))
         return ODMA_REASON_PINNED;
-    uint32_t behind = 0;
-    for (uint32_t id = arena->runs[slot].next; id != NONE && !is_live(arena, id);
-         id = arena->runs[id].next)
-        behind += arena->runs[id].length;
-    bool elsewhere = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->step.seq != NO_BATCH;
-    return lack(arena, more, behind >= more || (elsewhere && waiting_would_do(arena, length)));
+    return lack(arena, more, waiting_gives_room(arena, slot, more, length));
 }
 
 /* Let a region that cannot grow in place have `length` blocks, by the cheaper
@@ -362,7 +385,7 @@ static bool plan_room(odma_arena *arena, uint32_t slot, uint32_t length,
     bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
     struct window window;
     struct cost cost = {0};
-    bool slides = ordered && arena->free_blocks >= more &&
+    bool slides = ordered && arena->free_blocks >= more && may_search(arena) &&
                   cheapest_room(arena, slot, more, false, &window);
     if (slides) pack(arena, window.left, slot, window.right, &cost);
     uint32_t hole = itself ? best_fit(arena, length) : NONE;
@@ -389,26 +412,35 @@ enum { MOST_EVACUATED = 4 };
 /* Runs in address order that fill [low, high), and the regions among them. */
 struct stretch {
     uint32_t low, high;
-    uint32_t regions[MOST_EVACUATED], count;
+    uint32_t regions[MOST_EVACUATED + 1], count; /* one too many before the first is let go */
     double price;
 };
 
-/* Add the next run, unless it is a region that cannot go anywhere. */
-static bool take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
-    uint32_t length = arena->runs[id].length;
-    if (is_live(arena, id)) {
-        if (stretch->count == MOST_EVACUATED || !may_move(arena, id, false) ||
-            note_of(arena, id)->moved || best_fit(arena, length) == NONE)
-            return false;
-        stretch->regions[stretch->count++] = id;
-        stretch->price += price_of(arena, id);
-    }
-    stretch->high += length;
-    return true;
+/* Whether a run is no region, or one that can go elsewhere. */
+static bool can_go(odma_arena *arena, uint32_t id) {
+    return !is_live(arena, id) ||
+           (may_move(arena, id, false) && !note_of(arena, id)->moved &&
+            best_fit(arena, arena->runs[id].length) != NONE);
+}
+
+/* Add the next run. */
+static void take_in(odma_arena *arena, struct stretch *stretch, uint32_t id) {
+    arena->steps++;
+    stretch->high += arena->runs[id].length;
+    if (is_live(arena, id)) stretch->regions[stretch->count++] = id;
+}
+
+/* Take the first run out. */
+static void let_go(odma_arena *arena, struct stretch *stretch, uint32_t id) {
+    arena->steps++;
+    stretch->low += arena->runs[id].length;
+    if (!is_live(arena, id)) return;
+    stretch->count--;
+    memmove(stretch->regions, stretch->regions + 1, stretch->count * sizeof *stretch->regions);
 }
 
 /* The hole outside of the stretch for its i-th region, or NONE. */
-static uint32_t elsewhere(const odma_arena *arena, const struct stretch *stretch, uint32_t i) {
+static uint32_t elsewhere(odma_arena *arena, const struct stretch *stretch, uint32_t i) {
     uint32_t hole = best_fit(arena, arena->runs[stretch->regions[i]].length);
     if (hole == NONE) return NONE;
     uint32_t start = arena->runs[hole].start;
@@ -437,36 +469,112 @@ static bool may_send_away(const odma_arena *arena) {
            allowed(arena) == ODMA_OVERFLOW_COMPACT;
 }
 
+/* Whether the regions of a stretch cost less than the best, and all find a hole. */
+static bool is_better(odma_arena *arena, struct stretch *stretch, double best) {
+    stretch->price = 0;
+    for (uint32_t i = 0; i < stretch->count; i++)
+        stretch->price += price_of(arena, stretch->regions[i]);
+    bool better = stretch->price < best;
+    for (uint32_t i = 0; better && i < stretch->count; i++)
+        better = elsewhere(arena, stretch, i) != NONE;
+    return better;
+}
+
 /* Make way for `length` blocks in one run, anywhere but where `slot` lies (NONE:
- * anywhere): the cheapest stretch whose regions all find a hole is cleared. */
+ * anywhere): the cheapest stretch whose regions all find a hole is cleared. It is
+ * found with two pointers: each run is taken in once and let go once. */
 static void plan_hole(odma_arena *arena, uint32_t slot, uint32_t length,
                       struct plan_refusal *refusal) {
-    struct stretch best = {.price = INFINITY};
+    struct stretch best = {.price = INFINITY}, stretch = {0};
     if (!may_send_away(arena) || refusal->reason != ODMA_REASON_FRAGMENTED) return;
-    for (uint32_t first = arena->first_run; first != NONE; first = arena->runs[first].next) {
-        if (is_live(arena, first)) continue;
-        uint32_t start = arena->runs[first].start, id = first;
-        struct stretch stretch = {.low = start, .high = start};
-        while (id != NONE && id != slot && stretch.high - start < length &&
-               stretch.price < best.price && take_in(arena, &stretch, id))
-            id = arena->runs[id].next;
-        bool cleared = stretch.high - start >= length && stretch.price < best.price;
-        for (uint32_t i = 0; cleared && i < stretch.count; i++)
-            cleared = elsewhere(arena, &stretch, i) != NONE;
-        if (cleared) best = stretch;
+    uint32_t first = NONE;
+    for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
+        arena->steps++;
+        if (id == slot || !can_go(arena, id)) {
+            first = NONE;
+            continue;
+        }
+        if (first == NONE) {
+            uint32_t start = arena->runs[id].start;
+            stretch = (struct stretch){.low = start, .high = start};
+            first = id;
+        }
+        take_in(arena, &stretch, id);
+        while (stretch.low < stretch.high &&
+               (is_live(arena, first) || stretch.count > MOST_EVACUATED ||
+                stretch.high - stretch.low - arena->runs[first].length >= length)) {
+            let_go(arena, &stretch, first);
+            first = arena->runs[first].next;
+        }
+        if (stretch.low == stretch.high)
+            first = NONE;
+        else if (stretch.high - stretch.low >= length && is_better(arena, &stretch, best.price))
+            best = stretch;
     }
     if (best.price < INFINITY) send_away(arena, &best, refusal);
+}
+
+/* --- slides that take several batches --- */
+
+/* The cheapest window for a region that grows to `length` blocks, or (slot NONE) for
+ * a new one, and the last of its regions that go down. */
+static bool cheapest_slide(odma_arena *arena, uint32_t slot, uint32_t length,
+                           struct window *window, uint32_t *pivot) {
+    *pivot = slot;
+    if (slot != NONE)
+        return cheapest_room(arena, slot, length - arena->runs[slot].length, false, window);
+    if (!cheapest_window(arena, length, false, &window->left, &window->right)) return false;
+    *pivot = arena->runs[window->right].prev;
+    return true;
+}
+
+/* A slide was refused for the budget: do as much of it as the budget allows, so that
+ * the next batch has less to do, and say what is lacking then. */
+static void slide_partly(odma_arena *arena, uint32_t slot, uint32_t length,
+                         struct plan_refusal *refusal) {
+    struct window window;
+    uint32_t pivot, moves = arena->step.moves;
+    bool slides = arena->books->engine.single_ordered_stream &&
+                  allowed(arena) == ODMA_OVERFLOW_COMPACT;
+    if (refusal->reason != ODMA_REASON_COPY_BUDGET || !slides || !may_search(arena) ||
+        !cheapest_slide(arena, slot, length, &window, &pivot))
+        return;
+    uint32_t before = arena->runs[window.left].prev, end = arena->runs[window.right].next;
+    pack(arena, window.left, pivot, window.right, NULL);
+    close_gaps(arena, before, end);
+    if (arena->step.moves == moves) return;
+    arena->books->counters.compactions++;
+    struct cost cost = {0};
+    *refusal = (struct plan_refusal){0};
+    if (cheapest_slide(arena, slot, length, &window, &pivot))
+        pack(arena, window.left, pivot, window.right, &cost);
+    over_budget(arena, refusal, &cost);
+    if (slot == NONE || !may_move(arena, slot, false) || best_fit(arena, length) == NONE) return;
+    over_budget(arena, refusal, &(struct cost){.tokens = used_of(arena, slot)});
+}
+
+/* --- after a refusal --- */
+
+/* Make way for a new region that plan_new() refused. */
+static void plan_way_new(odma_arena *arena, uint32_t length, struct plan_refusal *refusal) {
+    if (!may_search(arena)) return;
+    slide_partly(arena, NONE, length, refusal);
+    plan_hole(arena, NONE, length, refusal);
 }
 
 /* Make way for a region that plan_room() refused: behind it, or elsewhere. */
 static void plan_way(odma_arena *arena, uint32_t slot, uint32_t length,
                      struct plan_refusal *refusal) {
+    if (!may_search(arena)) return;
+    slide_partly(arena, slot, length, refusal);
     if (!may_send_away(arena)) return;
     uint32_t low = arena->runs[slot].start, end = low + arena->runs[slot].length;
     struct stretch behind = {.low = low, .high = end};
     uint32_t id = arena->runs[slot].next;
-    while (id != NONE && behind.high - low < length && take_in(arena, &behind, id))
-        id = arena->runs[id].next;
+    for (; id != NONE && behind.high - low < length; id = arena->runs[id].next) {
+        if (!can_go(arena, id) || (is_live(arena, id) && behind.count == MOST_EVACUATED)) break;
+        take_in(arena, &behind, id);
+    }
     if (behind.high - low >= length) send_away(arena, &behind, refusal);
     plan_hole(arena, slot, length, refusal);
 }

@@ -6,9 +6,15 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* Blocks that admission must leave free. */
+/* Blocks that admission must leave free. Guarantees round down and this rounds
+ * up, but never into what is guaranteed. */
 static uint32_t safety_blocks(const odma_arena *arena) {
-    return (uint32_t)ceil(arena->books->policy.safety_share * arena->geometry.blocks);
+    const odma_policy *policy = &arena->books->policy;
+    double share = ceil(policy->safety_share * arena->geometry.blocks);
+    uint32_t left = arena->geometry.blocks;
+    for (uint32_t i = 0; i < policy->tenant_count; i++)
+        left -= share_of(arena, policy->tenants[i].guaranteed_share);
+    return share < left ? (uint32_t)share : left;
 }
 
 /* Output tokens that are exceeded with probability `risk`: linear in the level,
@@ -63,6 +69,14 @@ static uint32_t first_blocks(const odma_arena *arena, const odma_op *op, uint32_
     }
     if (op->generated_tokens > 0 && start < held * policy->growth) start = held * policy->growth;
     return rounded(arena, start, max_total);
+}
+
+/* Blocks that a request cannot do without to be let in: those of its maximum if
+ * regions begin with that, else those of one more token. */
+static uint32_t least_blocks(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
+    uint32_t held = op->prompt_tokens + op->generated_tokens;
+    bool whole = arena->books->policy.start == ODMA_START_MAXIMUM && op->generated_tokens == 0;
+    return blocks_of(arena, whole || held == max_total ? max_total : held + 1);
 }
 
 /* Blocks that a live region which has to hold `least` tokens should grow to. */

@@ -221,7 +221,7 @@ static odma_status commit_record(odma_arena *arena, uint32_t index, struct recor
     store_in_turn(arena, at, &record->lsn);
 
     apply_changes(arena, at);
-    return ODMA_OK;
+    return arena->broken ? ODMA_BROKEN : ODMA_OK;
 }
 
 static odma_status commit(odma_arena *arena) {
@@ -284,7 +284,7 @@ static odma_status stored_answer(odma_arena *arena, const uint64_t fingerprint[2
     memcpy(answer->results, at + arena->layout.results, record->results * sizeof(odma_result));
     memcpy(answer->copies, at + arena->layout.copies, record->copies * sizeof(odma_copy));
     memcpy(answer->moved, at + arena->layout.moved, record->moved * sizeof(odma_place));
-    return ODMA_OK;
+    return arena->broken ? ODMA_BROKEN : ODMA_OK;
 }
 
 /* Finish a commit whose record is there but whose books are not. */

@@ -149,6 +149,19 @@ static uint32_t open_window(odma_arena *arena, uint32_t left, uint32_t right) {
     return before;
 }
 
+/* Put the gaps between the regions of an opened window, and its ends, back. */
+static void close_gaps(odma_arena *arena, uint32_t before, uint32_t end) {
+    uint32_t prev = before, id = before == NONE ? arena->first_run : arena->runs[before].next;
+    uint32_t at = before == NONE ? 0 : arena->runs[before].start + arena->runs[before].length;
+    for (;; id = arena->runs[id].next) {
+        uint32_t start = id == NONE ? arena->geometry.blocks : arena->runs[id].start;
+        if (start > at) add_free(arena, at, start - at, prev, id);
+        if (id == end) return;
+        at = start + arena->runs[id].length;
+        prev = id;
+    }
+}
+
 /* Put the one gap of a packed window between two runs, and answer it. */
 static uint32_t close_window(odma_arena *arena, uint32_t prev, uint32_t next) {
     uint32_t start = prev == NONE ? 0 : arena->runs[prev].start + arena->runs[prev].length;

@@ -12,13 +12,15 @@
  * By rule 3 it is enough to take from borrowers. A covered allocate that is
  * refused leaves a claim; while one stands nobody else becomes a borrower, or
  * a larger one, by an allocate, so that what is freed comes to it. It stands
- * for a number of batches and unary calls, so that a tenant which is gone does
- * not keep the others out, and only as long as the guarantee covers it.
+ * for a number of calls that changed something, or many that did not, so that a
+ * tenant which is gone does not keep the others out, and those who only ask
+ * again do not end it; and only as long as the guarantee covers it.
  *
  * Claims are in the books. Accounts are derived, and counted anew at attach and
  * when the policy changes. A pool whose policy limits nobody keeps none.
  */
 #include <string.h>
+#include <unistd.h>
 
 enum { NO_ACCOUNT, NOT_NAMED = ODMA_TENANTS + 1 }; /* else 1 + index in the policy */
 
@@ -29,14 +31,30 @@ struct standing {
     uint32_t held, guaranteed, maximum;
 };
 
+/* Whole blocks of a share. */
 static uint32_t share_of(const odma_arena *arena, double share) {
     return (uint32_t)(share * arena->geometry.blocks);
 }
 
 /* --- accounts --- */
 
-static uint64_t tenant_hash(const char name[ODMA_NAME_BYTES]) {
-    return name[0] == 0 ? 0 : hash_bytes(name, ODMA_NAME_BYTES);
+/* Names come from outside, so each epoch has a key of its own for their hashes. An
+ * epoch that an older version began has none, and keeps the hashes it has. */
+static uint64_t tenant_hash(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+    const uint64_t *key = arena->books->stats[ODMA_CLASS_POOL].key;
+    if (name[0] == 0) return 0;
+    return key[0] == 0 && key[1] == 0 ? hash_bytes(name, ODMA_NAME_BYTES)
+                                      : keyed_hash(key, name, ODMA_NAME_BYTES);
+}
+
+/* Draw the key of a new epoch. */
+static odma_status draw_key(odma_arena *arena) {
+    uint64_t *key = arena->books->stats[ODMA_CLASS_POOL].key;
+    uint64_t drawn[2];
+    if (getentropy(drawn, sizeof drawn) != 0) return ODMA_IO;
+    memcpy(key, drawn, sizeof drawn);
+    books_mark(arena, key, sizeof drawn);
+    return ODMA_OK;
 }
 
 /* The account of a tenant, or the empty place for it. */
@@ -62,6 +80,21 @@ static void credit(odma_arena *arena, uint32_t slot) {
     account->blocks += arena->cells[slot].slot.length;
 }
 
+/* A tenant's own requests keep their order, whatever its guarantee. */
+static void hold_up(odma_arena *arena, uint64_t tenant) {
+    struct step *step = &arena->step;
+    if (!arena->limits) return;
+    struct account *account = account_of(arena, tenant);
+    if (account->owner == NO_ACCOUNT || account->held_up_tick == step->tick) return;
+    account->held_up_tick = step->tick;
+    step->held_up[step->held_up_count++] = tenant;
+}
+
+static bool is_held_up(const odma_arena *arena, uint64_t tenant) {
+    return arena->step.held_up_count > 0 &&
+           account_of(arena, tenant)->held_up_tick == arena->step.tick;
+}
+
 /* Count all accounts anew, or none if the policy limits nobody. */
 static void count_accounts(odma_arena *arena) {
     const odma_policy *policy = &arena->books->policy;
@@ -72,11 +105,13 @@ static void count_accounts(odma_arena *arena) {
     arena->account_count = 0;
     if (!arena->limits) return;
     for (uint32_t i = 0; i < policy->tenant_count; i++) {
-        uint64_t tenant = tenant_hash(policy->tenants[i].name);
+        uint64_t tenant = tenant_hash(arena, policy->tenants[i].name);
         arena->named[i] = (uint32_t)(open_account(arena, tenant, 1 + i) - arena->accounts);
     }
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
         if (is_live(arena, i)) credit(arena, i);
+    for (uint32_t i = 0; i < arena->step.held_up_count; i++)
+        open_account(arena, arena->step.held_up[i], NOT_NAMED)->held_up_tick = arena->step.tick;
 }
 
 /* A region has begun. The accounts that have emptied go when the table is full
@@ -137,7 +172,7 @@ static bool is_covered(const struct standing *tenant, uint32_t more) {
 static uint32_t claimed(const odma_arena *arena, uint32_t i) {
     const struct books *books = arena->books;
     const struct claim *claim = &books->claims[i];
-    if (claim->turn == 0 || books->turns - claim->turn >= ODMA_CLAIM_TURNS) return 0;
+    if (claim->turn == 0 || books->turns - claim->turn >= ODMA_CLAIM_CALLS) return 0;
     struct standing tenant = stands(arena, &arena->accounts[arena->named[i]]);
     return is_covered(&tenant, claim->blocks) ? claim->blocks : 0;
 }
@@ -174,11 +209,13 @@ static bool borrows(const odma_arena *arena, uint64_t tenant) {
 }
 
 /* The youngest region, not pinned, of a tenant other than the asker that
- * borrows: a handle, or 0. */
+ * borrows: a handle, or 0, also once the step has searched enough. */
 static uint64_t borrower(odma_arena *arena, const struct standing *asker) {
     uint64_t birth = 0;
     uint32_t found = NONE;
+    if (!may_search(arena)) return 0;
     for (uint32_t id = first_live(arena); id != NONE; id = next_live(arena, id)) {
+        arena->steps++;
         const struct request *request = &arena->cells[id].request;
         if (request->birth < birth || request->tenant == asker->tenant ||
             note_of(arena, id)->pinned || !borrows(arena, request->tenant))
@@ -191,12 +228,14 @@ static uint64_t borrower(odma_arena *arena, const struct standing *asker) {
 
 /* The youngest region that could make way for the asker's growth: never pinned,
  * never the oldest of all and, where there are guarantees, of the asker's own
- * tenant or of one that borrows. A handle, or 0. */
+ * tenant or of one that borrows. A handle, or 0, also once the step has searched enough. */
 static uint64_t youngest(odma_arena *arena, const struct standing *asker) {
     bool guards = arena->books->policy.tenant_count > 0;
     uint64_t oldest = UINT64_MAX, birth = 0;
     uint32_t found = NONE;
+    if (!may_search(arena)) return 0;
     for (uint32_t id = first_live(arena); id != NONE; id = next_live(arena, id)) {
+        arena->steps++;
         const struct request *request = &arena->cells[id].request;
         if (request->birth < oldest) oldest = request->birth;
         if (request->birth < birth || note_of(arena, id)->pinned) continue;

@@ -57,7 +57,7 @@ int main(int argc, char **argv) {
     odma_arena *arena = NULL;
     must(argc == 2 && !odma_arena_create(argv[1], &geometry, &arena, reason), reason);
     must(!odma_arena_open_epoch(arena, 1, &engine, "", "", 0), "open epoch");
-    must(!odma_arena_set_policy(arena, &elastic, 0), "set policy");
+    must(!odma_arena_set_policy(arena, NULL, &elastic, 0), "set policy");
 
     uint32_t requests = 0, copied = 0;
     request batch[BATCH] = {0};

@@ -2,6 +2,7 @@
 #include "client.h"
 
 #include <algorithm>
+#include <random>
 #include <thread>
 #include <utility>
 
@@ -13,6 +14,8 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 static constexpr milliseconds FIRST_PAUSE{20}, LONGEST_PAUSE{500};
+
+static constexpr int MOST_NUMBERS = 16; /* of one message */
 
 static const char *const CODES[] = {
     "OK",
@@ -70,8 +73,15 @@ bool Error::perhaps_done() const {
     return no_answer(code) || code == grpc::INTERNAL || code == grpc::UNKNOWN;
 }
 
+static std::string random_bytes(size_t count) {
+    std::random_device random;
+    std::string bytes(count, '\0');
+    for (char &byte : bytes) byte = static_cast<char>(random());
+    return bytes;
+}
+
 Client::Client(std::string target, Options options)
-    : target_(std::move(target)), options_(std::move(options)) {
+    : target_(std::move(target)), options_(std::move(options)), instance_(random_bytes(16)) {
     connect();
 }
 
@@ -96,15 +106,22 @@ void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext
         authorize(&context);
         const grpc::Status status = attempt(&context);
         if (status.ok()) return;
-        if (!no_answer(status.error_code()) || steady_clock::now() + pause > give_up)
-            throw Error(status);
+        const Error error(status);
+        const bool again = no_answer(error.code) || error.reason == "OPEN_STALE";
+        if (!again || steady_clock::now() + pause > give_up) throw error;
         std::this_thread::sleep_for(pause);
         connect();
     }
 }
 
-Pool Client::open_pool(const v1::OpenPoolRequest &request) {
-    return Pool(*this, call(&v1::MemoryService::Stub::OpenPool, request));
+Pool Client::open_pool(v1::OpenPoolRequest request) {
+    v1::OpenPoolResponse opened;
+    request.set_instance(instance_);
+    until_answered([&](grpc::ClientContext *context) {
+        request.set_attempt(++attempts_);
+        return v1::MemoryService::Stub(channel_).OpenPool(context, request, &opened);
+    });
+    return Pool(*this, std::move(opened));
 }
 
 Stream::~Stream() {
@@ -162,51 +179,103 @@ grpc::Status Stream::finish() {
 Pool::Pool(Client &client, v1::OpenPoolResponse opened)
     : client_(&client), opened_(std::move(opened)) {}
 
-template <class Request> Request Pool::about_pool() const {
-    Request request;
-    *request.mutable_pool() = opened_.pool();
-    return request;
+/* Send a message under the next number, and again under another if that was used up. */
+template <class Request, class Call> auto Pool::send(Request request, Call call) {
+    if (fenced_) throw *fenced_;
+    for (int tries = MOST_NUMBERS;; tries--) {
+        *request.mutable_pool() = opened_.pool();
+        if (opened_.pool().owner() != 0) request.mutable_pool()->set_number(++number_);
+        try {
+            return call(request);
+        } catch (const Error &error) {
+            if (error.fenced()) fenced_ = error;
+            if (error.reason != "LATE" || tries == 1) throw;
+            const auto last = error.metadata.find("last");
+            if (last != error.metadata.end()) number_ = std::max<uint64_t>(number_, std::stoull(last->second));
+        }
+    }
+}
+
+void Pool::insist_on_answers() const {
+    if (pending_) throw std::logic_error("a batch has no answer: resume()");
 }
 
 v1::ApplyResponse Pool::apply(v1::ApplyRequest batch) {
-    *batch.mutable_pool() = opened_.pool();
+    insist_on_answers();
     batch.set_seq(seq_ + 1);
     if (batch.completed_seq() == 0) batch.set_completed_seq(completed_seq_);
-    v1::ApplyResponse answer =
-        stream_ ? stream_->apply(batch) : client_->call(&v1::MemoryService::Stub::Apply, batch);
-    seq_ = batch.seq();
-    completed_seq_ = batch.completed_seq();
-    return answer;
+    pending_ = std::move(batch);
+    return resume();
+}
+
+v1::ApplyResponse Pool::resume() {
+    if (!pending_) throw std::logic_error("every batch was answered");
+    try {
+        v1::ApplyResponse answer = send(*pending_, [&](const v1::ApplyRequest &batch) {
+            return stream_ ? stream_->apply(batch)
+                           : client_->call(&v1::MemoryService::Stub::Apply, batch);
+        });
+        seq_ = pending_->seq();
+        completed_seq_ = pending_->completed_seq();
+        pending_.reset();
+        return answer;
+    } catch (const Error &error) {
+        if (!error.perhaps_done()) pending_.reset();
+        throw;
+    }
 }
 
 void Pool::keep_alive() {
-    client_->call(&v1::MemoryService::Stub::KeepAlive, about_pool<v1::KeepAliveRequest>());
+    if (fenced_) throw *fenced_;
+    v1::KeepAliveRequest request;
+    *request.mutable_pool() = opened_.pool();
+    try {
+        client_->call(&v1::MemoryService::Stub::KeepAlive, request);
+    } catch (const Error &error) {
+        if (error.fenced()) fenced_ = error;
+        throw;
+    }
 }
 
-v1::ReconcileResponse Pool::reconcile(const std::vector<uint64_t> &handles) {
-    auto request = about_pool<v1::ReconcileRequest>();
+v1::ReconcileResponse Pool::reconcile(const std::vector<uint64_t> &handles,
+                                      std::optional<uint64_t> completed_seq) {
+    if (!handles.empty()) insist_on_answers();
+    v1::ReconcileRequest request;
     request.mutable_handles()->Add(handles.begin(), handles.end());
-    v1::ReconcileResponse answer = client_->call(&v1::MemoryService::Stub::Reconcile, request);
+    request.set_completed_seq(completed_seq.value_or(seq_));
+    v1::ReconcileResponse answer = send(request, [&](const v1::ReconcileRequest &message) {
+        return client_->call(&v1::MemoryService::Stub::Reconcile, message);
+    });
+    pending_.reset();
     seq_ = completed_seq_ = answer.last_seq();
     return answer;
 }
 
 v1::Place Pool::allocate(const v1::Alloc &alloc) {
-    auto request = about_pool<v1::AllocateRequest>();
+    insist_on_answers();
+    v1::AllocateRequest request;
     *request.mutable_allocate() = alloc;
-    return client_->call(&v1::MemoryService::Stub::Allocate, request).place();
+    return send(request, [&](const v1::AllocateRequest &message) {
+        return client_->call(&v1::MemoryService::Stub::Allocate, message).place();
+    });
 }
 
 v1::Place Pool::extend(const v1::Extend &extend) {
-    auto request = about_pool<v1::ExtendRequest>();
+    insist_on_answers();
+    v1::ExtendRequest request;
     *request.mutable_extend() = extend;
-    return client_->call(&v1::MemoryService::Stub::Extend, request).place();
+    return send(request, [&](const v1::ExtendRequest &message) {
+        return client_->call(&v1::MemoryService::Stub::Extend, message).place();
+    });
 }
 
 bool Pool::free(const v1::Freeing &freeing) {
-    auto request = about_pool<v1::FreeRequest>();
+    insist_on_answers();
+    v1::FreeRequest request;
     *request.mutable_free() = freeing;
-    return client_->call(&v1::MemoryService::Stub::Free, request).already_free();
+    return send(request, [&](const v1::FreeRequest &message) {
+        return client_->call(&v1::MemoryService::Stub::Free, message).already_free();
+    });
 }
 
 v1::GetPoolResponse Pool::books() {
@@ -217,7 +286,9 @@ v1::GetPoolResponse Pool::books() {
 
 void Pool::close() {
     end_stream();
-    client_->call(&v1::MemoryService::Stub::ClosePool, about_pool<v1::ClosePoolRequest>());
+    send(v1::ClosePoolRequest(), [&](const v1::ClosePoolRequest &message) {
+        return client_->call(&v1::MemoryService::Stub::ClosePool, message);
+    });
 }
 
 } // namespace odma

@@ -4,9 +4,10 @@
  *     odma::Pool pool = service.open_pool(request);
  *     odma::v1::ApplyResponse answer = pool.apply(batch);
  *
- * It keeps the three promises that an engine must keep: one unanswered batch a
- * pool, seq counted up by one, and after a lost answer the *same* message again
- * until the answer is here.
+ * It keeps the promises that an engine must keep: one unanswered call a pool, seq
+ * counted up by one, and after a lost answer the *same* message again until the
+ * answer is here. It says which process it is and numbers what it sends, so that a
+ * message that comes late changes nothing.
  *
  * Messages  are those of proto/odma/v1, whose comments say what they mean.
  * Errors    What the service refuses, and what nobody answers, throws
@@ -37,8 +38,10 @@ class Error : public std::runtime_error {
   public:
     explicit Error(const grpc::Status &status);
 
-    /* Whether nobody knows if the call was done: make the same call again. */
+    /* Whether nobody knows if the call was done. */
     bool perhaps_done() const;
+    /* Whether another process owns the pool: stop using its memory, and do not open it again. */
+    bool fenced() const { return reason == "FENCED"; }
 
     grpc::StatusCode code;
     std::string reason;                          /* of the ErrorInfo, as "SEQ_GAP" */
@@ -63,8 +66,9 @@ class Client {
     /* target   "127.0.0.1:50051" or "unix:/run/odma.sock" */
     explicit Client(std::string target, Options options = {});
 
-    /* Start an epoch of a pool, or go on with that of the same open_id. */
-    Pool open_pool(const v1::OpenPoolRequest &request);
+    /* Start an epoch of a pool, or go on with that of the same open_id as its owner. instance
+     * and attempt are put in here. */
+    Pool open_pool(v1::OpenPoolRequest request);
 
     /* Make a unary call, the same message again while the service is away:
      *
@@ -91,6 +95,8 @@ class Client {
     std::string target_;
     Options options_;
     std::shared_ptr<grpc::Channel> channel_;
+    std::string instance_;
+    uint32_t attempts_ = 0; /* of OpenPool */
 };
 
 /* Apply over one stream: one batch, one answer. It is opened when it is first used, and anew
@@ -117,7 +123,9 @@ class Stream {
     std::unique_ptr<Call> call_;
 };
 
-/* One epoch of a pool. Its batches are numbered here. It must not outlive its client. */
+/* One epoch of a pool. What is sent is numbered here. It must not outlive its client. After an
+ * error that is fenced() every call that changes something throws it again.
+ */
 class Pool {
   public:
     Pool(Client &client, v1::OpenPoolResponse opened);
@@ -129,9 +137,14 @@ class Pool {
 
     /* Do the operations of one decode step. `batch` has used, ops, and what else is not the
      * default; pool and seq are put in here. completed_seq 0: as in the batch before. After an
-     * error that is perhaps_done() make the same call again, or reconcile.
+     * error that is perhaps_done() resume().
      */
     v1::ApplyResponse apply(v1::ApplyRequest batch);
+    /* Have the batch answered that has no answer. */
+    v1::ApplyResponse resume();
+    /* Whether there is one. Until it is answered no other call is made but reconcile({}), which
+     * drops it, and close(): they throw std::logic_error. */
+    bool pending() const { return pending_.has_value(); }
 
     /* Send batches over one stream from now on, which takes less time than calls; or as calls. */
     void start_stream() { stream_ = std::make_unique<Stream>(*client_); }
@@ -140,8 +153,11 @@ class Pool {
     /* Tell that the owner lives, when it has nothing else to say for ttl_seconds. */
     void keep_alive();
 
-    /* After the engine lost its own state: keep these regions, free all others. */
-    v1::ReconcileResponse reconcile(const std::vector<uint64_t> &handles);
+    /* After the engine lost its own state: keep these regions, free all others. The copies of
+     * the answers up to completed_seq are done (unset: those that came here); below the last
+     * answered seq nothing can be kept. */
+    v1::ReconcileResponse reconcile(const std::vector<uint64_t> &handles,
+                                    std::optional<uint64_t> completed_seq = std::nullopt);
 
     v1::Place allocate(const v1::Alloc &alloc);
     v1::Place extend(const v1::Extend &extend);
@@ -155,10 +171,14 @@ class Pool {
     void close();
 
   private:
-    template <class Request> Request about_pool() const;
+    template <class Request, class Call> auto send(Request request, Call call);
+    void insist_on_answers() const;
 
     Client *client_;
     v1::OpenPoolResponse opened_;
+    uint64_t number_ = 0; /* of the last message */
+    std::optional<Error> fenced_;
+    std::optional<v1::ApplyRequest> pending_;
     uint64_t seq_ = 0;
     uint64_t completed_seq_ = 0;
     std::unique_ptr<Stream> stream_;

@@ -1,11 +1,13 @@
 /**
  * A small client of ODMA for Node.
  *
- * It keeps the three promises that an engine must keep: one unanswered batch a
- * pool, seq counted up by one, and after a lost answer the *same* message again
- * until the answer is here. Messages are plain objects with the field names of
- * the proto files.
+ * It keeps the promises that an engine must keep: one unanswered call a pool, seq
+ * counted up by one, and after a lost answer the *same* message again until the
+ * answer is here. It says which process it is and numbers what it sends, so that
+ * a message that comes late changes nothing. Messages are plain objects with the
+ * field names of the proto files.
  */
+import { randomBytes } from 'node:crypto';
 import { dirname, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
@@ -45,6 +47,7 @@ const RETRIED = new Set([
   grpc.status.DEADLINE_EXCEEDED,
   grpc.status.CANCELLED, // by a service that shuts down
 ]);
+const MOST_NUMBERS = 16; // of one message
 const BACKOFF_SECONDS = { first: 0.05, most: 2 };
 
 /**
@@ -94,8 +97,19 @@ export class OdmaError extends Error {
   }
 }
 
+/** Another process owns the pool: stop using its memory, and do not open it again by yourself. */
+export class FencedError extends OdmaError {}
+
+function failure(cause) {
+  if (!('code' in cause && 'details' in cause)) return cause;
+  const error = new OdmaError(cause);
+  return error.reason === 'FENCED' ? new FencedError(cause) : error;
+}
+
 /** A connection to the service, for one call at a time. */
 export class Client {
+  #instance = randomBytes(16);
+  #attempts = 0; // of OpenPool
   #target;
   #timeoutMs;
   #retryMs;
@@ -129,14 +143,19 @@ export class Client {
    * @returns {Promise<any>}
    */
   async call(rpc, message, stream) {
+    return this.#untilAnswered(() => (
+      stream ? stream.attempt(message) : this.#attempt(rpc, message)));
+  }
+
+  async #untilAnswered(attempt) {
     const giveUp = Date.now() + this.#retryMs;
     for (let wait = BACKOFF_SECONDS.first; ; wait = Math.min(2 * wait, BACKOFF_SECONDS.most)) {
       try {
-        return await (stream ? stream.attempt(message) : this.#attempt(rpc, message));
+        return await attempt();
       } catch (cause) {
-        if (!RETRIED.has(cause.code) || Date.now() + wait * 1000 > giveUp) {
-          throw 'code' in cause && 'details' in cause ? new OdmaError(cause) : cause;
-        }
+        const error = failure(cause);
+        const again = RETRIED.has(cause.code) || error.reason === 'OPEN_STALE';
+        if (!again || Date.now() + wait * 1000 > giveUp) throw error;
       }
       await sleep(wait * 1000);
       this.#connect();
@@ -144,12 +163,13 @@ export class Client {
   }
 
   /**
-   * Start an epoch of a pool.
-   * @param {object} message an OpenPoolRequest
+   * Start an epoch of a pool, or go on with that of the same open_id as its owner.
+   * @param {object} message an OpenPoolRequest; instance and attempt are put in here
    * @returns {Promise<Pool>}
    */
   async openPool(message) {
-    return new Pool(this, await this.call('OpenPool', message));
+    const asked = () => ({ ...message, instance: this.#instance, attempt: ++this.#attempts });
+    return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
   }
 
   /** @returns {ApplyStream} which is opened when it is first used */
@@ -240,10 +260,16 @@ export class ApplyStream {
   }
 }
 
-/** One epoch of a pool. Its batches are numbered here. */
+/**
+ * One epoch of a pool. What is sent is numbered here, and sent one after the other. After a
+ * FencedError every call throws it: the pool has another owner.
+ */
 export class Pool {
   #client;
   #stream;
+  #number = 0;
+  #fenced = null;
+  #before = Promise.resolve(); // ends with the call before
 
   /**
    * @param {Client} client
@@ -257,31 +283,57 @@ export class Pool {
     this.seq = 0;
     /** What was promised to be completed. */
     this.completedSeq = 0;
+    /** A batch without an answer, which was done or not; else null. */
+    this.pending = null;
   }
 
   /**
-   * Do the operations of one decode step. Await it before the next call. If it
-   * throws UNAVAILABLE nobody knows whether the batch was done: make the same
-   * call again, or reconcile.
+   * Do the operations of one decode step. If it throws UNAVAILABLE nobody knows whether the
+   * batch was done: resume().
    * @param {{used?: Used[], ops?: Op[], completedSeq?: number, maxCopyTokens?: number,
    *   passRefused?: boolean}} batch completedSeq unset: as in the batch before;
    *   maxCopyTokens unset: the policy's
    * @returns {Promise<Answer>}
    */
   async apply({ used = [], ops = [], completedSeq, maxCopyTokens, passRefused = false }) {
-    const message = {
-      pool: this.opened.pool,
-      seq: this.seq + 1,
-      completed_seq: completedSeq ?? this.completedSeq,
-      pass_refused: passRefused,
-      used,
-      ops,
-    };
-    if (maxCopyTokens !== undefined) message.max_copy_tokens = maxCopyTokens;
-    const answer = await this.#client.call('Apply', message, this.#stream);
-    this.seq = answer.seq;
-    this.completedSeq = message.completed_seq;
-    return answer;
+    return this.#inTurn(() => {
+      this.#insistOnAnswers();
+      this.pending = {
+        seq: this.seq + 1,
+        completed_seq: completedSeq ?? this.completedSeq,
+        pass_refused: passRefused,
+        used,
+        ops,
+      };
+      if (maxCopyTokens !== undefined) this.pending.max_copy_tokens = maxCopyTokens;
+      return this.#finish();
+    });
+  }
+
+  /**
+   * Have the batch answered that has no answer.
+   * @returns {Promise<Answer>}
+   */
+  async resume() {
+    return this.#inTurn(() => {
+      if (!this.pending) throw new Error('every batch was answered');
+      return this.#finish();
+    });
+  }
+
+  async #finish() {
+    const message = this.pending;
+    try {
+      const answer = await this.#send('Apply', message, this.#stream);
+      this.seq = answer.seq;
+      this.completedSeq = message.completed_seq;
+      this.pending = null;
+      return answer;
+    } catch (error) {
+      const known = error instanceof OdmaError && !RETRIED.has(grpc.status[error.code]);
+      if (known) this.pending = null; // it was not done
+      throw error;
+    }
   }
 
   /** Send batches over one stream from now on, which takes less time than calls. */
@@ -300,19 +352,26 @@ export class Pool {
    * @returns {Promise<{ttl_seconds: number, retention_seconds: number}>}
    */
   async keepAlive() {
-    return this.#call('KeepAlive', {});
+    return this.#inTurn(() => this.#client.call('KeepAlive', { pool: this.opened.pool }));
   }
 
   /**
    * After the engine lost its own state: keep these regions, free all others.
-   * @param {number[]} handles
+   * @param {number[]} handles none at all drops a batch without an answer, too
+   * @param {number} [completedSeq] the copies of the answers so far are done; below the last
+   *   answered seq nothing can be kept. Unset: the last answer that came here.
    * @returns {Promise<{kept: Place[], unknown: number[], freed: number[], last_seq: number}>}
    */
-  async reconcile(handles) {
-    const answer = await this.#call('Reconcile', { handles });
-    this.seq = answer.last_seq;
-    this.completedSeq = answer.last_seq;
-    return answer;
+  async reconcile(handles, completedSeq) {
+    return this.#inTurn(async () => {
+      if (handles.length) this.#insistOnAnswers();
+      const completed_seq = completedSeq ?? this.seq;
+      const answer = await this.#send('Reconcile', { handles, completed_seq });
+      this.pending = null;
+      this.seq = answer.last_seq;
+      this.completedSeq = answer.last_seq;
+      return answer;
+    });
   }
 
   /**
@@ -320,7 +379,7 @@ export class Pool {
    * @returns {Promise<Place>}
    */
   async allocate(alloc) {
-    return (await this.#call('Allocate', { allocate: alloc })).place;
+    return (await this.#unary('Allocate', { allocate: alloc })).place;
   }
 
   /**
@@ -328,7 +387,7 @@ export class Pool {
    * @returns {Promise<Place>}
    */
   async extend(extend) {
-    return (await this.#call('Extend', { extend })).place;
+    return (await this.#unary('Extend', { extend })).place;
   }
 
   /**
@@ -336,7 +395,7 @@ export class Pool {
    * @returns {Promise<boolean>} whether it had been given back before
    */
   async free(freeing) {
-    return (await this.#call('Free', { free: freeing })).already_free;
+    return (await this.#unary('Free', { free: freeing })).already_free;
   }
 
   /** @returns {Promise<object>} the GetPoolResponse */
@@ -347,10 +406,46 @@ export class Pool {
   /** End the epoch. No work that uses the pool's memory may be enqueued. */
   async close() {
     this.endStream();
-    await this.#call('ClosePool', {});
+    await this.#inTurn(() => this.#send('ClosePool', {}));
   }
 
-  #call(rpc, message) {
-    return this.#client.call(rpc, { pool: this.opened.pool, ...message });
+  #unary(rpc, message) {
+    return this.#inTurn(() => {
+      this.#insistOnAnswers();
+      return this.#send(rpc, message);
+    });
+  }
+
+  /** Do it when the call before has ended. */
+  #inTurn(act) {
+    const turn = this.#before.then(async () => {
+      if (this.#fenced) throw this.#fenced;
+      try {
+        return await act();
+      } catch (error) {
+        if (error instanceof FencedError) this.#fenced = error;
+        throw error;
+      }
+    });
+    this.#before = turn.catch(() => {});
+    return turn;
+  }
+
+  #insistOnAnswers() {
+    if (this.pending) throw new Error(`batch ${this.pending.seq} has no answer: resume()`);
+  }
+
+  /** Send a message under the next number, and again under another if that was used up. */
+  async #send(rpc, message, stream) {
+    for (let tries = MOST_NUMBERS; ; tries--) {
+      const pool = { ...this.opened.pool };
+      if (pool.owner) pool.number = ++this.#number;
+      try {
+        return await this.#client.call(rpc, { pool, ...message }, stream);
+      } catch (error) {
+        if (error.reason !== 'LATE' || tries === 1) throw error;
+        this.#number = Math.max(this.#number, Number(error.metadata.last ?? 0));
+      }
+    }
   }
 }

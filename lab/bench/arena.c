@@ -7,6 +7,9 @@
  *         Microseconds of a batch of one operation, of those that had to copy.
  *     arena attach PATH REGIONS REPEATS
  *         Milliseconds to attach and check a file, its pages in the cache.
+ *     arena worst PATH WAITING OPERATIONS REPEATS
+ *         Milliseconds of the batch that plans longest: OPERATIONS allocates, a block longer
+ *         than the longest hole, beside WAITING runs that wait between pinned regions.
  *
  * PATH is a file to be made, and removed again. Prints one JSON object.
  *
@@ -224,7 +227,7 @@ static struct bench *fresh(const char *path, uint32_t blocks, uint32_t max_regio
                           .step_tokens = BLOCK_TOKENS,
                           .max_copy_tokens = 1U << 30};
     if (odma_arena_create(path, &geometry, &bench->arena, reason) != ODMA_OK) fail(path, reason);
-    must(odma_arena_set_policy(bench->arena, &policy, 0), "set policy");
+    must(odma_arena_set_policy(bench->arena, NULL, &policy, 0), "set policy");
     must(odma_arena_open_epoch(bench->arena, 1, &engine, NULL, NULL, 0), "open epoch");
     for (uint32_t i = 0; i < LARGEST_BATCH; i++)
         bench->ops[i] = (odma_op){.end = ODMA_END_ABORTED, .prompt_tokens = 1};
@@ -266,7 +269,8 @@ static void read_result(struct bench *bench, uint32_t at, const struct step *ste
 static void do_alone(struct bench *bench, const struct mix *mix, uint32_t from, uint32_t to) {
     for (uint32_t i = from; i < to; i++) {
         write_op(bench, 0, &mix->steps[i], mix->ids[i]);
-        must(odma_arena_unary(bench->arena, 1, bench->ops, bench->results), "unary");
+        must(odma_arena_unary(bench->arena, (odma_caller){.epoch = 1}, bench->ops, bench->results),
+             "unary");
         read_result(bench, 0, &mix->steps[i]);
     }
 }
@@ -393,6 +397,83 @@ static void print_attach(const char *path, uint32_t regions, uint32_t repeats) {
     finish(bench, path);
 }
 
+/* An allocate of so many blocks, or a free of `handle`. */
+static odma_op op_of(uint32_t blocks, uint64_t handle) {
+    static uint32_t ids;
+    odma_op op = {.kind = blocks > 0 ? ODMA_OP_ALLOCATE : ODMA_OP_FREE,
+                  .end = ODMA_END_ABORTED,
+                  .handle = handle,
+                  .prompt_tokens = 1,
+                  .max_total_tokens = blocks * BLOCK_TOKENS};
+    snprintf(op.request_id, sizeof op.request_id, "worst-%u", ids++);
+    return op;
+}
+
+/* A batch of a pool of several streams. */
+static void worst_step(struct bench *bench, odma_op *ops, uint32_t count, const odma_used *used,
+                       uint64_t completed, odma_result *results) {
+    odma_answer answer = {.results = results, .copies = bench->copies, .moved = bench->moved};
+    odma_batch batch = {.epoch = 1,
+                        .seq = ++bench->seq,
+                        .completed_seq = completed,
+                        .pass_refused = 1,
+                        .used_count = used == NULL ? 0 : 2,
+                        .op_count = count,
+                        .used = used,
+                        .ops = ops};
+    must(odma_arena_apply(bench->arena, &batch, &answer), "apply");
+}
+
+static void print_worst(const char *path, uint32_t waiting, uint32_t count, uint32_t repeats) {
+    char reason[ODMA_REASON_BYTES];
+    uint32_t hole = waiting + 8, last = waiting + 1;
+    struct bench *bench = zeroed(1, sizeof *bench);
+    odma_geometry geometry = {.blocks = hole + waiting + 66,
+                              .block_tokens = BLOCK_TOKENS,
+                              .max_regions = waiting + 8,
+                              .max_ops = ODMA_MAX_OPS};
+    odma_engine engine = {.moves = ODMA_MOVES_ANY};
+    odma_policy policy = {.overflow = ODMA_OVERFLOW_COMPACT};
+    if (odma_arena_create(path, &geometry, &bench->arena, reason) != ODMA_OK) fail(path, reason);
+    must(odma_arena_set_policy(bench->arena, NULL, &policy, 0), "set policy");
+    must(odma_arena_open_epoch(bench->arena, 1, &engine, NULL, NULL, 0), "open epoch");
+    odma_op *ops = zeroed(ODMA_MAX_OPS, sizeof *ops), large = op_of(hole, 0);
+    odma_result *results = zeroed(ODMA_MAX_OPS, sizeof *results), placed;
+    uint64_t *handles = zeroed(waiting + 2, sizeof *handles);
+    double *taken = zeroed(repeats, sizeof *taken);
+    worst_step(bench, &large, 1, NULL, 0, &placed);
+    for (uint32_t at = 0, part; at < waiting + 2; at += part) {
+        part = waiting + 2 - at < ODMA_MAX_OPS ? waiting + 2 - at : ODMA_MAX_OPS;
+        for (uint32_t i = 0; i < part; i++) ops[i] = op_of(1, 0);
+        worst_step(bench, ops, part, NULL, 0, results);
+        for (uint32_t i = 0; i < part; i++) handles[at + i] = results[i].handle;
+    }
+    large = op_of(0, placed.handle);
+    worst_step(bench, &large, 1, NULL, 0, &placed);
+    uint64_t completed = bench->seq;
+    for (uint32_t at = 1, part; at < last; at += part) {
+        part = last - at < ODMA_MAX_OPS ? last - at : ODMA_MAX_OPS;
+        for (uint32_t i = 0; i < part; i++) ops[i] = op_of(0, handles[at + i]);
+        worst_step(bench, ops, part, NULL, completed, results);
+    }
+    odma_used used[2] = {{.handle = handles[0], .used_tokens = 1, .pinned = 1},
+                         {.handle = handles[last], .used_tokens = 1, .pinned = 1}};
+    for (uint32_t i = 0; i < repeats; i++) {
+        for (uint32_t j = 0; j < count; j++) ops[j] = op_of(hole + 1, 0);
+        double start = seconds();
+        worst_step(bench, ops, count, used, completed, results);
+        taken[i] = (seconds() - start) * 1e3;
+        if (results[0].reason != ODMA_REASON_FRAGMENTED) fail("worst", "not what was meant");
+    }
+    printf("{\"waiting\": %u, \"operations\": %u, \"median_ms\": %.3f, \"max_ms\": %.3f}\n",
+           waiting, count, quantile(taken, repeats, 0.5), quantile(taken, repeats, 1));
+    free(ops);
+    free(results);
+    free(handles);
+    free(taken);
+    finish(bench, path);
+}
+
 static uint32_t number(const char *text) { return (uint32_t)strtoul(text, NULL, 10); }
 
 int main(int argc, char **argv) {
@@ -401,6 +482,10 @@ int main(int argc, char **argv) {
     state = 0x853c49e6748fea9bULL;
     if (strcmp(command, "attach") == 0 && argc == 5) {
         print_attach(path, number(argv[3]), number(argv[4]));
+        return 0;
+    }
+    if (strcmp(command, "worst") == 0 && argc == 6) {
+        print_worst(path, number(argv[3]), number(argv[4]), number(argv[5]));
         return 0;
     }
     if (argc > 3 && number(argv[3]) < LEAST_BLOCKS) fail("blocks", "at least 4096");

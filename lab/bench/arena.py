@@ -28,6 +28,7 @@ USUAL_SHARE, HIGH_SHARE, FULLEST_SHARE = 0.8, 0.95, 0.99
 PLANS = {"planning": HIGH_SHARE, "planning_99": FULLEST_SHARE}  # 20,000 regions fit up to 98 %
 REGIONS = 20_000
 ATTACHES = 9
+WORST = (16_000, 1_024, 5)  # runs that wait, operations, repeats
 GOALS = {
     "ratio_small_batches": 2.2,
     "ratio_big_batches": 1.1,
@@ -52,7 +53,7 @@ def command(
     ] = 400_000,
     as_json: AsJson = False,
 ) -> None:
-    """Time reserve and free beside malloc, planning, and attaching.
+    """Time reserve and free beside malloc, planning, its worst case, and attaching.
 
     Goals are shown, not enforced: how far they hold depends on the machine.
     """
@@ -74,12 +75,14 @@ def measure(directory: Path, steps: int, repeats: int, *, quiet: bool) -> Figure
         for name, command, seed in progress.track(plan, description="bench arena"):
             runs.setdefault(name, []).append(_run(program, *command, seed))
         attached = _run(program, "attach", directory / "arena.pool", REGIONS, ATTACHES)
+    worst = _run(program, "worst", directory / "arena.pool", *WORST)
     return {
         "directory": str(directory.parent),
         "steps": steps,
         "repeats": repeats,
         **{size: _of_size(size, runs) for size in SIZES},
         "attach": {"regions": attached["regions"], "ms": attached["median_ms"]},
+        "worst": worst,
         "goals": GOALS,
     }
 
@@ -168,6 +171,9 @@ def _table(figures: Figures) -> Table:
         table.add_row(name, *(_shown(value[figure]) for value in values), goal)
     attach = figures["attach"]
     table.add_row(f"attach, {attach['regions']:,} regions, ms", "", _shown(attach["ms"]), "20")
+    worst = figures["worst"]
+    name = f"worst batch: {worst['operations']:,} plans, {worst['waiting']:,} runs wait, ms"
+    table.add_row(name, "", _shown(worst["median_ms"]), "")
     return table
 
 

@@ -132,7 +132,7 @@ class DecodeStep:
             for length, handles in self._held.items()
             for handle in handles
         ]
-        return batch_to(self.pool.ref, Batch(self._seq + 1, self._seq, used, ops))
+        return batch_to(self.pool.numbered(), Batch(self._seq + 1, self._seq, used, ops))
 
     def _insist(self, answer: pb.ApplyResponse, copies: int) -> None:
         refused = any(result.HasField("refusal") for result in answer.results)

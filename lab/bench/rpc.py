@@ -146,6 +146,7 @@ class Runs:
         )
 
         def turn() -> tuple[float, float]:
+            request.pool.CopyFrom(pool.numbered())
             echoed, _ = _timed(echo.client.memory.Allocate, request)
             took, answer = _timed(service.client.memory.Allocate, request)
             pool.free(Free(answer.place.handle, End.ABORTED))

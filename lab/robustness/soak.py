@@ -1,7 +1,8 @@
 """`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
-With faults engines crash, forget, hang, send garbage and break their streams, and the server is
-killed, ended and stopped. Every engine holds the books against its twin again and again.
+With faults engines crash, forget, hang, send garbage and break their streams, the server is
+killed, ended and stopped, and the network delays, repeats and reorders messages. Every engine
+holds the books against its twin again and again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import typer
 from google.protobuf.message import Message
 
 from lab.robustness.engine import Engine
+from lab.robustness.proxy import Proxy, Weather
 from lab.robustness.servers import resident_bytes
 from lab.robustness.twin import Findings
 from odma_service.cli.failures import BadResultError
@@ -39,6 +41,7 @@ ENGINES = 6
 TTL_SECONDS = 1
 HANG_SECONDS = 1.2  # longer than the ttl
 STEPS_BETWEEN_LOOKS = (10, 60)
+STEPS_A_CALL = 10
 TIMEOUT_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 LIFE_SECONDS = (1.5, 4.0)
@@ -57,7 +60,7 @@ app = typer.Typer()
 def command(
     minutes: Annotated[float, typer.Option(min=0.01, max=10_000, help="Minutes to run.")] = 1.0,
     faults: Annotated[
-        bool, typer.Option("--faults", help="Let engines and the server fail, too.")
+        bool, typer.Option("--faults", help="Let engines, server and network fail, too.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the loads and of the faults.")] = 1,
     as_json: AsJson = False,
@@ -169,6 +172,8 @@ class Subject:
         with engine.pool.stream() if self._streaming else nullcontext():
             for _ in range(self._random.randint(*STEPS_BETWEEN_LOOKS)):
                 engine.step()
+                if self._random.randrange(STEPS_A_CALL) == 0:
+                    engine.call()
 
     def _crash(self, engine: Engine, service: Client) -> Engine:
         """Go in the middle of a call; somebody else takes the pool over."""
@@ -311,8 +316,11 @@ def soak(
     random = Random(seed)
     begun = time.monotonic()
     host = Host(directory, random.randrange(2**32), tally)
+    weather = Weather(random.randrange(2**32))
+    proxy = Proxy(host.target, weather.choose)
+    target = proxy.target if faults else host.target
     subjects = [
-        Subject(number, host.target, random.randrange(2**32), findings, tally)
+        Subject(number, target, random.randrange(2**32), findings, tally)
         for number in range(ENGINES)
     ]
     try:
@@ -328,6 +336,8 @@ def soak(
             for done in work:
                 done.result()
     finally:
+        weather.close()
+        proxy.close()
         host.close()
     return {
         "minutes": round((time.monotonic() - begun) / 60, 2),
@@ -335,6 +345,7 @@ def soak(
         "batches": sum(subject.acknowledged for subject in subjects),
         "errors": dict(tally.errors),
         "faults": dict(tally.faults),
+        "messages": dict(weather.counts),
         **{kind: getattr(findings, kind) for kind in KINDS},
         **{f"p{percent}_ms": _percentile_ms(tally.seconds, percent) for percent in (50, 99)},
         "memory": {

@@ -185,12 +185,15 @@ static uint64_t digest_of_call(struct engine *engine, struct call *call) {
             engine->seq = engine->answer.seq;
             return digest_of(&engine->answer);
         case ALONE:
-            must(odma_arena_unary(engine->arena, engine->epoch, &call->op, &result), "unary");
+            must(odma_arena_unary(engine->arena, (odma_caller){.epoch = engine->epoch}, &call->op,
+                                  &result),
+                 "unary");
             feed_result(&digest, &result);
             return digest;
         case RECONCILE:
-            must(odma_arena_reconcile(engine->arena, engine->epoch, call->handles, call->count,
-                                      engine->kept, engine->freed, &freed),
+            must(odma_arena_reconcile(engine->arena, (odma_caller){.epoch = engine->epoch},
+                                      call->handles, call->count, engine->kept, engine->freed,
+                                      &freed),
                  "reconcile");
             for (uint32_t i = 0; i < call->count; i++)
                 feed_place(&digest, engine->kept[i].handle, engine->kept[i].start,

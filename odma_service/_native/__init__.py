@@ -9,6 +9,7 @@ from odma_service._native.arena import (
     MOST_LIMITS,
     Arena,
     optimal_limits,
+    own_faults,
 )
 from odma_service._native.operations import MOST_TEXT_BYTES, NAME_BYTES, TEXT_RULE, text_of
 from odma_service._native.records import (
@@ -46,5 +47,6 @@ __all__ = [
     "RegionEntry",
     "TenantUse",
     "optimal_limits",
+    "own_faults",
     "text_of",
 ]

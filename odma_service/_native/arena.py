@@ -43,17 +43,21 @@ from odma_service.errors import (
     BooksForeignError,
     BooksLockedError,
     BooksMismatchError,
+    BooksUnavailableError,
     EpochError,
+    FencedError,
     InvalidError,
+    LateError,
     OdmaError,
     PoolLimitError,
     PoolNotFoundError,
     SeqChangedError,
     SeqGapError,
     SeqOldError,
+    UnfencedError,
     VersionError,
 )
-from odma_service.values import Answer, Moves, Overflow, Start, TenantShare
+from odma_service.values import Answer, Caller, Moves, Overflow, Start, TenantShare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +96,21 @@ _BOOKS_ERRORS: dict[int, type[BooksError]] = {
     lib.ODMA_MISMATCH: BooksMismatchError,
     lib.ODMA_CORRUPT: BooksCorruptError,
     lib.ODMA_BROKEN: BooksCorruptError,
+    lib.ODMA_IO: BooksUnavailableError,
+    lib.ODMA_EXISTS: BooksUnavailableError,
 }
+
+
+_NOBODY = Caller(0)
+
+
+def own_faults() -> None:
+    """Take SIGBUS for this process: a page of a pool's file that fails breaks that arena only.
+
+    For a service: a library must not own a signal.
+    """
+    if lib.odma_own_faults() != 0:
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
 
 
 class Arena:
@@ -130,7 +148,11 @@ class Arena:
         status = lib.odma_arena_create(os.fsencode(path), wanted, arena, reason)
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
-        return cls(path, arena[0])
+        try:
+            return cls(path, arena[0])
+        except MemoryError:
+            path.unlink()
+            raise
 
     @classmethod
     def attach(
@@ -138,13 +160,15 @@ class Arena:
     ) -> Self:
         """Attach the file at `path` and finish what a killed process left half done.
 
-        An epoch of another boot is ended. Raises PoolNotFoundError, PoolLimitError, or the
-        BooksError that says why the file cannot be used; the file is as before.
+        An epoch of another boot is ended. Raises PoolNotFoundError, or the BooksError that says
+        why the file cannot be used; the file is as before.
         """
         arena, reason = ffi.new("odma_arena **"), new_reason()
         wanted = ffi.NULL if geometry is None else ffi.new("odma_geometry *", geometry._asdict())
         boot = ffi.NULL if boot_id is None else boot_id.encode()
         status = lib.odma_arena_attach(os.fsencode(path), wanted, boot, arena, reason)
+        if status == lib.ODMA_NO_SPACE:  # for books that there are: it may come back
+            status = lib.ODMA_IO
         if status != lib.ODMA_OK:
             raise _file_error(status, path, reason)
         return cls(path, arena[0])
@@ -181,9 +205,19 @@ class Arena:
             raise InvalidError("epoch", "above every earlier one and below 2^53, a sound engine")
         self._insist(status)
 
-    def end_epoch(self, epoch: int) -> None:
+    def describe(self, owner: int, description: bytes) -> None:
+        """Change the description and the owner number of the epoch: both or neither."""
+        status = lib.odma_arena_describe(self._arena, owner, description, len(description))
+        self._insist(status, invalid="owner")
+
+    def spend(self, caller: Caller) -> None:
+        """Use up the number of a call that was refused: if it comes again it stays refused."""
+        self._insist(lib.odma_arena_spend(self._arena, caller), caller)
+
+    def end_epoch(self, caller: Caller | int) -> None:
         """End the epoch. Raises EpochError if it is not the one running."""
-        self._insist(lib.odma_arena_end_epoch(self._arena, epoch), epoch=epoch)
+        caller = Caller.of(caller)
+        self._insist(lib.odma_arena_end_epoch(self._arena, caller), caller)
 
     @property
     def engine(self) -> EngineRecord:
@@ -231,56 +265,65 @@ class Arena:
             version=policy.version,
         )
 
-    def set_policy(self, policy: PolicyRecord, expected_version: int = 0) -> int:
+    def set_policy(
+        self, policy: PolicyRecord, expected_version: int = 0, caller: Caller | None = None
+    ) -> int:
         """Install a policy and return its version.
 
         Raises VersionError unless expected_version, if not 0, is in force.
         """
         record = policy_struct(policy)
-        status = lib.odma_arena_set_policy(self._arena, record, expected_version)
+        fence = ffi.NULL if caller is None else ffi.new("odma_caller *", caller)
+        status = lib.odma_arena_set_policy(self._arena, fence, record, expected_version)
         if status == lib.ODMA_VERSION:
             raise VersionError(expected_version, self.policy().version)
-        self._insist(status, invalid="policy")
+        self._insist(status, caller or _NOBODY, invalid="policy")
         return int(record.version)
 
     # --- the decode step ---
 
-    def replay(self, epoch: int, batch: Batch) -> Answer | None:
+    def replay(self, caller: Caller | int, batch: Batch) -> Answer | None:
         """Return the stored answer if `batch` has one, None if apply would do it."""
-        inputs = self._fill_batch(epoch, batch, None)
+        caller = Caller.of(caller)
+        inputs = self._fill_batch(caller, batch, None)
         status = lib.odma_arena_replay(self._arena, self._batch, self._answer)
         del inputs
         if status == lib.ODMA_NOT_FOUND:
             return None
-        self._insist_batch(status, epoch, batch)
+        self._insist_batch(status, caller, batch)
         return self._read_answer(batch)
 
     def apply(
         self,
-        epoch: int,
+        caller: Caller | int,
         batch: Batch,
         predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
         """Do the operations of one decode step: all of it or none of it.
 
         `predictions` has one entry for each operation. Raises InvalidError for a bad
-        batch, EpochError, SeqChangedError, SeqOldError, SeqGapError.
+        batch, EpochError, SeqChangedError, SeqOldError, SeqGapError, and for a caller with
+        an owner number FencedError, LateError.
         """
-        inputs = self._fill_batch(epoch, batch, predictions)
+        caller = Caller.of(caller)
+        inputs = self._fill_batch(caller, batch, predictions)
         status = lib.odma_arena_apply(self._arena, self._batch, self._answer)
         del inputs
-        self._insist_batch(status, epoch, batch)
+        self._insist_batch(status, caller, batch)
         return self._read_answer(batch)
 
-    def unary(self, epoch: int, op: Op, prediction: Predicted | None = None) -> Result:
+    def unary(self, caller: Caller | int, op: Op, prediction: Predicted | None = None) -> Result:
         """Do one operation outside of batches, without copies."""
         operation = op_struct(op, prediction)
         result = ffi.new("odma_result *")
-        status = lib.odma_arena_unary(self._arena, epoch, operation, result)
-        self._insist(status, epoch=epoch)
+        caller = Caller.of(caller)
+        status = lib.odma_arena_unary(self._arena, caller, operation, result)
+        self._insist(status, caller)
         return results_from(result, [op], self._block_tokens)[0]
 
-    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+    def reconcile(
+        self, caller: Caller | int, handles: Sequence[int]
+    ) -> tuple[list[Place], list[int]]:
         """Free every live region that is not listed, and every waiting run.
 
         Return where the listed ones lie, in the order given (length 0: it is dead), and
@@ -293,14 +336,15 @@ class Arena:
         kept = ffi.new("odma_place[]", len(handles))
         freed = ffi.new("uint64_t[]", self.geometry.max_regions)
         count = ffi.new("uint32_t *")
+        caller = Caller.of(caller)
         status = lib.odma_arena_reconcile(
-            self._arena, epoch, listed, len(handles), kept, freed, count
+            self._arena, caller, listed, len(handles), kept, freed, count
         )
-        self._insist(status, epoch=epoch, invalid="handles")
+        self._insist(status, caller, invalid="handles")
         return places_from(kept, len(handles), self._block_tokens), list(freed[0 : count[0]])
 
     def _fill_batch(
-        self, epoch: int, batch: Batch, predictions: Sequence[Predicted | None] | None
+        self, caller: Caller, batch: Batch, predictions: Sequence[Predicted | None] | None
     ) -> tuple[Any, Any]:
         """Fill the struct; what it points to lives as long as the returned arrays."""
         for field, values, most in (
@@ -312,13 +356,13 @@ class Arena:
         used, ops = used_array(batch.used), ops_array(batch.ops, predictions)
         struct = self._batch
         try:
-            struct.epoch = epoch
+            struct.epoch, struct.owner, struct.number = caller
             struct.seq = batch.seq
             struct.completed_seq = batch.completed_seq
             struct.max_copy_tokens = batch.max_copy_tokens or 0
         except (OverflowError, TypeError):
             check_numbers("", batch)
-            raise InvalidError("epoch", f"must be 0 to 2^64 - 1, not {epoch!r}") from None
+            raise InvalidError("epoch", f"must be 0 to 2^64 - 1, not {caller.epoch!r}") from None
         struct.given = 0 if batch.max_copy_tokens is None else lib.ODMA_GIVEN_MAX_COPY
         struct.pass_refused = bool(batch.pass_refused)
         struct.used_count = len(batch.used)
@@ -350,6 +394,8 @@ class Arena:
             last_epoch=report.last_epoch,
             seq=report.seq,
             completed_seq=report.completed_seq,
+            owner=report.owner,
+            number=report.number,
             live=report.live,
             waiting=report.waiting,
             free_runs=report.free_runs,
@@ -529,23 +575,28 @@ class Arena:
     # --- statuses ---
 
     def _insist(
-        self, status: int, *, epoch: int = 0, invalid: str = "argument", reason: Any = None
+        self,
+        status: int,
+        caller: Caller = _NOBODY,
+        *,
+        invalid: str = "argument",
+        reason: Any = None,
     ) -> None:
         if status != lib.ODMA_OK:
-            self._fail(status, epoch=epoch, invalid=invalid, reason=reason)
+            self._fail(status, caller, invalid=invalid, reason=reason)
 
-    def _insist_batch(self, status: int, epoch: int, batch: Batch) -> None:
+    def _insist_batch(self, status: int, caller: Caller, batch: Batch) -> None:
         if status == lib.ODMA_OK:
             return
         if status == lib.ODMA_INVALID and self._arena:
             raise batch_error(self._answer.rule, self._answer.rule_index)
-        self._fail(status, epoch=epoch, seq=batch.seq)
+        self._fail(status, caller, seq=batch.seq)
 
     def _fail(
         self,
         status: int,
+        caller: Caller,
         *,
-        epoch: int = 0,
         seq: int = 0,
         invalid: str = "argument",
         reason: Any = None,
@@ -556,7 +607,13 @@ class Arena:
         if status == lib.ODMA_INVALID:
             raise InvalidError(invalid, "breaks a rule of odma.h")
         if status == lib.ODMA_EPOCH:
-            raise EpochError(self.name, epoch)
+            raise EpochError(self.name, caller.epoch)
+        if status == lib.ODMA_FENCED:
+            raise FencedError(self.name, self.report().owner)
+        if status == lib.ODMA_UNFENCED:
+            raise UnfencedError(self.name, self.report().owner)
+        if status == lib.ODMA_LATE:
+            raise LateError(caller.number, self.report().number)
         if status == lib.ODMA_SEQ_CHANGED:
             raise SeqChangedError(seq)
         if status == lib.ODMA_SEQ_OLD:

@@ -21,13 +21,14 @@ def declarations(header: str) -> str:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef("".join(map(declarations, HEADERS)))
+ffibuilder.cdef("".join(map(declarations, HEADERS)) + "int odma_own_faults(void);")
 ffibuilder.set_source(
     "odma_service._native._odma",
-    "".join(f'#include "{header}"\n' for header in HEADERS),
+    "".join(f'#include "{header}"\n' for header in HEADERS) + "int odma_own_faults(void);",
     sources=[str(CSRC / "odma.c")],
     depends=[str(path) for path in sorted(CSRC.rglob("*.[ch]"))],
     include_dirs=[str(CSRC)],
+    define_macros=[("ODMA_OWN_FAULTS", None)],
     libraries=["m"],
     extra_compile_args=["-std=c11", "-O2", "-flto=auto", "-fvisibility=hidden"],
     extra_link_args=["-flto=auto"],

@@ -84,9 +84,19 @@ RULES: dict[int, tuple[str, str]] = {
     lib.ODMA_RULE_COMPLETED_SEQ: ("completed_seq", "never falls, at most the last answered seq"),
     lib.ODMA_RULE_USED_HANDLE: ("handle", "its region must be live, and listed once"),
     lib.ODMA_RULE_USED_TOKENS: ("used_tokens", "at most the region's length"),
+    lib.ODMA_RULE_REQUEST_ID_TWICE: (
+        "request_id",
+        "asked for by an earlier operation of the batch",
+    ),
+    lib.ODMA_RULE_TENANT_MAX_TOTAL: ("max_total_tokens", "at most what its tenant may hold"),
+    lib.ODMA_RULE_TENANT_PROMPT: (
+        "prompt_tokens",
+        "with generated_tokens and one more at most what its tenant may hold",
+    ),
 }
 """Field and sentence of each odma_rule."""
 
+_TENANT_RULES = {lib.ODMA_RULE_TENANT_MAX_TOTAL, lib.ODMA_RULE_TENANT_PROMPT}
 _USED_RULES = {lib.ODMA_RULE_USED_HANDLE, lib.ODMA_RULE_USED_TOKENS}
 _KINDS: dict[type, str] = {Free: "free", Trim: "trim", Extend: "extend", Allocate: "allocate"}
 _WIDE = {"handle", "seq", "completed_seq"}
@@ -288,7 +298,9 @@ def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Res
     """Return what C answered to each of `ops`."""
     answered: list[Result] = []
     for op, entry in zip(ops, _entries(_RESULT, results, len(ops)), strict=True):
-        outcome, reason, rule, start, length, free, largest, waiting, needed, _, handle, who = entry
+        outcome, reason, rule, start, length, free, largest, waiting, needed, most, handle, who = (
+            entry
+        )
         if outcome == _PLACED:
             answered.append(_new(Place, (handle, start * block_tokens, length * block_tokens)))
         elif outcome == _FREED:
@@ -304,7 +316,7 @@ def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Res
                     waiting * block_tokens,
                     needed,
                     who,
-                    _broken_rule(rule, op),
+                    _broken_rule(rule, op, most * block_tokens),
                 )
             )
     return answered
@@ -336,7 +348,7 @@ def batch_error(rule: int, index: int) -> InvalidError:
     return InvalidError(f"used[{index}].{field}" if rule in _USED_RULES else field, sentence)
 
 
-def _broken_rule(rule: int, op: Op) -> str:
+def _broken_rule(rule: int, op: Op, most_tokens: int) -> str:
     if rule == _NO_RULE:
         return ""
     # An empty request id may stand for whatever else C was not shown.
@@ -344,4 +356,5 @@ def _broken_rule(rule: int, op: Op) -> str:
         flaw = _texts(op)
         if isinstance(flaw, _Flaw):
             return ": ".join(flaw)
-    return ": ".join(RULES[rule])
+    sentence = ": ".join(RULES[rule])
+    return f"{sentence} ({most_tokens} tokens)" if rule in _TENANT_RULES else sentence

@@ -41,6 +41,11 @@ class ArenaGeometry(NamedTuple):
     model_length_tokens: int
     digest: int
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file of books of this geometry, 0 for a bad one."""
+        return int(lib.odma_geometry_file_bytes(ffi.new("odma_geometry *", self._asdict())))
+
     def check(self) -> None:
         """Raise InvalidError with the field that breaks its rule."""
         struct, reason = ffi.new("odma_geometry *"), new_reason()
@@ -198,6 +203,8 @@ class ArenaReport(NamedTuple):
     last_epoch: int
     seq: int
     completed_seq: int
+    owner: int
+    number: int
     live: int
     waiting: int
     free_runs: int

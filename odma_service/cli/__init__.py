@@ -17,6 +17,7 @@ COMMANDS = {
     "watch": "odma_service.cli.watch",
     "health": "odma_service.cli.health",
     "demo": "odma_service.cli.demo",
+    "geometry": "odma_service.cli.geometry",
     "trace": "odma_service.cli.trace",
     "replay": "odma_service.cli.replay",
     "tune": "odma_service.cli.tune",

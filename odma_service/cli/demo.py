@@ -1,8 +1,9 @@
 """`odma demo`: a real server, an engine that plays against it, and what came of it.
 
 It exits with 1 when a token was not where it should be, when a request or a token is
-missing, when the books do not balance, and when the synthetic load, which is made to be short
-of memory, was not. A trace or an option that cannot be used exits with 2.
+missing, when the books do not balance, and when the usual synthetic load, which is made to be
+short of memory, was not. A trace or an option that cannot be used, or a trace of which nothing
+fits, exits with 2.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from rich.progress import (
 from rich.text import Text
 
 from odma_service.cli.failures import BadResultError, bad_result
-from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key
+from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, TraceFormat
 from odma_service.cli.output import progress_bar, show
 from odma_service.client import Client
 from odma_service.client.local import own_server
 from odma_service.demo.play import Setting, play
 from odma_service.demo.report import Outcome, as_object, table_of
 from odma_service.errors import InvalidError, OdmaError
-from odma_service.replay.load import Limits
+from odma_service.replay.load import Limits, load_of
 from odma_service.replay.loop import History
 from odma_service.replay.pooled import EngineKind
 from odma_service.traces import Trace, generate, read_trace
@@ -40,6 +41,7 @@ SYNTHETIC_ROWS = 1_000
 BAR_DECISIONS = 64  # the progress bar moves once in so many
 
 USUAL = Setting()
+USUAL_SIZE = USUAL.limits, USUAL.batch_cap
 
 
 class MovesChoice(StrEnum):
@@ -64,7 +66,7 @@ app = typer.Typer()
 def command(
     trace: Annotated[
         Path | None,
-        typer.Option(help="Parquet, Azure CSV or Mooncake JSONL. Without it: a synthetic load."),
+        typer.Option(help="As for `odma trace describe`. Without it: a synthetic load."),
     ] = None,
     rows: Annotated[
         int | None,
@@ -106,6 +108,7 @@ def command(
     cert: Cert = None,
     key: Key = None,
     drop_copy: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Play an engine against a real server, over gRPC, and check every token it keeps."""
@@ -113,7 +116,8 @@ def command(
     limits = Limits(max_output, model_length, capacity_tokens)
     setting = Setting(limits, kind, batch_cap, overtake, drop_copy)
     policies = _policies(policy)
-    load = _load(trace, rows, seed, limits)
+    load = _load(trace, rows, seed, limits, form)
+    load_of(load, limits)  # one of which nothing fits needs no server to be refused
     server = own_server() if target is None else nullcontext(target)
     with (
         bad_result(OdmaError),
@@ -122,7 +126,8 @@ def command(
     ):
         outcomes = _play(load, policies, setting, service, quiet=as_json)
     show(as_object(outcomes), as_json, lambda _: _picture(load, limits, outcomes))
-    strict = trace is None and kind.moves is Moves.ANY and kind.single_stream
+    made_short = trace is None and rows is None and (limits, batch_cap) == USUAL_SIZE
+    strict = made_short and kind.moves is Moves.ANY and kind.single_stream
     flaws = [flaw for outcome in outcomes for flaw in outcome.flaws()]
     flaws += [
         omission
@@ -142,10 +147,12 @@ def _policies(names: str) -> list[str]:
     return list(dict.fromkeys(policies))
 
 
-def _load(path: Path | None, rows: int | None, seed: int, limits: Limits) -> Trace:
+def _load(
+    path: Path | None, rows: int | None, seed: int, limits: Limits, form: str | None
+) -> Trace:
     """Return the trace to play; a made one is cut by the engine, not by its maker."""
     if path is not None:
-        return read_trace(path, rows)
+        return read_trace(path, rows, form)
     return generate(rows or SYNTHETIC_ROWS, seed, max_output_tokens=limits.model_length_tokens)
 
 

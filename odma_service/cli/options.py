@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 TOKEN = "ODMA_TOKEN"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+TraceFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="Of the trace (docs/reference/traces.md). Default: what its marks say."
+    ),
+]
 Ca = Annotated[
     Path | None,
     typer.Option(envvar="ODMA_CLIENT_CA", help="PEM file: who signs the service's certificate."),

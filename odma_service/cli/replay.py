@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from odma_service import replay, traces
-from odma_service.cli.options import AsJson
+from odma_service.cli.geometry import text_of
+from odma_service.cli.options import AsJson, TraceFormat
 from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.errors import InvalidError
+from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
 
@@ -27,7 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def command(
-    trace: Annotated[list[Path], typer.Argument(help="Parquet, Azure CSV or Mooncake JSONL.")],
+    trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
         str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
     ] = DEFAULT_POLICIES,
@@ -50,6 +53,14 @@ def command(
     device: Annotated[
         str, typer.Option(help="LPDDR device: mlu370-x4, mlu370-x8 or a file like theirs.")
     ] = "mlu370-x4",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A config.json, whose KV is priced in place of the default model's."),
+    ] = None,
+    weights_gbytes: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Weights that a token reads, of 2 bytes each. Default: 15.2."),
+    ] = None,
     peak_tflops: Annotated[
         float, typer.Option(min=1e-3, help="Peak compute of the device; half of it is assumed.")
     ] = 96.0,
@@ -84,21 +95,26 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Directory for report.html, JSON, CSV and plots.")
     ] = None,
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
     shares = tuple(map(tenant_of, tenant or ()))
-    serving = replay.Serving(
-        device,
-        peak_flops_per_second=peak_tflops * 1e12,
-        swap_bytes_per_second=swap_gbytes * 1e9,
+    serving = _of_model(
+        replay.Serving(
+            device,
+            peak_flops_per_second=peak_tflops * 1e12,
+            swap_bytes_per_second=swap_gbytes * 1e9,
+        ),
+        model,
+        weights_gbytes,
     )
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
         for path in trace:
-            load = replay.marked(traces.read_trace(path, rows), skip)
+            load = replay.marked(traces.read_trace(path, rows, form), skip)
             setting = replay.Setting(
                 replay.limits_for(load, capacity_tokens, max_output, model_length),
                 serving,
@@ -120,6 +136,24 @@ def command(
             typer.echo(line, err=as_json)
     if as_json:
         show(_object(compared), as_json)
+
+
+def _of_model(
+    serving: replay.Serving, config: Path | None, weights_gbytes: float | None
+) -> replay.Serving:
+    """Return the prices of another model. Two operations a token and weight are assumed."""
+    if config is not None:
+        geometry = from_model_config(text_of(str(config))).geometry
+        serving = replace(
+            serving,
+            model=str(config),
+            kv_bytes_per_token=geometry.bytes_per_token,
+            planes=geometry.plane_count,
+        )
+    if weights_gbytes is not None:
+        weight_bytes = weights_gbytes * 1e9
+        serving = replace(serving, weight_bytes=weight_bytes, flops_per_token=weight_bytes)
+    return serving
 
 
 def policies_of(names: str) -> list[str]:

@@ -14,8 +14,10 @@ from rich.text import Text
 
 from odma_service import traces
 from odma_service.cli.lazy import Commands
-from odma_service.cli.options import AsJson
+from odma_service.cli.options import AsJson, TraceFormat
 from odma_service.cli.output import show
+
+KNOWN = f"A trace: {', '.join(traces.FORMATS)}"
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Describe, generate and import request traces."
@@ -24,13 +26,12 @@ app = typer.Typer(
 
 @app.command()
 def describe(
-    file: Annotated[
-        Path, typer.Argument(help="Parquet, Azure CSV, Mooncake JSONL or a decision log.")
-    ],
+    file: Annotated[Path, typer.Argument(help=f"{KNOWN}; may be gzip or a pipe.")],
+    form: TraceFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a trace's size, rate, lengths and cap."""
-    description = traces.describe(traces.read_trace(file))
+    description = traces.describe(traces.read_trace(file, form=form))
     show(asdict(description), as_json, lambda _: _picture(description))
 
 
@@ -48,8 +49,10 @@ def generate(
 
 @app.command()
 def servegen(
-    rates: Annotated[Path, typer.Argument(help="A *_rates parquet file of ServeGen.")],
-    histograms: Annotated[Path, typer.Argument(help="Its *_hist parquet file.")],
+    source: Annotated[
+        list[Path],
+        typer.Argument(help="A folder of ServeGen's data, or a *_rates and a *_hist parquet file."),
+    ],
     out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
     start_hours: Annotated[float, typer.Option(min=0, help="Where the window begins.")] = 0.0,
     hours: Annotated[float, typer.Option(min=1 / 6, help="How long it is.")] = 6.0,
@@ -58,7 +61,7 @@ def servegen(
 ) -> None:
     """Sample a trace that drifts as a production service did, over hours or days."""
     trace = traces.sample_servegen(
-        rates, histograms, rows=rows, seed=seed, start_hours=start_hours, hours=hours
+        *source, rows=rows, seed=seed, start_hours=start_hours, hours=hours
     )
     traces.write_trace(trace, out)
     _report(trace, out)
@@ -66,13 +69,12 @@ def servegen(
 
 @app.command("import")
 def import_(
-    src: Annotated[
-        Path, typer.Argument(help="Azure CSV, Mooncake JSONL, a decision log or parquet.")
-    ],
+    src: Annotated[Path, typer.Argument(help=f"{KNOWN}; may be gzip or a pipe.")],
     out: Annotated[Path, typer.Argument(help="The parquet file to write.")],
+    form: TraceFormat = None,
 ) -> None:
-    """Turn a published trace, or a decision log, into parquet."""
-    trace = traces.import_trace(src, out)
+    """Turn a trace of any known format into parquet."""
+    trace = traces.import_trace(src, out, form)
     _report(trace, out)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,8 +21,9 @@ from google.protobuf.message import Message
 
 from odma_service.client.channel import CHANNEL_OPTIONS, Caller, Tls
 from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
-from odma_service.client.owner import Owner, open_request
+from odma_service.client.owner import Instance, Owner, open_request
 from odma_service.client.stream import AsyncApplyStream
+from odma_service.errors import StaleOpenError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
@@ -51,6 +52,7 @@ class AsyncClient:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
         self._caller = Caller(token, target, tls)
+        self._instance = Instance()
         self._channel = (
             grpc.aio.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -73,7 +75,10 @@ class AsyncClient:
     async def open_pool(self, name: str, **fields: Any) -> AsyncPoolClient:
         """As Client.open_pool."""
         request = open_request(name, **fields)
-        return AsyncPoolClient(self, await self.call(self.memory.OpenPool, request))
+        ask = self._instance.asks(self.memory.OpenPool)
+        while True:
+            with suppress(StaleOpenError):  # the answer to this attempt was lost
+                return AsyncPoolClient(self, await self.call(ask, request))
 
     async def get_pool(self, name: str) -> pool_pb.GetPoolResponse:
         """As Client.get_pool."""
@@ -117,11 +122,12 @@ class AsyncClient:
 
 
 class AsyncPoolClient(Owner):
-    """As PoolClient: the owner's side of one epoch, for one task at a time."""
+    """As PoolClient: the owner's side of one epoch. Calls of several tasks take turns."""
 
     def __init__(self, client: AsyncClient, response: pb.OpenPoolResponse) -> None:
         super().__init__(response)
         self._client = client
+        self._turn = asyncio.Lock()
         self._stream: AsyncApplyStream | None = None
 
     async def apply(
@@ -134,14 +140,19 @@ class AsyncPoolClient(Owner):
         pass_refused: bool = False,
     ) -> Answer:
         """As PoolClient.apply. After an UnavailableError or a cancellation call resume()."""
-        self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
-        return await self.resume()
+        async with self._turn:
+            self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
+            return await self._resume()
 
     async def resume(self) -> Answer:
         """Send the batch without an answer again, and return its answer."""
+        async with self._turn:
+            return await self._resume()
+
+    async def _resume(self) -> Answer:
         with self.waiting() as request:
             method = self._stream or self._client.memory.Apply
-            response: pb.ApplyResponse = await self._client.call(method, request)
+            response: pb.ApplyResponse = await self._ask(method, request)
         return answer_from(response)
 
     @asynccontextmanager
@@ -155,40 +166,53 @@ class AsyncPoolClient(Owner):
             self._stream = None
 
     async def keep_alive(self) -> pb.KeepAliveResponse:
-        """As PoolClient.keep_alive."""
+        """As PoolClient.keep_alive. It takes no turn."""
         request = pb.KeepAliveRequest(pool=self.ref)
-        answer: pb.KeepAliveResponse = await self._client.call(
-            self._client.memory.KeepAlive, request
-        )
+        answer: pb.KeepAliveResponse = await self._ask(self._client.memory.KeepAlive, request)
         return answer
 
     async def allocate(self, op: Allocate) -> Place:
         """As PoolClient.allocate."""
-        request = pb.AllocateRequest(pool=self.ref, allocate=op_to(op).allocate)
-        answer: pb.AllocateResponse = await self._client.call(self._client.memory.Allocate, request)
+        async with self._turn:
+            self.insist_answered()
+            request = pb.AllocateRequest(pool=self.numbered(), allocate=op_to(op).allocate)
+            answer: pb.AllocateResponse = await self._ask(self._client.memory.Allocate, request)
         return place_from(answer.place)
 
     async def extend(self, op: Extend) -> Place:
         """As PoolClient.extend."""
-        request = pb.ExtendRequest(pool=self.ref, extend=op_to(op).extend)
-        answer: pb.ExtendResponse = await self._client.call(self._client.memory.Extend, request)
+        async with self._turn:
+            self.insist_answered()
+            request = pb.ExtendRequest(pool=self.numbered(), extend=op_to(op).extend)
+            answer: pb.ExtendResponse = await self._ask(self._client.memory.Extend, request)
         return place_from(answer.place)
 
     async def free(self, op: Free) -> Freed:
         """As PoolClient.free."""
-        request = pb.FreeRequest(pool=self.ref, free=op_to(op).free)
-        answer: pb.FreeResponse = await self._client.call(self._client.memory.Free, request)
+        async with self._turn:
+            self.insist_answered()
+            request = pb.FreeRequest(pool=self.numbered(), free=op_to(op).free)
+            answer: pb.FreeResponse = await self._ask(self._client.memory.Free, request)
         return Freed(answer.already_free)
 
-    async def reconcile(self, handles: Sequence[int]) -> Reconciled:
+    async def reconcile(
+        self, handles: Sequence[int], *, completed_seq: int | None = None
+    ) -> Reconciled:
         """As PoolClient.reconcile."""
-        request = pb.ReconcileRequest(pool=self.ref, handles=handles)
-        answer: pb.ReconcileResponse = await self._client.call(
-            self._client.memory.Reconcile, request
-        )
-        self.reconciled(answer)
+        async with self._turn:
+            request = self.reconcile_request(handles, completed_seq)
+            answer: pb.ReconcileResponse = await self._ask(self._client.memory.Reconcile, request)
+            self.reconciled(answer)
         return reconciled_from(answer)
 
     async def close_pool(self) -> None:
         """As PoolClient.close_pool."""
-        await self._client.call(self._client.memory.ClosePool, pb.ClosePoolRequest(pool=self.ref))
+        async with self._turn:
+            request = pb.ClosePoolRequest(pool=self.numbered())
+            await self._ask(self._client.memory.ClosePool, request)
+
+    async def _ask(self, method: Callable[..., Any], request: Message) -> Any:
+        """As PoolClient's."""
+        while True:
+            with self.sending(request):
+                return await self._client.call(method, request)

@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 
 from odma_service.errors import (
     BooksLockedError,
+    BooksUnavailableError,
     OdmaError,
     RefusedError,
     ServiceError,
@@ -82,7 +83,9 @@ def _by_reason(kind: type[OdmaError]) -> dict[str, type[OdmaError]]:
     return kinds | {kind.reason: kind}
 
 
-_KINDS = _by_reason(OdmaError) | {BooksLockedError.reason: UnavailableError}
+_KINDS = _by_reason(OdmaError) | {
+    kind.reason: UnavailableError for kind in (BooksLockedError, BooksUnavailableError)
+}
 
 
 def error_from(error: grpc.RpcError) -> OdmaError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from odma_service.client.channel import CHANNEL_OPTIONS, Caller, Headers, Tls
 from odma_service.client.failures import LONGEST_PAUSE_SECONDS, Patience
-from odma_service.client.owner import Owner, open_request
+from odma_service.client.owner import Instance, Owner, open_request
 from odma_service.client.stream import ApplyStream
+from odma_service.errors import StaleOpenError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import predictor_service_pb2 as predictor_pb
@@ -69,6 +70,7 @@ class Client:
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
         self._caller = Caller(token, target, tls)
+        self._instance = Instance()
         self._channel = (
             grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
             if tls
@@ -103,10 +105,15 @@ class Client:
         """Open a pool and own it; `fields` as open_request() has them.
 
         With the open_id of an earlier call, the same epoch goes on: reconcile() before anything
-        else, which also finds the seq. Raises PoolOwnedError, PoolLimitError, InvalidError.
+        else, which also finds the seq, and fences whoever had it: another Client with this
+        open_id gets FencedError. Raises PoolOwnedError, PoolLimitError, InvalidError, and
+        FencedError if another Client has taken the pool from this one before.
         """
         request = open_request(name, **fields)
-        return PoolClient(self, self.call(self.memory.OpenPool, request))
+        ask = self._instance.asks(self.memory.OpenPool)
+        while True:
+            with suppress(StaleOpenError):  # the answer to this attempt was lost
+                return PoolClient(self, self.call(ask, request))
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
         """Return one line about each pool."""
@@ -206,7 +213,7 @@ class PoolClient(Owner):
     def resume(self) -> Answer:
         """Send the batch without an answer again, and return its answer."""
         with self.waiting() as request:
-            response = self._client.call(self._stream or self._client.memory.Apply, request)
+            response = self._ask(self._stream or self._client.memory.Apply, request)
         return answer_from(response)
 
     @contextmanager
@@ -225,27 +232,35 @@ class PoolClient(Owner):
 
     def keep_alive(self) -> pb.KeepAliveResponse:
         """Tell that this owner lives, when it has nothing else to say for ttl_seconds."""
-        return self._client.call(self._client.memory.KeepAlive, pb.KeepAliveRequest(pool=self.ref))
+        return self._ask(self._client.memory.KeepAlive, pb.KeepAliveRequest(pool=self.ref))
 
     def allocate(self, op: Allocate) -> Place:
         """Take one region. Raises RefusedError, and InvalidError for what can never fit."""
-        request = pb.AllocateRequest(pool=self.ref, allocate=op_to(op).allocate)
-        return place_from(self._client.call(self._client.memory.Allocate, request).place)
+        self.insist_answered()
+        request = pb.AllocateRequest(pool=self.numbered(), allocate=op_to(op).allocate)
+        return place_from(self._ask(self._client.memory.Allocate, request).place)
 
     def extend(self, op: Extend) -> Place:
         """Grow a region in place. Raises RefusedError, and HandleError if it is dead."""
-        request = pb.ExtendRequest(pool=self.ref, extend=op_to(op).extend)
-        return place_from(self._client.call(self._client.memory.Extend, request).place)
+        self.insist_answered()
+        request = pb.ExtendRequest(pool=self.numbered(), extend=op_to(op).extend)
+        return place_from(self._ask(self._client.memory.Extend, request).place)
 
     def free(self, op: Free) -> Freed:
         """Give a region back. Raises HandleError for a handle that was never issued."""
-        request = pb.FreeRequest(pool=self.ref, free=op_to(op).free)
-        return Freed(self._client.call(self._client.memory.Free, request).already_free)
+        self.insist_answered()
+        request = pb.FreeRequest(pool=self.numbered(), free=op_to(op).free)
+        return Freed(self._ask(self._client.memory.Free, request).already_free)
 
-    def reconcile(self, handles: Sequence[int]) -> Reconciled:
-        """Free every region that is not listed, and go on after the last answered seq."""
-        request = pb.ReconcileRequest(pool=self.ref, handles=handles)
-        answer = self._client.call(self._client.memory.Reconcile, request)
+    def reconcile(self, handles: Sequence[int], *, completed_seq: int | None = None) -> Reconciled:
+        """Free every region that is not listed, and go on after the last answered seq.
+
+        Promises that the copies of the answers up to `completed_seq` are done; None: of all
+        that this client got. Raises NotCompletedError if handles are listed and the pool has
+        answered more, and OdmaError if they are listed while a batch has no answer.
+        """
+        request = self.reconcile_request(handles, completed_seq)
+        answer = self._ask(self._client.memory.Reconcile, request)
         self.reconciled(answer)
         return reconciled_from(answer)
 
@@ -256,20 +271,30 @@ class PoolClient(Owner):
 
         After an UnavailableError read the pool's policy version before trying again.
         """
+        self.insist_answered()
         request = pb.RecalibrateRequest(
-            pool=self.ref, dry_run=dry_run, expected_version=expected_version, limits=limits
+            pool=self.numbered(), dry_run=dry_run, expected_version=expected_version, limits=limits
         )
-        return self._client.call(self._client.memory.Recalibrate, request, retry=False)
+        return self._ask(self._client.memory.Recalibrate, request, retry=False)
 
     def set_policy(
         self, change: PolicyChange, *, expected_version: int | None = None
     ) -> types.Policy:
         """Change the policy record. Sent once, as recalibrate() is."""
+        self.insist_answered()
         request = pb.SetPolicyRequest(
-            pool=self.ref, policy=change_to(change), expected_version=expected_version
+            pool=self.numbered(), policy=change_to(change), expected_version=expected_version
         )
-        return self._client.call(self._client.memory.SetPolicy, request, retry=False).policy
+        return self._ask(self._client.memory.SetPolicy, request, retry=False).policy
 
     def close_pool(self) -> None:
         """End the epoch. Promises that no enqueued work uses the pool's memory."""
-        self._client.call(self._client.memory.ClosePool, pb.ClosePoolRequest(pool=self.ref))
+        self._ask(self._client.memory.ClosePool, pb.ClosePoolRequest(pool=self.numbered()))
+
+    def _ask(
+        self, method: Callable[..., Response], request: Message, *, retry: bool = True
+    ) -> Response:
+        """Return the answer to a message of this owner. Raises FencedError."""
+        while True:
+            with self.sending(request):
+                return self._client.call(method, request, retry=retry)

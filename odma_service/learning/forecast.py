@@ -79,13 +79,17 @@ class Forecast(NamedTuple):
 
 
 class ForecastInput(NamedTuple):
-    """One request. histogram: what the live histograms say, where no model is asked."""
+    """One request. histogram: what the live histograms say, which is used where no model does."""
 
     prompt: PromptInput | None
     knowledge: ClassKnowledge
     histogram: Quantiles | None
     generated_tokens: int
     guess: int | None
+
+    def without_model(self) -> ForecastInput:
+        """Return the same request, of which no model is asked."""
+        return self._replace(prompt=None, knowledge=_NOTHING)
 
 
 Key = tuple[bytes | None, int, int]
@@ -129,10 +133,16 @@ class Question(NamedTuple):
     cache: ModelCache
 
     def answers(self) -> list[Forecast | None]:
-        """Return the forecast for each request, None where there is no input. Needs no lock."""
+        """Return the forecast for each request, None where there is no input. Needs no lock.
+
+        A model is a guest: where it fails, the histograms answer.
+        """
         prompts = [one.prompt for one in self.inputs if one is not None and one.prompt is not None]
         model = self.predictor if prompts else None
-        said = iter(() if model is None else self.cache.predict(model, prompts))
+        try:
+            said = iter(() if model is None else self.cache.predict(model, prompts))
+        except Exception:  # noqa: BLE001 - of somebody else's making, and counted where it is kept
+            return [one and _forecast(one.without_model(), None) for one in self.inputs]
         return [
             None if one is None else _forecast(one, None if one.prompt is None else next(said))
             for one in self.inputs
@@ -157,7 +167,8 @@ class Forecaster:
     ) -> Question:
         """Note what is known about each request. Without a predictor no model is asked."""
         classes: dict[str, ClassKnowledge] = {}
-        inputs = [self._input(predictor, op, classes, stale_steps) for op in ops]
+        histograms: dict[tuple[str, int], Quantiles | None] = {}
+        inputs = [self._input(predictor, op, classes, histograms, stale_steps) for op in ops]
         return Question(predictor, inputs, self._cache)
 
     def knowledge(self, request_class: str, stale_steps: int) -> ClassKnowledge:
@@ -179,20 +190,24 @@ class Forecaster:
         predictor: Model | None,
         op: Allocate | None,
         classes: dict[str, ClassKnowledge],
+        histograms: dict[tuple[str, int], Quantiles | None],
         stale_steps: int,
     ) -> ForecastInput | None:
         text = None if op is None else text_of(op.text)
         if op is None or not _is_sound(op, text):
             return None
         guess = op.predicted_output_tokens
+        asked = op.request_class, op.generated_tokens
+        if asked not in histograms:
+            histograms[asked] = self._pool.quantiles(*asked)
+        histogram = histograms[asked]
         if predictor is None:
-            histogram = self._pool.quantiles(op.request_class, op.generated_tokens)
             return ForecastInput(None, _NOTHING, histogram, op.generated_tokens, guess)
         knowledge = classes.get(op.request_class)
         if knowledge is None:
             knowledge = classes[op.request_class] = self.knowledge(op.request_class, stale_steps)
         prompt = PromptInput(text, op.prompt_tokens, knowledge.history)
-        return ForecastInput(prompt, knowledge, None, op.generated_tokens, guess)
+        return ForecastInput(prompt, knowledge, histogram, op.generated_tokens, guess)
 
 
 _NOTHING = ClassKnowledge(History(), None, 0)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from odma_service.values import (
         Answer,
         Batch,
+        Caller,
         Copy,
         Extend,
         Freed,
@@ -94,7 +95,7 @@ class Learner:
 
     def apply(
         self,
-        epoch: int,
+        epoch: Caller | int,
         batch: Batch,
         predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
@@ -120,30 +121,40 @@ class Learner:
         return answer
 
     def allocate(
-        self, epoch: int, op: Allocate, predictions: Sequence[Predicted | None] | None = None
+        self,
+        epoch: Caller | int,
+        op: Allocate,
+        predictions: Sequence[Predicted | None] | None = None,
     ) -> Place:
         """Allocate as Pool.allocate does, with a prediction."""
         known = predictions or self._predictions([op]) or [None]
         return self._told(op, known, lambda: self.pool.allocate(epoch, op, known[0]))
 
-    def extend(self, epoch: int, op: Extend) -> Place:
+    def extend(self, epoch: Caller | int, op: Extend) -> Place:
         """Extend as Pool.extend does."""
         return self._told(op, None, lambda: self.pool.extend(epoch, op))
 
-    def free(self, epoch: int, op: Free) -> Freed:
+    def free(self, epoch: Caller | int, op: Free) -> Freed:
         """Free as Pool.free does."""
         return self._told(op, None, lambda: self.pool.free(epoch, op))
 
-    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+    def reconcile(
+        self, epoch: Caller | int, handles: Sequence[int]
+    ) -> tuple[list[Place], list[int]]:
         """Free what is not listed as Pool.reconcile does."""
         places, freed = self.pool.reconcile(epoch, handles)
         if self._observer is not None:
             self._observer.reconciled(freed)
         return places, freed
 
-    def set_policy(self, policy: PolicyRecord, expected_version: int | None = None) -> int:
+    def set_policy(
+        self,
+        policy: PolicyRecord,
+        expected_version: int | None = None,
+        caller: Caller | None = None,
+    ) -> int:
         """Install a policy as Pool.set_policy does."""
-        return self._install(policy, expected_version, Change.SET, "asked for")
+        return self._install(policy, expected_version, Change.SET, "asked for", caller)
 
     def asks(self, ops: Sequence[Op], seq: int | None = None) -> Question | None:
         """Return the question that a model has to answer about these operations, None for none.
@@ -181,14 +192,18 @@ class Learner:
         return "" if model is None else model.version
 
     def recalibrate(
-        self, dry_run: bool = False, expected_version: int | None = None, limits: int = 0
+        self,
+        dry_run: bool = False,
+        expected_version: int | None = None,
+        limits: int = 0,
+        caller: Caller | None = None,
     ) -> RecalibrationReport:
         """Find the bucket limits that waste least, and install them unless dry_run.
 
         `limits` 0: as many as the policy has. Raises NothingLearntError without buckets or
         with fewer than 32 completions, VersionError, InvalidError.
         """
-        return self._recalibrate(dry_run, expected_version, limits, "asked for")
+        return self._recalibrate(dry_run, expected_version, limits, "asked for", caller)
 
     def _follow_drift(self) -> None:
         """Change limits and risk of `odma` if its lengths have drifted and it is worth it."""
@@ -211,11 +226,20 @@ class Learner:
         self._calibrated = weights
 
     def _recalibrate(
-        self, dry_run: bool, expected_version: int | None, limits: int, why: str
+        self,
+        dry_run: bool,
+        expected_version: int | None,
+        limits: int,
+        why: str,
+        caller: Caller | None,
     ) -> RecalibrationReport:
         before = self.pool.policy()
         report = recalibrate(
-            self.pool, dry_run=dry_run, expected_version=expected_version, limits=limits
+            self.pool,
+            dry_run=dry_run,
+            expected_version=expected_version,
+            limits=limits,
+            caller=caller,
         )
         after = self.pool.policy()
         if self._observer is not None and after.version != before.version:
@@ -230,10 +254,15 @@ class Learner:
         return report
 
     def _install(
-        self, policy: PolicyRecord, expected_version: int | None, change: Change, why: str
+        self,
+        policy: PolicyRecord,
+        expected_version: int | None,
+        change: Change,
+        why: str,
+        caller: Caller | None = None,
     ) -> int:
         before = self.pool.policy()
-        version = self.pool.set_policy(policy, expected_version)
+        version = self.pool.set_policy(policy, expected_version, caller)
         if self._observer is not None:
             self._observer.policy_changed(change, before, self.pool.policy(), why)
         return version

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from odma_service._native import Histogram, PolicyRecord
     from odma_service.pool import Pool
+    from odma_service.values import Caller
 
 
 class LimitsReport(NamedTuple):
@@ -57,7 +58,12 @@ class Lengths(NamedTuple):
 
 
 def recalibrate(
-    pool: Pool, *, dry_run: bool, expected_version: int | None, limits: int
+    pool: Pool,
+    *,
+    dry_run: bool,
+    expected_version: int | None,
+    limits: int,
+    caller: Caller | None = None,
 ) -> RecalibrationReport:
     """Compute the best limits, as many as asked (0: as many as there are); install them.
 
@@ -81,7 +87,7 @@ def recalibrate(
     )
     version = policy.version
     if not dry_run and found != policy.limits_tokens:
-        version = pool.set_policy(policy.with_changes(limits_tokens=found), version)
+        version = pool.set_policy(policy.with_changes(limits_tokens=found), version, caller)
     return RecalibrationReport(
         before=limits_report(policy, staying),
         after=limits_report(policy.with_changes(limits_tokens=found), staying),

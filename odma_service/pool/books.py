@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -51,13 +51,15 @@ def copied(file: Path) -> Iterator[Copy]:
 def set_aside(path: Path, reason: str) -> Path:
     """Rename books that cannot be used to NAME.set-aside-N and return the new path.
 
-    The reason goes into a text file beside it. Nothing reads them again but people.
+    The reason goes into a text file beside it, if there is room. Nothing reads them again but
+    people. Raises OSError: the books are where they were.
     """
     number = 1
     while (aside := path.with_name(f"{path.name}.set-aside-{number}")).exists():
         number += 1
     path.rename(aside)
-    aside.with_name(f"{aside.name}.reason").write_text(reason + "\n")
+    with suppress(OSError):
+        aside.with_name(f"{aside.name}.reason").write_text(reason + "\n")
     return aside
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
-from typing import NamedTuple
 
 from odma_service.errors import InvalidError
 from odma_service.values import PlaneGroup
@@ -19,23 +18,7 @@ MOST_GROUPS = 64
 MOST_PLANES = 4096
 MOST_PLANE_BYTES = 2**24
 MOST_ALIGNMENT_BYTES = 2**20
-MOST_CONFIG_BYTES = 64 * 1024
 MOST_MODEL_LENGTH_TOKENS = 2**24
-MOST_RANKS = 4096
-
-ELEMENT_BYTES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-}
-"""Bytes of one element, by the name a model config has for its type."""
-
-PER_TOKEN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers that keep a K and a V for every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +35,10 @@ class Geometry:
         if not 1 <= len(self.planes) <= MOST_GROUPS:
             raise InvalidError("planes", f"1 to {MOST_GROUPS} groups, not {len(self.planes)}")
         for i, group in enumerate(self.planes):
-            _insist_count(f"planes[{i}].count", group.count, MOST_PLANES)
-            _insist_count(f"planes[{i}].bytes_per_token", group.bytes_per_token, MOST_PLANE_BYTES)
+            insist_count(f"planes[{i}].count", group.count, MOST_PLANES)
+            insist_count(f"planes[{i}].bytes_per_token", group.bytes_per_token, MOST_PLANE_BYTES)
             alignment = group.alignment_bytes
-            _insist_count(f"planes[{i}].alignment_bytes", alignment, MOST_ALIGNMENT_BYTES)
+            insist_count(f"planes[{i}].alignment_bytes", alignment, MOST_ALIGNMENT_BYTES)
             if alignment & (alignment - 1):
                 raise InvalidError(
                     f"planes[{i}].alignment_bytes", f"must be a power of two, not {alignment}"
@@ -151,116 +134,7 @@ def device(
     return chosen
 
 
-class ModelGeometry(NamedTuple):
-    """What a model config says. model_length_tokens None: it does not."""
-
-    geometry: Geometry
-    model_length_tokens: int | None
-
-
-def from_model_config(
-    config_json: str, tensor_parallel: int = 0, element_bytes: int = 0
-) -> ModelGeometry:
-    """Return the geometry of one rank from the text of a Hugging Face config.json.
-
-    KV heads are divided over `tensor_parallel` ranks (0: one), or replicated where there
-    are fewer heads than ranks. The compressed cache of DeepSeek's latent attention has no
-    heads and is whole on every rank. An element takes `element_bytes` (0: as torch_dtype
-    says). Raises InvalidError naming the key or the argument.
-    """
-    ranks = tensor_parallel or 1
-    _insist_count("tensor_parallel", ranks, MOST_RANKS)
-    if element_bytes:
-        _insist_count("element_bytes", element_bytes, 16)
-    config = _Config(config_json)
-    config.check_layers()
-    element = element_bytes or config.element_bytes()
-    layers = config.count("num_hidden_layers", MOST_PLANES // 2)
-    if config.has("kv_lora_rank"):
-        latent = config.count("kv_lora_rank") + config.count("qk_rope_head_dim")
-        planes = PlaneGroup(layers, latent * element)
-    else:
-        heads = _heads_per_rank(config.kv_heads(), ranks)
-        planes = PlaneGroup(2 * layers, heads * config.head_dim() * element)
-    return ModelGeometry(Geometry((planes,)), config.model_length_tokens())
-
-
-def _heads_per_rank(heads: int, ranks: int) -> int:
-    if heads % ranks and ranks % heads:
-        raise InvalidError(
-            "tensor_parallel", f"must divide {heads} KV heads, or be a multiple of them"
-        )
-    return max(1, heads // ranks)
-
-
-class _Config:
-    """A config.json whose every value is checked when it is asked for."""
-
-    def __init__(self, text: str) -> None:
-        if len(text.encode(errors="replace")) > MOST_CONFIG_BYTES:
-            raise InvalidError("config_json", f"at most {MOST_CONFIG_BYTES:,} bytes")
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InvalidError("config_json", f"must be JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise InvalidError("config_json", "must be a JSON object")
-        nested = config.get("text_config")
-        if nested is not None and not isinstance(nested, dict):
-            raise InvalidError("config_json.text_config", "must be a JSON object")
-        # A model for more than text keeps what its language model has in text_config.
-        inner = {key: value for key, value in (nested or {}).items() if value is not None}
-        self._values = config | inner
-
-    def has(self, key: str) -> bool:
-        return self._values.get(key) is not None
-
-    def count(self, key: str, most: int = MOST_PLANE_BYTES) -> int:
-        if not self.has(key):
-            raise InvalidError(f"config_json.{key}", "is missing")
-        value: int = self._values[key]
-        _insist_count(f"config_json.{key}", value, most)
-        return value
-
-    def kv_heads(self) -> int:
-        has_own = self.has("num_key_value_heads")
-        return self.count("num_key_value_heads" if has_own else "num_attention_heads")
-
-    def head_dim(self) -> int:
-        if self.has("head_dim"):
-            return self.count("head_dim")
-        hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
-        if hidden % heads:
-            raise InvalidError(
-                "config_json.hidden_size", f"must be a multiple of {heads} attention heads"
-            )
-        return hidden // heads
-
-    def element_bytes(self) -> int:
-        key = "torch_dtype" if self.has("torch_dtype") else "dtype"
-        name = self._values.get(key)
-        if not isinstance(name, str) or name not in ELEMENT_BYTES:
-            raise InvalidError(
-                "config_json.torch_dtype",
-                f"one of {', '.join(ELEMENT_BYTES)}; or give element_bytes",
-            )
-        return ELEMENT_BYTES[name]
-
-    def model_length_tokens(self) -> int | None:
-        key = "max_position_embeddings"
-        return self.count(key, MOST_MODEL_LENGTH_TOKENS) if self.has(key) else None
-
-    def check_layers(self) -> None:
-        kinds = self._values.get("layer_types") or []
-        if not isinstance(kinds, list) or not all(
-            isinstance(kind, str) and kind in PER_TOKEN_LAYERS for kind in kinds
-        ):
-            raise InvalidError(
-                "config_json.layer_types",
-                f"only {', '.join(sorted(PER_TOKEN_LAYERS))}; give the planes instead",
-            )
-
-
-def _insist_count(field: str, value: object, most: int) -> None:
+def insist_count(field: str, value: object, most: int) -> None:
+    """Raise InvalidError unless the value is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise InvalidError(field, f"must be a whole number from 1 to {most:,}")

@@ -29,9 +29,12 @@ from odma_service._native import (
 )
 from odma_service.errors import (
     BooksMismatchError,
+    EpochError,
+    FencedError,
     HandleError,
     InvalidError,
     RefusedError,
+    UnfencedError,
     VersionError,
 )
 from odma_service.pool.geometry import (
@@ -40,8 +43,10 @@ from odma_service.pool.geometry import (
     Device,
     Geometry,
 )
+from odma_service.pool.openers import NOBODY, Openers, Opening
 from odma_service.values import (
     Allocate,
+    Caller,
     Extend,
     Free,
     Freed,
@@ -65,6 +70,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAME_RULE = "1 to 64 characters of [A-Za-z0-9._-], not starting with a dot"
 MOST_EPOCH = 2**53 - 1
+OPENERS = "openers"
+"""Their key beside those of a spec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,7 @@ class PoolSpec:
         """Return the spec that to_json wrote. Raises BooksMismatchError for another text."""
         try:
             values = json.loads(text)
+            values.pop(OPENERS, None)
             values["geometry"] = Geometry(tuple(PlaneGroup(*g) for g in values["geometry"]))
             values["device"] = Device(*values["device"])
             values["moves"] = Moves(values["moves"])
@@ -177,21 +185,29 @@ class ClassHistory(NamedTuple):
 class Pool:
     """The books of one pool. epoch 0: nobody owns it."""
 
-    def __init__(self, arena: Arena, spec: PoolSpec) -> None:
+    def __init__(self, arena: Arena, spec: PoolSpec, openers: Openers) -> None:
         """Use Pool.create or Pool.attach."""
         arena.name = spec.name
         report = arena.report()
         self._arena = arena
         self._spec = spec
+        self._openers = openers
         self._epoch = report.epoch
+        self._owner = report.owner
         self._last_seq = report.seq
         self._policy = arena.policy()
 
     @classmethod
     def create(
-        cls, path: Path, spec: PoolSpec, epoch: int, boot_id: str, policy: PolicyRecord
+        cls,
+        path: Path,
+        spec: PoolSpec,
+        epoch: int,
+        boot_id: str,
+        policy: PolicyRecord,
+        openers: Openers = NOBODY,
     ) -> Self:
-        """Make books at `path` and begin an epoch.
+        """Make books at `path` and begin an epoch. With an owner among `openers` it is fenced.
 
         Raises BooksError if there is a file already, PoolLimitError without room for one,
         InvalidError for an epoch that is not 1 to 2^53 - 1. Then no file was made.
@@ -200,12 +216,12 @@ class Pool:
         arena = Arena.create(path, spec.arena_geometry())
         try:
             arena.set_policy(policy)
-            arena.open_epoch(epoch, spec.engine(), boot_id, spec.to_json())
+            _open_epoch(arena, spec, epoch, boot_id, openers)
+            return cls(arena, spec, openers)
         except BaseException:
             arena.close()
             path.unlink()
             raise
-        return cls(arena, spec)
 
     @classmethod
     def attach(cls, path: Path, boot_id: str, expected: PoolSpec | None = None) -> Self:
@@ -218,7 +234,8 @@ class Pool:
         geometry = None if expected is None else expected.arena_geometry()
         arena = Arena.attach(path, geometry, boot_id)
         try:
-            return cls(arena, PoolSpec.from_json(arena.description()))
+            description = arena.description()
+            return cls(arena, PoolSpec.from_json(description), _openers_of(description))
         except BaseException:
             arena.close()
             raise
@@ -250,12 +267,54 @@ class Pool:
         """The last answered seq of the epoch, 0 at its start."""
         return self._last_seq
 
+    @property
+    def owner(self) -> int:
+        """The owner number of the epoch. 0: it is not fenced."""
+        return self._owner
+
+    @property
+    def openers(self) -> Openers:
+        """Who has opened the pool."""
+        return self._openers
+
+    def insist(self, caller: Caller) -> None:
+        """Raise EpochError, FencedError or UnfencedError unless `caller` is the owner."""
+        if caller.epoch != self._epoch:
+            raise EpochError(self._spec.name, caller.epoch)
+        if caller.owner != self._owner:
+            kind = FencedError if caller.owner else UnfencedError
+            raise kind(self._spec.name, self._owner)
+
+    def own(self, opening: Opening) -> None:
+        """Give the epoch another owner number: what carries an earlier one is refused."""
+        openers = self._openers.owned_by(opening, ends_another=True)
+        self._describe(self._owner + 1, openers)
+
+    def refuse(self, opening: Opening) -> None:
+        """Remember an OpenPool that was refused."""
+        self._describe(self._owner, self._openers.refused(opening))
+
+    def _describe(self, owner: int, openers: Openers) -> None:
+        self._arena.describe(owner, _description(self._spec, openers))
+        self._owner = owner
+        self._openers = openers
+
+    def spend(self, caller: Caller) -> None:
+        """Use up the number of a call that was refused: if it comes again it stays refused."""
+        self._arena.spend(caller)
+
     def open_epoch(
-        self, spec: PoolSpec, epoch: int, boot_id: str, policy: PolicyRecord | None = None
+        self,
+        spec: PoolSpec,
+        epoch: int,
+        boot_id: str,
+        policy: PolicyRecord | None = None,
+        openers: Openers = NOBODY,
     ) -> None:
         """Begin an epoch with empty books; a running one ends. What was learnt stays.
 
-        `policy` None leaves the one in force. Raises BooksMismatchError if `spec` has
+        `policy` None leaves the one in force. With an owner among `openers` the epoch is
+        fenced. Raises BooksMismatchError if `spec` has
         another geometry, InvalidError unless `epoch` is above every earlier one.
         """
         if spec.arena_geometry() != self._arena.geometry:
@@ -263,24 +322,25 @@ class Pool:
         _insist_next(epoch, self._arena.report().last_epoch)
         if policy is not None:
             self.set_policy(policy)  # first, so that no epoch ever runs without it
-        self._arena.open_epoch(epoch, spec.engine(), boot_id, spec.to_json())
+        self._owner = _open_epoch(self._arena, spec, epoch, boot_id, openers)
         self._arena.name = spec.name
         self._spec = spec
+        self._openers = openers
         self._epoch = epoch
         self._last_seq = 0
 
-    def close_epoch(self, epoch: int) -> None:
+    def close_epoch(self, caller: Caller | int) -> None:
         """End the epoch: nothing is enqueued any more that uses the pool's memory.
 
         Raises EpochError if it is not the one running.
         """
-        self._arena.end_epoch(epoch)
-        self._epoch = 0
+        self._arena.end_epoch(caller)
+        self._epoch = self._owner = 0
         self._last_seq = 0
 
     # --- the decode step ---
 
-    def replay(self, epoch: int, batch: Batch) -> Answer | None:
+    def replay(self, epoch: Caller | int, batch: Batch) -> Answer | None:
         """Return the stored answer of a batch that was answered before, else None.
 
         Raises what apply would raise for its epoch and seq.
@@ -289,7 +349,7 @@ class Pool:
 
     def apply(
         self,
-        epoch: int,
+        epoch: Caller | int,
         batch: Batch,
         predictions: Sequence[Predicted | None] | None = None,
     ) -> Answer:
@@ -306,18 +366,20 @@ class Pool:
 
     # --- one operation ---
 
-    def allocate(self, epoch: int, op: Allocate, prediction: Predicted | None = None) -> Place:
+    def allocate(
+        self, epoch: Caller | int, op: Allocate, prediction: Predicted | None = None
+    ) -> Place:
         """Reserve a region, or return the one that lives under the same request id.
 
         Never copies. Raises RefusedError, InvalidError, EpochError.
         """
         return _placed(op, self._arena.unary(epoch, op, prediction))
 
-    def extend(self, epoch: int, op: Extend) -> Place:
+    def extend(self, epoch: Caller | int, op: Extend) -> Place:
         """Grow a region in place. Raises RefusedError, InvalidError, HandleError, EpochError."""
         return _placed(op, self._arena.unary(epoch, op))
 
-    def free(self, epoch: int, op: Free) -> Freed:
+    def free(self, epoch: Caller | int, op: Free) -> Freed:
         """Give a region back that no enqueued work uses; now or before, both are fine.
 
         Raises HandleError for a handle never issued, InvalidError, EpochError.
@@ -328,7 +390,9 @@ class Pool:
         assert isinstance(result, Freed)
         return result
 
-    def reconcile(self, epoch: int, handles: Sequence[int]) -> tuple[list[Place], list[int]]:
+    def reconcile(
+        self, epoch: Caller | int, handles: Sequence[int]
+    ) -> tuple[list[Place], list[int]]:
         """Free every region that is not listed.
 
         Return where the listed ones lie, in the order given (length_tokens 0: it is dead),
@@ -342,13 +406,19 @@ class Pool:
         """Return the policy in force."""
         return self._policy
 
-    def set_policy(self, policy: PolicyRecord, expected_version: int | None = None) -> int:
+    def set_policy(
+        self,
+        policy: PolicyRecord,
+        expected_version: int | None = None,
+        caller: Caller | None = None,
+    ) -> int:
         """Install a policy and return its version. Regions stay as they are.
 
-        Raises VersionError unless expected_version, if given, is in force.
+        Raises VersionError unless expected_version, if given, is in force. `caller` None:
+        nobody who is fenced.
         """
         self.check_version(expected_version)
-        version = self._arena.set_policy(policy)
+        version = self._arena.set_policy(policy, caller=caller)
         self._policy = replace(policy, version=version)
         return version
 
@@ -436,6 +506,36 @@ class Pool:
         return ClassHistory(
             self._arena.class_name(index), self._arena.histogram(index), known and known[0]
         )
+
+
+def _description(spec: PoolSpec, openers: Openers) -> bytes:
+    """Return the text of the books about a pool: its spec, and who has opened it."""
+    text = spec.to_json()
+    return (
+        text
+        if openers == NOBODY
+        else b'%s,"%s":%s}'
+        % (
+            text[:-1],
+            OPENERS.encode(),
+            openers.to_json(),
+        )
+    )
+
+
+def _openers_of(description: bytes) -> Openers:
+    values = json.loads(description)
+    return Openers.from_values(values[OPENERS]) if OPENERS in values else NOBODY
+
+
+def _open_epoch(arena: Arena, spec: PoolSpec, epoch: int, boot_id: str, openers: Openers) -> int:
+    """Begin an epoch, fenced if its owner has an instance. Return its owner number."""
+    description = _description(spec, openers)
+    arena.open_epoch(epoch, spec.engine(), boot_id, description)
+    if not openers.owner.instance:
+        return 0
+    arena.describe(1, description)  # nobody knows the epoch yet, so it is not too late
+    return 1
 
 
 def _insist_next(epoch: int, last_epoch: int) -> None:

@@ -110,4 +110,8 @@ class ArenaMemory(PoolMemory):
 
 
 def _geometry(serving: Serving) -> Geometry:
-    return Geometry((PlaneGroup(serving.planes, serving.kv_bytes_per_token // serving.planes),))
+    """Return planes as many and as large together as the model's: one has what is over."""
+    planes = serving.planes
+    each, over = divmod(serving.kv_bytes_per_token, planes)
+    groups = (PlaneGroup(planes - 1, each), PlaneGroup(1, each + over))
+    return Geometry(groups if over else (PlaneGroup(planes, each),))

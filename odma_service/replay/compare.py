@@ -7,11 +7,12 @@ never fills gives at least a tenth more does a ratio on that load say anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
@@ -135,13 +136,17 @@ def compare(
     for seed in range(setting.seeds):
         load = load_of(shuffled(trace, seed), setting.limits, rate=setting.rate)
         lengths = [request.output_tokens for request in load.requests]
-        runs = [
-            run_policy(name, load, setting, tuning, directory, seed, watch)
+        runs = {
+            name: run_policy(name, load, setting, tuning, directory, seed, watch)
             for name in (UNLIMITED, *names)
-        ]
-        ratios.append(_unlimited_over_ideal(runs[0], runs[1], setting, lengths))
-        window = window_of(run.history for run in runs[1:])
-        for run in runs[1:]:
+            if name != IDEAL_BEST
+        }
+        unlimited = runs.pop(UNLIMITED)
+        ratios.append(_over(unlimited, runs[IDEAL], [], setting, lengths))
+        if IDEAL_BEST in names:
+            runs[IDEAL_BEST] = _best_in_hindsight(runs, load, setting, directory, seed)
+        window = window_of(run.history for run in runs.values())
+        for run in (runs[name] for name in names):
             run.measures = measure(run.history, window, setting.limits.capacity_tokens, lengths)
             if len({request.tenant for request in load.requests}) > 1:
                 run.tenants = by_tenant(run.history, window, load.requests)
@@ -170,9 +175,7 @@ def run_policy(
     seed: int = 0,
     watch: Progress | None = None,
 ) -> Outcome:
-    """Serve a load under one policy."""
-    if name == IDEAL_BEST:
-        return _best_in_hindsight(load, setting, directory, seed)
+    """Serve a load under one policy; `ideal-best` is none alone, but the best of a comparison."""
     with memory_of(
         name,
         load,
@@ -201,26 +204,30 @@ def run_policy(
         return Outcome(name, seed, history, safety, memory.events)
 
 
-def _best_in_hindsight(load: Load, setting: Setting, directory: Path, seed: int) -> Outcome:
-    """Return ideal paging with the headroom that gives most on this load."""
-    outputs = [request.output_tokens for request in load.requests]
+def _best_in_hindsight(
+    others: Mapping[str, Outcome], load: Load, setting: Setting, directory: Path, seed: int
+) -> Outcome:
+    """Return ideal paging with the headroom that gives most where it is reported.
 
-    def rate(run: Outcome) -> float:
-        window = window_of([run.history])
-        return measure(run.history, window, setting.limits.capacity_tokens, outputs).tokens_per_s
-
-    runs = [
+    That is the window which it has with the others; `ideal-16` is one of those tried.
+    """
+    lengths = [request.output_tokens for request in load.requests]
+    ideal = others[IDEAL]
+    tried = [
         run_policy(IDEAL, load, setting, Tuning({IDEAL: {"headroom_share": share}}, ""), directory)
         for share in HINDSIGHT_SHARES
     ]
-    best = max(runs, key=rate)
+    best = max(
+        (ideal, *tried),
+        key=lambda run: _over(run, ideal, others.values(), setting, lengths),
+    )
     return replace(best, policy=IDEAL_BEST, seed=seed)
 
 
 def as_object(comparison: Comparison) -> dict[str, Any]:
-    """Return a comparison as JSON has it."""
+    """Return a comparison as JSON has it; what is no number is None."""
     setting, limits = comparison.setting, comparison.setting.limits
-    return {
+    facts = {
         "trace": comparison.label,
         "load_class": comparison.load_class.name,
         "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
@@ -237,6 +244,16 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "windows": [window._asdict() for window in comparison.windows],
         "policies": {name: _policy_object(comparison, name) for name in comparison.outcomes},
     }
+    return cast("dict[str, Any]", _finite(facts))
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON has with None for every number that it has not."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def assumptions(setting: Setting) -> dict[str, Any]:
@@ -322,14 +339,17 @@ def _tenant_object(runs: Sequence[Outcome], tenant: str) -> dict[str, float]:
     }
 
 
-def _unlimited_over_ideal(
-    unlimited: Outcome, ideal: Outcome, setting: Setting, lengths: Sequence[int]
+def _over(
+    run: Outcome,
+    ideal: Outcome,
+    others: Iterable[Outcome],
+    setting: Setting,
+    lengths: Sequence[int],
 ) -> float:
-    window = window_of((unlimited.history, ideal.history))
+    """Return a run's tokens per second over those of ideal paging, in the window of all these."""
+    window = window_of(each.history for each in (run, ideal, *others))
     capacity = setting.limits.capacity_tokens
-    rates = [
-        measure(run.history, window, capacity, lengths).tokens_per_s for run in (unlimited, ideal)
-    ]
+    rates = [measure(r.history, window, capacity, lengths).tokens_per_s for r in (run, ideal)]
     return rates[0] / rates[1]
 
 

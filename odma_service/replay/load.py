@@ -1,8 +1,8 @@
 """Load: the requests of a trace under an engine's limits.
 
 A request's maximum is min(input + max_output, model_length), the same for every policy. An
-answer stops there, or where the trace says. Prompts are never cut: what cannot fit is dropped
-for every policy, and counted.
+answer stops there, or where the trace says. Prompts are never cut: what cannot fit, in whole
+pages of the largest size, is dropped for every policy, and counted.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from numpy.typing import NDArray
 
 from odma_service.errors import InvalidError
 from odma_service.traces import Trace
+from odma_service.traces.trace import PREFIX_TOKENS
 from odma_service.values import Text
 
 LEAST_OUTPUT_TOKENS = 4_096
 BLOCK_TOKENS = 16
+LARGEST_PAGE_TOKENS = 256
 BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Where an engine stops a request."""
+    """Where an engine stops a request. What it has must fit in whole pages of page_tokens."""
 
     max_output_tokens: int
     model_length_tokens: int
     capacity_tokens: int
+    page_tokens: int = 1
 
 
 class Request(NamedTuple):
@@ -58,6 +61,7 @@ class Load:
     requests: tuple[Request, ...]
     arrivals_seconds: tuple[float, ...]
     dropped: int
+    block_tokens: int = PREFIX_TOKENS  # of prefix_ids
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -73,12 +77,13 @@ def limits_for(
     """Return limits; where none is given, the least that cut nothing off in the trace.
 
     No limit on answers is taken to be below 4,096: a trace does not tell what its engine
-    would have allowed. No request is longer than the capacity, which is whole blocks.
+    would have allowed. No request is longer than the capacity, which is whole blocks; pages of
+    every policy are to hold it.
     """
     capacity_tokens -= capacity_tokens % BLOCK_TOKENS
     max_output = max_output_tokens or max(LEAST_OUTPUT_TOKENS, int(trace.output_tokens.max()))
     longest = model_length_tokens or int(trace.input_tokens.max()) + max_output
-    return Limits(max_output, min(longest, capacity_tokens), capacity_tokens)
+    return Limits(max_output, min(longest, capacity_tokens), capacity_tokens, LARGEST_PAGE_TOKENS)
 
 
 def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
@@ -88,12 +93,18 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
     """
     prompts = trace.input_tokens
     maxima = np.minimum(prompts + limits.max_output_tokens, limits.model_length_tokens)
-    fits = (prompts < maxima) & (maxima <= limits.capacity_tokens)
-    kept = np.flatnonzero(fits)
-    if not kept.size:
-        raise InvalidError("capacity_tokens", "no request of the trace can ever fit")
     wanted = prompts + trace.output_tokens
     totals = np.minimum(wanted, maxima)
+    most = limits.capacity_tokens - limits.capacity_tokens % limits.page_tokens
+    fits = (prompts < maxima) & (maxima <= limits.capacity_tokens) & (totals <= most)
+    kept = np.flatnonzero(fits)
+    if not kept.size:
+        raise InvalidError(
+            "capacity_tokens",
+            "no request of the trace can ever fit: the shortest prompt has"
+            f" {prompts.min():,} tokens, a request at most {limits.model_length_tokens:,}"
+            f" and the pool, in whole pages, {most:,}",
+        )
     limited = wanted >= prompts + limits.max_output_tokens
     limited |= wanted > maxima
     classes = trace.request_class or ("",) * len(trace)
@@ -121,7 +132,8 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
         )
     )
     arrivals = tuple((trace.t_seconds[kept] / rate).tolist())
-    return Load(trace.label, limits, requests, arrivals, len(trace) - len(requests))
+    left_out = len(trace) - len(requests)
+    return Load(trace.label, limits, requests, arrivals, left_out, trace.block_tokens)
 
 
 def shuffled(trace: Trace, seed: int) -> Trace:

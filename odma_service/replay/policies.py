@@ -9,7 +9,8 @@
     oracle            the exact total is reserved; nothing moves
     extents-K         at most K runs for each request, and no block table
     ideal-N           pages of N tokens, read at full bandwidth
-    ideal-best        ideal-16 with the headroom that turns out best on the very load
+    ideal-best        ideal-16 with the headroom that turns out best on the very load,
+                      in the window that is reported
     paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
     paged-16-prefix   paged-16 with a cache of prompt blocks, where a trace has their ids
 
@@ -35,7 +36,7 @@ from odma_service.pool.policy import (
     rising_limits,
 )
 from odma_service.replay.arena import ArenaMemory
-from odma_service.replay.load import BLOCK_TOKENS, Limits, Load
+from odma_service.replay.load import BLOCK_TOKENS, LARGEST_PAGE_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
 from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
@@ -46,7 +47,7 @@ from odma_service.replay.rivals.prefix import PrefixMemory
 from odma_service.values import Moves, Overflow, TenantShare
 
 TUNED = Path(__file__).with_name("tuned.json")
-PAGES = (16, 64, 256)
+PAGES = (16, 64, LARGEST_PAGE_TOKENS)
 IDEAL = "ideal-16"
 UNLIMITED = "unlimited"
 IDEAL_BEST = "ideal-best"
@@ -166,8 +167,10 @@ def memory_of(
     if name in (*PAGED_POLICIES, *PREFIX_POLICIES):
         kind, page = name.split("-")[:2]
         share = serving.page_share(int(page)) if kind == "paged" else 1.0
-        pages: type[PagedMemory] = PrefixMemory if name in PREFIX_POLICIES else PagedMemory
-        yield pages(capacity, int(page), headroom, share)
+        if name in PREFIX_POLICIES:
+            yield PrefixMemory(capacity, int(page), headroom, share, load.block_tokens)
+        else:
+            yield PagedMemory(capacity, int(page), headroom, share)
         return
     if name in EXTENT_POLICIES:
         step_tokens = int(parameters.get("step_tokens", BLOCK_TOKENS))

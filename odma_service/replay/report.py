@@ -32,14 +32,18 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("copies", lambda _, row: f"{row['copies']:,.0f}"),
     ("copy time", lambda _, row: f"{row['copy_share_of_time']:.2%}"),
     ("TTFT p50/p99 s", lambda _, row: f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}"),
-    (
-        "TPOT p50/p99 ms",
-        lambda _, row: f"{row['tpot_p50_s'] * 1e3:.0f} / {row['tpot_p99_s'] * 1e3:.0f}",
-    ),
+    ("TPOT p50/p99 ms", lambda _, row: _milliseconds(row["tpot_p50_s"], row["tpot_p99_s"])),
     ("safety hits", lambda _, row: f"{row['safety_hits']:,.0f}"),
     ("recal.", lambda _, row: f"{row['recalibrations']:,.0f}"),
 )
 """Of a comparison's table: a heading, and the cell of a policy."""
+
+
+def _milliseconds(p50_s: float | None, p99_s: float | None) -> str:
+    """Return two times; answers of one token have none between tokens."""
+    if p50_s is None or p99_s is None:
+        return "-"
+    return f"{p50_s * 1e3:.0f} / {p99_s * 1e3:.0f}"
 
 
 def with_interval(value: float, half: float | None, digits: int) -> str:
@@ -79,7 +83,7 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     objects = [as_object(comparison) for comparison in compared]
-    (directory / "report.json").write_text(json.dumps(objects, indent=1) + "\n")
+    (directory / "report.json").write_text(json.dumps(objects, indent=1, allow_nan=False) + "\n")
     rows = [
         {"trace": facts["trace"], "load_class": facts["load_class"], "policy": name, **figures}
         for facts in objects
@@ -146,8 +150,10 @@ def _plot(plots: Any, comparison: Comparison, path: Path) -> None:
     share.set(title="safety share", xlabel="decode step")
     limits.set(title="bucket limits of odma, tokens", xlabel="decode step", yscale="log")
     where.set(title="memory written, and reserved beyond it (window)", xlim=(0, 1))
-    ttft.set(title="time to first token, share of requests", xlabel="s", xscale="log")
-    tpot.set(title="first token to last, share of requests", xlabel="s", xscale="log")
+    ttft.set(title="time to first token, share of requests", xlabel="s")
+    tpot.set(title="first token to last, share of requests", xlabel="s")
+    for axis in (ttft, tpot):
+        axis.set_xscale("log" if axis.dataLim.x1 > 0 else "linear")  # answers of one token: all 0
     for axis in (written, share, ttft, tpot):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)

@@ -116,6 +116,12 @@ class Settings(BaseSettings):
             description="Directory of the pools' books, of this server alone; tmpfs is best.",
         ),
     ]
+    wait_for_pool_dir: Annotated[
+        bool,
+        Field(
+            description="Wait until the server that has pool-dir is gone; else that is an error."
+        ),
+    ] = False
     reflection: Annotated[bool, Field(description="Offer gRPC server reflection.")] = False
     max_pools: Annotated[
         int,
@@ -123,6 +129,10 @@ class Settings(BaseSettings):
             ge=1, le=1024, description="Pools kept. The oldest closed one makes room for a new one."
         ),
     ] = 64
+    max_pool_bytes: Annotated[
+        int,
+        Field(ge=1 << 20, le=2**50, description="Bytes of all pools' files together."),
+    ] = 2 * 1024**3
     workers: Annotated[int, Field(ge=1, le=256, description="Most threads that answer calls.")] = 64
     predictor_model: Annotated[
         str,

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from odma_service._native import own_faults
 from odma_service.errors import InvalidError, OdmaError
 from odma_service.learning.predictor import default_model
 from odma_service.rpc.v1 import (
@@ -40,6 +41,7 @@ from odma_service.service.door.access import Access
 from odma_service.service.door.guard import GUARD_OPTIONS, Calls, Guard
 from odma_service.service.door.private import insist_trusted
 from odma_service.service.door.tls import credentials_of
+from odma_service.service.pools.directory import DirectoryTakenError, PoolDirectory
 from odma_service.service.pools.models import Models
 from odma_service.service.pools.reaper import reaping
 from odma_service.service.pools.registry import Registry, draining
@@ -48,6 +50,7 @@ from odma_service.service.rpc.memory import MemoryService
 from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
+from odma_service.service.watch.lines import Lines, standard_error
 from odma_service.service.watch.metrics import RpcMetrics, metrics_of, serving_metrics
 from odma_service.service.watch.telemetry import Telemetry
 
@@ -72,10 +75,15 @@ ALIVE = "odma.alive"
 """The health of this name is SERVING as long as the process answers, while it drains too."""
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+NOTED_SIGNALS = {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+"""They ask for nothing that is not done by itself: changed files are read when they change."""
+LOOK_SECONDS = 0.2
+"""Between two attempts to take the pool directory."""
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
 
+STDOUT = 1
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 SERVED = (
@@ -90,16 +98,40 @@ log = structlog.get_logger()
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
-    _configure_log(settings)
-    _forbid_core_dumps()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads, until waited for
+    with standard_error() as lines:
+        _configure_log(settings)
+        _forbid_core_dumps()
+        # In all threads, until waited for.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | NOTED_SIGNALS)
+        own_faults()
+        _run(settings, lines)
+        log.info("stopped")
+
+
+def _run(settings: Settings, lines: Lines) -> None:
+    path = _own_directory(settings.pool_dir)
+    try:
+        directory = PoolDirectory.take(path)
+    except DirectoryTakenError as taken:
+        if not settings.wait_for_pool_dir:
+            raise
+        log.warning("the service waits for the pool directory", reason=str(taken))
+        waited = _wait_for(path)
+        if waited is None:
+            return
+        directory = waited
     models = Models(
         _model_directory(settings.predictor_model), non_commercial=settings.non_commercial_model
     )
     spans = _otel_spans(settings)
-    telemetry = Telemetry(decisions=_decision_log(settings, models), spans=spans)
+    telemetry = Telemetry(
+        decisions=_decision_log(settings, models), spans=spans, log_lines=lines, models=models
+    )
     registry = Registry(
-        _own_directory(settings.pool_dir),
+        directory.path,
+        most_bytes=settings.max_pool_bytes,
+        last_epoch=directory.last_epoch,
+        keep_epoch=directory.keep_epoch,
         max_pools=settings.max_pools,
         max_owner_pools=settings.max_owner_pools,
         boot_id=BOOT_ID.read_text().strip(),
@@ -115,9 +147,9 @@ def run(settings: Settings) -> None:
             _serve(settings, registry, spans)
     finally:
         models.stop()
-        registry.close()
+        registry.close(0)
         telemetry.close()
-    log.info("stopped")
+        directory.close()
 
 
 def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
@@ -157,18 +189,19 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
             metrics=metrics_address,
             pool_dir=str(settings.pool_dir),
         )
-        print(f"odma ready on {', '.join(addresses)}", flush=True)  # noqa: T201
+        _print(f"odma ready on {', '.join(addresses)}")
         _wait_for_stop()
         log.info("draining", seconds=settings.drain_seconds)
         for name in ("", *_names()):  # but not ALIVE
             healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        registry.close()
+        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
+        deadline = time.monotonic() + settings.drain_seconds
+        registry.close(settings.drain_seconds - notice_seconds)
         memory.streams.end_all(draining())
         registry.telemetry.events.end()
-        notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
         time.sleep(notice_seconds)
         # From stop() on nothing is answered, not even a health check.
-        wait(calls.under_way(), settings.drain_seconds - notice_seconds)
+        wait(calls.under_way(), max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
     memory.streams.close()
     pools.watchers.close()
@@ -197,10 +230,31 @@ def _add_health(server: grpc.Server) -> health.HealthServicer:
 
 def _wait_for_stop() -> None:
     """Return at the first stop signal. A second one ends the process at once."""
-    signal.sigwait(STOP_SIGNALS)
+    while (number := signal.sigwait(STOP_SIGNALS | NOTED_SIGNALS)) not in STOP_SIGNALS:
+        log.info(
+            "signal: changed tokens, certificates and models are read by themselves; the service "
+            "goes on",
+            signal=signal.Signals(number).name,
+        )
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _wait_for(path: Path) -> PoolDirectory | None:
+    """Return the pool directory once no server has it, None at a stop signal."""
+    while signal.sigtimedwait(STOP_SIGNALS, LOOK_SECONDS) is None:
+        with suppress(DirectoryTakenError):
+            return PoolDirectory.take(path)
+    return None
+
+
+def _print(line: str) -> None:
+    """Print a line on stdout, if that can be written to."""
+    try:
+        os.write(STDOUT, f"{line}\n".encode())
+    except OSError as error:
+        log.warning("stdout cannot be written to", reason=error.strerror)
 
 
 @contextmanager
@@ -349,3 +403,5 @@ def _configure_log(settings: Settings) -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    # What gRPC and others log, too.
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)

@@ -8,17 +8,20 @@ answer of at least one token.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from odma_service._native import NAME_BYTES
 from odma_service.errors import OdmaError
 
 LARGEST_TOKENS = 2**31 - 1
 LARGEST_SECONDS = 1e12
 PREFIX_TOKENS = 512
+NAME_RULE = f"up to {NAME_BYTES} bytes of UTF-8 without NUL: shorten it"
 
 COLUMN_TYPES = {"t_seconds": np.float64, "input_tokens": np.int64, "output_tokens": np.int64}
 
@@ -44,7 +47,7 @@ class Trace:
     request_class  each request's class, where the trace has classes
     tenant         whose each request is, where the trace knows
     texts          each prompt, where the file is a set of prompts
-    prefix_ids     of each prompt, the ids of its blocks of PREFIX_TOKENS tokens from the start
+    prefix_ids     of each prompt, the ids of its blocks of block_tokens tokens from the start
                    on, where the trace has them: same id, same tokens up to there
     notes          what reading it dropped or changed, one sentence each
     """
@@ -58,6 +61,7 @@ class Trace:
     prefix_ids: tuple[tuple[int, ...], ...] | None = None
     texts: tuple[str, ...] | None = None
     tenant: tuple[str, ...] | None = None
+    block_tokens: int = PREFIX_TOKENS
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
@@ -75,6 +79,9 @@ class Trace:
                 raise TraceError(
                     f"{self.label}: column '{name}' must be {len(self)} values, not {len(texts)}"
                 )
+            check_names(self.label, name, texts)
+        if self.block_tokens < 1:
+            raise TraceError(f"{self.label}: blocks have at least 1 token, not {self.block_tokens}")
         if self.prefix_ids is not None and len(self.prefix_ids) != len(self):
             raise TraceError(f"{self.label}: column 'hash_ids' must be {len(self)} lists")
         check_seconds(self.label, "t_seconds", self.t_seconds)
@@ -117,6 +124,7 @@ class Trace:
             None if prefixes is None else tuple(prefixes[row] for row in picked),
             None if texts is None else tuple(texts[row] for row in picked),
             None if tenants is None else tuple(tenants[row] for row in picked),
+            self.block_tokens,
         )
 
 
@@ -131,6 +139,19 @@ def check_tokens(source: str, column: str, values: NDArray[Any], *, least: int) 
     good = (values >= least) & (values <= LARGEST_TOKENS) & (values == np.floor(values))
     rule = f"a whole number from {least} to {LARGEST_TOKENS}"
     _refuse_first(source, column, values, good, rule)
+
+
+def check_names(source: str, column: str, values: Iterable[str] | None) -> None:
+    """Raise TraceError for the first class or tenant that no service takes for one."""
+    for row, name in enumerate(() if values is None else values, 1):
+        try:
+            good = len(name.encode()) <= NAME_BYTES and "\0" not in name
+        except UnicodeEncodeError:
+            good = False
+        if not good:
+            raise TraceError(
+                f"{source}: row {row}, column '{column}': {name!r:.60} is not {NAME_RULE}"
+            )
 
 
 def _refuse_first(

@@ -12,7 +12,7 @@ import pytest
 from running import odma
 from typer.testing import CliRunner
 
-from odma_service.cli import app
+from odma_service.cli import app, demo
 from odma_service.client import Client
 from odma_service.client import local as server
 from odma_service.demo.device import Device, Move
@@ -295,11 +295,29 @@ def test_a_dropped_copy_is_seen(target, trace_file):
     assert "not as the books say" in result.stderr
 
 
-def test_a_synthetic_load_that_is_not_short_of_memory_proves_nothing(target):
+def test_a_load_that_its_user_made_small_need_not_be_short_of_memory(target):
     result = run("--rows", "2", "--target", target, "--policy", "elastic", "--json")
+    assert result.exit_code == 0
+    assert outcome_of(result)["utilisation_written_over_capacity"] is None
+
+
+def test_a_load_made_to_be_short_of_memory_that_was_not_is_a_bad_result(target, monkeypatch):
+    monkeypatch.setattr(demo, "SYNTHETIC_ROWS", 2)
+    result = run("--target", target, "--policy", "elastic", "--json")
     assert result.exit_code == 1
     assert "elastic: no refusals" in result.stderr
-    assert outcome_of(result)["utilisation_written_over_capacity"] is None
+
+
+def test_a_trace_of_which_nothing_fits_is_refused_as_by_the_replay(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({"timestamp": 0, "input_length": 200_000, "output_length": 5}))
+    for command in ("demo --trace", "replay"):
+        result = CliRunner().invoke(app, [*command.split(), str(path)])
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert "no request of the trace can ever fit: the shortest prompt has 200,000 tokens" in (
+            result.stderr
+        )
 
 
 def test_a_server_of_its_own_is_started_and_stopped(trace_file):

@@ -10,7 +10,7 @@ from servers import CAPACITY_TOKENS, PATIENCE_SECONDS, PLANES, open_pool, places
 from watching import kinds, small_service
 
 from odma_service.client import Client
-from odma_service.client.aio import AsyncClient
+from odma_service.client.aio import AsyncClient, AsyncPoolClient
 from odma_service.errors import (
     EpochError,
     HandleError,
@@ -46,7 +46,7 @@ def test_it_does_a_pools_whole_life(server, service, name):
             fourth = await pool.allocate(Allocate("r4", 10))
             assert (await pool.keep_alive()).ttl_seconds == 60
             again = await client.open_pool(name, open_id="mine", **POOL)
-            reconciled = await again.reconcile([fourth.handle])
+            reconciled = await again.reconcile([fourth.handle], completed_seq=2)
             assert reconciled.freed == [second.handle]
             assert (await again.apply()).seq == 3
             assert (await client.get_pool(name)).summary.regions == 1
@@ -221,7 +221,7 @@ def test_what_ends_a_stream_is_raised_and_the_next_batch_opens_another(server, s
     async def err():
         async with AsyncClient(server.target) as client:
             pool = await client.open_pool(name, open_id="mine", **POOL)
-            twin = await client.open_pool(name, open_id="mine", **POOL)
+            twin = AsyncPoolClient(client, pool.response)
             async with pool.stream(), twin.stream():
                 await pool.apply()
                 with pytest.raises(InvalidError, match=r"used\[0\]"):

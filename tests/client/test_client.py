@@ -116,7 +116,10 @@ def test_an_owner_that_lost_its_state_goes_on(service, name):
     before.apply()
     before.apply()
     after = open_pool(service, name, open_id="mine")
-    assert after.reconcile([kept.handle]).kept == [kept]
+    with pytest.raises(errors.NotCompletedError) as caught:
+        after.reconcile([kept.handle])
+    assert caught.value.last_seq == 2
+    assert after.reconcile([kept.handle], completed_seq=2).kept == [kept]
     assert after.apply(ops=[Extend(kept.handle, 50)]).seq == 3
 
 

@@ -437,7 +437,10 @@ class Player {
 
     void close() {
         streams_.clear();
-        for (auto &[name, engine] : engines_) engine.pool.close();
+        for (const auto &[name, engine] : engines_) {
+            const json pool = {{"name", name}, {"epoch", engine.opened["pool"]["epoch"]}};
+            find_rpc("ClosePool")(client_, {{"pool", pool}, {"by_operator", true}});
+        }
     }
 
   private:
@@ -509,10 +512,11 @@ class Player {
         return plain(stream.apply(parsed<odma::v1::ApplyRequest>(sent)));
     }
 
-    /* Whether a message is the pool's next batch. */
+    /* Whether a message is the pool's next batch, in a pool without an owner number. */
     bool is_next(const json &step, const json &sent) {
         return step["rpc"] == "Apply" && !step.contains("stream") &&
-               sent["pool"] == engine().opened["pool"] && sent["seq"] == engine().pool.seq() + 1;
+               sent["pool"].value("owner", 0U) == 0 && sent["pool"] == engine().opened["pool"] &&
+               sent["seq"] == engine().pool.seq() + 1;
     }
 
     /* Send a batch through the pool, which counts seq. */
@@ -555,7 +559,8 @@ class Player {
             const string pool = answer["pool"]["name"];
             names_["$pool"] = answer["pool"];
             const auto known = engines_.find(pool);
-            if (known != engines_.end() && known->second.opened["pool"] == answer["pool"]) return;
+            const json &epoch = answer["pool"]["epoch"];
+            if (known != engines_.end() && known->second.opened["pool"]["epoch"] == epoch) return;
             if (known != engines_.end()) engines_.erase(known);
             engines_.try_emplace(pool, client_, sent, answer);
         } else if (name == "ClosePool") {

@@ -397,7 +397,8 @@ class Player {
   async close() {
     for (const stream of this.streams.values()) stream.close();
     for (const { opened } of this.engines.values()) {
-      await this.client.call('ClosePool', { pool: opened.pool });
+      const { name, epoch } = opened.pool;
+      await this.client.call('ClosePool', { pool: { name, epoch }, by_operator: true });
     }
   }
 }

@@ -461,8 +461,10 @@ class Player:
             name = answer["pool"]["name"]
             self.names["$pool"] = answer["pool"]
             known = self.engines.get(name)
-            if known is None or known.opened["pool"] != answer["pool"]:
+            if known is None or known.opened["pool"]["epoch"] != answer["pool"]["epoch"]:
                 self.engines[name] = Engine(message, answer, PoolClient(self.client, response))
+            else:  # perhaps under another owner number
+                known.client.ref.CopyFrom(response.pool)
         elif rpc == "ClosePool":
             self.engines.pop(message["pool"]["name"], None)
         elif rpc == "Apply" and not answer["replayed"]:

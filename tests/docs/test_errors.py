@@ -23,6 +23,11 @@ SAMPLES = (
     errors.PoolOwnedError("main", 1.5),
     errors.PoolForeignError("main"),
     errors.EpochError("main", 7),
+    errors.FencedError("main", 3),
+    errors.UnfencedError("main", 1),
+    errors.LateError(3, 5),
+    errors.StaleOpenError("main", 1, 2),
+    errors.NotCompletedError(1, 2),
     errors.SeqChangedError(3),
     errors.SeqOldError(3, 5),
     errors.SeqGapError(9, 5),
@@ -40,6 +45,7 @@ SAMPLES = (
     errors.UnimplementedError("no such rpc"),
     errors.UnavailableError("draining"),
     errors.BooksLockedError("locked"),
+    errors.BooksUnavailableError("no descriptor is left"),
     errors.BooksError("broken"),
     errors.BooksForeignError("of another user"),
     errors.BooksMismatchError("of another layout"),
@@ -102,7 +108,12 @@ def test_every_row_says_what_to_do():
 def test_a_client_makes_the_same_error_of_it(sample):
     status = status_of(sample)
     made = error_of(grpc.StatusCode.UNKNOWN, sample.args[0], status)
-    if isinstance(sample, (errors.BooksLockedError, errors.UnavailableError)):
+    unavailable = (
+        errors.BooksLockedError,
+        errors.BooksUnavailableError,
+        errors.UnavailableError,
+    )
+    if isinstance(sample, unavailable):
         assert type(made) is errors.UnavailableError
     elif isinstance(sample, errors.BooksError):
         assert type(made) is errors.BooksError

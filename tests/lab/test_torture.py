@@ -37,6 +37,7 @@ def test_nothing_is_forgotten_while_engines_and_the_server_fail():
     assert {"INTERNAL", "UNKNOWN"}.isdisjoint(told["errors"])
     assert {fault.split()[0] for fault in told["faults"]} & {"crash", "hang", "break", "garbage"}
     assert any(fault.startswith("server") for fault in told["faults"])
+    assert told["messages"]["delivered_late"] > 0
 
 
 # --- that it would be noticed ---

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from odma_service.errors import InvalidError
-from odma_service.pool.geometry import PRESETS, Geometry, device, from_model_config
+from odma_service.pool.geometry import PRESETS, Geometry, device
+from odma_service.pool.models import Parallel, from_model_config
 from odma_service.values import PlaneGroup
 
 QWEN_7B = {
@@ -32,8 +33,8 @@ DEEPSEEK_V3 = {
 }
 
 
-def read(config, *args, **changes):
-    return from_model_config(json.dumps(config | changes), *args)
+def read(config, ranks=0, element_bytes=0, **changes):
+    return from_model_config(json.dumps(config | changes), element_bytes, Parallel(ranks))
 
 
 def planes(config, *args, **changes):
@@ -49,7 +50,7 @@ def without(config, *keys):
 
 
 def test_the_papers_model_has_56_planes_of_1024_bytes():
-    geometry, model_length_tokens = read(QWEN_7B)
+    geometry, model_length_tokens = read(QWEN_7B)[:2]
     assert geometry == Geometry((PlaneGroup(56, 1024),))
     assert geometry.bytes_per_token == 57_344
     assert geometry.plane_count == 56
@@ -82,7 +83,8 @@ def test_a_head_dimension_of_its_own_wins():
 
 
 def test_without_kv_heads_every_head_has_its_own():
-    assert planes(without(QWEN_7B, "num_key_value_heads")) == (56, 28 * 128 * 2)
+    llama = without(QWEN_7B, "num_key_value_heads") | {"model_type": "llama"}
+    assert planes(llama) == planes(without(llama, "model_type")) == (56, 28 * 128 * 2)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +119,9 @@ def test_what_is_no_json_object_is_refused(text):
 
 
 def test_a_config_has_a_largest_size():
-    with pytest.raises(InvalidError, match="65,536 bytes"):
-        read(QWEN_7B, comment="x" * 65_536)
+    assert planes(QWEN_7B, comment="x" * 4_000_000) == (56, 1024)
+    with pytest.raises(InvalidError, match="4,194,304 bytes"):
+        read(QWEN_7B, comment="x" * 2**22)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_a_missing_key_is_named(config, key):
         ({"torch_dtype": 16}, "config_json.torch_dtype"),
         ({"text_config": "x"}, "config_json.text_config"),
         ({"hidden_size": 3585}, "config_json.hidden_size"),
-        ({"kv_lora_rank": 0}, "config_json.kv_lora_rank"),
+        (DEEPSEEK_V3 | {"kv_lora_rank": 0}, "config_json.kv_lora_rank"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "config_json.layer_types"),
         ({"layer_types": 3}, "config_json.layer_types"),
         ({"head_dim": 2**23}, "planes[0].bytes_per_token"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -223,13 +224,34 @@ def test_an_answer_exactly_as_long_as_the_limit_has_met_it():
 
 def test_limits_default_to_what_cuts_nothing_off():
     trace = traces.Trace(np.zeros(1), np.array([500]), np.array([9_000]), "one")
-    assert limits_for(trace, 111_000) == Limits(9_000, 9_500, 110_992)
+    assert limits_for(trace, 111_000) == Limits(9_000, 9_500, 110_992, 256)
     assert limits_for(trace, 4_000).model_length_tokens == 4_000
 
 
 def test_a_load_that_never_fits_is_refused():
     trace = traces.Trace(np.zeros(1), np.array([500]), np.array([9]), "one")
     with pytest.raises(InvalidError):
+        load_of(trace, Limits(100, 400, 400))
+
+
+def test_what_no_whole_pages_hold_is_dropped_for_every_policy(tmp_path):
+    """The pool has 2,992 tokens, which are 11 pages of 256 and less than a twelfth."""
+    trace = traces.Trace(
+        np.zeros(4), np.array([2_800, 2_800, 900, 2_992]), np.array([16, 17, 9, 1]), "four"
+    )
+    limits = limits_for(trace, 3_000)
+    load = load_of(trace, limits)
+    assert [request.total_tokens for request in load.requests] == [2_816, 909]
+    assert load.dropped == 2
+    setting = replay.Setting(limits)
+    for name in MEMORIES:
+        run = replay.run_policy(name, load, setting, TUNING, tmp_path)
+        assert len(run.history.finished) == 2, name
+
+
+def test_why_nothing_fits_is_said():
+    trace = traces.Trace(np.zeros(2), np.array([500, 450]), np.array([9, 9]), "two")
+    with pytest.raises(InvalidError, match=r"the shortest prompt has 450 tokens.* most 400"):
         load_of(trace, Limits(100, 400, 400))
 
 
@@ -390,6 +412,44 @@ def test_a_comparison_has_every_figure(tmp_path):
         assert figures["tokens_per_s_ci95"] > 0
         assert 0 < figures["utilisation_written_over_capacity"] <= 1
         assert figures["ttft_p50_s"] <= figures["ttft_p95_s"] <= figures["ttft_p99_s"]
+
+
+@pytest.mark.parametrize(("rows", "seed", "capacity"), [(50, 2, 12_000), (150, 3, 25_000)])
+def test_the_best_headroom_is_best_where_it_is_reported(rows, seed, capacity, tmp_path):
+    """On weak loads, whose common window is not that which each headroom has alone."""
+    trace = traces.generate(rows, seed, max_output_tokens=800)
+    setting = replay.Setting(limits_for(trace, capacity, 800), batch_cap=64)
+    comparison = compare(trace, ["static", "ideal-best"], setting, TUNING, tmp_path)
+    for best, ideal in zip(comparison.rates(IDEAL_BEST), comparison.rates("ideal-16"), strict=True):
+        assert best >= ideal
+
+
+def test_answers_of_one_token_have_no_time_between_tokens(tmp_path):
+    trace = traces.Trace(np.arange(30.0), np.full(30, 10), np.ones(30, int), "short")
+    setting = replay.Setting(limits_for(trace, SMALL))
+    comparison = compare(trace, ["elastic", "odma"], setting, TUNING, tmp_path)
+    facts = replay.as_object(comparison)
+    json.dumps(facts, allow_nan=False)
+    assert facts["policies"]["odma"]["tpot_p99_s"] is None
+    assert facts["policies"]["odma"]["ttft_p99_s"] > 0
+    replay.write_report([comparison], tmp_path / "report")
+    written = (tmp_path / "report" / "report.json").read_text()
+    assert json.loads(written)[0]["policies"]["elastic"]["tpot_p50_s"] is None
+    assert "nan" not in (tmp_path / "report" / "report.csv").read_text()
+    if (page := tmp_path / "report" / "report.html").exists():
+        assert "nan / nan" not in page.read_text()
+
+
+def test_a_prefix_cache_has_blocks_of_the_trace(tmp_path):
+    """Two prompts of 64 tokens that begin alike for 48: three blocks of 16."""
+    trace = traces.Trace(
+        np.zeros(2), np.array([64, 64]), np.array([9, 9]), "two",
+        prefix_ids=((1, 2, 3, 4), (1, 2, 3, 5)), block_tokens=16,
+    )  # fmt: skip
+    limits = limits_for(trace, SMALL)
+    setting = replay.Setting(limits, batch_cap=1)
+    run = replay.run_policy("paged-16-prefix", load_of(trace, limits), setting, TUNING, tmp_path)
+    assert run.history.cached_tokens == 48
 
 
 def test_a_load_with_room_is_not_memory_bound(tmp_path):

@@ -31,6 +31,31 @@ def odma(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_another_model_is_priced(trace, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "deepseek_v32", "num_hidden_layers": 61, "kv_lora_rank": 512,'
+        ' "qk_rope_head_dim": 64, "index_head_dim": 128, "torch_dtype": "bfloat16"}'
+    )
+    options = ("--policy", "elastic", "--capacity-tokens", 12_000, "--json")
+
+    def replayed(*more):
+        ran = odma("replay", trace, *options, *more)
+        assert ran.exit_code == 0
+        facts = json.loads(ran.stdout.splitlines()[-1])
+        return facts["assumptions"], facts["policies"]["elastic"]["tokens_per_s"]
+
+    assumed, rate = replayed()
+    heavier, slower = replayed("--model", config, "--weights-gbytes", 37)
+    assert (assumed["kv_bytes_per_token"], assumed["planes"]) == (57_344, 56)
+    assert (heavier["kv_bytes_per_token"], heavier["planes"]) == (78_324, 122)
+    assert heavier["weight_bytes"] == heavier["flops_per_token"] == 37e9
+    assert heavier["model"] == str(config)
+    assert slower < rate
+    config.write_text("{}")
+    assert odma("replay", trace, *options, "--model", config).exit_code == 2
+
+
 def test_replay_ends_with_one_json_object(trace):
     ran = odma("replay", trace, "--policy", "elastic,paged", "--capacity-tokens", 12_000, "--json")
     assert ran.exit_code == 0
@@ -229,6 +254,58 @@ def test_a_servegen_sample_drifts_as_its_histograms_do(servegen):
     assert set(trace.output_tokens[~early].tolist()) == {1_000, 2_000}
     again = traces.sample_servegen(*servegen, rows=2_000, seed=1, hours=12)
     assert np.array_equal(trace.output_tokens, again.output_tokens)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as ServeGen publishes it: the second client has no lengths."""
+    for client, rate in ((0, 1.0), (7, 100.0)):
+        slots = "".join(f"{t},{rate},2.5,Gamma,0.16,6.25\n" for t in range(0, 43_200, 600))
+        (tmp_path / f"chunk-{client}-trace.csv").write_text(slots)
+    windows = {
+        "0": {"input_tokens": "{10: 0.5, 20: 0.5}", "output_tokens": "{100: 1.0}"},
+        "21600": {"input_tokens": "{30: 1.0}", "output_tokens": "{200: 0.25, 300: 0.75}"},
+    }
+    (tmp_path / "chunk-0-dataset.json").write_text(json.dumps(windows))
+    (tmp_path / "chunk-7-dataset.json").write_text("{}")
+    return tmp_path
+
+
+def test_servegen_is_sampled_as_published(published, tmp_path):
+    out = tmp_path / "out.parquet"
+    ran = odma("trace", "servegen", published, out, "--rows", 2_000, "--hours", 12)
+    assert ran.exit_code == 0, ran.output
+    trace = traces.read_trace(out)
+    assert len(trace) == pytest.approx(2_000, rel=0.1)
+    early = trace.t_seconds < 21_600
+    assert set(trace.input_tokens[early].tolist()) == {10, 20}
+    assert set(trace.output_tokens[early].tolist()) == {100}
+    assert set(trace.output_tokens[~early].tolist()) == {200, 300}
+    assert published.name in trace.label
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("chunk-0-trace.csv", "0,1.0,2.5\n600,fast,1\n", "row 2, column 'rate': 'fast'"),
+        ("chunk-0-trace.csv", "0,1.0\n", "row 1: 2 columns"),
+        ("chunk-0-dataset.json", '{"0": {"input_tokens": "{10: x}"}}', "column 'input_tokens'"),
+        ("chunk-0-dataset.json", "{", "row 1: not a JSON object"),
+        ("chunk-0-dataset.json", '{"0": 7}', "no client with lengths"),
+    ],
+)
+def test_a_damaged_folder_of_servegen_is_refused(published, tmp_path, name, text, said):
+    (published / name).write_text(text)
+    ran = odma("trace", "servegen", published, tmp_path / "out.parquet")
+    assert ran.exit_code == 2
+    assert said in ran.stderr
+
+
+def test_what_is_no_source_of_servegen_is_refused(tmp_path):
+    out = tmp_path / "out.parquet"
+    (tmp_path / "empty").mkdir()
+    for source in ([tmp_path / "empty"], [tmp_path / "absent"], ["a", "b", "c"]):
+        assert odma("trace", "servegen", *source, out).exit_code == 2
 
 
 def test_a_window_without_requests_is_refused(servegen):

@@ -27,6 +27,7 @@ from odma_service.errors import (
     PoolNotFoundError,
     PoolOwnedError,
     RoleError,
+    UnfencedError,
 )
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
@@ -190,7 +191,9 @@ def names(client):
 )
 def test_another_engine_is_told_that_there_is_no_such_pool(guarded, callers, name, rpc):
     pool = open_pool(callers["alice"], name)
-    error = call(guarded.target, rpc, authorization=f"Bearer {token_of('bob')}", pool=pool.ref)
+    error = call(
+        guarded.target, rpc, authorization=f"Bearer {token_of('bob')}", pool=pool.numbered()
+    )
     assert error_info(error).reason in {"POOL_NOT_FOUND", "UNIMPLEMENTED"}
 
 
@@ -211,15 +214,18 @@ def test_the_owner_is_known_after_a_restart(guarded, callers, name):
         Client(guarded.target, token=token_of("alice")) as alice,
         Client(guarded.target, token=token_of("bob")) as bob,
     ):
-        assert open_pool(alice, name, open_id="mine").ref == pool.ref
+        assert open_pool(alice, name, open_id="mine").ref.epoch == pool.ref.epoch
         with pytest.raises(PoolNotFoundError):
             bob.get_pool(name)
 
 
 def test_an_operator_steers_and_closes_the_pools_of_others(callers, name):
     pool = open_pool(callers["alice"], name)
-    ops, ref = callers["ops"], pool.ref
+    ops, ref = callers["ops"], types.PoolRef(name=name, epoch=pool.ref.epoch)
     change = pb.SetPolicyRequest(pool=ref, policy=types.PolicyChange(growth=2))
+    with pytest.raises(UnfencedError):
+        ops.call(ops.memory.SetPolicy, change)
+    change.expected_version = pool.response.policy_version
     assert ops.call(ops.memory.SetPolicy, change).policy.growth == 2
     ops.call(ops.memory.ClosePool, pb.ClosePoolRequest(pool=ref))
     assert callers["alice"].get_pool(name).summary.state == pool_pb.POOL_STATE_CLOSED
@@ -255,7 +261,7 @@ def test_pools_from_before_there_were_tokens_belong_to_whoever_opens_them_first(
     server.listen = "127.0.0.1:0"
     server.start()
     with Client(server.target) as anybody:
-        assert open_pool(anybody, "old", open_id="old").ref == pool.ref
+        assert open_pool(anybody, "old", open_id="old").ref.epoch == pool.ref.epoch
 
 
 def test_an_owner_has_a_limit_of_pools_of_its_own(servers, tmp_path):

@@ -44,7 +44,7 @@ def engine(service, name):
     places = engine.apply(ops=operations).results
     handles = {letter: place.handle for letter, place in zip("abcd", places, strict=True)}
     engine.last = pb.ApplyRequest(
-        pool=engine.ref,
+        pool=engine.numbered(),
         seq=2,
         completed_seq=1,
         used=[pb.Used(handle=handles[letter], used_tokens=50) for letter in "abc"],
@@ -127,7 +127,7 @@ def test_a_wrong_pool(service, memory, engine, call, case):
     spoil, code, field = REFERENCES[case]
     request = type(CALLS[call])()
     request.CopyFrom(CALLS[call])
-    request.pool.CopyFrom(engine.ref)
+    request.pool.CopyFrom(engine.numbered())
     spoil(request.pool)
     fails(service, engine.ref.name, getattr(memory, call), request, code, field)
 
@@ -180,10 +180,10 @@ INVALID_BATCHES = {
 @pytest.mark.parametrize("case", INVALID_BATCHES)
 def test_an_invalid_batch(service, memory, engine, case):
     change, field = INVALID_BATCHES[case]
-    request = pb.ApplyRequest(pool=engine.ref, seq=3, completed_seq=1)
+    request = pb.ApplyRequest(pool=engine.numbered(), seq=3, completed_seq=1)
     change(request, engine.handles)
     fails(service, engine.ref.name, memory.Apply, request, Code.INVALID_ARGUMENT, field)
-    good = pb.ApplyRequest(pool=engine.ref, seq=3, completed_seq=2)
+    good = pb.ApplyRequest(pool=engine.numbered(), seq=3, completed_seq=2)
     assert not memory.Apply(good).replayed
 
 
@@ -197,7 +197,7 @@ def test_an_invalid_batch(service, memory, engine, case):
     ],
 )
 def test_a_wrong_seq(service, memory, engine, seq, code, reason):
-    request = pb.ApplyRequest(pool=engine.ref, seq=seq, completed_seq=1)
+    request = pb.ApplyRequest(pool=engine.numbered(), seq=seq, completed_seq=1)
     error = fails(service, engine.ref.name, memory.Apply, request, code, None, reason)
     assert "the next is 3" in error.details()
 
@@ -231,7 +231,7 @@ def test_the_last_seq_with_another_field_of_an_allocate(memory, engine, field):
     changed = usual | {field: 0.5 if field == "overflow_risk" else "other"}
     first, other = (
         pb.ApplyRequest(
-            pool=engine.ref, seq=3, completed_seq=1, ops=[op_to(Allocate("x", 10, **fields))]
+            pool=engine.numbered(), seq=3, completed_seq=1, ops=[op_to(Allocate("x", 10, **fields))]
         )
         for fields in (usual, changed)
     )
@@ -322,7 +322,7 @@ def test_a_bad_operation_of_a_batch(service, memory, engine, case):
     make, _, reason, field = OPERATIONS[case]
     regions = service.list_regions(engine.ref.name)
     request = pb.ApplyRequest(
-        pool=engine.ref,
+        pool=engine.numbered(),
         seq=3,
         completed_seq=1,
         used=[pb.Used(handle=engine.handles[letter], used_tokens=50) for letter in "abc"],
@@ -351,7 +351,7 @@ def test_a_bad_operation_alone(service, memory, engine, case):
         "extend": (memory.Extend, pb.ExtendRequest(extend=operation.extend)),
         "free": (memory.Free, pb.FreeRequest(free=operation.free)),
     }[kind]
-    request.pool.CopyFrom(engine.ref)
+    request.pool.CopyFrom(engine.numbered())
     named = f"{kind}.{field}" if code == Code.INVALID_ARGUMENT else None
     fails(service, engine.ref.name, send, request, code, named)
 
@@ -366,13 +366,13 @@ def test_a_bad_operation_alone(service, memory, engine, case):
     ],
 )
 def test_a_call_without_its_operation(service, memory, engine, call, request_type, field):
-    request = request_type(pool=engine.ref)
+    request = request_type(pool=engine.numbered())
     fails(service, engine.ref.name, getattr(memory, call), request, Code.INVALID_ARGUMENT, field)
 
 
 def test_what_does_not_fit_now(service, memory, engine):
     request = pb.AllocateRequest(
-        pool=engine.ref, allocate=pb.Alloc(request_id="x", prompt_tokens=4000)
+        pool=engine.numbered(), allocate=pb.Alloc(request_id="x", prompt_tokens=4000)
     )
     before = service.list_regions(engine.ref.name)
     with pytest.raises(grpc.RpcError) as caught:
@@ -423,7 +423,7 @@ BAD_OPENINGS = {
     "config not JSON": (model("{"), "model.config_json"),
     "config no object": (model("[]"), "model.config_json"),
     "config nested deeply": (model("[" * 30_000), "model.config_json"),
-    "config too long": (model(" " * 65_537), "model.config_json"),
+    "config of blanks": (model(" " * 4_000_000), "model.config_json"),
     "config without layers": (model("{}"), "model.config_json.torch_dtype"),
     "config layers negative": (model(CONFIG % -1), "model.config_json.num_hidden_layers"),
     "config layers huge": (model(CONFIG % 10**9), "model.config_json.num_hidden_layers"),
@@ -431,6 +431,18 @@ BAD_OPENINGS = {
     "config layers fraction": (model(CONFIG % 1.5), "model.config_json.num_hidden_layers"),
     "ranks uneven": (model(CONFIG % 2, tensor_parallel=3), "model.tensor_parallel"),
     "ranks huge": (model(CONFIG % 2, tensor_parallel=HUGE32), "model.tensor_parallel"),
+    "key not understood": (
+        model((CONFIG % 2)[:-1] + ', "num_loops": 2}'),
+        "model.config_json.num_loops",
+    ),
+    "pipeline uneven": (model(CONFIG % 3, pipeline_parallel=2), "model.pipeline_parallel"),
+    "pipeline huge": (model(CONFIG % 2, pipeline_parallel=HUGE32), "model.pipeline_parallel"),
+    "pipeline rank too high": (model(CONFIG % 2, pipeline_rank=1), "model.pipeline_rank"),
+    "pipeline layers too many": (
+        model(CONFIG % 2, pipeline_layers=[1, 2]),
+        "model.pipeline_layers",
+    ),
+    "no prediction layers": (model(CONFIG % 2, mtp=True), "model.mtp"),
     "element huge": (model(CONFIG % 2, element_bytes=17), "model.element_bytes"),
     "device unknown": ({"device": types.Device(preset="tpu")}, "device.preset"),
     "bandwidth zero": (
@@ -574,7 +586,7 @@ def test_a_bad_policy_at_opening(service, memory, engine, case):
 @pytest.mark.parametrize("case", BAD_POLICIES)
 def test_a_bad_policy(service, memory, engine, case):
     fields, field = BAD_POLICIES[case]
-    request = pb.SetPolicyRequest(pool=engine.ref, policy=types.PolicyChange(**fields))
+    request = pb.SetPolicyRequest(pool=engine.numbered(), policy=types.PolicyChange(**fields))
     fails(
         service,
         engine.ref.name,
@@ -592,7 +604,7 @@ def test_another_version_than_expected(service, memory, engine, call, version):
         "SetPolicy": pb.SetPolicyRequest(policy=types.PolicyChange(growth=2)),
         "Recalibrate": pb.RecalibrateRequest(),
     }[call]
-    request.pool.CopyFrom(engine.ref)
+    request.pool.CopyFrom(engine.numbered())
     request.expected_version = version
     fails(
         service,
@@ -607,12 +619,12 @@ def test_another_version_than_expected(service, memory, engine, call, version):
 
 @pytest.mark.parametrize("limits", [17, HUGE32])
 def test_too_many_limits_to_find(service, memory, engine, limits):
-    request = pb.RecalibrateRequest(pool=engine.ref, limits=limits)
+    request = pb.RecalibrateRequest(pool=engine.numbered(), limits=limits)
     fails(service, engine.ref.name, memory.Recalibrate, request, Code.INVALID_ARGUMENT, "limits")
 
 
 def test_nothing_to_recalibrate_from(service, memory, engine):
-    request = pb.RecalibrateRequest(pool=engine.ref)
+    request = pb.RecalibrateRequest(pool=engine.numbered())
     fails(
         service,
         engine.ref.name,
@@ -625,7 +637,7 @@ def test_nothing_to_recalibrate_from(service, memory, engine):
 
 
 def test_too_many_handles_to_keep(service, memory, engine):
-    request = pb.ReconcileRequest(pool=engine.ref, handles=range(1025))
+    request = pb.ReconcileRequest(pool=engine.numbered(), handles=range(1025))
     fails(service, engine.ref.name, memory.Reconcile, request, Code.INVALID_ARGUMENT, "handles")
 
 

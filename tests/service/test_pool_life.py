@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,10 +16,10 @@ from registries import open_in, registry_of, state
 from servers import open_pool, wait_for
 
 from odma_service.client import Client
-from odma_service.errors import EpochError
+from odma_service.errors import EpochError, OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.service.rpc.reports import summary_to
-from odma_service.values import Allocate, Batch, End, Free, Used
+from odma_service.values import Allocate, Batch, End, Free, PolicyChange, Used
 
 OPEN, STALE, CLOSED = (
     pool_pb.POOL_STATE_OPEN,
@@ -67,6 +69,7 @@ def test_looking_at_a_pool_does_not_keep_it(registry, clock):
         clock.now += 3
         assert told_state(registry, "p") == STALE
     clock.now += 3
+    registry.reap()
     assert told_state(registry, "p") == CLOSED
 
 
@@ -245,3 +248,96 @@ def test_a_batch_is_planned_while_another_pool_is_served(registry):
         sys.setswitchinterval(before)
     assert served_meanwhile
     assert len(copies) >= 500
+
+
+# --- batches that take long ---
+
+WAITING, HOPELESS, DRAIN_SECONDS = 4_000, 1_024, 3
+
+
+def asking(name, tokens):
+    return Allocate(name, tokens - 1, max_total_tokens=tokens)
+
+
+def pool_that_plans_long(client):
+    """Return a pool full of runs that wait, beside a hole, and a batch of hopeless requests.
+
+    Two regions are pinned, so that the hole is a block too short for each of them.
+    """
+    hole = WAITING + 8
+    pool = open_pool(
+        client,
+        "busy",
+        capacity_tokens=(hole + WAITING + 2 + 64) * 16,
+        max_regions=WAITING + 8,
+        single_ordered_stream=False,
+        policy=PolicyChange(name="elastic", safety_share=0),
+    )
+    large = pool.allocate(asking("hole", hole * 16)).handle
+    handles = []
+    for at in range(0, WAITING + 2, HOPELESS):
+        names = range(at, min(at + HOPELESS, WAITING + 2))
+        ops = [asking(f"{i}", 16) for i in names]
+        handles += [place.handle for place in pool.apply(ops=ops).results]
+    seq = pool.apply(ops=[Free(large, End.ABORTED, 0)]).seq
+    for at in range(1, WAITING + 1, HOPELESS):
+        ops = [Free(h, End.ABORTED, 0) for h in handles[at : min(at + HOPELESS, WAITING + 1)]]
+        pool.apply(ops=ops, completed_seq=seq)
+    used = [Used(handles[0], 1, True), Used(handles[-1], 1, True)]
+    ops = [asking(f"long {i}", (hole + 1) * 16) for i in range(HOPELESS)]
+    return pool, {"used": used, "ops": ops, "completed_seq": seq, "pass_refused": True}
+
+
+def cpu_ticks(process):
+    return sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().split()[13:15]))
+
+
+def test_the_drain_keeps_its_time_while_a_pool_plans_all_the_time(servers):
+    server = servers("--drain-seconds", str(DRAIN_SECONDS))
+    with Client(server.target, retry_seconds=0, timeout_seconds=120) as client:
+        pool, batch = pool_that_plans_long(client)
+
+        def plan():
+            with suppress(OdmaError):
+                while True:
+                    pool.apply(**batch)
+
+        before = cpu_ticks(server.process)
+        thread = threading.Thread(target=plan)
+        thread.start()
+        wait_for(lambda: cpu_ticks(server.process) >= before + 20, "planning")
+        server.process.send_signal(signal.SIGTERM)
+        server.process.communicate(timeout=DRAIN_SECONDS + 1)
+        thread.join()
+    assert server.process.returncode == 0
+
+
+def test_a_pool_in_use_keeps_nobody_from_the_others(registry):
+    """Its lock is held as by a long batch; the registry's is free for all who look."""
+    epoch = open_in(registry, "held").epoch
+    asked = threading.Event()
+
+    def again():
+        asked.set()
+        open_in(registry, "held")
+
+    with registry.owned("held", epoch):
+        thread = threading.Thread(target=again)
+        thread.start()
+        assert asked.wait(30)
+        for i in range(2):
+            assert open_in(registry, f"p{i}").epoch
+            with pytest.raises(PoolNotFoundError), registry.viewed(f"unknown {i}"):
+                pass
+        assert "held" in registry.names()
+    thread.join()
+
+
+def test_a_closing_registry_leaves_a_pool_in_use_alone(registry):
+    epoch = open_in(registry, "held").epoch
+    open_in(registry, "other")
+    with registry.owned("held", epoch) as learner:
+        registry.close(0)
+        assert learner.apply(epoch, Batch(1, 0, [], [Allocate("r", 10)])).seq == 1
+    with pytest.raises(UnavailableError), registry.owned("held", epoch):
+        pass

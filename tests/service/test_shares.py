@@ -42,7 +42,7 @@ from odma_service.values import (
 )
 
 BLOCKS, UNIT = 256, 16
-CLAIM_TURNS = 64
+CLAIM_CALLS, CHANGE_CALLS = 4096, 64
 TENANTS = ("a", "b", "c", "d", "")  # the last two are never named
 GEOMETRY = ArenaGeometry(BLOCKS, UNIT, 256, 64, 256, BLOCKS * UNIT, 0)
 ENGINE = EngineRecord(Moves.ANY, True, True, 2, 1e-6, 1e-7)
@@ -237,7 +237,7 @@ def test_a_tenant_that_is_gone_holds_others_back_for_so_many_batches(tmp_path):
     lent = shared.ask("b", BLOCKS)
     assert shared.ask("a", 10).preempt_handle == lent.handle
     shared.free(lent.handle, End.PREEMPTED)
-    for _ in range(CLAIM_TURNS - 2):
+    for _ in range(CLAIM_CALLS - CHANGE_CALLS - 1):
         assert shared.ask("b", 1).reason == Reason.CLAIMED
     assert isinstance(shared.ask("b", 1), Place)
 
@@ -245,7 +245,7 @@ def test_a_tenant_that_is_gone_holds_others_back_for_so_many_batches(tmp_path):
 def test_a_claim_lasts_as_long_as_it_is_renewed(tmp_path):
     shared = Shared(tmp_path / "pool", record(TenantShare("a", 0.5)))
     shared.ask("b", BLOCKS)
-    for _ in range(3 * CLAIM_TURNS):
+    for _ in range(3 * CLAIM_CALLS // CHANGE_CALLS):
         assert shared.ask("a", 10).reason == Reason.NO_SPACE
     assert shared.ask("b", 1).reason == Reason.CLAIMED
 

@@ -165,7 +165,7 @@ def test_draining_ends_an_idle_stream_with_unavailable_at_once(servers):
         stop = threading.Event()
 
         def requests():
-            yield pb.StreamRequest(apply=pb.ApplyRequest(pool=pool.ref, seq=1))
+            yield pb.StreamRequest(apply=pb.ApplyRequest(pool=pool.numbered(), seq=1))
             stop.wait()
 
         call = MemoryServiceStub(channel).Stream(requests())

@@ -137,7 +137,7 @@ def test_a_call_continues_the_callers_trace(traced, collector, name):
     metadata = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
     with Client(traced.target) as client:
         pool = open_pool(client, name)
-        request = pb.ApplyRequest(pool=pool.ref, seq=1)
+        request = pb.ApplyRequest(pool=pool.numbered(), seq=1)
         client.memory.Apply(request, timeout=10, metadata=metadata)
     [span] = collector.of_pool("Apply", name)
     assert span.trace_id.hex() == TRACE
@@ -168,8 +168,12 @@ def test_a_caller_that_is_not_sampled_is_left_alone(traced, collector, name):
     metadata = (("traceparent", f"00-{TRACE}-{CALLER}-00"),)
     with Client(traced.target) as client:
         pool = open_pool(client, name)
-        client.memory.Apply(pb.ApplyRequest(pool=pool.ref, seq=1), timeout=10, metadata=metadata)
-        client.memory.Apply(pb.ApplyRequest(pool=pool.ref, seq=2, completed_seq=1), timeout=10)
+        client.memory.Apply(
+            pb.ApplyRequest(pool=pool.numbered(), seq=1), timeout=10, metadata=metadata
+        )
+        client.memory.Apply(
+            pb.ApplyRequest(pool=pool.numbered(), seq=2, completed_seq=1), timeout=10
+        )
     [span] = collector.of_pool("Apply", name)
     assert span.trace_id.hex() != TRACE
 
@@ -199,7 +203,7 @@ def test_only_faults_of_the_service_are_errors(traced, collector, name):
     with Client(traced.target) as client, grpc.insecure_channel(traced.target) as channel:
         pool = open_pool(client, name)
         with pytest.raises(grpc.RpcError):
-            client.memory.Apply(pb.ApplyRequest(pool=pool.ref, seq=7), timeout=10)
+            client.memory.Apply(pb.ApplyRequest(pool=pool.numbered(), seq=7), timeout=10)
         nothing = channel.unary_unary("/odma.v1.MemoryService/Nothing")
         with pytest.raises(grpc.RpcError):
             nothing(b"", timeout=10)
@@ -218,7 +222,8 @@ def test_each_batch_of_a_stream_is_a_trace_linked_to_the_stream(traced, collecto
     with Client(traced.target) as client:
         pool = open_pool(client, name)
         batches = [
-            batch_to(pool.ref, Batch(seq, 0, [], [Allocate(f"r{seq}", 64)])) for seq in (1, 2, 9)
+            batch_to(pool.numbered(), Batch(seq, 0, [], [Allocate(f"r{seq}", 64)]))
+            for seq in (1, 2, 9)
         ]
         requests = (pb.StreamRequest(apply=batch) for batch in batches)
         with pytest.raises(grpc.RpcError, match="FAILED_PRECONDITION"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from servers import GEOMETRY
 
@@ -24,7 +25,7 @@ class Clock:
 
 
 def registry_of(
-    directory: Path, clock: Clock, max_pools: int = 3, boot_id: str = "boot"
+    directory: Path, clock: Clock, max_pools: int = 3, boot_id: str = "boot", **more: Any
 ) -> Registry:
     """Return a registry of what is in a directory."""
     return Registry(
@@ -34,15 +35,16 @@ def registry_of(
         boot_id=boot_id,
         monotonic=clock,
         wall=clock,
+        **more,
     )
 
 
-def open_in(registry: Registry, name: str, **fields: object) -> Opened:
+def open_in(registry: Registry, name: str, *, take_over: bool = False, **fields: object) -> Opened:
     """Open a pool of 1,024 tokens, but for `fields`."""
     usual = {"open_id": name, "capacity_tokens": 1024, "moves": types.MOVES_ANY}
     spec = spec_from(pb.OpenPoolRequest(name=name, geometry=GEOMETRY, **usual | fields))
     policy = first_policy(PolicyChange(), spec)
-    return registry.open(spec, policy, keep_policy=True, take_over=False)
+    return registry.open(spec, policy, keep_policy=True, take_over=take_over)
 
 
 def state(registry: Registry, name: str) -> tuple[int, float]:

@@ -1,14 +1,16 @@
 """Paging with a prefix cache: what reuse gives, where a trace tells which prompts begin alike.
 
-Whole blocks of 512 prompt tokens are shared by all who have them, and stay when nobody has
-them any more until their pages are needed (the least recently used goes first). What is cached
-is not prefilled. A block counts as cached from the step in which it is first admitted.
+Whole blocks of prompt tokens (512, or what the trace says) are shared by all who have them, and
+stay when nobody has them any more until their pages are needed (the least recently used goes
+first). What is cached is not prefilled. A block counts as cached from the step in which it is
+first admitted.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
+from odma_service.errors import InvalidError
 from odma_service.replay.memory import Decision, Placed, Run, Step
 from odma_service.replay.rivals.paging import PagedMemory
 from odma_service.traces.trace import PREFIX_TOKENS
@@ -23,9 +25,15 @@ class PrefixMemory(PagedMemory):
         page_tokens: int,
         headroom_share: float,
         kv_bandwidth_share: float = 1.0,
+        block_tokens: int = PREFIX_TOKENS,
     ) -> None:
         super().__init__(capacity_tokens, page_tokens, headroom_share, kv_bandwidth_share)
-        self._block_pages = PREFIX_TOKENS // page_tokens
+        if block_tokens % page_tokens:
+            raise InvalidError(
+                "hash_ids", f"blocks of whole pages of {page_tokens} tokens, not of {block_tokens}"
+            )
+        self._block_tokens = block_tokens
+        self._block_pages = block_tokens // page_tokens
         self._users: Counter[int] = Counter()  # of blocks that somebody has
         self._idle: OrderedDict[int, None] = OrderedDict()  # blocks that nobody has
         self._blocks: dict[int, tuple[int, ...]] = {}  # by handle
@@ -52,7 +60,7 @@ class PrefixMemory(PagedMemory):
             held = request.prompt_tokens + asked.generated_tokens + 1
             pages = -(-held // self._page_tokens)
             blocks = tuple(
-                dict.fromkeys(request.prefix_ids[: request.prompt_tokens // PREFIX_TOKENS])
+                dict.fromkeys(request.prefix_ids[: request.prompt_tokens // self._block_tokens])
             )
             cached = 0
             while cached < len(blocks) and (
@@ -72,5 +80,5 @@ class PrefixMemory(PagedMemory):
             self._take(needed)
             self._handles += 1
             self._blocks[self._handles] = blocks
-            known = min(cached * PREFIX_TOKENS, request.prompt_tokens - 1)
+            known = min(cached * self._block_tokens, request.prompt_tokens - 1)
             decision.placed.append(Placed(self._handles, pages * self._page_tokens, known))

@@ -73,6 +73,8 @@ class OpenPoolRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     TAKE_OVER_FIELD_NUMBER: _builtins.int
     MAX_REGIONS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     open_id: _builtins.str
     """Makes a retry safe: unique for each attempt to own the pool. 1 to 64 bytes."""
     name: _builtins.str
@@ -105,6 +107,14 @@ class OpenPoolRequest(_message.Message):
     """Ends an epoch that somebody else owns. Its owner must be dead."""
     max_regions: _builtins.int
     """Regions that may live at once, 1 to 65,536. 0 means 1,024."""
+    instance: _builtins.bytes
+    """16 random bytes that name the process that asks, made anew when it starts.
+    Empty: the epoch is not fenced.
+    """
+    attempt: _builtins.int
+    """1, 2, ...: how many times this instance has sent an OpenPool, each retry
+    counted. 0 without an instance.
+    """
     @_builtins.property
     def device(self) -> _types_pb2.Device: ...
     @_builtins.property
@@ -133,10 +143,12 @@ class OpenPoolRequest(_message.Message):
         policy: _types_pb2.PolicyChange | None = ...,
         take_over: _builtins.bool = ...,
         max_regions: _builtins.int = ...,
+        instance: _builtins.bytes = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "retention_seconds", b"retention_seconds", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "retention_seconds", b"retention_seconds", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_capacity: _TypeAlias = _typing.Literal["capacity_tokens", "capacity_bytes"]  # noqa: Y015
     _WhichOneofArgType_capacity: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
@@ -174,7 +186,11 @@ class OpenPoolResponse(_message.Message):
     max_regions: _builtins.int
     policy_version: _builtins.int
     @_builtins.property
-    def pool(self) -> _types_pb2.PoolRef: ...
+    def pool(self) -> _types_pb2.PoolRef:
+        """Its `owner` is the owner number of this answer, 0 without an instance. All
+        that the owner sends carries this message, with `number` set.
+        """
+
     @_builtins.property
     def planes(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PlaneGroup]:
         """The planes in the order that copies are priced in."""
@@ -206,16 +222,22 @@ class ClosePoolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POOL_FIELD_NUMBER: _builtins.int
+    BY_OPERATOR_FIELD_NUMBER: _builtins.int
+    by_operator: _builtins.bool
+    """An operator closes the pool, without an owner number. Where callers show
+    who they are, only operators may say so, and need not.
+    """
     @_builtins.property
     def pool(self) -> _types_pb2.PoolRef: ...
     def __init__(
         self,
         *,
         pool: _types_pb2.PoolRef | None = ...,
+        by_operator: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_operator", b"by_operator", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,6 +882,12 @@ class ReconcileRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     HANDLES_FIELD_NUMBER: _builtins.int
+    COMPLETED_SEQ_FIELD_NUMBER: _builtins.int
+    completed_seq: _builtins.int
+    """Promises what completed_seq of Apply does. With handles it has to be the
+    last answered seq, wherever the epoch is fenced; without an owner number 0
+    promises it unsaid.
+    """
     @_builtins.property
     def pool(self) -> _types_pb2.PoolRef: ...
     @_builtins.property
@@ -871,10 +899,11 @@ class ReconcileRequest(_message.Message):
         *,
         pool: _types_pb2.PoolRef | None = ...,
         handles: _abc.Iterable[_builtins.int] | None = ...,
+        completed_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_seq", b"completed_seq", "handles", b"handles", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

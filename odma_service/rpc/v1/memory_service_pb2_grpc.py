@@ -35,6 +35,22 @@ class MemoryServiceStub:
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+    * OpenPool says which process asks (instance) and counts its asking
+    (attempt), each retry too. Its answer has an owner number, larger with
+    each answer of the epoch; a smaller one is worth nothing from then on.
+    * all that changes something carries that number and its own (PoolRef). Send
+    the next message when the one before is answered or given up. A message
+    whose number was passed, or that was refused before under this number, is
+    refused: LATE. Who gets this for the last thing it sent asks again, under
+    the next number. A message whose number is the last one is a retry: it is
+    done again, with the same effect, for nothing of the owner came between.
+    * the number and the effect of a message are in the books together. A batch
+    may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
     RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -42,7 +58,11 @@ class MemoryServiceStub:
     UNAUTHENTICATED       the service asks for a token or a certificate.
     PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
-    FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+    FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+    open again. Another instance owns the pool (FENCED):
+    stop, tell the engine, open nothing. The call has no
+    owner number, but the epoch is fenced (UNFENCED).
+    ABORTED               the message is late (LATE): nothing was changed.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
     name it. Do not retry unchanged.
     DATA_LOSS             the pool's file is broken. Drop the pool's memory and
@@ -127,6 +147,22 @@ class MemoryServiceServicer:
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+    * OpenPool says which process asks (instance) and counts its asking
+    (attempt), each retry too. Its answer has an owner number, larger with
+    each answer of the epoch; a smaller one is worth nothing from then on.
+    * all that changes something carries that number and its own (PoolRef). Send
+    the next message when the one before is answered or given up. A message
+    whose number was passed, or that was refused before under this number, is
+    refused: LATE. Who gets this for the last thing it sent asks again, under
+    the next number. A message whose number is the last one is a retry: it is
+    done again, with the same effect, for nothing of the owner came between.
+    * the number and the effect of a message are in the books together. A batch
+    may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
     RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -134,7 +170,11 @@ class MemoryServiceServicer:
     UNAUTHENTICATED       the service asks for a token or a certificate.
     PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
-    FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+    FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+    open again. Another instance owns the pool (FENCED):
+    stop, tell the engine, open nothing. The call has no
+    owner number, but the epoch is fenced (UNFENCED).
+    ABORTED               the message is late (LATE): nothing was changed.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
     name it. Do not retry unchanged.
     DATA_LOSS             the pool's file is broken. Drop the pool's memory and
@@ -152,8 +192,20 @@ class MemoryServiceServicer:
         where the geometry stays the same.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
-        answer, after a restart of the service too.
+        answer but for the owner number, after a restart of the service too. An
+        instance that is not the owner's becomes the owner by the same open_id, and
+        the one before is fenced.
 
+        attempt has to be larger than any that the pool has seen of this instance:
+        so an OpenPool that is late does not open a pool again. The pool remembers
+        this of its last 64 instances, for as long as its books are kept.
+
+        ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
+        this answer asks again with the next attempt.
+        FAILED_PRECONDITION another instance has become the owner after this one
+        (FENCED). A new process has a new instance. Or the
+        epoch is fenced and the call has no instance
+        (UNFENCED).
         ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
         the owner to close it, or set take_over: that ends
         the old epoch.
@@ -167,7 +219,8 @@ class MemoryServiceServicer:
 
     def ClosePool(self, request, context):
         """ClosePool ends the epoch. The engine promises that no work is enqueued that
-        uses the pool's memory. Safe to retry: closing a closed pool is OK.
+        uses the pool's memory. Safe to retry: closing a closed pool is OK. An
+        operator, who has no owner number, is fenced by the epoch alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,7 +230,7 @@ class MemoryServiceServicer:
         """KeepAlive tells that the owner lives, and does nothing else. Every other
         call of the owner tells it too, so it is for an engine that has nothing to
         do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
-        Safe to retry.
+        Safe to retry. It has no number, only the owner's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,7 +264,7 @@ class MemoryServiceServicer:
         Send a request when the one before is answered. One that is sent earlier
         waits, unread; what waits is bounded by the flow control of HTTP/2. The
         requests of a stream are of one pool, and a pool has one stream: the first
-        answer on a new one ends the older one.
+        answer on a new one that is not `replayed` ends the older one.
 
         Every status ends the stream; what was answered stays done. When a stream
         ends, or breaks, the batch without an answer may have been done or not:
@@ -267,8 +320,15 @@ class MemoryServiceServicer:
 
     def Reconcile(self, request, context):
         """Reconcile frees every region that is not listed: for an engine that lost
-        its own state but not the device memory. It promises that the copies of
-        every answer so far are done. Safe to retry.
+        its own state but not the device memory. What is not listed, and what waits
+        for a completion, is free at once: no enqueued work may use it. Safe to
+        retry.
+
+        FAILED_PRECONDITION  completed_seq is below the last answered seq, which
+        the details tell (NOT_COMPLETED): for a copy of that
+        answer the books say a place where the data does not
+        lie. Resume the batch first and do its copies, or
+        list nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -277,7 +337,8 @@ class MemoryServiceServicer:
     def Recalibrate(self, request, context):
         """Recalibrate computes the bucket limits that would have cost least on the
         lengths seen, and installs them unless dry_run is set. Regions stay where
-        they are: buckets are lengths, not places.
+        they are: buckets are lengths, not places. Who has no owner number has to
+        send expected_version where the epoch is fenced.
 
         FAILED_PRECONDITION  expected_version is not in force (read the pool and
         decide again), fewer than 32 completions are known,
@@ -288,7 +349,8 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """SetPolicy changes the policy record. Regions stay as they are.
+        """SetPolicy changes the policy record. Regions stay as they are. Fenced as
+        Recalibrate is.
 
         FAILED_PRECONDITION  expected_version is not in force.
         """
@@ -372,6 +434,22 @@ class MemoryService:
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+    * OpenPool says which process asks (instance) and counts its asking
+    (attempt), each retry too. Its answer has an owner number, larger with
+    each answer of the epoch; a smaller one is worth nothing from then on.
+    * all that changes something carries that number and its own (PoolRef). Send
+    the next message when the one before is answered or given up. A message
+    whose number was passed, or that was refused before under this number, is
+    refused: LATE. Who gets this for the last thing it sent asks again, under
+    the next number. A message whose number is the last one is a retry: it is
+    done again, with the same effect, for nothing of the owner came between.
+    * the number and the effect of a message are in the books together. A batch
+    may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
     UNAVAILABLE           the service is draining or gone. Retry with backoff.
     RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -379,7 +457,11 @@ class MemoryService:
     UNAUTHENTICATED       the service asks for a token or a certificate.
     PERMISSION_DENIED     the caller's role may not call this.
     NOT_FOUND             no pool has this name. Open it.
-    FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+    FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+    open again. Another instance owns the pool (FENCED):
+    stop, tell the engine, open nothing. The call has no
+    owner number, but the epoch is fenced (UNFENCED).
+    ABORTED               the message is late (LATE): nothing was changed.
     INVALID_ARGUMENT      a field breaks a rule written next to it; the details
     name it. Do not retry unchanged.
     DATA_LOSS             the pool's file is broken. Drop the pool's memory and

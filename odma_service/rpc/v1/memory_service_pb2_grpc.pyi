@@ -38,6 +38,22 @@ class MemoryServiceStub:
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+      * OpenPool says which process asks (instance) and counts its asking
+        (attempt), each retry too. Its answer has an owner number, larger with
+        each answer of the epoch; a smaller one is worth nothing from then on.
+      * all that changes something carries that number and its own (PoolRef). Send
+        the next message when the one before is answered or given up. A message
+        whose number was passed, or that was refused before under this number, is
+        refused: LATE. Who gets this for the last thing it sent asks again, under
+        the next number. A message whose number is the last one is a retry: it is
+        done again, with the same effect, for nothing of the owner came between.
+      * the number and the effect of a message are in the books together. A batch
+        may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
       RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -45,7 +61,11 @@ class MemoryServiceStub:
       UNAUTHENTICATED       the service asks for a token or a certificate.
       PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
-      FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+      FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+                            open again. Another instance owns the pool (FENCED):
+                            stop, tell the engine, open nothing. The call has no
+                            owner number, but the epoch is fenced (UNFENCED).
+      ABORTED               the message is late (LATE): nothing was changed.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
@@ -67,8 +87,20 @@ class MemoryServiceStub:
     where the geometry stays the same.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
-    answer, after a restart of the service too.
+    answer but for the owner number, after a restart of the service too. An
+    instance that is not the owner's becomes the owner by the same open_id, and
+    the one before is fenced.
 
+    attempt has to be larger than any that the pool has seen of this instance:
+    so an OpenPool that is late does not open a pool again. The pool remembers
+    this of its last 64 instances, for as long as its books are kept.
+
+      ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
+                          this answer asks again with the next attempt.
+      FAILED_PRECONDITION another instance has become the owner after this one
+                          (FENCED). A new process has a new instance. Or the
+                          epoch is fenced and the call has no instance
+                          (UNFENCED).
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
@@ -78,13 +110,14 @@ class MemoryServiceStub:
     """
     ClosePool: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]
     """ClosePool ends the epoch. The engine promises that no work is enqueued that
-    uses the pool's memory. Safe to retry: closing a closed pool is OK.
+    uses the pool's memory. Safe to retry: closing a closed pool is OK. An
+    operator, who has no owner number, is fenced by the epoch alone.
     """
     KeepAlive: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]
     """KeepAlive tells that the owner lives, and does nothing else. Every other
     call of the owner tells it too, so it is for an engine that has nothing to
     do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
-    Safe to retry.
+    Safe to retry. It has no number, only the owner's.
     """
     Apply: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]
     """Apply does the operations of one decode step, in the order given.
@@ -110,7 +143,7 @@ class MemoryServiceStub:
     Send a request when the one before is answered. One that is sent earlier
     waits, unread; what waits is bounded by the flow control of HTTP/2. The
     requests of a stream are of one pool, and a pool has one stream: the first
-    answer on a new one ends the older one.
+    answer on a new one that is not `replayed` ends the older one.
 
     Every status ends the stream; what was answered stays done. When a stream
     ends, or breaks, the batch without an answer may have been done or not:
@@ -150,20 +183,29 @@ class MemoryServiceStub:
     """
     Reconcile: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.ReconcileRequest, _memory_service_pb2.ReconcileResponse]
     """Reconcile frees every region that is not listed: for an engine that lost
-    its own state but not the device memory. It promises that the copies of
-    every answer so far are done. Safe to retry.
+    its own state but not the device memory. What is not listed, and what waits
+    for a completion, is free at once: no enqueued work may use it. Safe to
+    retry.
+
+      FAILED_PRECONDITION  completed_seq is below the last answered seq, which
+                           the details tell (NOT_COMPLETED): for a copy of that
+                           answer the books say a place where the data does not
+                           lie. Resume the batch first and do its copies, or
+                           list nothing.
     """
     Recalibrate: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.RecalibrateRequest, _memory_service_pb2.RecalibrateResponse]
     """Recalibrate computes the bucket limits that would have cost least on the
     lengths seen, and installs them unless dry_run is set. Regions stay where
-    they are: buckets are lengths, not places.
+    they are: buckets are lengths, not places. Who has no owner number has to
+    send expected_version where the epoch is fenced.
 
       FAILED_PRECONDITION  expected_version is not in force (read the pool and
                            decide again), fewer than 32 completions are known,
                            or the policy has no buckets.
     """
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.SetPolicyRequest, _memory_service_pb2.SetPolicyResponse]
-    """SetPolicy changes the policy record. Regions stay as they are.
+    """SetPolicy changes the policy record. Regions stay as they are. Fenced as
+    Recalibrate is.
 
       FAILED_PRECONDITION  expected_version is not in force.
     """
@@ -179,6 +221,22 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+      * OpenPool says which process asks (instance) and counts its asking
+        (attempt), each retry too. Its answer has an owner number, larger with
+        each answer of the epoch; a smaller one is worth nothing from then on.
+      * all that changes something carries that number and its own (PoolRef). Send
+        the next message when the one before is answered or given up. A message
+        whose number was passed, or that was refused before under this number, is
+        refused: LATE. Who gets this for the last thing it sent asks again, under
+        the next number. A message whose number is the last one is a retry: it is
+        done again, with the same effect, for nothing of the owner came between.
+      * the number and the effect of a message are in the books together. A batch
+        may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
       RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -186,7 +244,11 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
       UNAUTHENTICATED       the service asks for a token or a certificate.
       PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
-      FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+      FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+                            open again. Another instance owns the pool (FENCED):
+                            stop, tell the engine, open nothing. The call has no
+                            owner number, but the epoch is fenced (UNFENCED).
+      ABORTED               the message is late (LATE): nothing was changed.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
@@ -205,8 +267,20 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     where the geometry stays the same.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
-    answer, after a restart of the service too.
+    answer but for the owner number, after a restart of the service too. An
+    instance that is not the owner's becomes the owner by the same open_id, and
+    the one before is fenced.
 
+    attempt has to be larger than any that the pool has seen of this instance:
+    so an OpenPool that is late does not open a pool again. The pool remembers
+    this of its last 64 instances, for as long as its books are kept.
+
+      ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
+                          this answer asks again with the next attempt.
+      FAILED_PRECONDITION another instance has become the owner after this one
+                          (FENCED). A new process has a new instance. Or the
+                          epoch is fenced and the call has no instance
+                          (UNFENCED).
       ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                           the owner to close it, or set take_over: that ends
                           the old epoch.
@@ -216,13 +290,14 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
     ClosePool: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ClosePoolRequest, _memory_service_pb2.ClosePoolResponse]  # type: ignore[assignment]
     """ClosePool ends the epoch. The engine promises that no work is enqueued that
-    uses the pool's memory. Safe to retry: closing a closed pool is OK.
+    uses the pool's memory. Safe to retry: closing a closed pool is OK. An
+    operator, who has no owner number, is fenced by the epoch alone.
     """
     KeepAlive: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.KeepAliveRequest, _memory_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
     """KeepAlive tells that the owner lives, and does nothing else. Every other
     call of the owner tells it too, so it is for an engine that has nothing to
     do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
-    Safe to retry.
+    Safe to retry. It has no number, only the owner's.
     """
     Apply: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ApplyRequest, _memory_service_pb2.ApplyResponse]  # type: ignore[assignment]
     """Apply does the operations of one decode step, in the order given.
@@ -248,7 +323,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     Send a request when the one before is answered. One that is sent earlier
     waits, unread; what waits is bounded by the flow control of HTTP/2. The
     requests of a stream are of one pool, and a pool has one stream: the first
-    answer on a new one ends the older one.
+    answer on a new one that is not `replayed` ends the older one.
 
     Every status ends the stream; what was answered stays done. When a stream
     ends, or breaks, the batch without an answer may have been done or not:
@@ -288,20 +363,29 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
     Reconcile: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ReconcileRequest, _memory_service_pb2.ReconcileResponse]  # type: ignore[assignment]
     """Reconcile frees every region that is not listed: for an engine that lost
-    its own state but not the device memory. It promises that the copies of
-    every answer so far are done. Safe to retry.
+    its own state but not the device memory. What is not listed, and what waits
+    for a completion, is free at once: no enqueued work may use it. Safe to
+    retry.
+
+      FAILED_PRECONDITION  completed_seq is below the last answered seq, which
+                           the details tell (NOT_COMPLETED): for a copy of that
+                           answer the books say a place where the data does not
+                           lie. Resume the batch first and do its copies, or
+                           list nothing.
     """
     Recalibrate: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.RecalibrateRequest, _memory_service_pb2.RecalibrateResponse]  # type: ignore[assignment]
     """Recalibrate computes the bucket limits that would have cost least on the
     lengths seen, and installs them unless dry_run is set. Regions stay where
-    they are: buckets are lengths, not places.
+    they are: buckets are lengths, not places. Who has no owner number has to
+    send expected_version where the epoch is fenced.
 
       FAILED_PRECONDITION  expected_version is not in force (read the pool and
                            decide again), fewer than 32 completions are known,
                            or the policy has no buckets.
     """
     SetPolicy: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.SetPolicyRequest, _memory_service_pb2.SetPolicyResponse]  # type: ignore[assignment]
-    """SetPolicy changes the policy record. Regions stay as they are.
+    """SetPolicy changes the policy record. Regions stay as they are. Fenced as
+    Recalibrate is.
 
       FAILED_PRECONDITION  expected_version is not in force.
     """
@@ -316,6 +400,22 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
 
+    Fencing: a message that comes late, twice or out of order changes nothing that
+    its sender no longer wants. For that
+      * OpenPool says which process asks (instance) and counts its asking
+        (attempt), each retry too. Its answer has an owner number, larger with
+        each answer of the epoch; a smaller one is worth nothing from then on.
+      * all that changes something carries that number and its own (PoolRef). Send
+        the next message when the one before is answered or given up. A message
+        whose number was passed, or that was refused before under this number, is
+        refused: LATE. Who gets this for the last thing it sent asks again, under
+        the next number. A message whose number is the last one is a retry: it is
+        done again, with the same effect, for nothing of the owner came between.
+      * the number and the effect of a message are in the books together. A batch
+        may be retried under another owner number and another number: seq decides.
+    Without an instance calls are served as they always were, and are not
+    protected, until an OpenPool with one is answered in the epoch.
+
     Every rpc may also answer:
       UNAVAILABLE           the service is draining or gone. Retry with backoff.
       RESOURCE_EXHAUSTED    the message is larger than 4 MiB: split it. Or too
@@ -323,7 +423,11 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
       UNAUTHENTICATED       the service asks for a token or a certificate.
       PERMISSION_DENIED     the caller's role may not call this.
       NOT_FOUND             no pool has this name. Open it.
-      FAILED_PRECONDITION   the epoch is over. Stop using the books; open again.
+      FAILED_PRECONDITION   the epoch is over (EPOCH_OVER). Stop using the books;
+                            open again. Another instance owns the pool (FENCED):
+                            stop, tell the engine, open nothing. The call has no
+                            owner number, but the epoch is fenced (UNFENCED).
+      ABORTED               the message is late (LATE): nothing was changed.
       INVALID_ARGUMENT      a field breaks a rule written next to it; the details
                             name it. Do not retry unchanged.
       DATA_LOSS             the pool's file is broken. Drop the pool's memory and
@@ -346,8 +450,20 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         where the geometry stays the same.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
-        answer, after a restart of the service too.
+        answer but for the owner number, after a restart of the service too. An
+        instance that is not the owner's becomes the owner by the same open_id, and
+        the one before is fenced.
 
+        attempt has to be larger than any that the pool has seen of this instance:
+        so an OpenPool that is late does not open a pool again. The pool remembers
+        this of its last 64 instances, for as long as its books are kept.
+
+          ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
+                              this answer asks again with the next attempt.
+          FAILED_PRECONDITION another instance has become the owner after this one
+                              (FENCED). A new process has a new instance. Or the
+                              epoch is fenced and the call has no instance
+                              (UNFENCED).
           ALREADY_EXISTS      somebody owns the pool; the details tell its age. Ask
                               the owner to close it, or set take_over: that ends
                               the old epoch.
@@ -363,7 +479,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.ClosePoolResponse, _abc.Awaitable[_memory_service_pb2.ClosePoolResponse]]:
         """ClosePool ends the epoch. The engine promises that no work is enqueued that
-        uses the pool's memory. Safe to retry: closing a closed pool is OK.
+        uses the pool's memory. Safe to retry: closing a closed pool is OK. An
+        operator, who has no owner number, is fenced by the epoch alone.
         """
 
     @_abc_1.abstractmethod
@@ -375,7 +492,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """KeepAlive tells that the owner lives, and does nothing else. Every other
         call of the owner tells it too, so it is for an engine that has nothing to
         do: once in a third of ttl_seconds, say. An open stream alone tells nothing.
-        Safe to retry.
+        Safe to retry. It has no number, only the owner's.
         """
 
     @_abc_1.abstractmethod
@@ -413,7 +530,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Send a request when the one before is answered. One that is sent earlier
         waits, unread; what waits is bounded by the flow control of HTTP/2. The
         requests of a stream are of one pool, and a pool has one stream: the first
-        answer on a new one ends the older one.
+        answer on a new one that is not `replayed` ends the older one.
 
         Every status ends the stream; what was answered stays done. When a stream
         ends, or breaks, the batch without an answer may have been done or not:
@@ -477,8 +594,15 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.ReconcileResponse, _abc.Awaitable[_memory_service_pb2.ReconcileResponse]]:
         """Reconcile frees every region that is not listed: for an engine that lost
-        its own state but not the device memory. It promises that the copies of
-        every answer so far are done. Safe to retry.
+        its own state but not the device memory. What is not listed, and what waits
+        for a completion, is free at once: no enqueued work may use it. Safe to
+        retry.
+
+          FAILED_PRECONDITION  completed_seq is below the last answered seq, which
+                               the details tell (NOT_COMPLETED): for a copy of that
+                               answer the books say a place where the data does not
+                               lie. Resume the batch first and do its copies, or
+                               list nothing.
         """
 
     @_abc_1.abstractmethod
@@ -489,7 +613,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_memory_service_pb2.RecalibrateResponse, _abc.Awaitable[_memory_service_pb2.RecalibrateResponse]]:
         """Recalibrate computes the bucket limits that would have cost least on the
         lengths seen, and installs them unless dry_run is set. Regions stay where
-        they are: buckets are lengths, not places.
+        they are: buckets are lengths, not places. Who has no owner number has to
+        send expected_version where the epoch is fenced.
 
           FAILED_PRECONDITION  expected_version is not in force (read the pool and
                                decide again), fewer than 32 completions are known,
@@ -502,7 +627,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.SetPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.SetPolicyResponse, _abc.Awaitable[_memory_service_pb2.SetPolicyResponse]]:
-        """SetPolicy changes the policy record. Regions stay as they are.
+        """SetPolicy changes the policy record. Regions stay as they are. Fenced as
+        Recalibrate is.
 
           FAILED_PRECONDITION  expected_version is not in force.
         """

@@ -97,6 +97,10 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """The adaptive safety share changed."""
     EVENT_KIND_EXPIRED: _EventKind.ValueType  # 12
     """Closed, after nothing was heard of the owner for retention_seconds."""
+    EVENT_KIND_SUCCEEDED: _EventKind.ValueType  # 13
+    """Another instance opened the pool with the same open_id: the epoch goes on,
+    the instance before is fenced.
+    """
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """EventKind says what happened to a pool."""
@@ -128,6 +132,10 @@ EVENT_KIND_SAFETY_SHARE: EventKind.ValueType  # 11
 """The adaptive safety share changed."""
 EVENT_KIND_EXPIRED: EventKind.ValueType  # 12
 """Closed, after nothing was heard of the owner for retention_seconds."""
+EVENT_KIND_SUCCEEDED: EventKind.ValueType  # 13
+"""Another instance opened the pool with the same open_id: the epoch goes on,
+the instance before is fenced.
+"""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final

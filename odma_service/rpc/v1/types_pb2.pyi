@@ -248,21 +248,35 @@ class PoolRef(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 characters of [A-Za-z0-9._-], not starting with a dot."""
     epoch: _builtins.int
     """The epoch that OpenPool answered. A call with another epoch is refused with
     FAILED_PRECONDITION: stop using the books and open the pool again.
     """
+    owner: _builtins.int
+    """The owner number that OpenPool answered, where it was asked with an
+    instance. It is in everything that the owner sends; a number that is not the
+    present one is refused: FENCED. 0: none, as in all that only reports.
+    """
+    number: _builtins.int
+    """Counts what is sent under one owner number: 1, 2, ..., whatever the rpc, one
+    after the other; a retry of a message has its number again. KeepAlive has
+    none. See MemoryService.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        owner: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "number", b"number", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +374,9 @@ class Refusal(_message.Message):
     awaiting_completion_tokens: _builtins.int
     """Vacated tokens that completed_seq does not cover yet."""
     copy_tokens_needed: _builtins.int
-    """COPY_BUDGET: what the cheapest plan found would copy."""
+    """COPY_BUDGET: what the cheapest plan found would still copy; 0: max_copies is
+    what is lacking. Part of it may be done already: ask again.
+    """
     preempt_handle: _builtins.int
     """Refused Extend: the youngest region by order of its Allocate, possibly the
     asker's own, never the oldest and never a pinned one. 0: nobody. Where the
@@ -491,31 +507,54 @@ Global___Geometry: _TypeAlias = Geometry  # noqa: Y015
 
 @_typing.final
 class ModelConfig(_message.Message):
-    """ModelConfig derives the geometry from a model's config.json."""
+    """ModelConfig derives the geometry from a model's config.json. A key that may
+    change the cache and is not understood refuses it: INVALID_ARGUMENT names
+    the key. docs/reference/models.md lists the families that are known.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     ELEMENT_BYTES_FIELD_NUMBER: _builtins.int
+    PIPELINE_PARALLEL_FIELD_NUMBER: _builtins.int
+    PIPELINE_RANK_FIELD_NUMBER: _builtins.int
+    PIPELINE_LAYERS_FIELD_NUMBER: _builtins.int
+    MTP_FIELD_NUMBER: _builtins.int
     config_json: _builtins.str
-    """The text of the config.json, at most 64 KiB."""
+    """The text of the config.json, at most 4 MiB with the rest of the message."""
     tensor_parallel: _builtins.int
     """Ranks the KV heads are divided over; heads are replicated where there are
     fewer heads than ranks. 0 means 1.
     """
     element_bytes: _builtins.int
-    """Bytes of one element of the cache; 0: as the model's torch_dtype."""
+    """Bytes of one element of the cache; 0: as the config says, that is as its
+    quantised cache or as its torch_dtype. At most 16.
+    """
+    pipeline_parallel: _builtins.int
+    """Ranks the layers are divided over, evenly. 0 means 1."""
+    pipeline_rank: _builtins.int
+    """Which of these ranks the pool is for, from 0."""
+    mtp: _builtins.bool
+    """The layers of multi-token prediction have planes too, on the last rank."""
+    @_builtins.property
+    def pipeline_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers of each such rank, where they are not even."""
+
     def __init__(
         self,
         *,
         config_json: _builtins.str = ...,
         tensor_parallel: _builtins.int = ...,
         element_bytes: _builtins.int = ...,
+        pipeline_parallel: _builtins.int = ...,
+        pipeline_rank: _builtins.int = ...,
+        pipeline_layers: _abc.Iterable[_builtins.int] | None = ...,
+        mtp: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "element_bytes", b"element_bytes", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "element_bytes", b"element_bytes", "mtp", b"mtp", "pipeline_layers", b"pipeline_layers", "pipeline_parallel", b"pipeline_parallel", "pipeline_rank", b"pipeline_rank", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -528,7 +567,7 @@ class TenantShare(_message.Message):
     guarantee covers and that finds no room is a claim: it names whom to preempt,
     and until it is let in no Allocate beyond a guarantee is, but its own
     tenant's. A claim lapses when it was not asked for again in 64 batches and
-    unary calls.
+    unary calls that changed something; one that did not counts a 64th.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

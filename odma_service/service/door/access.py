@@ -138,6 +138,19 @@ def insist_role(rpc: str, identity: Identity) -> None:
         raise RoleError(rpc.rpartition("/")[2], identity.role)
 
 
+def acts_as_operator(said: bool, rpc: str) -> bool:
+    """Return whether the caller is an operator. Where callers need no identity, who says so is.
+
+    Raises RoleError for somebody else who says so.
+    """
+    caller = CALLER.get()
+    if caller is None:
+        return said
+    if said and caller.role is not Role.OPERATOR:
+        raise RoleError(f"{rpc} by_operator", caller.role)
+    return caller.role is Role.OPERATOR
+
+
 def may_see(spec: PoolSpec) -> bool:
     """Return whether the caller may know of the pool."""
     return may_see_of(spec.owner)

@@ -30,6 +30,7 @@ from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, Access, Identity
 from odma_service.service.door.handlers import CallShape, Handler, Parse, Parts
 from odma_service.service.rpc.statuses import abort, status_of
+from odma_service.service.watch.lines import Seldom
 
 LARGEST_MESSAGE_BYTES = 4 * 1024 * 1024
 GUARD_OPTIONS = (
@@ -126,6 +127,7 @@ class Guard(grpc.ServerInterceptor):
         self._reflecting = ThreadPoolExecutor(2, thread_name_prefix="reflect")
         self._probing = ThreadPoolExecutor(MOST_SILENT + 1, thread_name_prefix="probe")
         self._silent = Silent(MOST_SILENT)
+        self._seldom = Seldom()
         self._guarded: dict[str, Handler] = {}
         self._checks = {
             CallShape.UNARY: _Checks(_insist_usable, _nothing),
@@ -199,8 +201,9 @@ class Guard(grpc.ServerInterceptor):
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
 
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
-            if isinstance(error, IdentityError):
-                log.info("caller refused", peer=context.peer(), reason=str(error))
+            if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
+                more = {"others": left_out} if left_out else {}
+                log.info("caller refused", peer=context.peer(), reason=str(error), **more)
             abort(context, status_of(error))
 
         return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()

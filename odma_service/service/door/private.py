@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Generic, TypeVar
 
 import structlog
@@ -14,6 +15,8 @@ import structlog
 from odma_service.errors import OdmaError
 
 LARGEST_FILE_BYTES = 1 << 20
+PAUSE_SECONDS = 1.0
+"""Until files that were refused are read again: the trouble may have been the system's."""
 
 Value = TypeVar("Value")
 
@@ -77,24 +80,32 @@ class Reloaded(Generic[Value]):
         self._read = read
         self._lock = Lock()
         self._stamp = self._look()
+        self._refused: list[tuple[int, ...]] | None = None
+        self._again_at = 0.0
         self._value = read()
 
     def get(self) -> Value:
         """Return the value as of now."""
         with self._lock:
             stamp = self._look()
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._renew()
+            if stamp != self._stamp and (stamp != self._refused or monotonic() >= self._again_at):
+                self._renew(stamp)
             return self._value
 
-    def _renew(self) -> None:
+    def _renew(self, stamp: list[tuple[int, ...]]) -> None:
+        """Read files that have changed; those that are refused again after a second."""
         names = [str(file) for file in self._files]
         try:
             self._value = self._read()
         except OdmaError as error:
-            log.error("changed files refused; the old ones stay", files=names, reason=str(error))
+            if stamp != self._refused:
+                log.error(
+                    "changed files refused; the old ones stay", files=names, reason=str(error)
+                )
+            self._refused = stamp
+            self._again_at = monotonic() + PAUSE_SECONDS
         else:
+            self._stamp = stamp
             log.info("changed files read", files=names)
 
     def _look(self) -> list[tuple[int, ...]]:

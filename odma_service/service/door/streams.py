@@ -32,6 +32,7 @@ class Stream:
         self.lock = Lock()
         self.pool = ""  # none yet
         self.ended = False
+        self.is_active: Callable[[], bool] = context.is_active
         self._context = context
         self._send = send
 
@@ -64,7 +65,9 @@ class Streams(OwnThreads):
     experimental_non_blocking = True
 
     def __init__(
-        self, apply: Callable[[pb.ApplyRequest], pb.ApplyResponse], most_streams: int
+        self,
+        apply: Callable[[pb.ApplyRequest, Callable[[], bool]], pb.ApplyResponse],
+        most_streams: int,
     ) -> None:
         super().__init__(most_streams, "stream")
         self._apply = apply
@@ -106,9 +109,10 @@ class Streams(OwnThreads):
                 name = request.apply.pool.name
                 if stream.pool not in ("", name):
                     raise InvalidError("apply.pool.name", "that of the stream's first batch")
-                answer = self._apply(request.apply)
-                if not stream.pool:
-                    self._bind(stream, name)
+                answer = self._apply(request.apply, stream.is_active)
+                stream.pool = name
+                if not answer.replayed:  # one that is repeated late takes no other's place
+                    self._bind(stream)
                 stream.answer(answer)
 
     def _enter(self, stream: Stream) -> bool:
@@ -118,14 +122,15 @@ class Streams(OwnThreads):
             self._open.add(stream)
             return True
 
-    def _bind(self, stream: Stream, pool: str) -> None:
-        """Make this the stream of a pool, after the pool has taken its first batch."""
+    def _bind(self, stream: Stream) -> None:
+        """Make this the stream of its pool, after the pool has taken a batch of it."""
+        if self._by_pool.get(stream.pool) is stream:
+            return
         with self._lock:
-            stream.pool = pool
-            older = self._by_pool.get(pool)
-            self._by_pool[pool] = stream
+            older = self._by_pool.get(stream.pool)
+            self._by_pool[stream.pool] = stream
         if older:
-            older.end(StreamReplacedError(pool))
+            older.end(StreamReplacedError(stream.pool))
 
     def _leave(self, stream: Stream) -> None:
         with self._lock:

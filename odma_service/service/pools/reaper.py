@@ -1,10 +1,15 @@
-"""The reaper: looks at the clocks of all pools twice a second, without being called."""
+"""The reaper: looks at the clocks of all pools twice a second, without being called.
+
+A look that comes much too late means that the process was stopped, or its machine. No owner
+can have been heard in that time, so it is not counted as their silence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
+from time import monotonic
 
 import structlog
 
@@ -21,9 +26,14 @@ def reaping(registry: Registry) -> Iterator[None]:
     stop = Event()
 
     def reap() -> None:
+        looked_at = monotonic()
         while not stop.wait(PERIOD_SECONDS):
+            now = monotonic()
+            late_seconds = now - looked_at - PERIOD_SECONDS
+            looked_at = now
+            missed_seconds = late_seconds if late_seconds > PERIOD_SECONDS else 0.0
             try:
-                registry.reap()
+                registry.reap(now, missed_seconds=missed_seconds)
             except Exception:
                 log.exception("the reaper failed; it goes on")
 

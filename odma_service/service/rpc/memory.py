@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import grpc
 
-from odma_service.errors import InvalidError
-from odma_service.learning import LimitsReport, Question, predictions_of
+from odma_service.errors import InvalidError, NotCompletedError
+from odma_service.learning import Learner, LimitsReport, Question, predictions_of
 from odma_service.pool import PoolSpec
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceServicer
+from odma_service.service.door.access import acts_as_operator
 from odma_service.service.door.streams import Streams
 from odma_service.service.pools.registry import Opened, Registry
-from odma_service.service.rpc.names import ref_from
-from odma_service.service.rpc.opening import changed_policy, first_policy, spec_from
+from odma_service.service.rpc.names import ref_from, unnumbered_ref_from
+from odma_service.service.rpc.opening import (
+    changed_policy,
+    first_policy,
+    opening_from,
+    spec_from,
+)
 from odma_service.service.rpc.reports import policy_to
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.values import Predicted
+from odma_service.values import Caller, Predicted
 from odma_service.wire import (
     allocate_from,
     answer_to,
@@ -46,6 +55,7 @@ class MemoryService(MemoryServiceServicer):
             first_policy(change_from(request.policy), spec),
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
+            opening=opening_from(request),
         )
         return _opened_to(opened)
 
@@ -53,14 +63,15 @@ class MemoryService(MemoryServiceServicer):
     def ClosePool(
         self, request: pb.ClosePoolRequest, context: grpc.ServicerContext
     ) -> pb.ClosePoolResponse:
-        self._registry.close_epoch(*ref_from(request.pool))
+        by_operator = acts_as_operator(request.by_operator, "ClosePool")
+        self._registry.close_epoch(*ref_from(request.pool), by_operator=by_operator)
         return pb.ClosePoolResponse()
 
     @reports_errors
     def KeepAlive(
         self, request: pb.KeepAliveRequest, context: grpc.ServicerContext
     ) -> pb.KeepAliveResponse:
-        with self._registry.owned(*ref_from(request.pool)) as learner:
+        with self._registry.owned(*unnumbered_ref_from(request.pool), context.is_active) as learner:
             spec = learner.pool.spec
         return pb.KeepAliveResponse(
             ttl_seconds=spec.ttl_seconds, retention_seconds=spec.retention_seconds
@@ -68,24 +79,24 @@ class MemoryService(MemoryServiceServicer):
 
     @reports_errors
     def Apply(self, request: pb.ApplyRequest, context: grpc.ServicerContext) -> pb.ApplyResponse:
-        return self._apply(request)
+        return self._apply(request, context.is_active)
 
     @property
     def Stream(self) -> Streams:  # type: ignore[override]  # see door/handlers.py
         """Handle Stream: each answer is that of Apply."""
         return self.streams
 
-    def _apply(self, request: pb.ApplyRequest) -> pb.ApplyResponse:
-        name, epoch = ref_from(request.pool)
+    def _apply(self, request: pb.ApplyRequest, wanted: Callable[[], bool]) -> pb.ApplyResponse:
+        name, caller = ref_from(request.pool)
         batch = batch_from(request)
-        with self._registry.owned(name, epoch) as learner:
+        with self._registry.owned(name, caller, wanted) as learner:
             question = learner.asks(batch.ops, batch.seq)
             if question is None:
-                answer = learner.apply(epoch, batch)
+                answer = learner.apply(caller, batch)
         if question is not None:
             predictions = self._predictions(question)
-            with self._registry.owned(name, epoch) as learner:
-                answer = learner.apply(epoch, batch, predictions)
+            with self._registry.owned(name, caller, wanted) as learner:
+                answer = learner.apply(caller, batch, predictions)
         return answer_to(answer)
 
     def _predictions(self, question: Question) -> list[Predicted | None]:
@@ -97,44 +108,45 @@ class MemoryService(MemoryServiceServicer):
     def Allocate(
         self, request: pb.AllocateRequest, context: grpc.ServicerContext
     ) -> pb.AllocateResponse:
-        name, epoch = ref_from(request.pool)
+        name, caller = ref_from(request.pool)
         _require("allocate", request.HasField("allocate"))
         operation = allocate_from(request.allocate)
-        with self._registry.owned(name, epoch) as learner:
+        with self._registry.owned(name, caller, context.is_active) as learner:
             question = learner.asks([operation])
         predictions = None if question is None else self._predictions(question)
-        with self._registry.owned(name, epoch) as learner:
-            place = learner.allocate(epoch, operation, predictions)
+        with self._registry.owned(name, caller, context.is_active) as learner:
+            place = learner.allocate(caller, operation, predictions)
         return pb.AllocateResponse(place=place_to(place))
 
     @reports_errors
     def Extend(self, request: pb.ExtendRequest, context: grpc.ServicerContext) -> pb.ExtendResponse:
-        name, epoch = ref_from(request.pool)
+        name, caller = ref_from(request.pool)
         _require("extend", request.HasField("extend"))
         operation = extend_from(request.extend)
-        with self._registry.owned(name, epoch) as learner:
-            place = learner.extend(epoch, operation)
+        with self._registry.owned(name, caller, context.is_active) as learner:
+            place = learner.extend(caller, operation)
         return pb.ExtendResponse(place=place_to(place))
 
     @reports_errors
     def Free(self, request: pb.FreeRequest, context: grpc.ServicerContext) -> pb.FreeResponse:
-        name, epoch = ref_from(request.pool)
+        name, caller = ref_from(request.pool)
         _require("free", request.HasField("free"))
         operation = free_from(request.free)
-        with self._registry.owned(name, epoch) as learner:
-            freed = learner.free(epoch, operation)
+        with self._registry.owned(name, caller, context.is_active) as learner:
+            freed = learner.free(caller, operation)
         return pb.FreeResponse(already_free=freed.already_free)
 
     @reports_errors
     def Reconcile(
         self, request: pb.ReconcileRequest, context: grpc.ServicerContext
     ) -> pb.ReconcileResponse:
-        name, epoch = ref_from(request.pool)
-        with self._registry.owned(name, epoch) as learner:
+        name, caller = ref_from(request.pool)
+        with self._registry.owned(name, caller, context.is_active) as learner:
             most = learner.pool.spec.max_regions
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
-            places, freed = learner.reconcile(epoch, request.handles)
+            _insist_completed(request, learner.pool.last_seq)
+            places, freed = learner.reconcile(caller, request.handles)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],
@@ -147,10 +159,9 @@ class MemoryService(MemoryServiceServicer):
     def Recalibrate(
         self, request: pb.RecalibrateRequest, context: grpc.ServicerContext
     ) -> pb.RecalibrateResponse:
-        name, epoch = ref_from(request.pool)
-        expected = request.expected_version if request.HasField("expected_version") else None
-        with self._registry.owned(name, epoch) as learner:
-            report = learner.recalibrate(request.dry_run, expected, request.limits)
+        fence, expected = _fence_of(request, request.dry_run)
+        with self._steered(request.pool, fence, context.is_active) as learner:
+            report = learner.recalibrate(request.dry_run, expected, request.limits, fence)
         return pb.RecalibrateResponse(
             before=_limits_to(report.before),
             after=_limits_to(report.after),
@@ -163,15 +174,42 @@ class MemoryService(MemoryServiceServicer):
     def SetPolicy(
         self, request: pb.SetPolicyRequest, context: grpc.ServicerContext
     ) -> pb.SetPolicyResponse:
-        name, epoch = ref_from(request.pool)
         _require("policy", request.HasField("policy"))
-        expected = request.expected_version if request.HasField("expected_version") else None
-        with self._registry.owned(name, epoch) as learner:
+        fence, expected = _fence_of(request)
+        with self._steered(request.pool, fence, context.is_active) as learner:
             pool = learner.pool
             changed = changed_policy(change_from(request.policy), pool.policy(), pool.spec)
-            learner.set_policy(changed, expected)
+            learner.set_policy(changed, expected, fence)
             policy = pool.policy()
         return pb.SetPolicyResponse(policy=policy_to(policy))
+
+    def _steered(
+        self, ref: types.PoolRef, fence: Caller | None, wanted: Callable[[], bool]
+    ) -> AbstractContextManager[Learner]:
+        """Hold a pool for a call that its owner makes, or without a fence anybody."""
+        name, caller = ref_from(ref)
+        if fence is None:
+            return self._registry.steered(name, caller.epoch, wanted)
+        return self._registry.owned(name, fence, wanted)
+
+
+def _fence_of(
+    request: pb.SetPolicyRequest | pb.RecalibrateRequest, changes_nothing: bool = False
+) -> tuple[Caller | None, int | None]:
+    """Return the caller of an owner's call, None if another fence does, and expected_version."""
+    _, caller = ref_from(request.pool)
+    expected = request.expected_version if request.HasField("expected_version") else None
+    fenced_else = not caller.owner and (expected is not None or changes_nothing)
+    return (None if fenced_else else caller), expected
+
+
+def _insist_completed(request: pb.ReconcileRequest, last_seq: int) -> None:
+    """Raise NotCompletedError unless the copies of all answers are promised to be done."""
+    promised = request.completed_seq
+    if promised > last_seq:
+        raise InvalidError("completed_seq", "at most the last answered seq")
+    if request.handles and promised < last_seq and (request.pool.owner or promised):
+        raise NotCompletedError(promised, last_seq)
 
 
 def _require(field: str, given: bool) -> None:
@@ -182,7 +220,7 @@ def _require(field: str, given: bool) -> None:
 def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
     spec: PoolSpec = opened.spec
     return pb.OpenPoolResponse(
-        pool=types.PoolRef(name=spec.name, epoch=opened.epoch),
+        pool=types.PoolRef(name=spec.name, epoch=opened.epoch, owner=opened.owner),
         capacity_tokens=spec.capacity_tokens,
         block_tokens=spec.block_tokens,
         planes=planes_to(spec.geometry.planes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from odma_service.errors import InvalidError
 from odma_service.pool import NAME, NAME_RULE
 from odma_service.rpc.v1 import types_pb2 as types
+from odma_service.values import Caller
 
 
 def name_from(name: str, field: str = "name") -> str:
@@ -14,8 +15,15 @@ def name_from(name: str, field: str = "name") -> str:
     return name
 
 
-def ref_from(ref: types.PoolRef) -> tuple[str, int]:
-    """Return the name and epoch of the pool that a request is about."""
+def ref_from(ref: types.PoolRef) -> tuple[str, Caller]:
+    """Return the name of the pool that a message with a number is about, and who asks."""
+    if ref.owner and not ref.number:
+        raise InvalidError("pool.number", "1, 2, ... with an owner number")
+    return unnumbered_ref_from(ref)
+
+
+def unnumbered_ref_from(ref: types.PoolRef) -> tuple[str, Caller]:
+    """Return the name of the pool that a request is about, and who asks."""
     if ref.epoch == 0:
         raise InvalidError("pool.epoch", "the epoch that OpenPool answered")
-    return name_from(ref.name, "pool.name"), ref.epoch
+    return name_from(ref.name, "pool.name"), Caller(ref.epoch, ref.owner, ref.number)

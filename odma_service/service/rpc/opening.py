@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from odma_service.errors import InvalidError
-from odma_service.pool import MOST_CAPACITY_TOKENS, PoolSpec
+from odma_service.pool import MOST_CAPACITY_TOKENS, Opening, PoolSpec
 from odma_service.pool.geometry import (
     MOST_MODEL_LENGTH_TOKENS,
     Device,
     Geometry,
-    ModelGeometry,
     device,
-    from_model_config,
 )
+from odma_service.pool.models import ModelGeometry, Parallel, from_model_config
 from odma_service.pool.policy import PolicyRecord, named
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -26,6 +25,7 @@ DEFAULT_BLOCK_TOKENS = 16
 DEFAULT_TTL_SECONDS = 60
 DEFAULT_RETENTION_SECONDS = 86_400
 DEFAULT_MAX_REGIONS = 1024
+INSTANCE_BYTES = 16
 
 
 def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
@@ -50,6 +50,15 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
         retention_seconds=request.retention_seconds or DEFAULT_RETENTION_SECONDS,
         max_regions=request.max_regions or DEFAULT_MAX_REGIONS,
     )
+
+
+def opening_from(request: pb.OpenPoolRequest) -> Opening:
+    """Return which process asks, and how often it did."""
+    if len(request.instance) not in (0, INSTANCE_BYTES):
+        raise InvalidError("instance", f"{INSTANCE_BYTES} random bytes, or none")
+    if bool(request.instance) != bool(request.attempt):
+        raise InvalidError("attempt", "1, 2, ... with an instance, 0 without")
+    return Opening(request.instance.hex(), request.attempt)
 
 
 def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:
@@ -90,7 +99,14 @@ def _model_from(request: pb.OpenPoolRequest) -> ModelGeometry:
     if layout == "model":
         model = request.model
         with _inside("model"):
-            return from_model_config(model.config_json, model.tensor_parallel, model.element_bytes)
+            part = Parallel(
+                model.tensor_parallel,
+                model.pipeline_parallel,
+                model.pipeline_rank,
+                tuple(model.pipeline_layers),
+                model.mtp,
+            )
+            return from_model_config(model.config_json, model.element_bytes, part)
     raise InvalidError("geometry", "geometry or model is required")
 
 

@@ -40,6 +40,11 @@ _CODES = {
     errors.PoolNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.PoolOwnedError: grpc.StatusCode.ALREADY_EXISTS,
     errors.EpochError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UnfencedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LateError: grpc.StatusCode.ABORTED,
+    errors.StaleOpenError: grpc.StatusCode.ABORTED,
+    errors.NotCompletedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SeqChangedError: grpc.StatusCode.ALREADY_EXISTS,
     errors.SeqOldError: grpc.StatusCode.OUT_OF_RANGE,
     errors.SeqGapError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -58,6 +63,7 @@ _CODES = {
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.BooksLockedError: grpc.StatusCode.UNAVAILABLE,
+    errors.BooksUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.BooksError: grpc.StatusCode.DATA_LOSS,
 }
 
@@ -82,6 +88,9 @@ def told(error: Exception, rpc: str) -> Status:
     """Return the status that tells an error of any kind; a bug of ours is logged."""
     if isinstance(error, OdmaError):
         return status_of(error)
+    if isinstance(error, (OSError, MemoryError)):
+        reason = "no memory is left" if isinstance(error, MemoryError) else str(error)
+        return status_of(errors.BooksUnavailableError(reason))
     log.error("a call failed inside", rpc=rpc, exc_info=error)
     return INTERNAL
 
@@ -121,6 +130,9 @@ def _details(error: OdmaError) -> Sequence[Message]:
             | errors.PoolOwnedError()
             | errors.PoolForeignError()
             | errors.EpochError()
+            | errors.FencedError()
+            | errors.UnfencedError()
+            | errors.StaleOpenError()
             | errors.StreamReplacedError()
         ):
             return [details_pb.ResourceInfo(resource_type="pool", resource_name=error.name)]
@@ -134,6 +146,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             return [refusal_pb, _retry_info()]
         case (
             errors.BooksLockedError()
+            | errors.BooksUnavailableError()
             | errors.UnavailableError()
             | errors.BusyError()
             | errors.StreamLimitError()

@@ -97,8 +97,8 @@ class Noted(NamedTuple):
 class Sketcher(Protocol):
     """A Predictor, as far as it is used here."""
 
-    def sketch(self, text: Text, prompt_tokens: int) -> str:
-        """Return the sketch of a prompt, as one word."""
+    def sketch(self, text: Text, prompt_tokens: int) -> str | None:
+        """Return the sketch of a prompt, as one word, None for none. Does not raise."""
 
 
 class DecisionLog:
@@ -126,6 +126,7 @@ class DecisionLog:
         """Records."""
         self.failed = 0
         """Records that the file did not take."""
+        self._failing = False
         self._pools: dict[str, PoolLives] = {}
         self._stop = Event()
         self._thread = Thread(target=self._run, name="decision-log", daemon=True)
@@ -218,9 +219,13 @@ class DecisionLog:
     # --- the log's own thread ---
 
     def _run(self) -> None:
-        while not self._stop.wait(PAUSE_SECONDS):
-            self._write()
-        self._write()
+        over = False
+        while not over:
+            over = self._stop.wait(PAUSE_SECONDS)
+            try:
+                self._write()
+            except Exception:
+                log.exception("the decision log failed; it goes on")
 
     def _write(self) -> None:
         lines: list[str] = []
@@ -235,10 +240,16 @@ class DecisionLog:
             return
         try:
             self._file.write(lines)
-            self.written += len(lines)
         except OSError as error:
             self.failed += len(lines)
-            log.error("decisions not written", records=len(lines), reason=error.strerror)
+            if not self._failing:  # one line, until it is over
+                log.error("decisions not written", records=len(lines), reason=error.strerror)
+            self._failing = True
+        else:
+            self.written += len(lines)
+            if self._failing:
+                log.info("decisions are written again", failed=self.failed)
+            self._failing = False
 
 
 class PoolLives:
@@ -400,12 +411,24 @@ class RotatedFile:
         self._size += len(data)
 
     def _rotate(self) -> None:
+        """Begin a new file. It is opened first; an attempt that fails loses no older one.
+
+        Names move up as far as the first that is free: where an attempt has stopped, the next
+        one goes on.
+        """
+        new = Path(f"{self._path}.new")
+        new.unlink(missing_ok=True)
+        descriptor, size = _open(new)
         names = [self._path, *(Path(f"{self._path}.{i + 1}") for i in range(ROTATED))]
-        for newer, older in reversed(list(pairwise(names))):
-            if newer.exists():
+        try:
+            free = next((i for i, name in enumerate(names) if not name.exists()), ROTATED)
+            for newer, older in reversed(list(pairwise(names[: free + 1]))):
                 newer.replace(older)
-        full = self._descriptor
-        self._descriptor, self._size = _open(self._path)
+            new.replace(self._path)
+        except OSError:
+            os.close(descriptor)
+            raise
+        full, self._descriptor, self._size = self._descriptor, descriptor, size
         os.close(full)
 
 

@@ -38,6 +38,7 @@ class EventKind(IntEnum):
     RECALIBRATED = 10
     SAFETY_SHARE = 11
     EXPIRED = 12
+    SUCCEEDED = 13
 
 
 ENDS_EPOCH = {
@@ -54,6 +55,7 @@ _LINES = {
     EventKind.TAKEN_OVER: ("warning", "pool taken over"),
     EventKind.CLOSED: ("info", "pool closed"),
     EventKind.EXPIRED: ("warning", "pool closed: its owner is silent"),
+    EventKind.SUCCEEDED: ("warning", "owner succeeded by another instance"),
     EventKind.STALE: ("warning", "pool stale: its owner is silent"),
     EventKind.REVIVED: ("info", "pool revived: its owner is back"),
     EventKind.SET_ASIDE: ("error", "pool set aside"),
@@ -110,11 +112,10 @@ class Events:
         owner: str = "",
         file: str = "",
     ) -> None:
-        """Log an event and keep it, without a wait for readers. `file`: for the log line only."""
+        """Keep an event, then log it, without a wait for readers. `file`: for the log line only."""
         known = {"epoch": epoch, "policy_version": policy_version, "reason": reason, "file": file}
         level, line = _LINES[kind]
         told = {name: value for name, value in known.items() if value}
-        getattr(log, level)(line, kind=kind.name, pool=pool, **told)
         with self._news:
             self._last += 1
             self._counts[kind] += 1
@@ -122,6 +123,7 @@ class Events:
                 Event(self._last, kind, pool, epoch, self._wall(), reason, policy_version, owner)
             )
             self._news.notify_all()
+        getattr(log, level)(line, kind=kind.name, pool=pool, **told)
 
     def end(self) -> None:
         """Wake all readers: nothing follows."""

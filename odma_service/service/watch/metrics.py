@@ -35,6 +35,7 @@ from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.door.handlers import CallShape
+from odma_service.service.pools.models import FAILURES
 from odma_service.service.pools.registry import Registry
 from odma_service.service.watch.observed import CallObserver, CallWatch
 from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
@@ -318,6 +319,21 @@ class PoolCollector(Collector):
         for kind, count in self._telemetry.events.counts().items():
             events.add_metric([kind.name.lower()], count)
         yield events
+        lines, models = self._telemetry.log_lines, self._telemetry.models
+        yield CounterMetricFamily(
+            "odma_log_lines_lost",
+            "Lines that the log did not take.",
+            value=lines.lost if lines else 0,
+        )
+        failures = dict(models.failures()) if models else {}
+        failed = CounterMetricFamily(
+            "odma_model_failures",
+            "Times that the model was of no use; histograms took its place.",
+            labels=["kind"],
+        )
+        for failure in FAILURES:
+            failed.add_metric([failure], failures.get(failure, 0))
+        yield failed
         decisions = self._telemetry.decisions
         if decisions is not None:
             for name, text, count in (

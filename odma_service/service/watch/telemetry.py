@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from odma_service.learning import Change
 from odma_service.pool import Pool
 from odma_service.pool.policy import PolicyRecord
+from odma_service.service.pools.models import Models
 from odma_service.service.watch.decisions import DecisionLog
 from odma_service.service.watch.events import ENDS_EPOCH, EventKind, Events
+from odma_service.service.watch.lines import Lines
 from odma_service.service.watch.spans import Spans
 from odma_service.values import (
     Allocate,
@@ -109,7 +111,11 @@ class Telemetry:
         events: Events | None = None,
         decisions: DecisionLog | None = None,
         spans: Spans | None = None,
+        log_lines: Lines | None = None,
+        models: Models | None = None,
     ) -> None:
+        self.log_lines = log_lines
+        self.models = models
         self.events = events or Events()
         self.decisions = decisions
         self.spans = spans or Spans()

@@ -66,6 +66,7 @@ static void insist_status(odma_status status, odma_status expected, const char *
 #define CHECK(fact) insist((fact), #fact, __LINE__)
 #define GIVES(expected, call) insist_status((call), (expected), #call, __LINE__)
 #define OK(call) GIVES(ODMA_OK, call)
+#define EPOCH(n) ((odma_caller){.epoch = (n)})
 
 /* --- numbers that look random and are always the same --- */
 
@@ -97,7 +98,7 @@ static odma_arena *fresh(void) {
     if (unlink(path) != 0) CHECK(errno == ENOENT);
     OK(odma_arena_create(path, &GEOMETRY, &arena, reason));
     odma_policy policy = POLICY;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", "words", 5));
     return arena;
 }
@@ -301,7 +302,7 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_open_epoch(NULL, 2, &ENGINE, "boot", "", 0));
     GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, NULL, "boot", "", 0));
     GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, &ENGINE, "boot", NULL, 1));
-    GIVES(ODMA_INVALID, odma_arena_end_epoch(NULL, 1));
+    GIVES(ODMA_INVALID, odma_arena_end_epoch(NULL, EPOCH(1)));
     GIVES(ODMA_INVALID, odma_arena_geometry(NULL, &geometry));
     GIVES(ODMA_INVALID, odma_arena_geometry(arena, NULL));
     GIVES(ODMA_INVALID, odma_arena_engine(NULL, &engine));
@@ -311,22 +312,22 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_description(arena, description, NULL));
     GIVES(ODMA_INVALID, odma_arena_policy(NULL, &policy));
     GIVES(ODMA_INVALID, odma_arena_policy(arena, NULL));
-    GIVES(ODMA_INVALID, odma_arena_set_policy(NULL, &policy, 0));
-    GIVES(ODMA_INVALID, odma_arena_set_policy(arena, NULL, 0));
+    GIVES(ODMA_INVALID, odma_arena_set_policy(NULL, NULL, &policy, 0));
+    GIVES(ODMA_INVALID, odma_arena_set_policy(arena, NULL, NULL, 0));
     GIVES(ODMA_INVALID, odma_arena_replay(NULL, &step.batch, &step.answer));
     GIVES(ODMA_INVALID, odma_arena_replay(arena, NULL, &step.answer));
     GIVES(ODMA_INVALID, odma_arena_replay(arena, &step.batch, NULL));
     GIVES(ODMA_INVALID, odma_arena_apply(NULL, &step.batch, &step.answer));
     GIVES(ODMA_INVALID, odma_arena_apply(arena, NULL, &step.answer));
     GIVES(ODMA_INVALID, odma_arena_apply(arena, &step.batch, NULL));
-    GIVES(ODMA_INVALID, odma_arena_unary(NULL, 1, &op, &result));
-    GIVES(ODMA_INVALID, odma_arena_unary(arena, 1, NULL, &result));
-    GIVES(ODMA_INVALID, odma_arena_unary(arena, 1, &op, NULL));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, 1, &handle, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, NULL, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, NULL, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, &place, NULL, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, 1, &handle, 1, &place, &handle, NULL));
+    GIVES(ODMA_INVALID, odma_arena_unary(NULL, EPOCH(1), &op, &result));
+    GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), NULL, &result));
+    GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), &op, NULL));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, EPOCH(1), &handle, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), NULL, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, NULL, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, &handle, NULL));
     GIVES(ODMA_INVALID, odma_arena_report(NULL, &report));
     GIVES(ODMA_INVALID, odma_arena_report(arena, NULL));
     GIVES(ODMA_INVALID, odma_arena_regions(NULL, 0, &region, 1, &count));
@@ -421,7 +422,7 @@ static void a_bad_engine_or_epoch_changes_nothing(void) {
     GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, (uint64_t)1 << 53, &ENGINE, "boot", "", 0));
     char words[ODMA_DESCRIPTION_BYTES + 1] = {0};
     GIVES(ODMA_INVALID, odma_arena_open_epoch(arena, 2, &ENGINE, "boot", words, sizeof words));
-    GIVES(ODMA_EPOCH, odma_arena_end_epoch(arena, 2));
+    GIVES(ODMA_EPOCH, odma_arena_end_epoch(arena, EPOCH(2)));
     odma_report after = report_of(arena);
     CHECK(memcmp(&before, &after, sizeof after) == 0);
     checked(arena);
@@ -487,14 +488,14 @@ static void a_bad_policy_is_not_installed(void) {
         if (i == 33) bad.safety_share = 0.26; /* 0.75 are guaranteed */
         GIVES(ODMA_INVALID, odma_policy_check(&bad, reason));
         if (i == 0 || i == 2 || i == 4 || i == 21 || i == 30) continue; /* unset: the default */
-        GIVES(ODMA_INVALID, odma_arena_set_policy(arena, &bad, 0));
+        GIVES(ODMA_INVALID, odma_arena_set_policy(arena, NULL, &bad, 0));
     }
     odma_policy good = POLICY;
     OK(odma_policy_check(&good, reason));
-    GIVES(ODMA_VERSION, odma_arena_set_policy(arena, &good, before.version + 1));
+    GIVES(ODMA_VERSION, odma_arena_set_policy(arena, NULL, &good, before.version + 1));
     OK(odma_arena_policy(arena, &after));
     CHECK(memcmp(&before, &after, sizeof after) == 0);
-    OK(odma_arena_set_policy(arena, &good, before.version));
+    OK(odma_arena_set_policy(arena, NULL, &good, before.version));
     CHECK(good.version == before.version + 1);
     odma_arena_close(arena);
 }
@@ -622,7 +623,7 @@ static void a_zeroed_struct_asks_for_the_defaults(void) {
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
     OK(odma_arena_policy(arena, &made));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     CHECK(policy.version == made.version + 1 && strcmp(policy.name, "static") == 0);
     policy.version = made.version;
     CHECK(memcmp(&policy, &made, sizeof made) == 0);
@@ -635,7 +636,7 @@ static void a_zeroed_struct_asks_for_the_defaults(void) {
     OK(odma_policy_check(&policy, reason));
 
     odma_op op = {.kind = ODMA_OP_ALLOCATE, .request_id = "a", .prompt_tokens = 10};
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     CHECK(result.outcome == ODMA_PLACED && result.length == 256);
     odma_arena_close(arena);
     OK(odma_arena_attach(path, &(odma_geometry){.blocks = 256}, NULL, &arena, reason));
@@ -657,7 +658,7 @@ static void a_zero_that_is_meant_is_given(void) {
     }
     odma_policy policy = POLICY;
     policy.start = ODMA_START_QUANTILE;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     for (int given = 0; given < 2; given++) {
         begin_step(arena);
         add_op(allocate_op(given ? "empty answer" : "no prediction", 160));
@@ -679,7 +680,7 @@ static void an_epoch_ends_with_its_books_and_keeps_what_was_learnt(void) {
     add_op(free_op(handle, 40));
     OK(run_step(arena));
     allocate_one(arena, "b", 100);
-    OK(odma_arena_end_epoch(arena, 1));
+    OK(odma_arena_end_epoch(arena, EPOCH(1)));
     GIVES(ODMA_EPOCH, run_step(arena));
     odma_report report = report_of(arena);
     CHECK(report.epoch == 0 && report.last_epoch == 1 && report.live == 0 && report.seq == 0);
@@ -717,7 +718,7 @@ static void an_epoch_ends_while_runs_wait(void) {
     add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = 10});
     OK(run_step(arena));
     CHECK(report_of(arena).waiting == 1);
-    OK(odma_arena_end_epoch(arena, 2));
+    OK(odma_arena_end_epoch(arena, EPOCH(2)));
     CHECK(report_of(arena).waiting == 0 && report_of(arena).free_blocks == GEOMETRY.blocks);
     checked(arena);
     odma_arena_close(arena);
@@ -736,7 +737,7 @@ static void a_batch_may_move_more_regions_than_live_at_once(void) {
     engine.moves = ODMA_MOVES_OWN_GROWTH;
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &engine, "boot", NULL, 0));
     uint64_t hole = allocate_one(arena, "hole", 64);
     uint64_t wall = allocate_one(arena, "wall", 64);
@@ -757,7 +758,7 @@ static void a_batch_may_move_more_regions_than_live_at_once(void) {
         CHECK(step.results[i].outcome == (i % 3 ? ODMA_PLACED : ODMA_FREED));
     CHECK(report_of(arena).live == 1 && report_of(arena).counters.relocations == 10);
     CHECK(step.answer.copy_count == 0 && step.answer.moved_count == 0);
-    OK(odma_arena_unary(arena, 1, &(odma_op){.kind = ODMA_OP_FREE, .handle = wall, .end = 1},
+    OK(odma_arena_unary(arena, EPOCH(1), &(odma_op){.kind = ODMA_OP_FREE, .handle = wall, .end = 1},
                         step.results));
     checked(arena);
     odma_arena_close(arena);
@@ -807,7 +808,7 @@ static void the_stored_answer_survives_and_knows_its_body(void) {
     GIVES(ODMA_SEQ_GAP, odma_arena_replay(arena, &step.batch, &step.answer));
     odma_result result;
     odma_op op = free_op(handle, 1);
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     CHECK(result.outcome == ODMA_FREED);
     step = other;
     OK(run_step(arena));
@@ -827,7 +828,7 @@ static void a_forked_child_must_attach_for_itself(void) {
         GIVES(ODMA_FORKED, odma_arena_report(arena, &report));
         GIVES(ODMA_FORKED, run_step(arena));
         GIVES(ODMA_FORKED, odma_arena_check(arena, reason));
-        GIVES(ODMA_FORKED, odma_arena_end_epoch(arena, 1));
+        GIVES(ODMA_FORKED, odma_arena_end_epoch(arena, EPOCH(1)));
         GIVES(ODMA_LOCKED, odma_arena_attach(path, NULL, NULL, &own, reason));
         odma_arena_close(arena);
         _exit(0);
@@ -900,7 +901,7 @@ static void begin_random(odma_arena *arena, uint32_t number) {
     for (uint32_t i = 0; i < policy.limit_count; i++) policy.limits_tokens[i] = 100 * (i + 1);
     if (number % 3 != 2) name_tenants(&policy);
     OK(odma_arena_open_epoch(arena, 2 + number, &engine, "boot", NULL, 0));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
 }
 
 static void random_steps_keep_every_rule(void) {
@@ -933,7 +934,7 @@ static void the_largest_batch_is_answered(void) {
     odma_policy policy = POLICY;
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
     odma_op *ops = calloc(ODMA_MAX_OPS, sizeof *ops);
     odma_used *used = calloc(ODMA_MAX_OPS, sizeof *used);
@@ -986,7 +987,7 @@ static void a_plan_that_keeps_the_budget_is_found(void) {
     policy.step_tokens = 16;
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &engine, "boot", NULL, 0));
     const char *const names[] = {"a", "b", "c", "gap", "wall"};
     uint64_t handles[5];
@@ -1011,7 +1012,7 @@ static void neighbours_make_way_for_a_region_that_grows(void) {
     odma_arena *arena = fresh();
     engine.single_ordered_stream = engine.copies_may_overlap = 0;
     policy.step_tokens = 16;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 2, &engine, "boot", NULL, 0));
     const uint32_t prompts[] = {15 * 16, 119 * 16, 7 * 16, 7 * 16};
     const char *const names[] = {"before", "grows", "near", "next"};
@@ -1065,7 +1066,7 @@ static void batches_on_many_regions_keep_every_rule(void) {
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
     policy.step_tokens = 16;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
     for (uint64_t seq = 1; seq <= 400; seq++) {
         uint32_t chosen[BATCH];
@@ -1107,7 +1108,7 @@ static odma_op tenant_op(const char *id, uint32_t prompt_tokens, uint32_t tenant
 
 static odma_result ask(odma_arena *arena, odma_op op) {
     odma_result result;
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     checked(arena);
     return result;
 }
@@ -1126,7 +1127,7 @@ static odma_arena *lent_out(uint64_t *named, uint64_t *other) {
     odma_policy policy = POLICY;
     policy.start = ODMA_START_MAXIMUM;
     name_tenants(&policy);
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     *named = ask(arena, tenant_op("named", 128 * 16, 2)).handle;
     *other = ask(arena, tenant_op("other", 128 * 16, 9)).handle;
     CHECK(*named != 0 && *other != 0 && report_of(arena).free_blocks == 0);
@@ -1161,7 +1162,7 @@ static void a_claim_that_nobody_renews_lapses(void) {
     odma_arena *arena = lent_out(&named, &other);
     CHECK(ask(arena, tenant_op("mine", 100 * 16, 0)).outcome == ODMA_REFUSED);
     CHECK(ask(arena, free_op(named, 0)).outcome == ODMA_FREED);
-    for (int i = 2; i < ODMA_CLAIM_TURNS; i++)
+    for (int i = ODMA_CLAIM_CALLS / ODMA_CLAIM_TURNS + 1; i < ODMA_CLAIM_CALLS; i++)
         CHECK(ask(arena, tenant_op("late", 16, 2)).reason == ODMA_REASON_CLAIMED);
     CHECK(ask(arena, tenant_op("late", 16, 2)).outcome == ODMA_PLACED);
     odma_arena_close(arena);
@@ -1174,10 +1175,10 @@ static void other_tenants_end_a_claim_and_the_same_ones_keep_it(void) {
     odma_policy policy;
     OK(odma_arena_policy(arena, &policy));
     policy.growth = 2;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     CHECK(use_of(arena, 0).claimed == 100);
     policy.tenants[1].maximum_share = 0.9;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     CHECK(use_of(arena, 0).claimed == 0);
     checked(arena);
     odma_arena_close(arena);
@@ -1189,7 +1190,7 @@ static void accounts_are_kept_for_any_number_of_tenants(void) {
     odma_policy policy = POLICY;
     policy.start = ODMA_START_MAXIMUM;
     policy.tenant_share = 0.5;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     for (uint32_t i = 0; i < 2000; i++) {
         char id[ODMA_ID_BYTES];
         snprintf(id, sizeof id, "%u", i);
@@ -1254,7 +1255,7 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
     odma_arena *arena = fresh();
     odma_policy policy = POLICY;
     name_tenants(&policy);
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     char saved[sizeof path + 8];
     snprintf(saved, sizeof saved, "%s.saved", path);
     int steps = 0;
@@ -1327,21 +1328,21 @@ static void look(odma_arena *arena, struct view *view) {
 static void allocates_alone(odma_arena *arena) {
     odma_result result;
     odma_op op = allocate_op("alone", 20);
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     CHECK(result.outcome == ODMA_PLACED);
 }
 
 static void claims_alone(odma_arena *arena) {
     odma_result result;
     odma_op op = tenant_op("claim", 128 * 16, 0);
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     CHECK(result.outcome == ODMA_REFUSED && use_of(arena, 0).claimed > 0);
 }
 
 static void frees_alone(odma_arena *arena) {
     odma_result result;
     odma_op op = free_op(regions[0].handle, 30);
-    OK(odma_arena_unary(arena, 1, &op, &result));
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
     CHECK(result.outcome == ODMA_FREED);
 }
 
@@ -1349,17 +1350,17 @@ static void reconciles(odma_arena *arena) {
     uint64_t freed[REGIONS];
     uint32_t count;
     odma_place kept;
-    OK(odma_arena_reconcile(arena, 1, &regions[0].handle, 1, &kept, freed, &count));
+    OK(odma_arena_reconcile(arena, EPOCH(1), &regions[0].handle, 1, &kept, freed, &count));
     CHECK(count > 0 && kept.length == regions[0].length);
 }
 
 static void sets_a_policy(odma_arena *arena) {
     odma_policy policy = POLICY;
     policy.growth = 2;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
 }
 
-static void ends_its_epoch(odma_arena *arena) { OK(odma_arena_end_epoch(arena, 1)); }
+static void ends_its_epoch(odma_arena *arena) { OK(odma_arena_end_epoch(arena, EPOCH(1))); }
 
 static void opens_another_epoch(odma_arena *arena) {
     OK(odma_arena_open_epoch(arena, 7, &ENGINE, "boot", "new words", 9));
@@ -1381,33 +1382,14 @@ static bool dies_while_it(void (*acts)(odma_arena *), int number) {
     return WEXITSTATUS(ended) == 9;
 }
 
-static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
-    void (*const acts[])(odma_arena *) = {
-        allocates_alone, claims_alone,   frees_alone,        reconciles,
-        sets_a_policy,   ends_its_epoch, opens_another_epoch};
-    odma_arena *arena = fresh();
-    for (int i = 0; i < 12; i++) {
-        random_step(arena);
-        OK(run_step(arena));
-    }
-    for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
-    odma_policy policy = POLICY;
-    name_tenants(&policy);
-    OK(odma_arena_set_policy(arena, &policy, 0));
-    list_regions(arena);
-    for (uint32_t i = 0; use_of(arena, 0).held > 0; i++) ask(arena, free_op(regions[i].handle, 0));
-    while (report_of(arena).largest_run > 12) {
-        char id[ODMA_ID_BYTES];
-        snprintf(id, sizeof id, "lent %u", report_of(arena).live);
-        ask(arena, tenant_op(id, (report_of(arena).largest_run - 12) * 16, 9));
-    }
-    list_regions(arena);
-    odma_arena_close(arena);
+/* Let each act die at each of its stores, on books as they are at `path`. */
+static void dies_in_each(void (*const acts[])(odma_arena *), size_t count) {
     char saved[sizeof path + 8];
     snprintf(saved, sizeof saved, "%s.saved", path);
     copy_file(path, saved);
     static struct view before, after, now;
-    for (size_t i = 0; i < sizeof acts / sizeof *acts; i++) {
+    odma_arena *arena;
+    for (size_t i = 0; i < count; i++) {
         copy_file(saved, path);
         arena = attached();
         look(arena, &before);
@@ -1433,6 +1415,177 @@ static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
     }
 }
 
+static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
+    void (*const acts[])(odma_arena *) = {
+        allocates_alone, claims_alone,   frees_alone,        reconciles,
+        sets_a_policy,   ends_its_epoch, opens_another_epoch};
+    odma_arena *arena = fresh();
+    for (int i = 0; i < 12; i++) {
+        random_step(arena);
+        OK(run_step(arena));
+    }
+    for (int i = 0; i < 3; i++) allocate_one(arena, (const char *[]){"x", "y", "z"}[i], 20);
+    odma_policy policy = POLICY;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
+    list_regions(arena);
+    for (uint32_t i = 0; use_of(arena, 0).held > 0; i++) ask(arena, free_op(regions[i].handle, 0));
+    while (report_of(arena).largest_run > 12) {
+        char id[ODMA_ID_BYTES];
+        snprintf(id, sizeof id, "lent %u", report_of(arena).live);
+        ask(arena, tenant_op(id, (report_of(arena).largest_run - 12) * 16, 9));
+    }
+    list_regions(arena);
+    odma_arena_close(arena);
+    dies_in_each(acts, sizeof acts / sizeof *acts);
+}
+/* --- fencing --- */
+
+static odma_caller owner_1(uint64_t number) {
+    return (odma_caller){.epoch = 1, .owner = 1, .number = number};
+}
+
+static odma_arena *fenced(void) {
+    odma_arena *arena = fresh();
+    OK(odma_arena_describe(arena, 1, "an owner", 8));
+    return arena;
+}
+
+static odma_status allocates_as(odma_arena *arena, odma_caller caller, const char *id,
+                                uint32_t prompt_tokens, odma_result *result) {
+    odma_op op = allocate_op(id, prompt_tokens);
+    return odma_arena_unary(arena, caller, &op, result);
+}
+
+static void an_owner_number_shuts_out_all_others(void) {
+    odma_arena *arena = fenced();
+    odma_result result;
+    OK(allocates_as(arena, owner_1(1), "a", 10, &result));
+    uint64_t freed[REGIONS];
+    uint32_t count;
+    struct view before, after;
+    look(arena, &before);
+    odma_policy policy = POLICY;
+    const odma_caller wrong[] = {EPOCH(1), {1, 2, 9}, {2, 1, 9}, owner_1(0)};
+    const odma_status given[] = {ODMA_UNFENCED, ODMA_FENCED, ODMA_EPOCH, ODMA_LATE};
+    for (int i = 0; i < 4; i++) {
+        GIVES(given[i], allocates_as(arena, wrong[i], "b", 10, &result));
+        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], NULL, 0, NULL, freed, &count));
+        GIVES(given[i], odma_arena_set_policy(arena, &wrong[i], &policy, 0));
+        if (wrong[i].number != 0) GIVES(given[i], odma_arena_spend(arena, wrong[i]));
+        if (wrong[i].owner != 0) GIVES(given[i], odma_arena_end_epoch(arena, wrong[i]));
+        begin_step(arena);
+        step.batch.epoch = wrong[i].epoch;
+        step.batch.owner = wrong[i].owner;
+        step.batch.number = wrong[i].number;
+        GIVES(given[i], run_step(arena));
+    }
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 0, "", 0));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, (uint64_t)1 << 53, "", 0));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 2, NULL, 1));
+    look(arena, &after);
+    CHECK(memcmp(&before, &after, sizeof before) == 0);
+    OK(odma_arena_describe(arena, 2, "another", 7));
+    CHECK(report_of(arena).number == 0);
+    GIVES(ODMA_FENCED, allocates_as(arena, owner_1(2), "b", 10, &result));
+    OK(odma_arena_end_epoch(arena, EPOCH(1)));
+    GIVES(ODMA_INVALID, odma_arena_describe(arena, 1, "", 0));
+    CHECK(report_of(arena).owner == 0);
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void a_late_message_changes_nothing(void) {
+    odma_arena *arena = fenced();
+    odma_result first, again;
+    OK(allocates_as(arena, owner_1(3), "a", 10, &first));
+    OK(allocates_as(arena, owner_1(3), "a", 10, &again));
+    CHECK(again.handle == first.handle && report_of(arena).number == 3);
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(2), "b", 10, &again));
+
+    OK(allocates_as(arena, owner_1(4), "too long", 256 * 16, &again));
+    CHECK(again.outcome == ODMA_REFUSED);
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(4), "b", 10, &again));
+    OK(odma_arena_spend(arena, owner_1(4)));
+    OK(odma_arena_spend(arena, owner_1(5)));
+    GIVES(ODMA_LATE, allocates_as(arena, owner_1(5), "b", 10, &again));
+
+    begin_step(arena);
+    step.batch.owner = 1;
+    step.batch.number = 6;
+    OK(run_step(arena));
+    OK(run_step(arena));
+    CHECK(step.answer.replayed == 1);
+    step.batch.number = 7; /* in no fingerprint */
+    OK(run_step(arena));
+    CHECK(step.answer.replayed == 1 && report_of(arena).number == 6);
+    begin_step(arena); /* the next batch under the number of the last */
+    step.batch.owner = 1;
+    step.batch.number = 6;
+    GIVES(ODMA_LATE, run_step(arena));
+    step.batch.number = 5;
+    GIVES(ODMA_LATE, run_step(arena));
+    step.batch.number = 8;
+    OK(run_step(arena));
+    checked(arena);
+    odma_arena_close(arena);
+}
+
+static void allocates_by_number(odma_arena *arena) {
+    odma_result result;
+    OK(allocates_as(arena, owner_1(2), "second", 20, &result));
+    CHECK(result.outcome == ODMA_PLACED);
+}
+
+static void is_refused_by_number(odma_arena *arena) {
+    odma_result result;
+    OK(allocates_as(arena, owner_1(2), "too long", 256 * 16, &result));
+    CHECK(result.outcome == ODMA_REFUSED);
+}
+
+static void reconciles_by_number(odma_arena *arena) {
+    uint64_t freed[REGIONS];
+    uint32_t count;
+    OK(odma_arena_reconcile(arena, owner_1(2), NULL, 0, NULL, freed, &count));
+    CHECK(count == 1);
+}
+
+static void applies_by_number(odma_arena *arena) {
+    begin_step(arena);
+    step.batch.owner = 1;
+    step.batch.number = 2;
+    add_op(allocate_op("in a batch", 20));
+    OK(run_step(arena));
+}
+
+static void sets_a_policy_by_number(odma_arena *arena) {
+    odma_policy policy = POLICY;
+    policy.growth = 2;
+    OK(odma_arena_set_policy(arena, &(odma_caller){1, 1, 2}, &policy, 0));
+}
+
+static void ends_its_epoch_by_number(odma_arena *arena) {
+    OK(odma_arena_end_epoch(arena, owner_1(2)));
+}
+
+static void spends_a_number(odma_arena *arena) { OK(odma_arena_spend(arena, owner_1(2))); }
+
+static void has_another_owner(odma_arena *arena) {
+    OK(odma_arena_describe(arena, 2, "another owner", 13));
+}
+
+static void a_number_and_its_effect_are_both_there_or_neither(void) {
+    void (*const acts[])(odma_arena *) = {
+        allocates_by_number, is_refused_by_number,    reconciles_by_number,
+        applies_by_number,   sets_a_policy_by_number, ends_its_epoch_by_number,
+        spends_a_number,     has_another_owner};
+    odma_arena *arena = fenced();
+    odma_result result;
+    OK(allocates_as(arena, owner_1(1), "first", 20, &result));
+    odma_arena_close(arena);
+    dies_in_each(acts, sizeof acts / sizeof *acts);
+}
+
 /* --- extremes --- */
 
 static void the_largest_arena_is_usable(void) {
@@ -1447,14 +1600,14 @@ static void the_largest_arena_is_usable(void) {
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
     policy.start = ODMA_START_MAXIMUM;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
     uint64_t handle = allocate_one(arena, "all of it", 1);
     CHECK(step.results[0].length == ODMA_MAX_BLOCKS && report_of(arena).free_blocks == 0);
 
     policy.start = ODMA_START_STEP;
     policy.step_tokens = 1 << 20;
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     begin_step(arena);
     step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0};
     add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = (1U << 28) - 16});
@@ -1484,7 +1637,7 @@ static void long_runs_are_fitted_best_too(void) {
     policy.overflow = ODMA_OVERFLOW_PREEMPT;
     unlink(path);
     OK(odma_arena_create(path, &geometry, &arena, reason));
-    OK(odma_arena_set_policy(arena, &policy, 0));
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", NULL, 0));
     for (int round = 0; round < 3000; round++) {
         list_regions(arena);
@@ -1501,7 +1654,7 @@ static void long_runs_are_fitted_best_too(void) {
         snprintf(id, sizeof id, "%d", round);
         odma_op op = allocate_op(id, 1);
         op.max_total_tokens = wanted * 16;
-        OK(odma_arena_unary(arena, 1, &op, &result));
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
         if (region_count == REGIONS) {
             CHECK(result.reason == ODMA_REASON_TABLE_FULL);
         } else if (best == UINT32_MAX) {
@@ -1519,7 +1672,7 @@ static void long_runs_are_fitted_best_too(void) {
         }
         if (region_count > 20 + below(40)) {
             op = free_op(regions[below(region_count)].handle, 1);
-            OK(odma_arena_unary(arena, 1, &op, &result));
+            OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
             CHECK(result.outcome == ODMA_FREED);
         }
         if (round % 100 == 0) checked(arena);
@@ -1545,10 +1698,10 @@ static void old_completions_fade_at_one_pace(void) {
     for (uint32_t round = 0; round < 21500; round++) {
         odma_result result;
         odma_op op = allocate_op("again", 1 + below(100));
-        OK(odma_arena_unary(arena, 1, &op, &result));
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
         op = free_op(result.handle, below(2000));
         if (below(4) == 0) op.end = ODMA_END_HIT_LIMIT;
-        OK(odma_arena_unary(arena, 1, &op, &result));
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
         expected = expected * fade + 1;
         if (round % 50 && round < 20400) continue;
         CHECK(fabs(weight_of(arena) - expected) < 1e-6 * expected);
@@ -1566,10 +1719,10 @@ static void *allocates_and_frees(void *arena) {
         char id[32];
         snprintf(id, sizeof id, "%p %u", (void *)&result, i);
         odma_op op = allocate_op(id, 20);
-        OK(odma_arena_unary(arena, 1, &op, &result));
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
         if (result.outcome != ODMA_PLACED) continue;
         op = free_op(result.handle, 5);
-        OK(odma_arena_unary(arena, 1, &op, &result));
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
         CHECK(result.outcome == ODMA_FREED);
     }
     return NULL;
@@ -1598,7 +1751,7 @@ static void *reads(void *arena) {
         OK(odma_arena_histogram(arena, ODMA_CLASS_POOL, &histogram));
         OK(odma_arena_class_index(arena, name, &classes));
         OK(odma_arena_policy(arena, &policy));
-        OK(odma_arena_set_policy(arena, &policy, 0));
+        OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     }
     return NULL;
 }
@@ -1735,6 +1888,9 @@ static const struct {
     FACT(accounts_are_kept_for_any_number_of_tenants),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
+    FACT(an_owner_number_shuts_out_all_others),
+    FACT(a_late_message_changes_nothing),
+    FACT(a_number_and_its_effect_are_both_there_or_neither),
     FACT(the_largest_arena_is_usable),
     FACT(long_runs_are_fitted_best_too),
     FACT(old_completions_fade_at_one_pace),

@@ -100,7 +100,7 @@ static void any_policy(struct engine *engine, struct input *input) {
         policy.tenants[i].guaranteed_share = take(input, 65) / 128.0;
         policy.tenants[i].maximum_share = take(input, 129) / 128.0;
     }
-    odma_arena_set_policy(engine->arena, &policy, take(input, 8) == 0 ? take(input, 4) : 0);
+    odma_arena_set_policy(engine->arena, NULL, &policy, take(input, 8) == 0 ? take(input, 4) : 0);
 }
 
 static void reattach(struct engine *engine, bool same_boot) {
@@ -158,6 +158,10 @@ static void open_epoch(struct engine *engine, struct input *input) {
     engine->handle_count = 0;
 }
 
+static odma_caller caller_of(const struct engine *engine) {
+    return (odma_caller){.epoch = engine->epoch};
+}
+
 static void one_call(struct engine *engine, struct input *input) {
     uint32_t choice = take(input, 32);
     odma_result result;
@@ -167,18 +171,19 @@ static void one_call(struct engine *engine, struct input *input) {
     uint32_t count = 0;
     switch (choice) {
         case 0: open_epoch(engine, input); break;
-        case 1: odma_arena_end_epoch(engine->arena, engine->epoch); break;
+        case 1: odma_arena_end_epoch(engine->arena, caller_of(engine)); break;
         case 2: any_policy(engine, input); break;
         case 3: reattach(engine, take(input, 8) != 0); break;
         case 4:
             for (int i = 0; i < 4; i++) listed[i] = any_handle(engine, input);
-            odma_arena_reconcile(engine->arena, engine->epoch, listed, take(input, 5), kept, freed,
-                                 &count);
+            odma_arena_reconcile(engine->arena, caller_of(engine), listed, take(input, 5),
+                                 kept, freed, &count);
             break;
         case 5:
         case 6:
             op = any_op(engine, input);
-            if (odma_arena_unary(engine->arena, engine->epoch, &op, &result) == ODMA_OK &&
+            if (odma_arena_unary(engine->arena, caller_of(engine), &op, &result) ==
+                    ODMA_OK &&
                 result.outcome == ODMA_PLACED)
                 engine->handles[0] = result.handle;
             break;
