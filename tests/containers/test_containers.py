@@ -233,7 +233,7 @@ def test_engines_and_books_survive_a_service_that_is_killed(stack):
         before = books(service, "kept")
 
         def playing() -> str | None:
-            opened = [p for p in service.list_pools() if p.state == pb.POOL_STATE_OPEN]
+            opened = [p for p in service.list_pools().pools if p.state == pb.POOL_STATE_OPEN]
             demos = [p.pool.name for p in opened if p.pool.name.startswith("demo-")]
             return next((n for n in demos if service.get_pool(n).counters.batches > 50), None)
 
