@@ -5,7 +5,8 @@ RUN apt-get update \
 RUN python -m venv /opt/odma
 WORKDIR /src
 COPY . .
-RUN /opt/odma/bin/pip install --no-cache-dir '.[trace]'
+RUN /opt/odma/bin/pip install --no-cache-dir . \
+    && /opt/odma/bin/pip uninstall --yes setuptools pip
 
 FROM python:3.11-slim
 COPY --from=build /opt/odma /opt/odma

@@ -24,15 +24,22 @@ OLDEST_TOOLS := pytest,pytest-timeout,hypothesis,cryptography,setuptools
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
 	nlohmann-json3-dev strace
 
-.PHONY: help deps demo serve test check format proto fuzz fuzz-wire tsan coverage test-oldest bench torture soak lib clean
+# What Debian has to build and run containers without Docker's daemon.
+CONTAINER_PACKAGES := podman runc debootstrap netavark aardvark-dns iptables docker-compose
+
+.PHONY: help deps deps-containers demo serve test test-containers test-oldest check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 deps: build/prometheus  ## Get what Debian has for the tests, as root; without it they skip something
 	dpkg --status $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get --quiet update && \
 		apt-get --quiet --yes --no-install-recommends install $(DEBIAN_PACKAGES); }
+
+deps-containers: build/prometheus  ## Get what Debian has to run containers, as root
+	dpkg --status $(CONTAINER_PACKAGES) > /dev/null 2>&1 || { apt-get --quiet update && \
+		apt-get --quiet --yes --no-install-recommends install $(CONTAINER_PACKAGES); }
 
 # Unpacked, for the installed package would start a server that listens everywhere.
 build/prometheus:
@@ -53,6 +60,9 @@ test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the te
 
 test-oldest: .venv/.compiled build/oldest/.installed  ## Run a part of the tests with the oldest packages allowed
 	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest -q $(or $(ARGS),$(OLDEST_TESTS))
+
+test-containers: .venv/.compiled  ## Build the image, bring compose up, kill it; wants deps-containers
+	$(BIN)/python -m pytest --capture=no tests/containers $(ARGS)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .

@@ -355,7 +355,8 @@ def _model_directory(setting: str) -> Path | None:
         return default_model()
     directory = Path(setting).expanduser()
     for path in (directory, *directory.glob("*")):
-        insist_trusted(path)
+        if path.exists():  # else the model says what it misses
+            insist_trusted(path)
     return directory
 
 

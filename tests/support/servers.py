@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from odma_service.client import Client, PoolClient
 from odma_service.client.local import ODMA, start
@@ -19,6 +20,7 @@ from odma_service.values import Moves, Place, PlaneGroup
 from odma_service.wire import place_from, planes_to
 
 PATIENCE_SECONDS = 30
+Held = TypeVar("Held")
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("ODMA_")}
 """The environment of a server that is told by its flags alone."""
 
@@ -105,12 +107,13 @@ def metrics_address(server: Server) -> str:
     return [line["metrics"] for line in lines if line["event"] == "serving"][-1]
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Return when `condition` holds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
+def wait_for(condition: Callable[[], Held], what: str, seconds: float = PATIENCE_SECONDS) -> Held:
+    """Return what `condition` is when it holds; fail if it does not in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (held := condition()):
         assert time.monotonic() < deadline, f"{what} did not come true"
         time.sleep(0.01)
+    return held
 
 
 # --- a network that fails ---
