@@ -28,7 +28,9 @@ def servers(tmp_path):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Return a server that all tests share; their pools have names of their own."""
-    running = Server(tmp_path_factory.mktemp("server"), ("--max-pools", "1024", "--max-pool-bytes", str(2**40))).start()
+    running = Server(
+        tmp_path_factory.mktemp("server"), ("--max-pools", "1024", "--max-pool-bytes", str(2**40))
+    ).start()
     yield running
     running.kill()
 

@@ -101,11 +101,11 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    # Before the first thread is made, so in all of them, until waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | NOTED_SIGNALS)
     with standard_error() as lines:
         _configure_log(settings)
         _forbid_core_dumps()
-        # In all threads, until waited for.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | NOTED_SIGNALS)
         own_faults()
         _run(settings, lines)
         log.info("stopped")

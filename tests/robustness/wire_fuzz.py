@@ -161,9 +161,10 @@ class Maker:
 
     def _fill(self, message: Message, field: FieldDescriptor) -> None:
         if field.is_repeated:
-            entries = [self._value(field) for _ in range(self._count(field.name))]
+            drawn = (self._value(field) for _ in range(self._count(field.name)))
+            entries = [value for value in drawn if value is not None]
             if self._sensible and field.name in {"limits_tokens", "handles"}:
-                entries = sorted(set(entries) - {None})
+                entries = sorted(set(entries))
             getattr(message, field.name).extend(entries)
         elif field.message_type:
             getattr(message, field.name).CopyFrom(self._message(field.message_type))
