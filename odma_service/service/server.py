@@ -10,12 +10,14 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import grpc
@@ -101,8 +103,10 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OdmaError if it cannot start."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Before the first thread is made, so in all of them, until waited for.
+    # Until waited for, in all threads but those that libraries made when they were imported.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | NOTED_SIGNALS)
+    for number in STOP_SIGNALS | NOTED_SIGNALS:
+        signal.signal(number, _pass_on)
     with standard_error() as lines:
         _configure_log(settings)
         _forbid_core_dumps()
@@ -239,6 +243,11 @@ def _wait_for_stop() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Leave a signal that another thread was given to the main thread, which waits for it."""
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _wait_for(path: Path) -> PoolDirectory | None:
