@@ -47,7 +47,7 @@ def compile_fused_extension(directory: Path) -> Path:
     emit += "; ffi.emit_c_code(sys.argv[1])"
     program = [ROOT / "lab" / "robustness" / "fuse.c", ROOT / "csrc" / "odma.c"]
     include = (f"-I{ROOT / 'csrc'}", f"-I{sysconfig.get_path('include')}")
-    compiler = ("cc", *FLAGS, "-shared", "-DODMA_STORE_HOOK=burn_fuse")
+    compiler = ("cc", *FLAGS, "-shared", "-DODMA_STORE_HOOK=burn_fuse", "-DODMA_OWN_FAULTS")
     commands: tuple[list[str | Path], ...] = (
         [sys.executable, "-c", emit, source],
         [*compiler, *include, source, *program, "-o", extension, "-lm", "-pthread"],
