@@ -73,7 +73,7 @@ class Busy:
 class _Call:
     """A call that waits for a thread or has one."""
 
-    __slots__ = ("caller", "cut", "future", "heard", "since", "work")
+    __slots__ = ("caller", "cut", "future", "heard", "kept", "since", "work")
 
     def __init__(
         self, caller: Hashable, cut: Callable[[], object], work: Callable[[], object]
@@ -84,6 +84,7 @@ class _Call:
         self.future: Future[Any] = Future()
         self.heard = False
         self.since = 0.0
+        self.kept: Any = None
 
 
 class Calls(ThreadPoolExecutor):
@@ -223,6 +224,21 @@ def hear() -> None:
     call = getattr(_HERE, "call", None)
     if call is not None:
         call.heard = True
+
+
+def keep(value: object) -> None:
+    """Keep a value until the call of this thread is over.
+
+    A thread that kept it itself would keep the call too, and its place in the connection.
+    """
+    call = getattr(_HERE, "call", None)
+    if call is not None:
+        call.kept = value
+
+
+def kept() -> Any:
+    """Return what is kept for the call of this thread, None without any."""
+    return getattr(getattr(_HERE, "call", None), "kept", None)
 
 
 def _payer(caller: Hashable) -> Hashable:

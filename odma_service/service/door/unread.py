@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from threading import Lock, local
+from threading import Lock
 from typing import Any
 
 import grpc
 
 from odma_service.errors import CallerLimitError
 from odma_service.service.door.access import CALLER
+from odma_service.service.door.calls import keep, kept
 
 SMALL_BYTES = 16 * 1024
 MOST_BYTES = 4 * 1024 * 1024
@@ -30,7 +31,6 @@ class Unread:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._here = local()
         self._waiting: dict[grpc.ServicerContext, int] = {}  # oldest first
         self._bytes: Counter[Hashable] = Counter()
 
@@ -39,15 +39,15 @@ class Unread:
         caller = _caller_of(context)
         if self._bytes[caller] > MOST_BYTES:
             raise CallerLimitError(f"{self._bytes[caller]:,} bytes of answers are unread")
-        self._here.call = context, caller
+        keep((context, caller))
 
     def counting(self, serialise: Serialise) -> Serialise:
         """Return `serialise`, with its result counted until the call of this thread is over."""
 
         def counted(answer: Any) -> bytes:
             content = serialise(answer)
-            (context, caller), self._here.call = self._here.call, None
-            if len(content) > SMALL_BYTES:
+            if len(content) > SMALL_BYTES and (call := kept()):
+                context, caller = call
                 self._count(context, caller, len(content))
             return content
 
