@@ -19,6 +19,7 @@ OdmaError
 ├── HandleError          a handle that names no live region
 ├── PoolLimitError       no more pools, or no room for the books
 ├── ModelError           a model directory that cannot be served; `file` is the bad file
+├── UnfitModelError      an engine cannot serve a model of this kind
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        no token or certificate, or an unknown one
@@ -266,6 +267,15 @@ class ModelError(OdmaError):
     def __init__(self, file: Path, rule: str) -> None:
         super().__init__(f"model {file}: {rule}")
         self.file = file
+        self.rule = rule
+
+
+class UnfitModelError(OdmaError):
+    """An engine cannot serve a model of this `kind`: `rule` says why."""
+
+    def __init__(self, kind: str, rule: str) -> None:
+        super().__init__(f"a model of kind {kind!r} cannot be served: {rule}")
+        self.kind = kind
         self.rule = rule
 
 
