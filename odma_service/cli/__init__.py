@@ -17,6 +17,8 @@ COMMANDS = {
     "watch": "odma_service.cli.watch",
     "health": "odma_service.cli.health",
     "demo": "odma_service.cli.demo",
+    "generate": "odma_service.cli.generate",
+    "serve-model": "odma_service.cli.serve_model",
     "geometry": "odma_service.cli.geometry",
     "trace": "odma_service.cli.trace",
     "replay": "odma_service.cli.replay",

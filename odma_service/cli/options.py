@@ -62,15 +62,21 @@ class Connection:
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
 
 
-def connecting(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a Connection in place of its first parameter."""
-    _, *own = signature(command, eval_str=True).parameters.values()
-    shared = signature(Connection, eval_str=True).parameters
+def taking(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of a class as options, in place of its first parameter."""
 
-    @wraps(command)
-    def run(**given: Any) -> None:
-        connection = Connection(*(given.pop(name) for name in shared))
-        command(connection, **given)
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = signature(command, eval_str=True).parameters.values()
+        shared = signature(kind, eval_str=True).parameters
 
-    run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
-    return run
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(kind(*(given.pop(name) for name in shared)), **given)
+
+        run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
+        return run
+
+    return wrap
+
+
+connecting = taking(Connection)

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -25,7 +26,6 @@ from odma_service.errors import OdmaError
 
 NAME = "odma"
 
-Tensor = torch.Tensor
 Layers = Mapping[int, tuple[Tensor, Tensor]]
 """The planes of keys and of values by layer: [token][head][dim]."""
 
@@ -171,9 +171,10 @@ def _fused(
 ) -> Tensor:
     heads, new, dim = query.shape
     if new > 1:
-        return scaled_dot_product_attention(
+        found = scaled_dot_product_attention(
             query[None], key[None], value[None], allowed, scale=scale, enable_gqa=True
-        )[0]
+        )
+        return found.reshape(heads, new, -1)
     # One token: the heads of a group are the queries of one head of the cache.
     grouped = query.reshape(1, key.shape[0], -1, dim)
     found = scaled_dot_product_attention(grouped, key[None], value[None], allowed, scale=scale)

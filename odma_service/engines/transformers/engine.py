@@ -17,7 +17,9 @@ from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from odma_service.engines.transformers.attention import Piece, Tensor
+from torch import Tensor
+
+from odma_service.engines.transformers.attention import Piece
 from odma_service.engines.transformers.fitness import forward
 from odma_service.engines.transformers.memory import Memory
 from odma_service.engines.transformers.planes import Planes
@@ -70,6 +72,8 @@ class Engine:
             raise InvalidError("prefill_tokens", f"at least 1, not {prefill_tokens}")
         self.counts: Counter[str] = Counter()
         """steps, applies, tokens (computed, again too), copies, preempted and others."""
+        self.longest_tokens = planes.longest_tokens
+        """The longest total that a request may have."""
         self._model = model
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._planes = planes
@@ -95,7 +99,13 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request. Raises InvalidError for one that never fits."""
-        longest = self._planes.longest_tokens
+        self.check(request)
+        request.number = next(self._numbers)
+        self._queue.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidError for a request that never fits; from any thread."""
+        longest = self.longest_tokens
         if len(request.prompt) + request.most_tokens > longest:
             raise InvalidError(
                 "most_tokens",
@@ -104,8 +114,6 @@ class Engine:
             )
         if not all(0 <= token < self._vocabulary for token in request.prompt):
             raise InvalidError("prompt", f"tokens from 0 to {self._vocabulary - 1:,}")
-        request.number = next(self._numbers)
-        self._queue.append(request)
 
     def finish(self, request: Request, end: End = End.ABORTED) -> None:
         """End a request before its time; the next step gives its memory back."""
@@ -210,7 +218,7 @@ class Engine:
         request.computed = 0
 
     def _leave(self, request: Request) -> None:
-        """Take a request whose region was given back out of what runs; a preempted one comes back."""
+        """Let a request go whose region was given back; a preempted one comes back."""
         self._running.remove(request)
         request.place = None
         request.preempted = False

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from odma_service.engines.transformers.attention import (
     NAME,
@@ -21,7 +22,6 @@ from odma_service.engines.transformers.attention import (
     Layers,
     Piece,
     Step,
-    Tensor,
     running,
 )
 from odma_service.errors import UnfitModelError
@@ -113,7 +113,9 @@ def check_pieces(model: PreTrainedModel, layers: Layers) -> None:
     try:
         first = Piece(0, FIRST_PIECE, NEIGHBOUR_TOKENS, FIRST_PIECE)
         beside = Piece(FIRST_PIECE, FIRST_PIECE + NEIGHBOUR_TOKENS, 0, NEIGHBOUR_TOKENS)
-        forward(model, layers, torch.cat([tried[:FIRST_PIECE], neighbour]).tolist(), [first, beside])
+        forward(
+            model, layers, torch.cat([tried[:FIRST_PIECE], neighbour]).tolist(), [first, beside]
+        )
         rest = Piece(0, TRIED_TOKENS - FIRST_PIECE, NEIGHBOUR_TOKENS, TRIED_TOKENS)
         pieces = forward(model, layers, tried[FIRST_PIECE:].tolist(), [rest])[-1].double()
     except FAILURES as error:

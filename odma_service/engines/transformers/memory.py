@@ -34,7 +34,11 @@ class Memory(Protocol):
     seq: int
 
     def apply(
-        self, used: Iterable[Used] = ..., ops: Iterable[Op] = ..., *, completed_seq: int | None = ...
+        self,
+        used: Iterable[Used] = ...,
+        ops: Iterable[Op] = ...,
+        *,
+        completed_seq: int | None = ...,
     ) -> Answer:
         """Do one decode step's operations, once."""
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from odma_service.engines.transformers.attention import NAME, Call, Layers, Tensor, running
+from odma_service.engines.transformers.attention import NAME, Call, Layers, running
 from odma_service.engines.transformers.fitness import (
     FAILURES,
     check_config,

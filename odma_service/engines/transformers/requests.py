@@ -86,4 +86,7 @@ class Request:
     def tokens(self, first: int, last: int) -> list[int]:
         """Return the tokens [first, last) of prompt and answer."""
         prompt = len(self.prompt)
-        return [*self.prompt[first:last], *self.output[max(first - prompt, 0) : max(last - prompt, 0)]]
+        return [
+            *self.prompt[first:last],
+            *self.output[max(first - prompt, 0) : max(last - prompt, 0)],
+        ]
