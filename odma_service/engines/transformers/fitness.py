@@ -21,6 +21,7 @@ from odma_service.engines.transformers.attention import (
     Call,
     Layers,
     Piece,
+    Rule,
     Step,
     running,
 )
@@ -79,6 +80,8 @@ def longest_total(model: PreTrainedModel) -> int:
 
 def check_keywords(model: PreTrainedModel, call: Call) -> None:
     """Raise UnfitModelError for a part of the attention that this package does not know."""
+    if not isinstance(call.rule, Rule | None):
+        raise unfit(model, "its attention makes a mask of its own")
     told = {name for name, value in call.told.items() if value is not None}
     for name in sorted(told - KNOWN - HARMLESS):
         raise unfit(model, f"its attention needs {name!r}, which is not known here")
