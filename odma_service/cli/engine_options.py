@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from odma_service.engines.transformers.engine import Engine
     from odma_service.engines.transformers.loading import Loaded
     from odma_service.engines.transformers.memory import Memory
+
+
+def need_extra(module: str) -> Any:
+    """Return a module of the engine. Raises OdmaError where the extra is not installed."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed: pip install 'odma-service[transformers]'"
+        raise OdmaError(missing) from error
 
 
 ModelSource = Annotated[
@@ -65,13 +75,9 @@ class EngineOptions:
 
     def load(self, source: str) -> Loaded:
         """Read the model. Raises OdmaError, also where the extra is not installed."""
-        try:
-            from odma_service.engines.transformers.loading import load
-        except ModuleNotFoundError as error:
-            raise OdmaError(
-                f"{error.name} is not installed: pip install 'odma-service[transformers]'"
-            ) from error
-        return load(source, dtype=self.dtype, device=self.device)
+        load = need_extra("odma_service.engines.transformers.loading").load
+        loaded: Loaded = load(source, dtype=self.dtype, device=self.device)
+        return loaded
 
     @contextmanager
     def engine(self, loaded: Loaded) -> Iterator[tuple[Engine, Memory]]:

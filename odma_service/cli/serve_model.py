@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from odma_service.cli.engine_options import EngineOptions, ModelSource
+from odma_service.cli.engine_options import EngineOptions, ModelSource, need_extra
 from odma_service.cli.options import taking
 
 API_KEY = "ODMA_API_KEY"
@@ -37,18 +37,14 @@ def command(
     callers have to show it. When it serves, it prints one line on stdout:
     "odma model ready on http://ADDRESS/v1". It needs the extra `transformers` of the package.
     """
-    loaded = options.load(model)
-    from odma_service.engines.transformers.openai.server import serve
-
-    if served_name:
-        loaded = loaded._replace(name=served_name)
-    with options.engine(loaded) as (engine, pool):
-        serve(
-            loaded,
-            engine,
-            pool,
-            listen,
-            key=os.environ.get(API_KEY, "").strip(),
-            allow_insecure=allow_insecure,
-            ready=lambda address: typer.echo(f"odma model ready on http://{address}/v1"),
-        )
+    serving = need_extra("odma_service.engines.transformers.openai.server")
+    with serving.listen_on(listen, allow_insecure=allow_insecure) as listener:
+        loaded = options.load(model)
+        if served_name:
+            loaded = loaded._replace(name=served_name)
+        with options.engine(loaded) as (engine, pool):
+            host, port, *_ = listener.getsockname()
+            typer.echo(
+                f"odma model ready on http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            )
+            serving.serve(loaded, engine, pool, listener, os.environ.get(API_KEY, "").strip())

@@ -43,6 +43,8 @@ EQUAL = {
         "first_k_dense_replace": 1,
     },
     "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "exaone": {},
     "exaone4": WINDOW,
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, **WINDOW},
@@ -58,12 +60,16 @@ EQUAL = {
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "gpt2": GPT,
+    "gpt_bigcode": {},
     "gpt_neox": {"num_key_value_heads": 4},
     "gpt_oss": {"head_dim": 16, "layer_types": GLOBAL_EVERY_OTHER, **WINDOW, **EXPERTS},
     "gptj": {**GPT, "rotary_dim": 8},
     "granite": {},
+    "granitemoe": {},
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "internlm3": {},
+    "jetmoe": {},
     "lfm2": {},
     "llama": {},
     "llama4_text": {
@@ -74,12 +80,15 @@ EQUAL = {
     },
     "minimax_m2": {"head_dim": 16, "rotary_dim": 8, **EXPERTS},
     "ministral": {"head_dim": 16, **WINDOW},
+    "ministral3": {},
     "mistral": {"head_dim": 16, **WINDOW},
     "mixtral": {**WINDOW, **EXPERTS},
+    "nanochat": {},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"layer_types": GLOBAL_EVERY_OTHER, **WINDOW},
+    "olmoe": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "persimmon": {},
     "phi": {},
@@ -106,15 +115,22 @@ EQUAL = {
     "smollm3": {},
     "stablelm": {},
     "starcoder2": WINDOW,
+    "vaultgemma": {},
 }
 """What a config needs beside SIZES, to be small and to use what is special in its kind."""
 
 NO_INTERFACE = "does not use the attention interface"
 STATE = "keep a state that is not made of tokens"
+OTHERWISE = "pieces of a prompt give another result than the whole"
+TWICE = "a layer attends more than once"
 REFUSED = {
+    "bert": ({}, "its tokens see later ones"),
     "bloom": ({"n_head": 4, "n_layer": 3}, NO_INTERFACE),
+    "diffllama": ({}, TWICE),
     "doge": ({}, "makes a mask of its own"),
     "falcon": ({}, NO_INTERFACE),
+    "falcon_h1": ({}, OTHERWISE),
+    "mamba": ({}, NO_INTERFACE),
     "mpt": ({"d_model": 64, "n_heads": 4, "n_layers": 3}, NO_INTERFACE),
     "qwen3_5_text": ({"head_dim": 16, "num_hidden_layers": 4}, STATE),
 }

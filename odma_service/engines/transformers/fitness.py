@@ -109,11 +109,11 @@ def check_pieces(model: PreTrainedModel, layers: Layers) -> None:
     tokens = torch.arange(1, TRIED_TOKENS + NEIGHBOUR_TOKENS + 1, device=model.device)
     tokens %= model.config.get_text_config().vocab_size
     tried, neighbour = tokens[:TRIED_TOKENS], tokens[TRIED_TOKENS:]
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        alone = model(input_ids=tried[None], use_cache=False).logits[0, -1].double()
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            alone = model(input_ids=tried[None], use_cache=False).logits[0, -1].double()
+        model.set_attn_implementation(NAME)
         first = Piece(0, FIRST_PIECE, NEIGHBOUR_TOKENS, FIRST_PIECE)
         beside = Piece(FIRST_PIECE, FIRST_PIECE + NEIGHBOUR_TOKENS, 0, NEIGHBOUR_TOKENS)
         forward(
@@ -122,7 +122,7 @@ def check_pieces(model: PreTrainedModel, layers: Layers) -> None:
         rest = Piece(0, TRIED_TOKENS - FIRST_PIECE, NEIGHBOUR_TOKENS, TRIED_TOKENS)
         pieces = forward(model, layers, tried[FIRST_PIECE:].tolist(), [rest])[-1].double()
     except FAILURES as error:
-        raise unfit(model, f"its forward fails in pieces: {error}") from error
+        raise unfit(model, f"its forward fails: {error}") from error
     different = float((pieces - alone).abs().mean() / alone.std())
     if not different <= MOST_DIFFERENCE.get(model.dtype, MOST_ROUNDING):
         raise unfit(

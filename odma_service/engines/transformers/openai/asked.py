@@ -133,8 +133,9 @@ class CompletionAsked(Asked):
 
 
 def refusal_of(error: ValidationError) -> ApiError:
-    """Return what a client is told about the first bad field of its body."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """Return what a client is told: of the errors the one that is deepest in its body."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(errors, key=lambda each: len(each["loc"]))
     path = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {path}", param=path)

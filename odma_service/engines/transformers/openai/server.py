@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -18,47 +20,59 @@ from odma_service.errors import InvalidError, OdmaError
 DRAIN_SECONDS = 10
 
 
+def listen_on(address: str, *, allow_insecure: bool = False) -> socket.socket:
+    """Return a socket that listens on host:port; port 0: any.
+
+    Raises InvalidError for an address beyond the loopback without `allow_insecure`, for
+    connections are plain; OSError if it cannot listen there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidError("listen", f"HOST:PORT, not {address!r}")
+    if not is_local(address) and not allow_insecure:
+        raise InvalidError("listen", "beyond the loopback only with --allow-insecure")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, int(port)), family=family)
+
+
 def serve(
     loaded: Loaded,
     engine: Engine,
     pool: Memory,
-    listen: str,
-    *,
-    key: str = "",
-    allow_insecure: bool = False,
-    ready: Callable[[str], None],
+    listener: socket.socket,
+    key: str,
 ) -> None:
     """Serve until SIGTERM or SIGINT; calls under way get `DRAIN_SECONDS` to end.
 
-    `listen` is host:port; port 0: any. `key`: what callers show as a bearer token; empty: nothing.
-    `ready` gets the address. Raises InvalidError for an address beyond the loopback without
-    `allow_insecure`, for the connection is plain; OdmaError if the engine cannot go on.
+    `key`: what callers show as a bearer token; empty: nothing. Raises OdmaError if the engine
+    cannot go on.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InvalidError("listen", f"HOST:PORT, not {listen!r}")
-    if not is_local(listen) and not allow_insecure:
-        raise InvalidError("listen", "beyond the loopback only with --allow-insecure")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, int(port)), family=family) as listener:
-        server: uvicorn.Server  # the runner stops it, and its application needs the runner
+    server: uvicorn.Server  # the runner stops it, and its application needs the runner
 
-        def stop() -> None:
-            server.should_exit = True
+    def stop(*_: object) -> None:
+        server.should_exit = True
 
-        with Runner(engine, pool, stop) as runner:
-            service = Service(loaded, runner, engine.longest_tokens, key)
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    service.app(),
-                    log_level="warning",
-                    timeout_graceful_shutdown=DRAIN_SECONDS,
-                    server_header=False,
-                )
-            )
-            at = listener.getsockname()
-            ready(f"[{at[0]}]:{at[1]}" if family is socket.AF_INET6 else f"{at[0]}:{at[1]}")
-            server.run(sockets=[listener])
-            if runner.failure is not None:
-                raise OdmaError(str(runner.failure))
+    with Runner(engine, pool, stop) as runner, _handled(stop):
+        service = Service(loaded, runner, engine.longest_tokens, key)
+        config = uvicorn.Config(
+            service.app(),
+            log_level="warning",
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            server_header=False,
+        )
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+        if runner.failure is not None:
+            raise OdmaError(str(runner.failure))
+
+
+@contextmanager
+def _handled(stop: Callable[..., None]) -> Iterator[None]:
+    """Let `stop` handle signals: uvicorn, when it has ended, sends itself those that it got."""
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
