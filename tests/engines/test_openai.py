@@ -10,14 +10,12 @@ import subprocess
 from contextlib import contextmanager
 from threading import Timer
 
+import openai
 import pytest
-from decoders import alone  # noqa: F401  (skips without Transformers)
 from servers import PLAIN, wait_for
 
 from odma_service.client.local import ODMA
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
-
-openai = pytest.importorskip("openai", reason="HTTP NOT TESTED: `make test-transformers` gets it")
 
 READY = "odma model ready on "
 POOL = "served"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from decoders import alone  # noqa: F401  (skips without Transformers)
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
