@@ -26,7 +26,7 @@ from odma_service.service.door.access import CALLER
 
 SILENT_SECONDS = 0.5
 """A call whose message has not come after so long makes way for calls that wait."""
-SWEEP_SECONDS = 0.1
+SWEEP_SECONDS = 0.02
 BUSY_SECONDS = 1.0
 
 _HERE = threading.local()
@@ -44,7 +44,7 @@ class Pace(NamedTuple):
     share: float
     burst_seconds: float
     call_seconds: float
-    """What a call costs beside its handler."""
+    """What a call costs beside its handler, paid when it begins."""
     busy: Callable[[Hashable], bool]
 
 
@@ -172,6 +172,8 @@ class Calls(ThreadPoolExecutor):
                 del self._queues[caller]
             self._running.add(call)
             self._held[caller] += 1
+            if self._pace:
+                self._charge(caller, self._pace.call_seconds)
             call.since = monotonic()
             super().submit(self._run, call)
 
@@ -191,7 +193,7 @@ class Calls(ThreadPoolExecutor):
             _take_off(self._by_caller, call.caller)
             self._under_way.discard(call.future)
             if self._pace:
-                self._charge(call.caller, thread_time() - begun + self._pace.call_seconds)
+                self._charge(call.caller, thread_time() - begun)
             self._give_threads()
         if error:
             call.future.set_exception(error)
