@@ -382,7 +382,8 @@ typedef enum odma_rule {
     ODMA_RULE_USED_TOKENS,        /* at most the region's length */
     ODMA_RULE_REQUEST_ID_TWICE,   /* an earlier operation of the batch placed it */
     ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
-    ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
+    ODMA_RULE_TENANT_PROMPT,      /* with one more token at most what its tenant may hold */
+    ODMA_RULE_PADDING             /* ids and names end with zero bytes only */
 } odma_rule;
 
 typedef struct odma_result {
@@ -557,7 +558,7 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
                                uint32_t room, uint32_t *count);
 
 /* Whether the books keep every rule, memory and file alike: ODMA_OK, or
- * ODMA_CORRUPT with the broken rule in `reason`. */
+ * ODMA_CORRUPT with the broken rule in `reason`; ODMA_IO: the file cannot be read. */
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
 
 /* A word for a status, never NULL. */

@@ -93,6 +93,7 @@ RULES: dict[int, tuple[str, str]] = {
         "prompt_tokens",
         "with generated_tokens and one more at most what its tenant may hold",
     ),
+    lib.ODMA_RULE_PADDING: ("request_id", "like all names it must end with zero bytes only"),
 }
 """Field and sentence of each odma_rule."""
 
