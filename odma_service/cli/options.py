@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from odma_service.errors import InvalidError
+from odma_service.values import TenantShare
+
 if TYPE_CHECKING:
     from odma_service.client import Client
 
@@ -26,6 +29,10 @@ TraceFormat = Annotated[
     typer.Option(
         "--format", help="Of the trace (docs/reference/traces.md). Default: what its marks say."
     ),
+]
+Tenants = Annotated[
+    list[str] | None,
+    typer.Option(help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."),
 ]
 Ca = Annotated[
     Path | None,
@@ -60,6 +67,20 @@ class Connection:
         tls = Tls(self.ca, self.cert, self.key) if secure else None
         token = os.environ.get(TOKEN, "").strip()
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
+
+
+def tenant_of(text: str) -> TenantShare:
+    """Return the shares that an option gives. Raises InvalidError.
+
+    >>> tenant_of("chat=0.4")
+    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
+    """
+    name, _, shares = text.rpartition("=")
+    guaranteed, _, maximum = shares.partition(":")
+    try:
+        return TenantShare(name, float(guaranteed), float(maximum or 1))
+    except ValueError:
+        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
 def connecting(command: Callable[..., None]) -> Callable[..., None]:

@@ -14,12 +14,10 @@ from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.cli.geometry import text_of
-from odma_service.cli.options import AsJson, TraceFormat
+from odma_service.cli.options import AsJson, Tenants, TraceFormat, tenant_of
 from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
-from odma_service.errors import InvalidError
 from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
-from odma_service.values import TenantShare
 
 TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
@@ -83,12 +81,7 @@ def command(
         str | None,
         typer.Option(help="For every policy: live, history, model, exact or lognormal:SIGMA."),
     ] = None,
-    tenant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
-        ),
-    ] = None,
+    tenant: Tenants = None,
     parameters: Annotated[
         Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
     ] = None,
@@ -159,20 +152,6 @@ def _of_model(
 def policies_of(names: str) -> list[str]:
     """Return the policies that an option names. Raises InvalidError."""
     return [replay.check_name(name.strip()) for name in names.split(",")]
-
-
-def tenant_of(text: str) -> TenantShare:
-    """Return the shares that an option gives. Raises InvalidError.
-
-    >>> tenant_of("chat=0.4")
-    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
-    """
-    name, _, shares = text.rpartition("=")
-    guaranteed, _, maximum = shares.partition(":")
-    try:
-        return TenantShare(name, float(guaranteed), float(maximum or 1))
-    except ValueError:
-        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
 def _watch(progress: Progress, total: int) -> replay.Progress:

@@ -48,7 +48,7 @@ def picture(
     pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int
 ) -> RenderableType:
     """Return one pool as a bar over its addresses and tables below it."""
-    tables = [_memory(pool), _policy(pool.policy), _counters(pool)]
+    tables = [_memory(pool), policy(pool.policy), _counters(pool)]
     if pool.buckets:
         tables.append(_buckets(pool))
     if pool.tenants:
@@ -178,7 +178,8 @@ def _memory(pool: pool_pb.GetPoolResponse) -> Table:
     return table
 
 
-def _policy(policy: types.Policy) -> Table:
+def policy(policy: types.Policy) -> Table:
+    """Return a table of a policy record."""
     table = _facts_table("policy", f"{policy.name}, version {policy.version}")
     table.add_row("start", types.Start.Name(policy.start).removeprefix("START_").lower())
     overflow = types.Overflow.Name(policy.overflow).removeprefix("OVERFLOW_").lower()
@@ -189,6 +190,9 @@ def _policy(policy: types.Policy) -> Table:
         table.add_row(name, f"{getattr(policy, name):,}")
     for name in ("overflow_risk", "safety_share", "unsure_ratio", "growth", "tenant_share"):
         table.add_row(name, f"{getattr(policy, name):g}")
+    for tenant in policy.tenants:
+        share = f"{tenant.guaranteed_share:g} to {tenant.maximum_share:g}"
+        table.add_row(Text(f"tenant {tenant.name}"), share)
     return table
 
 

@@ -228,6 +228,7 @@ static const std::map<string, Rpc> RPCS = {
     {"ListPools", rpc(&Pools::ListPools)},
     {"GetPool", rpc(&Pools::GetPool)},
     {"ListRegions", rpc(&Pools::ListRegions)},
+    {"ForgetPool", rpc(&Pools::ForgetPool)},
     {"Predict", rpc(&odma::v1::PredictorService::Stub::Predict)},
     {"EstimateAccess", rpc(&odma::v1::EmulatorService::Stub::EstimateAccess)},
 };

@@ -50,6 +50,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/odma.v1.PoolService/GetPool": _READ,
     "/odma.v1.PoolService/ListRegions": _READ,
     "/odma.v1.PoolService/Watch": _READ,
+    "/odma.v1.PoolService/ForgetPool": _STEER,
     "/odma.v1.PredictorService/Predict": _READ,
     "/odma.v1.EmulatorService/EstimateAccess": _READ,
 }

@@ -230,6 +230,7 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         max_copies=spec.max_copies,
         max_regions=spec.max_regions,
         policy_version=opened.policy_version,
+        policy_name=opened.policy_name,
     )
 
 
