@@ -566,6 +566,8 @@ class Player {
             engines_.try_emplace(pool, client_, sent, answer);
         } else if (name == "ClosePool") {
             engines_.erase(sent["pool"]["name"].get<string>());
+        } else if (name == "ForgetPool") {
+            names_.erase("$pool");
         } else if (name == "Apply" && !answer["replayed"]) {
             insist(answer["seq"] == sent["seq"], "the answer is of another seq");
             insist(answer["results"].size() == sent["ops"].size(), "a result for each operation");

@@ -101,6 +101,11 @@ class Access:
         self._table = Reloaded([file], lambda: _read(file))
 
     @property
+    def file(self) -> Reloaded[_Table]:
+        """What reads the token file."""
+        return self._table
+
+    @property
     def takes_certificates(self) -> bool:
         """Whether a certificate proves any identity of the file."""
         return bool(self._table.get().by_certificate)

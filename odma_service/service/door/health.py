@@ -43,6 +43,10 @@ class Health(HealthServicer):
             for change in self._changes:
                 change.set()
 
+    def serves(self, name: str) -> bool:
+        """Return whether the health of a name is SERVING."""
+        return bool(self._status.get(name) == pb.HealthCheckResponse.SERVING)
+
     def Check(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.ServicerContext
     ) -> pb.HealthCheckResponse:

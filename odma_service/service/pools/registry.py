@@ -382,9 +382,10 @@ class Registry:
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        self.telemetry.tell(
-            EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
-        )
+        if pool.epoch:
+            self.telemetry.tell(
+                EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+            )
         return entry
 
     def _learner(self, pool: Pool) -> Learner:

@@ -64,7 +64,7 @@ _LINES = {
     EventKind.FORGOTTEN: ("info", "pool forgotten"),
     EventKind.POLICY_SET: ("info", "policy set"),
     EventKind.RECALIBRATED: ("info", "bucket limits recalibrated"),
-    EventKind.SAFETY_SHARE: ("info", "safety share adapted"),
+    EventKind.SAFETY_SHARE: ("debug", "safety share adapted"),
 }
 
 
