@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from odma_service.errors import InvalidError
+from odma_service.errors import IdentityError, InvalidError, UnavailableError
 from odma_service.values import TenantShare
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ TraceFormat = Annotated[
 ]
 Tenants = Annotated[
     list[str] | None,
-    typer.Option(help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."),
+    typer.Option(
+        metavar="<str>",
+        help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated.",
+    ),
 ]
 Ca = Annotated[
     Path | None,
@@ -59,12 +62,20 @@ class Connection:
         typer.Option("--tls", envvar="ODMA_CLIENT_TLS", help="Use TLS; --ca: whom to trust."),
     ] = False
 
+    @property
+    def how(self) -> str:
+        """Whether the connection has TLS, in words."""
+        return "with TLS" if self._secure else "without TLS"
+
+    @property
+    def _secure(self) -> bool:
+        return bool(self.tls or self.ca or self.cert or self.key)
+
     def client(self, retry_seconds: float = 0) -> Client:
         """Return a client with the token of the environment. Raises OdmaError for a bad file."""
         from odma_service.client import Client, Tls
 
-        secure = self.tls or self.ca or self.cert or self.key
-        tls = Tls(self.ca, self.cert, self.key) if secure else None
+        tls = Tls(self.ca, self.cert, self.key) if self._secure else None
         token = os.environ.get(TOKEN, "").strip()
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
 
@@ -91,7 +102,13 @@ def connecting(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**given: Any) -> None:
         connection = Connection(*(given.pop(name) for name in shared))
-        command(connection, **given)
+        try:
+            command(connection, **given)
+        except UnavailableError as error:
+            told = f"is `odma serve` running at {connection.target}, {connection.how}?"
+            raise UnavailableError(f"{error}; {told}") from None
+        except IdentityError as error:
+            raise IdentityError(f"{error}; {TOKEN} is the variable of the token") from None
 
     run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
     return run

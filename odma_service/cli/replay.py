@@ -19,7 +19,6 @@ from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
 from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
 
-TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -30,7 +29,12 @@ app = typer.Typer()
 def command(
     trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
-        str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
+        str,
+        typer.Option(
+            help=f"Some of {', '.join(replay.NAMES)}, divided by commas. "
+            f"Default: {DEFAULT_POLICIES.replace(',', ', ')}.",
+            show_default=False,
+        ),
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Requests to leave out at the beginning.")] = 0,
@@ -177,7 +181,6 @@ def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = SafeConsole()
-    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [

@@ -26,7 +26,8 @@ def command(
         Path, typer.Option(help="Folder with the public traces (traces/, servegen/).")
     ] = Path("../shared/data"),
     policy: Annotated[
-        str, typer.Option(help="Policies to tune, divided by commas. Default: all.")
+        str,
+        typer.Option(help="Policies to tune, divided by commas. Default: all.", show_default=False),
     ] = ",".join(replay.NAMES),
     capacity_tokens: Annotated[
         int, typer.Option(min=1_024, max=2**26, help="Size of the pool.")

@@ -53,6 +53,7 @@ class Health(HealthServicer):
         status = self._status.get(request.service)
         if status is None:
             context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details(f"known are {', '.join(filter(None, self._status))}, and none: all")
         return pb.HealthCheckResponse(status=status)
 
     def Watch(  # noqa: N802
