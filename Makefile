@@ -1,6 +1,7 @@
 # Each target sets up what it needs. A stamp is the date of its last setup, so
-# nothing is done twice: .venv/.installed (packages), .venv/.compiled (the C
-# extension), */node_modules/.installed (npm packages).
+# nothing is done twice: .venv/.base (what a user gets), .venv/.installed (all
+# packages), .venv/.compiled (the C extension), */node_modules/.installed (npm
+# packages).
 
 PYTHON ?= $(or $(shell which python3.11),python3)
 BIN := .venv/bin
@@ -49,10 +50,10 @@ build/prometheus:
 	dpkg --extract build/download/prometheus_*.deb $@
 	rm -r build/download
 
-demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy elastic")
+demo: .venv/.base  ## Play an engine against a real server (ARGS="--policy elastic")
 	$(BIN)/odma demo $(ARGS)
 
-serve: .venv/.compiled  ## Run the service (ARGS="--help")
+serve: .venv/.base  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
@@ -110,6 +111,12 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf tools/node_modules examples/javascript/node_modules odma_service/_native/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.base: pyproject.toml setup.py $(C_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if [ -e .venv/.installed ]; then $(MAKE) .venv/.compiled; else \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable .; fi
+	touch $@
 
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py

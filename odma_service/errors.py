@@ -4,6 +4,7 @@ OdmaError
 ├── InvalidError         a value breaks a rule; `field` names it
 ├── PoolNotFoundError    no pool has this name
 ├── PoolOwnedError       another owner has the pool
+├── PoolOpenError        the pool is open; close it first
 ├── EpochError           the epoch is over
 ├── FencedError          another instance owns the pool; stop
 ├── UnfencedError        a call without an owner number, in an epoch that has one
@@ -17,7 +18,8 @@ OdmaError
 ├── NothingLearntError   too few completions to recalibrate
 ├── RefusedError         a unary call was refused; `refusal` gives the reason
 ├── HandleError          a handle that names no live region
-├── PoolLimitError       no more pools, or no room for the books
+├── PoolLimitError       no more pools, or their files would be too large
+│   └── BooksSpaceError      no room on the disk for the books of one more
 ├── ModelError           a model directory that cannot be served; `file` is the bad file
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
@@ -97,6 +99,17 @@ class PoolOwnedError(OdmaError):
         )
         self.name = name
         self.idle_seconds = idle_seconds
+
+
+class PoolOpenError(OdmaError):
+    """The pool is open, so it cannot be forgotten."""
+
+    reason = "POOL_OPEN"
+    fields = (("name", str),)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"pool {name!r} is open; close it first")
+        self.name = name
 
 
 class EpochError(OdmaError):
@@ -255,9 +268,15 @@ class HandleError(OdmaError):
 
 
 class PoolLimitError(OdmaError):
-    """No more pools, or no room for the books of one more."""
+    """No more pools, or their files would be larger than they may be."""
 
     reason = "POOL_LIMIT"
+
+
+class BooksSpaceError(PoolLimitError):
+    """The disk of the pool directory has no room for the books of one more pool."""
+
+    reason = "BOOKS_SPACE"
 
 
 class ModelError(OdmaError):

@@ -172,6 +172,45 @@ export class Client {
     return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
   }
 
+  /**
+   * Close a pool as an operator, whoever owns it. Nothing may be enqueued that uses its memory.
+   * @param {{name: string, epoch: number}} pool as GetPool and ListPools tell it
+   */
+  async closePool({ name, epoch }) {
+    await this.call('ClosePool', { pool: { name, epoch }, by_operator: true });
+  }
+
+  /**
+   * Remove a closed pool and what it has learnt; one that is gone stays gone.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   */
+  async forgetPool({ name, epoch }) {
+    await this.call('ForgetPool', { pool: { name, epoch } });
+  }
+
+  /**
+   * Change the policy of an open pool as an operator. If it throws VERSION, read the pool: after
+   * a lost answer that may be its own change.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {object} policy a PolicyChange
+   * @param {number} expected_version that of the policy which was read
+   * @returns {Promise<object>} the Policy in force
+   */
+  async setPolicy({ name, epoch }, policy, expected_version) {
+    const message = { pool: { name, epoch }, policy, expected_version };
+    return (await this.call('SetPolicy', message)).policy;
+  }
+
+  /**
+   * Find bucket limits anew, as an operator. VERSION means what it does for setPolicy.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {{expected_version: number, dry_run?: boolean, limits?: number}} how
+   * @returns {Promise<object>} the RecalibrateResponse
+   */
+  async recalibrate({ name, epoch }, how) {
+    return this.call('Recalibrate', { pool: { name, epoch }, ...how });
+  }
+
   /** @returns {ApplyStream} which is opened when it is first used */
   stream() {
     return new ApplyStream(() => this.#stub('Stream').Stream(this.#metadata), this.#timeoutMs);

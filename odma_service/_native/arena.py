@@ -44,13 +44,13 @@ from odma_service.errors import (
     BooksForeignError,
     BooksLockedError,
     BooksMismatchError,
+    BooksSpaceError,
     BooksUnavailableError,
     EpochError,
     FencedError,
     InvalidError,
     LateError,
     OdmaError,
-    PoolLimitError,
     PoolNotFoundError,
     SeqChangedError,
     SeqGapError,
@@ -146,7 +146,7 @@ class Arena:
     def create(cls, path: Path, geometry: ArenaGeometry) -> Self:
         """Make the file at `path`, with no epoch running, and attach it.
 
-        Raises InvalidError for a bad geometry, PoolLimitError without room, BooksError.
+        Raises InvalidError for a bad geometry, BooksSpaceError without room, BooksError.
         """
         geometry.check()
         arena, reason = ffi.new("odma_arena **"), new_reason()
@@ -683,7 +683,7 @@ def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
     if not sentence:
         sentence = ffi.string(lib.odma_status_name(status)).decode()
     if status == lib.ODMA_NO_SPACE:
-        return PoolLimitError(f"{path}: {sentence}")
+        return BooksSpaceError(f"{path}: {sentence}")
     return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
 
 

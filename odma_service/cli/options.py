@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from odma_service.errors import IdentityError, InvalidError, UnavailableError
+from odma_service.values import TenantShare
+
 if TYPE_CHECKING:
     from odma_service.client import Client
 
@@ -26,6 +29,13 @@ TraceFormat = Annotated[
     str | None,
     typer.Option(
         "--format", help="Of the trace (docs/reference/traces.md). Default: what its marks say."
+    ),
+]
+Tenants = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<str>",
+        help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated.",
     ),
 ]
 Ca = Annotated[
@@ -61,14 +71,36 @@ class Connection:
         typer.Option("--tls", envvar="ODMA_CLIENT_TLS", help="Use TLS; --ca: whom to trust."),
     ] = False
 
+    @property
+    def how(self) -> str:
+        """Whether the connection has TLS, in words."""
+        return "with TLS" if self._secure else "without TLS"
+
+    @property
+    def _secure(self) -> bool:
+        return bool(self.tls or self.ca or self.cert or self.key)
+
     def client(self, retry_seconds: float = 0) -> Client:
         """Return a client with the token of the environment. Raises OdmaError for a bad file."""
         from odma_service.client import Client, Tls
 
-        secure = self.tls or self.ca or self.cert or self.key
-        tls = Tls(self.ca, self.cert, self.key) if secure else None
+        tls = Tls(self.ca, self.cert, self.key) if self._secure else None
         token = os.environ.get(TOKEN, "").strip()
         return Client(self.target, retry_seconds=retry_seconds, tls=tls, token=token or None)
+
+
+def tenant_of(text: str) -> TenantShare:
+    """Return the shares that an option gives. Raises InvalidError.
+
+    >>> tenant_of("chat=0.4")
+    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
+    """
+    name, _, shares = text.rpartition("=")
+    guaranteed, _, maximum = shares.partition(":")
+    try:
+        return TenantShare(name, float(guaranteed), float(maximum or 1))
+    except ValueError:
+        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
 def connecting(command: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +111,13 @@ def connecting(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**given: Any) -> None:
         connection = Connection(*(given.pop(name) for name in shared))
-        command(connection, **given)
+        try:
+            command(connection, **given)
+        except UnavailableError as error:
+            told = f"is `odma serve` running at {connection.target}, {connection.how}?"
+            raise UnavailableError(f"{error}; {told}") from None
+        except IdentityError as error:
+            raise IdentityError(f"{error}; {TOKEN} is the variable of the token") from None
 
     run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
     return run

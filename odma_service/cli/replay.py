@@ -14,15 +14,13 @@ from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.cli.geometry import text_of
-from odma_service.cli.options import AsJson, MovesChoice, TraceFormat
+from odma_service.cli.options import AsJson, MovesChoice, Tenants, TraceFormat, tenant_of
 from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
-from odma_service.errors import InvalidError
 from odma_service.pool.geometry import Geometry
 from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
-from odma_service.values import Moves, TenantShare
+from odma_service.values import Moves
 
-TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -33,7 +31,12 @@ app = typer.Typer()
 def command(
     trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
-        str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
+        str,
+        typer.Option(
+            help=f"Some of {', '.join(replay.NAMES)}, divided by commas. "
+            f"Default: {DEFAULT_POLICIES.replace(',', ', ')}.",
+            show_default=False,
+        ),
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Requests to leave out at the beginning.")] = 0,
@@ -84,12 +87,7 @@ def command(
         str | None,
         typer.Option(help="For every policy: live, history, model, exact or lognormal:SIGMA."),
     ] = None,
-    tenant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
-        ),
-    ] = None,
+    tenant: Tenants = None,
     moves: Annotated[
         MovesChoice | None,
         typer.Option(help="What the engine lets ours move. Default: what each policy is for."),
@@ -164,20 +162,6 @@ def policies_of(names: str) -> list[str]:
     return [replay.check_name(name.strip()) for name in names.split(",")]
 
 
-def tenant_of(text: str) -> TenantShare:
-    """Return the shares that an option gives. Raises InvalidError.
-
-    >>> tenant_of("chat=0.4")
-    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
-    """
-    name, _, shares = text.rpartition("=")
-    guaranteed, _, maximum = shares.partition(":")
-    try:
-        return TenantShare(name, float(guaranteed), float(maximum or 1))
-    except ValueError:
-        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
-
-
 def following(progress: Progress, total: int) -> replay.Progress:
     """Return what shows, in a bar, how many requests each run has finished."""
     tasks: dict[str, TaskID] = {}
@@ -202,7 +186,6 @@ def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = SafeConsole()
-    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [

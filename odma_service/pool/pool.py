@@ -131,6 +131,12 @@ class PoolSpec:
         if not isinstance(value, int) or not least <= value <= most:
             raise InvalidError(field, f"{least:,} to {most:,}, not {value!r}")
 
+    @property
+    def engine_kind(self) -> tuple[bool, bool]:
+        """What a policy has to fit: may every region move, and on one ordered stream."""
+        any_moves = self.moves == Moves.ANY
+        return any_moves, any_moves and self.single_ordered_stream
+
     def arena_geometry(self) -> ArenaGeometry:
         """Return what has to be the same for books to be used again."""
         return self._arena_geometry(self.capacity_tokens // self.block_tokens)
@@ -215,7 +221,7 @@ class Pool:
     ) -> Self:
         """Make books at `path` and begin an epoch. With an owner among `openers` it is fenced.
 
-        Raises BooksError if there is a file already, PoolLimitError without room for one,
+        Raises BooksError if there is a file already, BooksSpaceError without room for one,
         InvalidError for an epoch that is not 1 to 2^53 - 1. Then no file was made.
         """
         _insist_next(epoch, 0)

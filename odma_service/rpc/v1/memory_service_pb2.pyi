@@ -191,6 +191,7 @@ class OpenPoolResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
     READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
+    POLICY_NAME_FIELD_NUMBER: _builtins.int
     capacity_tokens: _builtins.int
     block_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -206,6 +207,8 @@ class OpenPoolResponse(_message.Message):
     keys.
     """
     reads_two_runs: _builtins.bool
+    policy_name: _builtins.str
+    """The record in force, as Policy.name."""
     @_builtins.property
     def pool(self) -> _types_pb2.PoolRef:
         """Its `owner` is the owner number of this answer, 0 without an instance. All
@@ -231,10 +234,11 @@ class OpenPoolResponse(_message.Message):
         policy_version: _builtins.int = ...,
         granule_tokens: _builtins.int = ...,
         reads_two_runs: _builtins.bool = ...,
+        policy_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "granule_tokens", b"granule_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_version", b"policy_version", "pool", b"pool", "reads_two_runs", b"reads_two_runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "granule_tokens", b"granule_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_name", b"policy_name", "policy_version", b"policy_version", "pool", b"pool", "reads_two_runs", b"reads_two_runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

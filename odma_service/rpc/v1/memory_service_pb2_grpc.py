@@ -222,8 +222,11 @@ class MemoryServiceServicer:
 
     def OpenPool(self, request, context):
         """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-        What the pool has learnt (policy, histograms, history) outlives the epoch
-        where the geometry stays the same.
+        What the pool has learnt (histograms, history) outlives the epoch where the
+        geometry stays the same. So does its policy, unless the request has one, or
+        this engine and the one before differ in that every region may move, or in
+        that copies have one ordered stream: then it gets the record for an engine
+        of its kind, with the tenants as they were. policy_name tells which it is.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
         answer but for the owner number, after a restart of the service too. An

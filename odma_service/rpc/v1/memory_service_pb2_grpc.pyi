@@ -100,8 +100,11 @@ class MemoryServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MemoryServiceAsyncStub: ...
     OpenPool: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.OpenPoolRequest, _memory_service_pb2.OpenPoolResponse]
     """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-    What the pool has learnt (policy, histograms, history) outlives the epoch
-    where the geometry stays the same.
+    What the pool has learnt (histograms, history) outlives the epoch where the
+    geometry stays the same. So does its policy, unless the request has one, or
+    this engine and the one before differ in that every region may move, or in
+    that copies have one ordered stream: then it gets the record for an engine
+    of its kind, with the tenants as they were. policy_name tells which it is.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
     answer but for the owner number, after a restart of the service too. An
@@ -297,8 +300,11 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenPool: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.OpenPoolRequest, _memory_service_pb2.OpenPoolResponse]  # type: ignore[assignment]
     """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-    What the pool has learnt (policy, histograms, history) outlives the epoch
-    where the geometry stays the same.
+    What the pool has learnt (histograms, history) outlives the epoch where the
+    geometry stays the same. So does its policy, unless the request has one, or
+    this engine and the one before differ in that every region may move, or in
+    that copies have one ordered stream: then it gets the record for an engine
+    of its kind, with the tenants as they were. policy_name tells which it is.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
     answer but for the owner number, after a restart of the service too. An
@@ -497,8 +503,11 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.OpenPoolResponse, _abc.Awaitable[_memory_service_pb2.OpenPoolResponse]]:
         """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-        What the pool has learnt (policy, histograms, history) outlives the epoch
-        where the geometry stays the same.
+        What the pool has learnt (histograms, history) outlives the epoch where the
+        geometry stays the same. So does its policy, unless the request has one, or
+        this engine and the one before differ in that every region may move, or in
+        that copies have one ordered stream: then it gets the record for an engine
+        of its kind, with the tenants as they were. policy_name tells which it is.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
         answer but for the owner number, after a restart of the service too. An

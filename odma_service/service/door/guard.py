@@ -173,7 +173,7 @@ class Guard(grpc.ServerInterceptor):
                 self._insist_token(rpc, details.invocation_metadata)
                 self._insist_room(rpc)
         except OdmaError as error:
-            return self._refusal(error)
+            return self._refusal(rpc, error)
         return guarded
 
     def _insist_open_room(self, rpc: str) -> None:
@@ -243,7 +243,7 @@ class Guard(grpc.ServerInterceptor):
 
         return noting
 
-    def _refusal(self, error: OdmaError) -> Handler:
+    def _refusal(self, rpc: str, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
         self._refused(error.reason)
@@ -251,7 +251,8 @@ class Guard(grpc.ServerInterceptor):
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
                 more = {"others": left_out} if left_out else {}
-                log.info("caller refused", peer=context.peer(), reason=str(error), **more)
+                peer = context.peer()
+                log.info("caller refused", rpc=rpc, peer=peer, reason=str(error), **more)
             abort(context, status_of(error))
 
         return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()

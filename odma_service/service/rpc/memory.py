@@ -232,6 +232,7 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         policy_version=opened.policy_version,
         granule_tokens=spec.granule_tokens,
         reads_two_runs=spec.reads_two_runs,
+        policy_name=opened.policy_name,
     )
 
 
