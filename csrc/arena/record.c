@@ -172,7 +172,7 @@ static void store_changes(odma_arena *arena, uint64_t at, struct record *record)
         uint32_t granule = arena->dirty[i];
         uint64_t offset = (uint64_t)granule * GRANULE_BYTES;
         const uint8_t *now = books + offset, *before = file + offset;
-        arena->dirty_bits[granule / 64] &= ~((uint64_t)1 << (granule % 64));
+        arena->dirty_bits[granule / 64] = 0; /* its neighbours are on the list, too */
         if (!differ(now, before)) continue;
         uint64_t sum = granule_sum(now, offset);
         changes_sum ^= sum;

@@ -386,36 +386,51 @@ class RpcMetrics(CallObserver):
         self.running = Gauge(
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
+        self._series: dict[str, _Series] = {}
 
     def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
-        return _StopWatch(self, rpc, shape)
+        series = self._series.get(rpc)
+        if series is None:
+            seconds, running = self.seconds.labels(rpc), self.running.labels(rpc)
+            series = self._series[rpc] = _Series(seconds, running, {})
+        return _StopWatch(self.calls, series, rpc, shape)
+
+
+class _Series(NamedTuple):
+    """What is counted of one rpc. Labels are looked up once: that takes as long as counting."""
+
+    seconds: Histogram
+    running: Gauge
+    calls: dict[grpc.StatusCode, Counter]
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, shape: CallShape) -> None:
-        self._metrics = metrics
+    def __init__(self, calls: Counter, series: _Series, rpc: str, shape: CallShape) -> None:
+        self._calls = calls
+        self._series = series
         self._rpc = rpc
-        self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = shape is CallShape.UNARY
-        self._times_answers = shape in {CallShape.BOTH_STREAMS, CallShape.BOTH_BY_CALLBACK}
-        self._running = metrics.running.labels(rpc)
-        self._running.inc()
+        self._shape = shape
+        series.running.inc()
         self._begun = perf_counter()
 
     def asked(self, request: object) -> None:
         self._begun = perf_counter()
 
     def answered(self) -> None:
-        if self._times_answers:
-            self._seconds.observe(perf_counter() - self._begun)
+        if self._shape is CallShape.BOTH_STREAMS or self._shape is CallShape.BOTH_BY_CALLBACK:
+            self._series.seconds.observe(perf_counter() - self._begun)
 
     def ended(self, code: grpc.StatusCode) -> None:
-        if self._times_call:
-            self._seconds.observe(perf_counter() - self._begun)
-        self._running.dec()
-        self._metrics.calls.labels(self._rpc, code.name).inc()
+        _, running, calls = self._series
+        if self._shape is CallShape.UNARY:
+            self._series.seconds.observe(perf_counter() - self._begun)
+        running.dec()
+        counter = calls.get(code)
+        if counter is None:
+            counter = calls[code] = self._calls.labels(self._rpc, code.name)
+        counter.inc()
 
 
 class FileCollector(Collector):
