@@ -16,10 +16,12 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
-# What runs with the oldest packages allowed: the service, its door and its clients.
-OLDEST_TESTS := tests/service/test_strangers.py tests/service/test_guard.py \
-	tests/service/test_service.py tests/service/test_streams.py tests/service/test_access.py
-OLDEST_TOOLS := pytest,pytest-timeout,hypothesis,cryptography,setuptools
+# What runs with the oldest packages allowed: all that uses one. Tests in C use none.
+OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool tests/arena \
+	--ignore tests/arena/test_c.py --ignore tests/arena/test_c_rooms.py \
+	--ignore tests/arena/test_fuzz.py --ignore tests/arena/test_lib.py
+OLDEST_EXTRAS := trace otel
+OLDEST_TOOLS := pytest,pytest-timeout,pytest-xdist,hypothesis,cryptography,setuptools
 
 # What Debian has for the C++ client of examples/cpp.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
@@ -59,8 +61,9 @@ serve: .venv/.base  ## Run the service (ARGS="--help")
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
-test-oldest: .venv/.compiled build/oldest/.installed  ## Run a part of the tests with the oldest packages allowed
-	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest -q $(or $(ARGS),$(OLDEST_TESTS))
+test-oldest: .venv/.compiled build/oldest/.installed examples/javascript/node_modules/.installed  ## Run a part of the tests with the oldest packages allowed
+	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest --numprocesses auto --dist worksteal \
+		$(or $(ARGS),$(OLDEST_TESTS))
 
 test-containers: .venv/.compiled  ## Build the image, bring compose up, kill it; wants deps-containers
 	$(BIN)/python -m pytest --capture=no tests/containers $(ARGS)
@@ -128,7 +131,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 build/oldest/.installed: pyproject.toml tools/oldest.py
 	rm -rf build/oldest
 	$(PYTHON) -m venv build/oldest
-	$(BIN)/python tools/oldest.py --only $(OLDEST_TOOLS) > build/oldest/requirements.txt
+	$(BIN)/python tools/oldest.py $(OLDEST_EXTRAS) --only $(OLDEST_TOOLS) > build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --only-binary :all: \
 		--requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .

@@ -169,9 +169,16 @@ static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
     return longest < capacity ? longest : (uint32_t)capacity;
 }
 
+static bool has_padded_names(const odma_op *op) {
+    return is_padded(op->request_id, sizeof op->request_id) &&
+           is_padded(op->request_class, sizeof op->request_class) &&
+           is_padded(op->tenant, sizeof op->tenant);
+}
+
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
+    if (!has_padded_names(op)) return ODMA_RULE_PADDING;
     if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;

@@ -1,8 +1,9 @@
 """Pool: one device allocation, its owner's epochs and its books.
 
 The domain's door, for the service and for an engine that embeds a pool without one. A pool
-belongs to one thread at a time and to the process that made it. It knows neither clocks nor
-names of files: paths, epochs, boot ids and predictions come in as arguments.
+belongs to the process that made it and to one thread at a time; until it is closed any thread may
+read it meanwhile. It knows neither clocks nor names of files: paths, epochs, boot ids and
+predictions come in as arguments.
 """
 
 from __future__ import annotations
@@ -461,10 +462,10 @@ class Pool:
         """Return what each tenant of the policy holds, in the policy's order."""
         return self._arena.tenants()
 
-    def bucket_regions(self) -> list[int]:
-        """Count the live regions under each limit of the policy, rounded up to blocks."""
+    def bucket_regions(self, limits_tokens: Sequence[int]) -> list[int]:
+        """Count the live regions under each of these limits, rounded up to blocks."""
         block_tokens, lengths = self._spec.block_tokens, self._arena.lengths()
-        limits = [-(-limit // block_tokens) * block_tokens for limit in self._policy.limits_tokens]
+        limits = [-(-limit // block_tokens) * block_tokens for limit in limits_tokens]
         return [int(((lengths > a) & (lengths <= b)).sum()) for a, b in pairwise((0, *limits))]
 
     def check(self) -> None:

@@ -205,7 +205,7 @@ def test_a_batch_cancelled_in_mid_stream_is_resumed_over_another(wire, service, 
 
 def test_a_late_answer_is_given_up_and_can_be_had_without_the_stream(wire, service, name):
     async def wait():
-        async with AsyncClient(wire.target, timeout_seconds=0.2, retry_seconds=0) as client:
+        async with AsyncClient(wire.target, timeout_seconds=2, retry_seconds=0) as client:
             pool = await client.open_pool(name, **POOL)
             async with pool.stream():
                 await pool.apply()

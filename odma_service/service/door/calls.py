@@ -28,7 +28,7 @@ from odma_service.service.door.access import CALLER
 
 SILENT_SECONDS = 0.5
 """A call whose message has not come after so long makes way for calls that wait."""
-SWEEP_SECONDS = 0.1
+SWEEP_SECONDS = 0.02
 BUSY_SECONDS = 1.0
 
 _HERE = threading.local()
@@ -46,7 +46,7 @@ class Pace(NamedTuple):
     share: float
     burst_seconds: float
     call_seconds: float
-    """What a call costs beside its handler."""
+    """What a call costs beside its handler, paid when it begins."""
     busy: Callable[[Hashable], bool]
 
 
@@ -201,6 +201,8 @@ class Calls(ThreadPoolExecutor):
         """Give a call a thread. The lock is held."""
         self._running.add(call)
         self._held[call.caller] = self._held.get(call.caller, 0) + 1
+        if self._pace:
+            self._charge(call.caller, self._pace.call_seconds)
         call.since = monotonic()
         if len(self._running) > self._started:
             super().submit(self._work)
@@ -230,7 +232,7 @@ class Calls(ThreadPoolExecutor):
             _take_off(self._by_caller, call.caller)
             self._under_way.discard(call)
             if self._pace:
-                self._charge(call.caller, thread_time() - begun + self._pace.call_seconds)
+                self._charge(call.caller, thread_time() - begun)
             if self._queues:
                 self._give_threads()
         if error:

@@ -55,7 +55,7 @@ MOST_HEALTH_WATCHERS = 256
 READERS = 16
 """Threads of calls that only read; so many of them are answered at once:"""
 READING = 2
-READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.5, 0.0005
+READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.1, 0.0005
 """The pace of a caller that reads while others work: see Pace."""
 READS = frozenset(
     {

@@ -1,7 +1,6 @@
 """Metrics for Prometheus: read from the pools at each scrape, and served over HTTP.
 
-A scrape holds a pool only to copy a few numbers out of its books; it computes after that. So no
-call waits longer for a scrape than for another call. The number of series is bounded: max-pools
+A scrape is a reader: no call of an owner waits for it. The number of series is bounded: max-pools
 bounds the pools, a pool has up to 64 classes, a policy up to 16 buckets and 16 tenants. No other
 label has a value that a client may choose.
 
@@ -31,7 +30,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
+from odma_service._native import ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
@@ -303,28 +302,18 @@ class PoolCollector(Collector):
 
     def _read(self, name: str) -> Reading:
         with self._registry.viewed(name) as view:
-            pool, report, policy = view.pool, view.pool.report(), view.pool.policy()
-            bucket_regions, tenants = pool.bucket_regions(), pool.tenants()
-        with self._registry.viewed(name) as again:
-            completions = again.pool.completions()
-        classes = []
-        for index in (*range(report.classes), CLASS_OTHER):  # let go between them
-            with self._registry.viewed(name) as again:
-                if again.pool is pool:
-                    classes.append(pool.class_history(index))
-        if classes and not classes[-1].histogram.completions:
-            classes.pop()  # there are no others
-        return Reading(
-            pool.spec,
-            policy,
-            report,
-            view.idle_seconds,
-            bucket_regions,
-            completions,
-            classes,
-            tenants,
-            self._telemetry.refusals(name),
-        )
+            pool, policy = view.pool, view.pool.policy()
+            return Reading(
+                pool.spec,
+                policy,
+                pool.report(),
+                view.idle_seconds,
+                pool.bucket_regions(policy.limits_tokens),
+                pool.completions(),
+                pool.classes(),
+                pool.tenants(),
+                self._telemetry.refusals(name),
+            )
 
     def _of_the_service(self) -> Iterator[Metric]:
         events = CounterMetricFamily("odma_events", "Events of pools.", labels=["kind"])
