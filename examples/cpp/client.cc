@@ -106,9 +106,8 @@ void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext
         authorize(&context);
         const grpc::Status status = attempt(&context);
         if (status.ok()) return;
-        const Error error(status);
-        const bool again = no_answer(error.code) || error.reason == "OPEN_STALE";
-        if (!again || steady_clock::now() + pause > give_up) throw error;
+        if (!no_answer(status.error_code()) || steady_clock::now() + pause > give_up)
+            throw Error(status);
         std::this_thread::sleep_for(pause);
         connect();
     }
@@ -117,11 +116,20 @@ void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext
 Pool Client::open_pool(v1::OpenPoolRequest request) {
     v1::OpenPoolResponse opened;
     request.set_instance(instance_);
-    until_answered([&](grpc::ClientContext *context) {
-        request.set_attempt(++attempts_);
-        return v1::MemoryService::Stub(channel_).OpenPool(context, request, &opened);
-    });
-    return Pool(*this, std::move(opened));
+    request.set_seen("");
+    for (;;) {
+        try {
+            until_answered([&](grpc::ClientContext *context) {
+                request.set_attempt(++attempts_);
+                return v1::MemoryService::Stub(channel_).OpenPool(context, request, &opened);
+            });
+            return Pool(*this, std::move(opened));
+        } catch (const Error &error) { /* the pool was not as seen, or an answer was lost */
+            if (error.reason != "OPEN_STALE") throw;
+            const auto seen = error.metadata.find("seen");
+            request.set_seen(seen == error.metadata.end() ? "" : seen->second);
+        }
+    }
 }
 
 Stream::~Stream() {

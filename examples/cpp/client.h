@@ -66,8 +66,8 @@ class Client {
     /* target   "127.0.0.1:50051" or "unix:/run/odma.sock" */
     explicit Client(std::string target, Options options = {});
 
-    /* Start an epoch of a pool, or go on with that of the same open_id as its owner. instance
-     * and attempt are put in here. */
+    /* Start an epoch of a pool, or go on with that of the same open_id as its owner. instance,
+     * attempt and seen are put in here. */
     Pool open_pool(v1::OpenPoolRequest request);
 
     /* Make a unary call, the same message again while the service is away:

@@ -153,9 +153,7 @@ export class Client {
       try {
         return await attempt();
       } catch (cause) {
-        const error = failure(cause);
-        const again = RETRIED.has(cause.code) || error.reason === 'OPEN_STALE';
-        if (!again || Date.now() + wait * 1000 > giveUp) throw error;
+        if (!RETRIED.has(cause.code) || Date.now() + wait * 1000 > giveUp) throw failure(cause);
       }
       await sleep(wait * 1000);
       this.#connect();
@@ -164,12 +162,20 @@ export class Client {
 
   /**
    * Start an epoch of a pool, or go on with that of the same open_id as its owner.
-   * @param {object} message an OpenPoolRequest; instance and attempt are put in here
+   * @param {object} message an OpenPoolRequest; instance, attempt and seen are put in here
    * @returns {Promise<Pool>}
    */
   async openPool(message) {
-    const asked = () => ({ ...message, instance: this.#instance, attempt: ++this.#attempts });
-    return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
+    for (let seen = ''; ;) {
+      const asked = () => (
+        { ...message, instance: this.#instance, attempt: ++this.#attempts, seen });
+      try {
+        return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
+      } catch (error) { // the pool was not as seen, or an answer was lost
+        if (error.reason !== 'OPEN_STALE') throw error;
+        seen = error.metadata.seen ?? '';
+      }
+    }
   }
 
   /** @returns {ApplyStream} which is opened when it is first used */

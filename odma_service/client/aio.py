@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -75,10 +75,13 @@ class AsyncClient:
     async def open_pool(self, name: str, **fields: Any) -> AsyncPoolClient:
         """As Client.open_pool."""
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return AsyncPoolClient(self, await self.call(ask, request))
+            except StaleOpenError as stale:  # as in Client.open_pool
+                request.seen = stale.seen
 
     async def get_pool(self, name: str) -> pool_pb.GetPoolResponse:
         """As Client.get_pool."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -110,10 +110,13 @@ class Client:
         FencedError if another Client has taken the pool from this one before.
         """
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return PoolClient(self, self.call(ask, request))
+            except StaleOpenError as stale:  # it was not as seen, or an answer was lost
+                request.seen = stale.seen
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
         """Return one line about each pool."""

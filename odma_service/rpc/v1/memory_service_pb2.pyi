@@ -75,6 +75,7 @@ class OpenPoolRequest(_message.Message):
     MAX_REGIONS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
     open_id: _builtins.str
     """Makes a retry safe: unique for each attempt to own the pool. 1 to 64 bytes."""
     name: _builtins.str
@@ -115,6 +116,10 @@ class OpenPoolRequest(_message.Message):
     """1, 2, ...: how many times this instance has sent an OpenPool, each retry
     counted. 0 without an instance.
     """
+    seen: _builtins.str
+    """How the pool was: `seen` in the metadata of the last OPEN_STALE for this
+    call, as it is; empty at first. Unset, or without an instance: not compared.
+    """
     @_builtins.property
     def device(self) -> _types_pb2.Device: ...
     @_builtins.property
@@ -145,15 +150,20 @@ class OpenPoolRequest(_message.Message):
         max_regions: _builtins.int = ...,
         instance: _builtins.bytes = ...,
         attempt: _builtins.int = ...,
+        seen: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy", "seen", b"seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "retention_seconds", b"retention_seconds", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "retention_seconds", b"retention_seconds", "seen", b"seen", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seen: _TypeAlias = _typing.Literal["seen"]  # noqa: Y015
+    _WhichOneofArgType__seen: _TypeAlias = _typing.Literal["_seen", b"_seen"]  # noqa: Y015
     _WhichOneofReturnType_capacity: _TypeAlias = _typing.Literal["capacity_tokens", "capacity_bytes"]  # noqa: Y015
     _WhichOneofArgType_capacity: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
     _WhichOneofReturnType_layout: _TypeAlias = _typing.Literal["geometry", "model"]  # noqa: Y015
     _WhichOneofArgType_layout: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seen) -> _WhichOneofReturnType__seen | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_capacity) -> _WhichOneofReturnType_capacity | None: ...
     @_typing.overload
