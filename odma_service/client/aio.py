@@ -113,7 +113,7 @@ class AsyncClient:
                 stream.cancel()
 
     async def call(self, method: Callable[..., Any], request: Message) -> Any:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
         patience = Patience(self._retry_seconds)
         while True:
             try:
@@ -142,7 +142,7 @@ class AsyncPoolClient(Owner):
         max_copy_tokens: int | None = None,
         pass_refused: bool = False,
     ) -> Answer:
-        """As PoolClient.apply. After an UnavailableError or a cancellation call resume()."""
+        """As PoolClient.apply, after whose errors, or a cancellation, call resume()."""
         async with self._turn:
             self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
             return await self._resume()

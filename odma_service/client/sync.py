@@ -179,7 +179,7 @@ class Client:
     def call(
         self, method: Callable[..., Response], request: Message, *, retry: bool = True
     ) -> Response:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
         patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
@@ -208,7 +208,8 @@ class PoolClient(Owner):
         """Do one decode step's operations, once. completed_seq None: as the last batch said.
 
         Raises EpochError if the epoch is over and InvalidError for a bad batch, which is then
-        not done. After an UnavailableError call resume(), not apply().
+        not done. After an UnavailableError, BusyError, CallerLimitError or StreamLimitError the
+        batch waits: call resume(), not apply().
         """
         self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return self.resume()
