@@ -290,6 +290,15 @@ class Pool:
         """Who has opened the pool."""
         return self._openers
 
+    def insist_new(self, opening: Opening, seen: str | None) -> None:
+        """Raise StaleOpenError or FencedError for an OpenPool that is late.
+
+        What is `seen` of a pool differs before and after each start and end of an epoch, and
+        with each owner number.
+        """
+        now = f"{self._epoch}.{self._owner}" if self._epoch else f"{self.report().last_epoch}"
+        self._openers.check(opening, seen, name=self._spec.name, owner=self._owner, now=now)
+
     def insist(self, caller: Caller) -> None:
         """Raise EpochError, FencedError or UnfencedError unless `caller` is the owner."""
         if caller.epoch != self._epoch:

@@ -27,7 +27,7 @@ SAMPLES = (
     errors.FencedError("main", 3),
     errors.UnfencedError("main", 1),
     errors.LateError(3, 5),
-    errors.StaleOpenError("main", 1, 2),
+    errors.StaleOpenError("main", 1, 2, "7.3"),
     errors.NotCompletedError(1, 2),
     errors.SeqChangedError(3),
     errors.SeqOldError(3, 5),

@@ -216,28 +216,31 @@ class Registry:
         keep_policy: bool,
         take_over: bool,
         opening: Opening = NO_INSTANCE,
+        seen: str | None = None,
     ) -> Opened:
         """Begin an epoch, in the books of an earlier one if their geometry is the same.
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed,
         unless `keep_policy` is set and the pool has the policy of an engine of this kind. An
-        `opening` with an instance fences the epoch. Raises PoolOwnedError, PoolForeignError,
-        PoolLimitError, BooksSpaceError, InvalidError, BooksLockedError, StaleOpenError,
-        FencedError, UnfencedError.
+        `opening` with an instance fences the epoch; `seen` is how its sender saw the pool, if it
+        says so. Raises PoolOwnedError, PoolForeignError, PoolLimitError, BooksSpaceError,
+        InvalidError, BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
         while True:
             with self._lock:
                 self._insist_serving()
                 entry = self._entry(spec.name)
                 if entry is None:
-                    return self._create(claimed(spec, None), policy, opening)
+                    spec = claimed(spec, None)
+                    NOBODY.check(opening, seen, name=spec.name, owner=0, now="")
+                    return self._create(spec, policy, opening)
             with entry.lock:
                 if entry.pool is None:
                     continue  # forgotten, set aside or refused by the system, meanwhile
                 self._insist_serving()
                 with self._using(spec.name, entry) as pool:
                     spec = claimed(spec, pool.spec)
-                    pool.openers.check(opening, spec.name, pool.owner)
+                    pool.insist_new(opening, seen)
                     try:
                         is_retry = self._is_retry(pool, spec)
                         if not is_retry:

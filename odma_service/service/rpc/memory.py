@@ -56,6 +56,7 @@ class MemoryService(MemoryServiceServicer):
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
             opening=opening_from(request),
+            seen=request.seen if request.HasField("seen") else None,
         )
         return _opened_to(opened)
 
