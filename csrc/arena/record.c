@@ -37,11 +37,17 @@ enum { PROGRESS_OFFSET = 2048, HEADER_BYTES = 4096, PAGE_BYTES = 4096 };
 
 static const char MAGIC[8] = "odma kv";
 
+/* An odma_geometry as the first files of this layout have it. */
+struct plain_geometry {
+    uint32_t blocks, block_tokens, max_regions, max_ops, max_copies, model_length_tokens;
+    uint64_t digest;
+};
+
 struct header {
     char magic[8];
     uint32_t layout_version;
-    uint32_t pad;
-    odma_geometry geometry;
+    uint32_t granule_tokens;
+    struct plain_geometry geometry;
     uint64_t sum; /* of all above */
 };
 
@@ -166,7 +172,7 @@ static void store_changes(odma_arena *arena, uint64_t at, struct record *record)
         uint32_t granule = arena->dirty[i];
         uint64_t offset = (uint64_t)granule * GRANULE_BYTES;
         const uint8_t *now = books + offset, *before = file + offset;
-        arena->dirty_bits[granule / 64] &= ~((uint64_t)1 << (granule % 64));
+        arena->dirty_bits[granule / 64] = 0; /* its neighbours are on the list, too */
         if (!differ(now, before)) continue;
         uint64_t sum = granule_sum(now, offset);
         changes_sum ^= sum;

@@ -29,7 +29,7 @@ static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
 }
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
-static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
+static inline uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
     uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
@@ -82,13 +82,13 @@ static void give_slot(odma_arena *arena, uint32_t slot) {
         arena->spare_slots[arena->spare_slot_count++] = slot;
 }
 
-static void set_place(odma_arena *arena, uint32_t slot) {
+static inline void set_place(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot.start = arena->runs[slot].start;
     arena->cells[slot].slot.length = arena->runs[slot].length;
     mark_slot(arena, slot);
 }
 
-static void clear_slot(odma_arena *arena, uint32_t slot) {
+static inline void clear_slot(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot = (struct slot){.generation = arena->cells[slot].slot.generation};
     mark_slot(arena, slot);
     give_slot(arena, slot);
@@ -101,7 +101,7 @@ static bool frees_at_once(const odma_arena *arena) {
 
 /* What a slot holds was vacated: it is free at once if the engine's copies and
  * kernels run in one order, or nothing uses it; else once the batch is done. */
-static void set_waiting(odma_arena *arena, uint32_t slot) {
+static inline void set_waiting(odma_arena *arena, uint32_t slot) {
     if (frees_at_once(arena)) {
         run_release(arena, slot);
         clear_slot(arena, slot);

@@ -144,6 +144,14 @@ def test_calls_beyond_a_connections_share_wait_in_the_client(servers):
         grpc.channel_ready_future(channel).result(timeout=30)  # it knows its share
         hung = silent(channel, "/odma.v1.MemoryService/Stream", stop, 16)
         list_pools = PoolServiceStub(channel).ListPools
+
+        def waits():  # once the others have been sent
+            with suppress(grpc.RpcError):
+                list_pools(pool_pb.ListPoolsRequest(), timeout=0.3)
+                return False
+            return True
+
+        wait_for(waits, "a call without a place")
         code, _ = refused_by_grpc(lambda: list_pools(pool_pb.ListPoolsRequest(), timeout=0.3))
         assert code == Code.DEADLINE_EXCEEDED
         waiting = list_pools.future(pool_pb.ListPoolsRequest(), timeout=30)

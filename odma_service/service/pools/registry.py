@@ -26,6 +26,7 @@ from odma_service.errors import (
     BooksError,
     BooksForeignError,
     BooksMismatchError,
+    BooksSpaceError,
     BooksUnavailableError,
     EpochError,
     HandleError,
@@ -35,6 +36,7 @@ from odma_service.errors import (
     OdmaError,
     PoolLimitError,
     PoolNotFoundError,
+    PoolOpenError,
     PoolOwnedError,
     RefusedError,
     UnavailableError,
@@ -76,6 +78,7 @@ class Opened(NamedTuple):
     epoch: int
     owner: int
     policy_version: int
+    policy_name: str
 
 
 class View(NamedTuple):
@@ -213,27 +216,31 @@ class Registry:
         keep_policy: bool,
         take_over: bool,
         opening: Opening = NO_INSTANCE,
+        seen: str | None = None,
     ) -> Opened:
         """Begin an epoch, in the books of an earlier one if their geometry is the same.
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed,
-        unless the pool has a policy and `keep_policy` is set. An `opening` with an instance
-        fences the epoch. Raises PoolOwnedError, PoolForeignError, PoolLimitError, InvalidError,
-        BooksLockedError, StaleOpenError, FencedError, UnfencedError.
+        unless `keep_policy` is set and the pool has the policy of an engine of this kind. An
+        `opening` with an instance fences the epoch; `seen` is how its sender saw the pool, if it
+        says so. Raises PoolOwnedError, PoolForeignError, PoolLimitError, BooksSpaceError,
+        InvalidError, BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
         while True:
             with self._lock:
                 self._insist_serving()
                 entry = self._entry(spec.name)
                 if entry is None:
-                    return self._create(claimed(spec, None), policy, opening)
+                    spec = claimed(spec, None)
+                    NOBODY.check(opening, seen, name=spec.name, owner=0, now="")
+                    return self._create(spec, policy, opening)
             with entry.lock:
                 if entry.pool is None:
                     continue  # forgotten, set aside or refused by the system, meanwhile
                 self._insist_serving()
                 with self._using(spec.name, entry) as pool:
                     spec = claimed(spec, pool.spec)
-                    pool.openers.check(opening, spec.name, pool.owner)
+                    pool.insist_new(opening, seen)
                     try:
                         is_retry = self._is_retry(pool, spec)
                         if not is_retry:
@@ -262,6 +269,21 @@ class Registry:
                 pool.insist(caller)
             pool.close_epoch(caller)
             self.telemetry.tell(EventKind.CLOSED, name, caller.epoch)
+
+    def forget(self, name: str, epoch: int) -> None:
+        """Remove a closed pool, whose last epoch this is. One that is gone stays gone.
+
+        A caller who may not see the pool is told the same. Raises PoolOpenError, EpochError.
+        """
+        with suppress(PoolNotFoundError):
+            entry = self._find(name)
+            with entry.lock, self._using(name, entry, seen=True) as pool:
+                if pool.report().last_epoch != epoch:
+                    raise EpochError(name, epoch)
+                if pool.epoch:
+                    raise PoolOpenError(name)
+                self._forget(name, entry)
+                self.telemetry.tell(EventKind.FORGOTTEN, name, reason="by request")
 
     @contextmanager
     def owned(
@@ -390,9 +412,10 @@ class Registry:
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        self.telemetry.tell(
-            EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
-        )
+        if pool.epoch:
+            self.telemetry.tell(
+                EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+            )
         return entry
 
     def _learner(self, pool: Pool) -> Learner:
@@ -513,9 +536,8 @@ class Registry:
                     return
         raise PoolLimitError(f"all {limit} are open")
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str, entry: Entry) -> None:
         """Remove a closed pool whose lock is held. Raises OSError: it is still there."""
-        entry = self._entries[name]
         self._path(name).unlink(missing_ok=True)
         entry.give_back()
         self._entries.pop(name, None)
@@ -573,14 +595,14 @@ class Registry:
             pool = self._new_books(spec, self._next_epoch(0), policy, openers)
             if forgotten is not None:
                 try:
-                    self._forget(forgotten)
+                    self._forget(forgotten, self._entries[forgotten])
                 except OSError:
                     pool.close()
                     self._path(spec.name).unlink()
                     raise
-                self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
+                self.telemetry.tell(EventKind.FORGOTTEN, forgotten, reason="to make room")
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
-        self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
+        self._tell_opened(pool, f"with new books and the policy {policy.name}")
         return _opened(pool)
 
     def _begin(
@@ -597,16 +619,28 @@ class Registry:
         before = pool.epoch
         epoch = self._next_epoch(pool.report().last_epoch)
         openers = pool.openers.owned_by(opening, ends_another=bool(pool.epoch))
-        if spec.arena_geometry() == pool.spec.arena_geometry():
-            changed = None if keep_policy else policy
-            pool.open_epoch(spec, epoch, self._boot_id, changed, openers)
-        else:
+        if spec.arena_geometry() != pool.spec.arena_geometry():
             self._insist_bytes(spec, spec.name)
             pool = self._new_books(spec, epoch, policy, openers)
+            told = f"with new books and the policy {policy.name}"
+        elif keep_policy and spec.engine_kind == pool.spec.engine_kind:
+            pool.open_epoch(spec, epoch, self._boot_id, None, openers)
+            told = f"its policy, {pool.policy().name}, goes on"
+        else:
+            former = pool.policy()
+            if keep_policy:  # the tenants are the operator's, not the engine's
+                safety_share = min(policy.safety_share, former.unguaranteed_share)
+                policy = policy.with_changes(tenants=former.tenants, safety_share=safety_share)
+            pool.open_epoch(spec, epoch, self._boot_id, policy, openers)
+            why = "the engine is of another kind" if keep_policy else "as asked for"
+            told = f"policy {policy.name} in the place of {former.name}: {why}"
         if before:
             self.telemetry.tell(EventKind.TAKEN_OVER, spec.name, before)
         entry.adopt(self._learner(pool), self._monotonic())
-        self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
+        self._tell_opened(pool, told)
+
+    def _tell_opened(self, pool: Pool, reason: str) -> None:
+        self.telemetry.tell(EventKind.OPENED, pool.spec.name, pool.epoch, reason=reason)
 
     def _new_books(
         self, spec: PoolSpec, epoch: int, policy: PolicyRecord, openers: Openers
@@ -617,6 +651,10 @@ class Registry:
         unfinished.unlink(missing_ok=True)  # of an attempt that failed
         try:
             pool = Pool.create(unfinished, spec, epoch, self._boot_id, policy, openers)
+        except BooksSpaceError as error:  # its message names the file, for the log alone
+            self.telemetry.tell(EventKind.NO_ROOM, spec.name, reason=str(error))
+            room = f"{spec.arena_geometry().file_bytes:,} bytes"
+            raise BooksSpaceError(f"the pool directory has no room for its file, {room}") from None
         except BooksCorruptError as error:  # a page of it failed: there are no books yet
             raise BooksUnavailableError(str(error)) from None
         try:
@@ -670,4 +708,5 @@ def draining() -> UnavailableError:
 
 
 def _opened(pool: Pool) -> Opened:
-    return Opened(pool.spec, pool.epoch, pool.owner, pool.policy().version)
+    policy = pool.policy()
+    return Opened(pool.spec, pool.epoch, pool.owner, policy.version, policy.name)

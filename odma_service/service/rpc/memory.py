@@ -56,6 +56,7 @@ class MemoryService(MemoryServiceServicer):
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
             opening=opening_from(request),
+            seen=request.seen if request.HasField("seen") else None,
         )
         return _opened_to(opened)
 
@@ -230,6 +231,9 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         max_copies=spec.max_copies,
         max_regions=spec.max_regions,
         policy_version=opened.policy_version,
+        granule_tokens=spec.granule_tokens,
+        reads_two_runs=spec.reads_two_runs,
+        policy_name=opened.policy_name,
     )
 
 
