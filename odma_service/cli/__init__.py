@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "odma_service.cli.demo",
     "geometry": "odma_service.cli.geometry",
     "trace": "odma_service.cli.trace",
+    "plan": "odma_service.cli.plan",
     "replay": "odma_service.cli.replay",
     "tune": "odma_service.cli.tune",
     "reproduce": "lab.paper.command",

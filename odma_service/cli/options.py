@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -45,6 +46,14 @@ Cert = Annotated[
     Path | None, typer.Option(envvar="ODMA_CLIENT_CERT", help="PEM file: our own certificate.")
 ]
 Key = Annotated[Path | None, typer.Option(envvar="ODMA_CLIENT_KEY", help="PEM file: its key.")]
+
+
+class MovesChoice(StrEnum):
+    """Moves, as a word on the command line."""
+
+    ANY = "any"
+    OWN_GROWTH = "own-growth"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)

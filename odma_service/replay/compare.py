@@ -40,7 +40,7 @@ from odma_service.replay.policies import (
 )
 from odma_service.replay.prices import Serving
 from odma_service.traces import Trace
-from odma_service.values import TenantShare
+from odma_service.values import Moves, TenantShare
 
 NO_PREFIX_REUSE = "no prefix reuse"
 PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
@@ -60,6 +60,7 @@ class Setting:
     predictor: str | None = None
     seeds: int = 1
     tenants: tuple[TenantShare, ...] = ()
+    moves: Moves | None = None  # None: as each policy is for
 
 
 class Safety(NamedTuple):
@@ -186,6 +187,7 @@ def run_policy(
         seed=seed,
         batch_cap=setting.batch_cap,
         tenants=setting.tenants,
+        moves=setting.moves,
     ) as memory:
         history = serve(
             load,
@@ -275,6 +277,7 @@ def assumptions(setting: Setting) -> dict[str, Any]:
         "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
         "tenants": [tenant._asdict() for tenant in setting.tenants],
+        "moves": "as each policy is for" if setting.moves is None else setting.moves.name,
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
 

@@ -154,10 +154,12 @@ def memory_of(
     seed: int = 0,
     batch_cap: int = 256,
     tenants: tuple[TenantShare, ...] = (),
+    moves: Moves | None = None,
 ) -> Iterator[Memory]:
     """Give the memory of a policy for one run; an arena's file lies in `directory`.
 
-    Only policies over an arena know of tenants' shares.
+    Only policies over an arena know of tenants' shares, and of an engine whose `moves` are others
+    than those that the policy is for.
     """
     capacity = load.limits.capacity_tokens
     if name == UNLIMITED:
@@ -183,7 +185,7 @@ def memory_of(
         load.limits,
         serving,
         replace(record_of(name, load.limits, parameters), tenants=tenants),
-        policy.kind,
+        policy.kind if moves is None else replace(policy.kind, moves=moves),
         predictor(chosen, load, seed),
         exact_lengths=policy.exact_lengths,
         batch_cap=batch_cap,

@@ -231,6 +231,8 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         max_regions=spec.max_regions,
         policy_version=opened.policy_version,
         policy_name=opened.policy_name,
+        granule_tokens=spec.granule_tokens,
+        reads_two_runs=spec.reads_two_runs,
     )
 
 
