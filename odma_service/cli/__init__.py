@@ -39,7 +39,7 @@ app = typer.Typer(
     name="odma",
     cls=lazily(COMMANDS),
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     help="Decides where each request's KV cache lives, for LLM engines that need it contiguous.",
     epilog=EXIT_CODES,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from odma_service.client import Client, PoolClient
 from odma_service.demo.device import Device
 from odma_service.demo.remote import RemoteMemory
 from odma_service.demo.report import Outcome
+from odma_service.errors import UnimplementedError
 from odma_service.pool.policy import named
 from odma_service.replay.load import Limits, Load, load_of
 from odma_service.replay.loop import History, Loop
@@ -89,6 +91,8 @@ def play(
         books = service.get_pool(pool.ref.name)
     finally:
         pool.close_pool()
+        with suppress(UnimplementedError):  # of a service that is older
+            service.forget_pool(pool.ref)
     seconds = time.monotonic() - started
     return _outcome(trace, policy, load, loop.history, memory, device, books, seconds)
 

@@ -15,6 +15,8 @@ from odma_service.replay.loop import History
 from odma_service.replay.policies import IDEAL, IDEAL_BEST
 from odma_service.replay.prices import PICOSECONDS
 
+CURE = "pip install 'odma-service[plots]'"
+
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 Cell = Callable[[str, dict[str, Any]], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
@@ -100,7 +102,7 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
     try:
         plots: Any = import_module("matplotlib.pyplot")
     except ImportError:
-        missing.append("no plots without matplotlib")
+        missing.append(f"no plots without matplotlib: {CURE}")
     else:
         for number, comparison in enumerate(compared):
             path = directory / f"{number:02d}-{_file_name(comparison.label)}.png"
@@ -109,7 +111,7 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
     try:
         template = import_module("jinja2").Template(TEMPLATE.read_text(), autoescape=True)
     except ImportError:
-        return [*missing, "no report.html without jinja2"]
+        return [*missing, f"no report.html without jinja2: {CURE}"]
     loads = [
         {"facts": facts, "remarks": remarks(comparison), "picture": b64encode(picture).decode()}
         for facts, comparison, picture in zip(objects, compared, pictures, strict=True)

@@ -107,7 +107,7 @@ def test_the_help_lists_every_command(odma):
         assert f"\n  {name} " in ran.stdout
 
 
-@pytest.mark.parametrize("command", ["bench arena", "bench rpc", "reproduce"])
+@pytest.mark.parametrize("command", ["bench arena", "bench rpc", "bench torture", "reproduce"])
 def test_a_command_of_the_laboratory_says_what_it_needs(odma, command):
     ran = odma(*command.split(), "--json")
     assert (ran.returncode, ran.stdout) == (2, "")
