@@ -295,16 +295,20 @@ class Registry:
         EpochError, FencedError, UnfencedError, and UnavailableError if nobody does.
         """
         caller = Caller.of(caller)
-        with self._held(name, wanted) as entry, self._using(name, entry, seen=True) as pool:
-            pool.insist(caller)
-            self.telemetry.spans.serves(name, caller.epoch)
-            self._hear(name, entry)
-            try:
-                yield entry.learner
-            except FINAL:
-                if caller.owner:
-                    pool.spend(caller)
-                raise
+        entry = self._hold(name, wanted)
+        try:
+            with self._using(name, entry, seen=True) as pool:
+                pool.insist(caller)
+                self.telemetry.spans.serves(name, caller.epoch)
+                self._hear(name, entry)
+                try:
+                    yield entry.learner
+                except FINAL:
+                    if caller.owner:
+                        pool.spend(caller)
+                    raise
+        finally:
+            entry.lock.release()
 
     @contextmanager
     def steered(
@@ -314,21 +318,26 @@ class Registry:
 
         It is no sign of life of an owner that has a number. Raises as `owned` does.
         """
-        with self._held(name, wanted) as entry, self._using(name, entry, seen=True) as pool:
-            if pool.epoch != epoch:
-                raise EpochError(name, epoch)
-            self.telemetry.spans.serves(name, epoch)
-            if not pool.owner:
-                self._hear(name, entry)
-            yield entry.learner
+        entry = self._hold(name, wanted)
+        try:
+            with self._using(name, entry, seen=True) as pool:
+                if pool.epoch != epoch:
+                    raise EpochError(name, epoch)
+                self.telemetry.spans.serves(name, epoch)
+                if not pool.owner:
+                    self._hear(name, entry)
+                yield entry.learner
+        finally:
+            entry.lock.release()
 
-    @contextmanager
-    def _held(self, name: str, wanted: Callable[[], bool] | None) -> Iterator[Entry]:
+    def _hold(self, name: str, wanted: Callable[[], bool] | None) -> Entry:
+        """Return a pool's entry with its lock held."""
         entry = self._find(name)
-        with self.telemetry.spans.waiting(entry.lock):
-            if wanted is not None and not wanted():
-                raise UnavailableError("nobody waits for the answer any more")
-            yield entry
+        self.telemetry.spans.take(entry.lock)
+        if wanted is not None and not wanted():
+            entry.lock.release()
+            raise UnavailableError("nobody waits for the answer any more")
+        return entry
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
