@@ -24,7 +24,6 @@ from odma_service.errors import (
     RefusedError,
     StaleOpenError,
     UnavailableError,
-    UnfencedError,
     VersionError,
 )
 from odma_service.pool.openers import MOST_REMEMBERED
@@ -387,37 +386,7 @@ def test_a_late_batch_is_not_done_after_what_came_instead(service, pool, name):
     assert pool.apply().seq == 1
 
 
-# --- callers without an owner number ---
-
-
-def test_todays_clients_are_served_until_an_instance_opens_the_pool(service, other, name):
-    request = open_request(name, open_id="mine", **FIELDS)
-    opened = service.call(service.memory.OpenPool, request)
-    assert opened.pool.owner == 0
-    old = opened.pool
-    place = service.call(
-        service.memory.Allocate,
-        pb.AllocateRequest(pool=old, allocate=pb.Alloc(request_id="r", prompt_tokens=10)),
-    ).place
-    service.call(service.memory.Apply, pb.ApplyRequest(pool=old, seq=1))
-    kept = service.call(
-        service.memory.Reconcile, pb.ReconcileRequest(pool=old, handles=[place.handle])
-    )
-    assert kept.last_seq == 1
-    open_pool(other, name, open_id="mine")
-    before = books(service, name)
-    for rpc, message in (
-        ("Apply", pb.ApplyRequest(pool=old, seq=2, completed_seq=1)),
-        ("KeepAlive", pb.KeepAliveRequest(pool=old)),
-        ("Reconcile", pb.ReconcileRequest(pool=old)),
-        ("ClosePool", pb.ClosePoolRequest(pool=old)),
-        ("SetPolicy", pb.SetPolicyRequest(pool=old, policy=types.PolicyChange(growth=2))),
-        ("Recalibrate", pb.RecalibrateRequest(pool=old)),
-        ("OpenPool", request),
-    ):
-        with pytest.raises(UnfencedError):
-            service.call(getattr(service.memory, rpc), message)
-    assert books(service, name) == before
+# --- operators, who have no owner number ---
 
 
 def test_an_operator_is_fenced_by_epoch_and_version(service, pool, name):
