@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,9 +20,12 @@ from odma_service.pool.policy import NAMES
 from odma_service.values import PolicyChange
 
 if TYPE_CHECKING:
+    from odma_service.client import Client
     from odma_service.engines.transformers.engine import Engine
     from odma_service.engines.transformers.loading import Loaded
     from odma_service.engines.transformers.memory import Memory
+
+RETRY_SECONDS = 30
 
 
 def need_extra(module: str) -> Any:
@@ -80,25 +83,33 @@ class EngineOptions:
         return loaded
 
     @contextmanager
-    def engine(self, loaded: Loaded) -> Iterator[tuple[Engine, Memory]]:
-        """Open a pool for a model; it is closed with the context. Raises OdmaError."""
-        from odma_service.engines.transformers import EmbeddedPool, Engine, Planes, open_pool
-
-        planes = Planes(loaded.model, self.capacity_tokens)
+    def engine(self, loaded: Loaded, service: Client | None) -> Iterator[tuple[Engine, Memory]]:
+        """Open a pool for a model, of a service or here; it is closed with the context."""
+        engines = need_extra("odma_service.engines.transformers")
+        planes = engines.Planes(loaded.model, self.capacity_tokens)
         policy = PolicyChange(name=self.policy, step_tokens=self.step_tokens)
-        connected: Any = nullcontext()
-        if self.target is not None:
-            connected = Connection(self.target, self.ca, self.cert, self.key).client(30)
-        with connected as service:
+        if service is None:
+            pool = engines.EmbeddedPool(planes, policy)
+        else:
             name = self.pool or f"engine-{uuid.uuid4().hex[:8]}"
-            owned = self.pool is not None
-            pool = (
-                open_pool(service, name, planes, policy, take_over=owned)
-                if service
-                else EmbeddedPool(planes, policy)
+            taken = self.pool is not None
+            pool = engines.open_pool(service, name, planes, policy, take_over=taken)
+        try:
+            yield (
+                engines.Engine(
+                    loaded.model,
+                    planes,
+                    pool,
+                    batch_cap=self.batch_cap,
+                    prefill_tokens=self.prefill_tokens,
+                ),
+                pool,
             )
-            limits = {"batch_cap": self.batch_cap, "prefill_tokens": self.prefill_tokens}
-            try:
-                yield Engine(loaded.model, planes, pool, **limits), pool
-            finally:
-                pool.close_pool()
+        finally:
+            pool.close_pool()
+
+    def service(self) -> AbstractContextManager[Client | None]:
+        """Return a client of the service that was named, or None."""
+        if self.target is None:
+            return nullcontext()
+        return Connection(self.target, self.ca, self.cert, self.key).client(RETRY_SECONDS)

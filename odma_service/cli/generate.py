@@ -50,7 +50,7 @@ def command(
         tokens = loaded.tokenizer(text, add_special_tokens=not chat).input_ids
         sampling = Sampling(temperature, seed=seed)
         requests.append(Request(tokens, max_tokens, loaded.stop_tokens, sampling, text))
-    with options.engine(loaded) as (engine, _):
+    with options.service() as service, options.engine(loaded, service) as (engine, _):
         for request in requests:
             engine.submit(request)
         while engine.busy:

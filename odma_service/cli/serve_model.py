@@ -42,7 +42,7 @@ def command(
         loaded = options.load(model)
         if served_name:
             loaded = loaded._replace(name=served_name)
-        with options.engine(loaded) as (engine, pool):
+        with options.service() as service, options.engine(loaded, service) as (engine, pool):
             host, port, *_ = listener.getsockname()
             typer.echo(
                 f"odma model ready on http://{f'[{host}]' if ':' in host else host}:{port}/v1"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from decoders import alone, decoder, requests, serve
+from paths import DOCS
 
 from odma_service.engines.transformers import Planes
 from odma_service.errors import UnfitModelError
@@ -155,3 +158,12 @@ def test_a_kind_that_cannot_be_served_is_refused_by_name(kind):
     with pytest.raises(UnfitModelError, match=rule) as refused:
         Planes(model, 64)
     assert refused.value.kind == kind
+
+
+def test_the_guide_names_these_kinds():
+    page = (DOCS / "guides" / "transformers.md").read_text()
+    assert set(re.findall(r"`(\w+)`", re.search(r"^\| equal \|.*$", page, re.MULTILINE)[0])) == set(
+        EQUAL
+    )
+    refused = "".join(re.findall(r"^\| refused: .*$", page, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", refused)) == set(REFUSED)

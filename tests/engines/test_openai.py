@@ -10,13 +10,12 @@ import subprocess
 from contextlib import contextmanager
 from threading import Timer
 
+import openai
 import pytest
-from decoders import alone  # noqa: F401  (skips without Transformers)
 from servers import PLAIN, wait_for
 
 from odma_service.client.local import ODMA
-
-openai = pytest.importorskip("openai", reason="HTTP NOT TESTED: `make test-transformers` gets it")
+from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 
 READY = "odma model ready on "
 POOL = "served"
@@ -260,7 +259,7 @@ def test_a_server_that_is_stopped_closes_its_pool(model_dir, server, service, na
         assert service.get_pool(name).summary.capacity_tokens == 4_096
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) == 0
-    assert service.get_pool(name).summary.epoch == 0
+    assert service.get_pool(name).summary.state == pool_pb.POOL_STATE_CLOSED
 
 
 def test_an_engine_whose_pool_was_taken_ends_its_server(model_dir, server, service, name):

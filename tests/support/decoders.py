@@ -1,21 +1,8 @@
-"""Small decoders with random weights, loads for them, and what they answer alone.
-
-Tests that import this are skipped without torch, or fail where it must not be missing.
-"""
+"""Small decoders with random weights, loads for them, and what they answer alone."""
 
 from __future__ import annotations
 
-import os
 import random
-
-import pytest
-
-if not os.environ.get("ODMA_REQUIRE_TRANSFORMERS"):
-    for package in ("torch", "transformers"):
-        pytest.importorskip(
-            package,
-            reason=f"ENGINE NOT TESTED: no {package}; `make test-transformers` gets it",
-        )
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
