@@ -103,6 +103,7 @@ class Comparison:
     label: str
     requests: int
     dropped: int
+    waiting: int
     setting: Setting
     tuning: Tuning
     load_class: LoadClass
@@ -157,6 +158,7 @@ def compare(
         trace.label,
         len(load),
         load.dropped,
+        sum(after >= 0 for after in load.after),
         setting,
         tuning,
         LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
@@ -232,10 +234,11 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "load_class": comparison.load_class.name,
         "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
         "device": str(setting.serving.device),
-        "assumptions": assumptions(setting),
+        "assumptions": assumptions(setting, waits=comparison.waiting > 0),
         "parameter_hash": comparison.tuning.digest,
         "requests": comparison.requests,
         "dropped": comparison.dropped,
+        "waiting_requests": comparison.waiting,
         "notes": list(comparison.notes),
         "capacity_tokens": limits.capacity_tokens,
         "max_output_tokens": limits.max_output_tokens,
@@ -256,9 +259,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def assumptions(setting: Setting) -> dict[str, Any]:
-    """Return what the figures rest on besides the trace."""
+def assumptions(setting: Setting, *, waits: bool) -> dict[str, Any]:
+    """Return what the figures rest on besides the trace; `waits`: requests wait for answers."""
     serving = setting.serving
+    loop = "closed" if setting.closed else f"open, arrivals x {setting.rate:g}"
+    if waits:
+        loop = f"after answers, waits x {1 / setting.rate:g}"
     return {
         **asdict(serving),
         "device": str(serving.device),
@@ -270,7 +276,7 @@ def assumptions(setting: Setting) -> dict[str, Any]:
         "descriptor_seconds": serving.copying.descriptor_seconds,
         "paged_bandwidth_shares": {str(page): round(serving.page_share(page), 4) for page in PAGES},
         "batch_cap": setting.batch_cap,
-        "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
+        "loop": loop,
         "prefill": "whole prompts",
         "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
@@ -294,6 +300,7 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         "over_ideal_paging_ci95": ratio.half and round(ratio.half, 4),
     }
     for field_name, digits in (
+        ("tokens_per_s_whole_run", 3),
         ("requests_per_s", 5),
         ("utilisation_written_over_capacity", 4),
         ("utilisation_written_over_reserved", 4),
@@ -301,7 +308,8 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         ("preemptions", 1),
         ("recomputed_tokens", 1),
         ("swapped_tokens", 1),
-        ("cached_tokens", 1),
+        ("prompt_tokens", 1),
+        ("reused_tokens", 1),
         ("copies", 1),
         ("copied_tokens", 1),
         ("copy_share_of_time", 5),

@@ -12,7 +12,9 @@
     ideal-best        ideal-16 with the headroom that turns out best on the very load,
                       in the window that is reported
     paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
-    paged-16-prefix   paged-16 with a cache of prompt blocks, where a trace has their ids
+    ideal-16-prefix   ideal-16 with a cache of blocks, where a trace has their ids
+    ideal-16-prefix-once  the same with kernels that read a shared page once a step for all
+    paged-16-prefix   paged-16 with such a cache
 
 No other policy reuses prefixes. Their free parameters are in tuned.json, set by one rule on
 training traces (tune.py); a report names the hash of that file.
@@ -80,7 +82,7 @@ ARENA_POLICIES = {
 }
 PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
 EXTENT_POLICIES = {"extents-2": 2, "extents-4": 4}
-PREFIX_POLICIES = ("paged-16-prefix",)
+PREFIX_POLICIES = ("ideal-16-prefix", "ideal-16-prefix-once", "paged-16-prefix")
 NAMES = (*ARENA_POLICIES, *EXTENT_POLICIES, *PAGED_POLICIES, *PREFIX_POLICIES, IDEAL_BEST)
 PREDICTING = ("s3", "odma")
 
@@ -168,7 +170,10 @@ def memory_of(
         kind, page = name.split("-")[:2]
         share = serving.page_share(int(page)) if kind == "paged" else 1.0
         if name in PREFIX_POLICIES:
-            yield PrefixMemory(capacity, int(page), headroom, share, load.block_tokens)
+            once = name.endswith("-once")
+            yield PrefixMemory(
+                capacity, int(page), headroom, share, load.block_tokens, reads_once=once
+            )
         else:
             yield PagedMemory(capacity, int(page), headroom, share)
         return
