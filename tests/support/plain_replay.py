@@ -29,6 +29,7 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
             if at <= now:
                 queue.append(number)
                 to_come.remove(number)
+                history.arrived_ps[number] = -1 if closed else at
         deep = max(ADMISSIONS, 1 + overtake) if passed < MOST_PASSED else 1
         full = [r for r in running if written(r) == r.room]
         asked = [
