@@ -105,6 +105,12 @@ struct claim {
     uint32_t request;     /* hash of its id */
 };
 
+/* An odma_engine as all books have it. */
+struct plain_engine {
+    uint32_t moves, single_ordered_stream, copies_may_overlap, planes;
+    double descriptor_seconds, token_seconds;
+};
+
 struct books {
     uint64_t epoch;       /* 0: none is running */
     uint64_t last_epoch;
@@ -118,7 +124,7 @@ struct books {
     uint64_t owner;       /* fence of the epoch, 0: none */
     uint64_t number;      /* last of the owner's messages */
     uint64_t refused;     /* 1: that one was, and stays so */
-    odma_engine engine;
+    struct plain_engine engine;
     odma_counters counters;
     odma_policy policy;   /* from here on a batch marks only what it changes */
     struct claim claims[ODMA_TENANTS]; /* of the policy's tenants */

@@ -79,9 +79,10 @@ odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_o
     return leave(arena, status);
 }
 
-odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
-                                 uint32_t count, odma_place *kept, uint64_t *freed,
-                                 uint32_t *freed_count) {
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, uint64_t completed_seq,
+                                 const uint64_t *handles, uint32_t count, odma_place *kept,
+                                 uint64_t *freed, uint32_t *freed_count) {
+    (void)completed_seq;
     if ((handles == NULL && count > 0) || (kept == NULL && count > 0) || freed == NULL ||
         freed_count == NULL)
         return ODMA_INVALID;
@@ -137,13 +138,15 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
     if (engine_fault(&finished) != NULL) return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
+    if (finished.reads_two_runs == 1 && arena->geometry.granule_tokens == 0)
+        return leave(arena, ODMA_INVALID);
     struct books *books = arena->books;
     if (epoch <= books->last_epoch) return leave(arena, ODMA_INVALID);
     status = draw_key(arena);
     if (status != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     books->epoch = books->last_epoch = epoch;
-    books->engine = finished;
+    memcpy(&books->engine, &finished, sizeof books->engine);
     if (boot_id != NULL) pad_boot_id(books->boot_id, boot_id);
     describe(arena, description, description_bytes);
     return leave(arena, commit(arena));

@@ -19,14 +19,20 @@ static const char *geometry_fault(const odma_geometry *geometry) {
         return "max_copies: 1 to 4096";
     if (geometry->model_length_tokens < 1 || geometry->model_length_tokens > ODMA_MAX_TOKENS)
         return "model_length_tokens: 1 to 2^28";
+    uint32_t granule = geometry->granule_tokens;
+    if (granule != 0 && (granule < ODMA_MIN_GRANULE_TOKENS || granule > ODMA_MAX_GRANULE_TOKENS ||
+                         granule % tokens != 0))
+        return "granule_tokens: 0, or a multiple of block_tokens from 64 to 512";
+    if (granule != 0) return "granule_tokens: not available yet";
     return NULL;
 }
 
 static const char *engine_fault(const odma_engine *engine) {
     if (engine->moves < ODMA_MOVES_NONE || engine->moves > ODMA_MOVES_ANY)
         return "moves: one of odma_moves";
-    if (engine->single_ordered_stream > 1 || engine->copies_may_overlap > 1)
-        return "single_ordered_stream, copies_may_overlap: 0 or 1";
+    if (engine->single_ordered_stream > 1 || engine->copies_may_overlap > 1 ||
+        engine->reads_two_runs > 1)
+        return "single_ordered_stream, copies_may_overlap, reads_two_runs: 0 or 1";
     if (engine->planes < 1) return "planes: at least 1";
     if (!(engine->descriptor_seconds >= 0 && engine->descriptor_seconds < 1e3) ||
         !(engine->token_seconds >= 0 && engine->token_seconds < 1e3))
@@ -161,7 +167,8 @@ static const char *books_fault(const odma_arena *arena, char room[ODMA_REASON_BY
         if (books->claims[i].turn > books->turns ||
             books->claims[i].blocks > arena->geometry.blocks)
             return "a claim is impossible";
-    const char *fault = books->epoch == 0 ? NULL : engine_fault(&books->engine);
+    odma_engine engine = engine_of(arena);
+    const char *fault = books->epoch == 0 ? NULL : engine_fault(&engine);
     if (fault == NULL && policy_check(&books->policy, room) != ODMA_OK) fault = room;
     for (uint32_t i = 0; i < STATS && fault == NULL; i++) fault = stats_fault(&books->stats[i]);
     for (uint32_t i = 0; i < arena->layout.table_size && fault == NULL; i++)

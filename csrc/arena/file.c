@@ -181,8 +181,10 @@ static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTE
     if (status == ODMA_OK) status = take_memory(arena, reason);
     if (status != ODMA_OK) return status;
 
-    struct header header = {.layout_version = ODMA_LAYOUT_VERSION, .geometry = arena->geometry};
+    struct header header = {.layout_version = ODMA_LAYOUT_VERSION,
+                            .granule_tokens = arena->geometry.granule_tokens};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
+    memcpy(&header.geometry, &arena->geometry, sizeof header.geometry);
     header.sum = hash_bytes(&header, offsetof(struct header, sum));
     arena->sum = place_sum(arena->books, 0, arena->layout.books_bytes); /* all zero */
     forget_books(arena);
@@ -327,13 +329,15 @@ static odma_status read_header(odma_arena *arena, uint64_t size, const odma_geom
                       header.layout_version, (unsigned)ODMA_LAYOUT_VERSION);
     if (header.sum != hash_bytes(&header, offsetof(struct header, sum)))
         return refuse(reason, ODMA_CORRUPT, "the sum of the header is wrong");
-    const char *fault = geometry_fault(&header.geometry);
+    odma_geometry *geometry = &arena->geometry;
+    *geometry = (odma_geometry){.granule_tokens = header.granule_tokens};
+    memcpy(geometry, &header.geometry, sizeof header.geometry);
+    const char *fault = geometry_fault(geometry);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "its geometry is impossible: %s", fault);
-    arena->geometry = header.geometry;
-    odma_geometry wanted = expected == NULL ? header.geometry : finished_geometry(*expected);
-    if (memcmp(&header.geometry, &wanted, sizeof wanted) != 0)
+    odma_geometry wanted = expected == NULL ? *geometry : finished_geometry(*expected);
+    if (memcmp(geometry, &wanted, sizeof wanted) != 0)
         return refuse(reason, ODMA_MISMATCH, "it has another geometry");
-    arena->layout = layout_of(&header.geometry);
+    arena->layout = layout_of(geometry);
     if (size != arena->layout.file_bytes)
         return refuse(reason, ODMA_CORRUPT, "it has %llu bytes, its geometry needs %llu",
                       (unsigned long long)size, (unsigned long long)arena->layout.file_bytes);

@@ -39,7 +39,7 @@ struct cost {
 
 /* Seconds of copies: see odma_engine. */
 static double price(const odma_arena *arena, uint64_t tokens, uint64_t copies) {
-    const odma_engine *engine = &arena->books->engine;
+    const struct plain_engine *engine = &arena->books->engine;
     return (double)tokens * engine->token_seconds +
            (double)copies * engine->planes * engine->descriptor_seconds;
 }

@@ -22,7 +22,7 @@ odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     if (arena->books->epoch == 0) return leave(arena, ODMA_EPOCH);
-    *engine = arena->books->engine;
+    *engine = engine_of(arena);
     return leave(arena, ODMA_OK);
 }
 

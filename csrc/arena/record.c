@@ -37,11 +37,17 @@ enum { PROGRESS_OFFSET = 2048, HEADER_BYTES = 4096, PAGE_BYTES = 4096 };
 
 static const char MAGIC[8] = "odma kv";
 
+/* An odma_geometry as the first files of this layout have it. */
+struct plain_geometry {
+    uint32_t blocks, block_tokens, max_regions, max_ops, max_copies, model_length_tokens;
+    uint64_t digest;
+};
+
 struct header {
     char magic[8];
     uint32_t layout_version;
-    uint32_t pad;
-    odma_geometry geometry;
+    uint32_t granule_tokens;
+    struct plain_geometry geometry;
     uint64_t sum; /* of all above */
 };
 

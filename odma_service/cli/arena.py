@@ -58,7 +58,7 @@ def _picture(file: Path, arena: Arena) -> RenderableType:
 
 
 def _entries(arena: Arena) -> list[Any]:
-    return list(arena.regions(0, 2 * arena.geometry.max_regions))
+    return list(arena.regions(0, arena.geometry.most_entries))
 
 
 def _as_object(file: Path, copy: Copy) -> Facts:

@@ -145,7 +145,7 @@ class RemoteMemory(PoolMemory):
     def _moves(self, places: Iterable[Place]) -> list[Move]:
         """Note where regions lie now, and return the moves of what is written in them."""
         moves = []
-        for handle, start, length in places:
+        for handle, start, length, *_ in places:
             region = self._regions[handle]
             if start != region.start_token:
                 moves.append(Move(region.request, region.start_token, start, region.written))

@@ -99,6 +99,8 @@ class PoolSpec:
     max_ops: int = 1024
     max_copies: int = 1024
     owner: str = ""
+    granule_tokens: int = 0
+    reads_two_runs: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -118,6 +120,8 @@ class PoolSpec:
         self._insist_within("capacity_tokens", self.block_tokens, most_tokens)
         if self.moves not in set(Moves):
             raise InvalidError("moves", "NONE, OWN_GROWTH or ANY")
+        if self.reads_two_runs and not self.granule_tokens:
+            raise InvalidError("reads_two_runs", "needs granule_tokens")
         self.geometry.check_alignment(self.block_tokens)
         whole = self.capacity_tokens // self.block_tokens * self.block_tokens
         object.__setattr__(self, "capacity_tokens", whole)
@@ -140,6 +144,7 @@ class PoolSpec:
             max_copies=self.max_copies,
             model_length_tokens=self.model_length_tokens,
             digest=self.geometry.digest(self.block_tokens),
+            granule_tokens=self.granule_tokens,
         )
 
     def engine(self) -> EngineRecord:
@@ -151,6 +156,7 @@ class PoolSpec:
             planes=self.geometry.plane_count,
             descriptor_seconds=self.device.descriptor_seconds,
             token_seconds=self.device.token_seconds(self.geometry.bytes_per_token),
+            reads_two_runs=self.reads_two_runs,
         )
 
     def to_json(self) -> bytes:
@@ -391,14 +397,15 @@ class Pool:
         return result
 
     def reconcile(
-        self, epoch: Caller | int, handles: Sequence[int]
+        self, epoch: Caller | int, handles: Sequence[int], completed_seq: int = 0
     ) -> tuple[list[Place], list[int]]:
         """Free every region that is not listed.
 
         Return where the listed ones lie, in the order given (length_tokens 0: it is dead),
-        and the handles that were freed. Raises InvalidError, EpochError.
+        and the handles that were freed. Unless completed_seq is the last answered seq nothing
+        is kept any more for reuse. Raises InvalidError, EpochError.
         """
-        return self._arena.reconcile(epoch, handles)
+        return self._arena.reconcile(epoch, handles, completed_seq)
 
     # --- policy ---
 
@@ -438,6 +445,11 @@ class Pool:
     def regions(self, from_token: int = 0, room: int = 1000) -> list[RegionEntry]:
         """List what starts at or after `from_token` in address order, at most `room`."""
         return self._arena.regions(from_token, room)
+
+    @property
+    def most_entries(self) -> int:
+        """Entries that regions() may list."""
+        return self._arena.geometry.most_entries
 
     def tenants(self) -> list[TenantUse]:
         """Return what each tenant of the policy holds, in the policy's order."""

@@ -288,7 +288,7 @@ class World:
         return batch, [self.some_prediction(op) for op in ops]
 
     def entries(self):
-        return self.arena.regions(room=2 * self.geometry.max_regions)
+        return self.arena.regions(room=self.geometry.most_entries)
 
     def apply(self, batch, predictions):
         answer = self.arena.apply(self.epoch, batch, predictions)

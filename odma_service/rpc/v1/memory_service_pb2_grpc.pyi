@@ -38,6 +38,23 @@ class MemoryServiceStub:
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
 
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+      * A key is 16 bytes that stand for all tokens from the first to the end of one
+        granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+        secret salt of the engine and a salt for adapter, model and tenant. Equal
+        keys have to mean equal KV. Keys are in no log.
+      * Allocate brings the keys of the request's granules. Its Place says how many
+        tokens need no prefill (reused_tokens): the request continues a run that is
+        kept (adopted), or copies of this answer bring them (gathered), or they are
+        read where they lie (shared).
+      * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+        written by enqueued work and never written again. Tokens that may be rolled
+        back, as of speculation, are not. Only what is final is reused.
+      * Keeping refuses nobody: kept memory counts as free, and is given up, least
+        valuable first, when anything else needs it. Only what enqueued work or the
+        gathers of this batch may still read is not given out.
+
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that
       * OpenPool says which process asks (instance) and counts its asking
@@ -221,6 +238,23 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
 
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+      * A key is 16 bytes that stand for all tokens from the first to the end of one
+        granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+        secret salt of the engine and a salt for adapter, model and tenant. Equal
+        keys have to mean equal KV. Keys are in no log.
+      * Allocate brings the keys of the request's granules. Its Place says how many
+        tokens need no prefill (reused_tokens): the request continues a run that is
+        kept (adopted), or copies of this answer bring them (gathered), or they are
+        read where they lie (shared).
+      * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+        written by enqueued work and never written again. Tokens that may be rolled
+        back, as of speculation, are not. Only what is final is reused.
+      * Keeping refuses nobody: kept memory counts as free, and is given up, least
+        valuable first, when anything else needs it. Only what enqueued work or the
+        gathers of this batch may still read is not given out.
+
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that
       * OpenPool says which process asks (instance) and counts its asking
@@ -399,6 +433,23 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
       * completed_seq = c promises that the copies of answers <= c are done, and
         that no work enqueued before them still runs.
       * used_tokens is an upper bound that includes all enqueued work.
+
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+      * A key is 16 bytes that stand for all tokens from the first to the end of one
+        granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+        secret salt of the engine and a salt for adapter, model and tenant. Equal
+        keys have to mean equal KV. Keys are in no log.
+      * Allocate brings the keys of the request's granules. Its Place says how many
+        tokens need no prefill (reused_tokens): the request continues a run that is
+        kept (adopted), or copies of this answer bring them (gathered), or they are
+        read where they lie (shared).
+      * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+        written by enqueued work and never written again. Tokens that may be rolled
+        back, as of speculation, are not. Only what is final is reused.
+      * Keeping refuses nobody: kept memory counts as free, and is given up, least
+        valuable first, when anything else needs it. Only what enqueued work or the
+        gathers of this batch may still read is not given out.
 
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that

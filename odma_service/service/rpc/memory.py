@@ -230,6 +230,8 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         max_copies=spec.max_copies,
         max_regions=spec.max_regions,
         policy_version=opened.policy_version,
+        granule_tokens=spec.granule_tokens,
+        reads_two_runs=spec.reads_two_runs,
     )
 
 

@@ -45,6 +45,8 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
         device=_device_from(request.device),
         single_ordered_stream=request.single_ordered_stream,
         copies_may_overlap=request.copies_may_overlap,
+        granule_tokens=request.granule_tokens,
+        reads_two_runs=request.reads_two_runs,
         block_tokens=block_tokens,
         ttl_seconds=request.ttl_seconds or DEFAULT_TTL_SECONDS,
         retention_seconds=request.retention_seconds or DEFAULT_RETENTION_SECONDS,

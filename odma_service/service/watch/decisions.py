@@ -154,7 +154,7 @@ class DecisionLog:
                     last_tokens=entry.length_tokens,
                 ),
             )
-            for entry in pool.regions(room=2 * pool.spec.max_regions)
+            for entry in pool.regions(room=pool.most_entries)
             if entry.live
         ]
         self._put(pool, living=living)

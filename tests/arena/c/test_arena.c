@@ -323,11 +323,11 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_unary(NULL, EPOCH(1), &op, &result));
     GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), NULL, &result));
     GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), &op, NULL));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, EPOCH(1), &handle, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), NULL, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, NULL, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, NULL, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, &handle, NULL));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, EPOCH(1), 0, &handle, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, NULL, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, NULL, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, &place, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, &place, &handle, NULL));
     GIVES(ODMA_INVALID, odma_arena_report(NULL, &report));
     GIVES(ODMA_INVALID, odma_arena_report(arena, NULL));
     GIVES(ODMA_INVALID, odma_arena_regions(NULL, 0, &region, 1, &count));
@@ -531,7 +531,7 @@ static void a_bad_batch_consumes_no_seq(void) {
         if (i == 6) step.used[step.batch.used_count++].handle = handle + 1;
         if (i == 7) step.used[0].handle = step.used[1].handle = handle;
         if (i == 7) step.batch.used_count = 2;
-        if (i == 8) step.used[step.batch.used_count++] = (odma_used){handle, 1 << 20, 0};
+        if (i == 8) step.used[step.batch.used_count++] = (odma_used){.handle = handle, .used_tokens = 1 << 20};
         if (i == 9) step.batch.completed_seq = UINT64_MAX;
         if (i == 10) step.ops[0].kind = 0;
         if (i == 11) step.ops[0].kind = 5;
@@ -994,7 +994,7 @@ static void a_plan_that_keeps_the_budget_is_found(void) {
     for (int i = 0; i < 5; i++) handles[i] = allocate_one(arena, names[i], i == 0 ? 32 : 1);
     begin_step(arena);
     for (uint32_t i = 0; i < 5; i++)
-        step.used[step.batch.used_count++] = (odma_used){handles[i], i == 0 ? 48 : 1, 0};
+        step.used[step.batch.used_count++] = (odma_used){handles[i], i == 0 ? 48 : 1, 0, 0, 0};
     add_op(free_op(handles[3], 1));
     add_op(extend_op(handles[0], 49));
     step.batch.max_copy_tokens = 10;
@@ -1350,7 +1350,7 @@ static void reconciles(odma_arena *arena) {
     uint64_t freed[REGIONS];
     uint32_t count;
     odma_place kept;
-    OK(odma_arena_reconcile(arena, EPOCH(1), &regions[0].handle, 1, &kept, freed, &count));
+    OK(odma_arena_reconcile(arena, EPOCH(1), 0, &regions[0].handle, 1, &kept, freed, &count));
     CHECK(count > 0 && kept.length == regions[0].length);
 }
 
@@ -1470,7 +1470,7 @@ static void an_owner_number_shuts_out_all_others(void) {
     const odma_status given[] = {ODMA_UNFENCED, ODMA_FENCED, ODMA_EPOCH, ODMA_LATE};
     for (int i = 0; i < 4; i++) {
         GIVES(given[i], allocates_as(arena, wrong[i], "b", 10, &result));
-        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], NULL, 0, NULL, freed, &count));
+        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], 0, NULL, 0, NULL, freed, &count));
         GIVES(given[i], odma_arena_set_policy(arena, &wrong[i], &policy, 0));
         if (wrong[i].number != 0) GIVES(given[i], odma_arena_spend(arena, wrong[i]));
         if (wrong[i].owner != 0) GIVES(given[i], odma_arena_end_epoch(arena, wrong[i]));
@@ -1546,7 +1546,7 @@ static void is_refused_by_number(odma_arena *arena) {
 static void reconciles_by_number(odma_arena *arena) {
     uint64_t freed[REGIONS];
     uint32_t count;
-    OK(odma_arena_reconcile(arena, owner_1(2), NULL, 0, NULL, freed, &count));
+    OK(odma_arena_reconcile(arena, owner_1(2), 0, NULL, 0, NULL, freed, &count));
     CHECK(count == 1);
 }
 
@@ -1609,7 +1609,7 @@ static void the_largest_arena_is_usable(void) {
     policy.step_tokens = 1 << 20;
     OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     begin_step(arena);
-    step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0};
+    step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0, 0, 0};
     add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = (1U << 28) - 16});
     add_op(allocate_op("the rest", 16));
     step.ops[1].max_total_tokens = 16;
