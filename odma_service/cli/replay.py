@@ -21,7 +21,7 @@ from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
 from odma_service.values import TenantShare
 
-TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
+TABLE_WIDTH = 174  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -89,6 +89,10 @@ def command(
             help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
         ),
     ] = None,
+    granule_tokens: Annotated[
+        int | None,
+        typer.Option(min=64, max=512, help="What is reused by. Default: the trace's blocks."),
+    ] = None,
     parameters: Annotated[
         Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
     ] = None,
@@ -124,6 +128,7 @@ def command(
                 predictor=predictor,
                 seeds=seeds,
                 tenants=shares,
+                granule_tokens=granule_tokens or 0,
             )
             with progress_bar(as_json) as progress:
                 watch = _watch(progress, len(load))

@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from odma_service._native import Reuse
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
 from odma_service.replay.loop import History, serve
@@ -34,6 +35,7 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGES,
     PREFIX_POLICIES,
+    REUSE_POLICIES,
     UNLIMITED,
     Tuning,
     memory_of,
@@ -43,7 +45,8 @@ from odma_service.traces import Trace
 from odma_service.values import TenantShare
 
 NO_PREFIX_REUSE = "no prefix reuse"
-PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
+PREFIX_REUSE = "whole blocks, the least recently used evicted"
+RUN_REUSE = "runs with granules, given up by the arena"
 Progress = Callable[[str, int, int], None]
 """Takes a policy, a seed, and the number of requests that have finished."""
 
@@ -60,6 +63,7 @@ class Setting:
     predictor: str | None = None
     seeds: int = 1
     tenants: tuple[TenantShare, ...] = ()
+    granule_tokens: int = 0  # 0: the blocks of the trace
 
 
 class Safety(NamedTuple):
@@ -79,6 +83,7 @@ class Outcome:
     history: History
     safety: Safety
     events: list[PolicyEvent] = field(default_factory=list)
+    reuse: Reuse = field(default_factory=Reuse)
     measures: Measures | None = None
     tenants: dict[str, TenantMeasures] = field(default_factory=dict)  # where there are several
 
@@ -188,6 +193,7 @@ def run_policy(
         seed=seed,
         batch_cap=setting.batch_cap,
         tenants=setting.tenants,
+        granule_tokens=setting.granule_tokens,
     ) as memory:
         history = serve(
             load,
@@ -199,11 +205,12 @@ def run_policy(
         )
         if not isinstance(memory, ArenaMemory):
             return Outcome(name, seed, history, Safety())
-        counters = memory.pool.report().counters
+        report = memory.pool.report()
+        counters = report.counters
         safety = Safety(
             counters.safety_hits_growth, counters.safety_hits_unsure, memory.recalibrations
         )
-        return Outcome(name, seed, history, safety, memory.events)
+        return Outcome(name, seed, history, safety, memory.events, report.reuse)
 
 
 def _best_in_hindsight(
@@ -280,6 +287,7 @@ def assumptions(setting: Setting, *, waits: bool) -> dict[str, Any]:
         "prefill": "whole prompts",
         "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
+        "granule_tokens": setting.granule_tokens or "as the blocks of the trace",
         "tenants": [tenant._asdict() for tenant in setting.tenants],
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
@@ -324,7 +332,15 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     shown["safety_hits_growth"] = _whole(sum(s.growth for s in hits) / len(hits))
     shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
     shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
-    shown["prefix_cache"] = PREFIX_REUSE if name in PREFIX_POLICIES else NO_PREFIX_REUSE
+    for part in ("adopted_tokens", "gathered_tokens", "shared_tokens", "given_up_tokens"):
+        shown[part] = _whole(sum(getattr(run.reuse, part) for run in runs) / len(runs))
+    shown["prefix_cache"] = (
+        PREFIX_REUSE
+        if name in PREFIX_POLICIES
+        else RUN_REUSE
+        if name in REUSE_POLICIES
+        else NO_PREFIX_REUSE
+    )
     if runs[0].tenants:
         shown["tenants"] = {tenant: _tenant_object(runs, tenant) for tenant in runs[0].tenants}
     shown["parameters"] = dict(comparison.tuning.of(name))

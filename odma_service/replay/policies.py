@@ -5,6 +5,8 @@
     odma              the paper's: predicted quantile, learnt limits, overflow copies
     elastic           grow in place, by relocation, by compaction; one ordered stream
     elastic-streams   the same on several streams: disjoint copies, completion a step late
+    elastic-reuse     elastic, with beginnings adopted or gathered, where a trace has their ids
+    elastic-shared    the same for kernels that read a beginning in one run, the rest in another
     grow-copy         grow in place or by copying to a hole; nobody else moves
     oracle            the exact total is reserved; nothing moves
     extents-K         at most K runs for each request, and no block table
@@ -38,6 +40,7 @@ from odma_service.pool.policy import (
     rising_limits,
 )
 from odma_service.replay.arena import ArenaMemory
+from odma_service.replay.keys import granule_for
 from odma_service.replay.load import BLOCK_TOKENS, LARGEST_PAGE_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
 from odma_service.replay.pooled import EngineKind
@@ -77,6 +80,8 @@ ARENA_POLICIES = {
     "elastic-streams": ArenaPolicy(
         "elastic", EngineKind(Moves.ANY, single_stream=False, copies_may_overlap=False)
     ),
+    "elastic-reuse": ArenaPolicy("elastic", EngineKind(Moves.ANY)),
+    "elastic-shared": ArenaPolicy("elastic", EngineKind(Moves.ANY, reads_two_runs=True)),
     "grow-copy": ArenaPolicy("elastic", EngineKind(Moves.OWN_GROWTH)),
     "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
 }
@@ -84,6 +89,7 @@ PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page 
 EXTENT_POLICIES = {"extents-2": 2, "extents-4": 4}
 PREFIX_POLICIES = ("ideal-16-prefix", "ideal-16-prefix-once", "paged-16-prefix")
 NAMES = (*ARENA_POLICIES, *EXTENT_POLICIES, *PAGED_POLICIES, *PREFIX_POLICIES, IDEAL_BEST)
+REUSE_POLICIES = ("elastic-reuse", "elastic-shared")
 PREDICTING = ("s3", "odma")
 
 
@@ -156,10 +162,11 @@ def memory_of(
     seed: int = 0,
     batch_cap: int = 256,
     tenants: tuple[TenantShare, ...] = (),
+    granule_tokens: int = 0,
 ) -> Iterator[Memory]:
     """Give the memory of a policy for one run; an arena's file lies in `directory`.
 
-    Only policies over an arena know of tenants' shares.
+    Only policies over an arena know of tenants' shares. granule_tokens 0: the trace's blocks.
     """
     capacity = load.limits.capacity_tokens
     if name == UNLIMITED:
@@ -182,15 +189,22 @@ def memory_of(
         yield ExtentMemory(capacity, EXTENT_POLICIES[name], step_tokens, headroom)
         return
     policy = ARENA_POLICIES[name]
+    engine = policy.kind
+    if name in REUSE_POLICIES:
+        granule = granule_tokens or granule_for(load.block_tokens)
+        engine = replace(
+            engine, granule_tokens=granule, second_run_tokens=serving.second_run_tokens
+        )
     chosen = predictor_name if predictor_name and name in PREDICTING else policy.predictor
     with ArenaMemory(
         directory,
         load.limits,
         serving,
         replace(record_of(name, load.limits, parameters), tenants=tenants),
-        policy.kind,
+        engine,
         predictor(chosen, load, seed),
         exact_lengths=policy.exact_lengths,
         batch_cap=batch_cap,
+        block_tokens=load.block_tokens,
     ) as memory:
         yield memory

@@ -332,5 +332,7 @@ def test_a_comparison_says_what_was_reused(tmp_path):
     for name in PREFIX_POLICIES:
         assert 0 < rows[name]["reused_tokens"] < rows[name]["prompt_tokens"]
         assert rows[name]["ttft_p50_s"] < rows["elastic"]["ttft_p50_s"]
-    rates = [rows[n]["tokens_per_s"] for n in ("elastic", "ideal-16-prefix", "ideal-16-prefix-once")]
+    rates = [
+        rows[n]["tokens_per_s"] for n in ("elastic", "ideal-16-prefix", "ideal-16-prefix-once")
+    ]
     assert rates == sorted(rates)
