@@ -67,7 +67,7 @@ def copy(from_token, to_token, tokens, handle=0, overlaps=False):
 
 def one_move(memory, copies, to_token):
     memory.write(7, 0, 0, 8)
-    memory.run(copies, {0})
+    memory.run(1, copies, {0})
     memory.move(1, [Move(7, 0, to_token, 8)])
     memory.check()
     return memory.violations
@@ -109,7 +109,7 @@ def test_a_copy_that_leaves_the_memory_is_a_violation():
 def test_a_token_that_another_request_overwrites_is_missed():
     memory = device()
     memory.write(7, 0, 0, 8)
-    memory.run([copy(40, 4, 2)], {0})
+    memory.run(1, [copy(40, 4, 2)], {0})
     memory.check()
     assert memory.violations == 2
 
@@ -128,7 +128,7 @@ def test_tokens_of_decode_steps_are_checked_like_those_of_a_prefill():
     memory.write(2, 16, 0, 4)
     memory.write(1, 0, 4, 6)
     memory.write(2, 16, 4, 5)
-    memory.run([copy(16, 32, 5)], {0})
+    memory.run(1, [copy(16, 32, 5)], {0})
     memory.move(1, [Move(2, 16, 32, 5)])
     memory.check()
     assert (memory.violations, memory.tokens_checked) == (0, 11)

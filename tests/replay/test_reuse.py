@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,23 @@ from typer.testing import CliRunner
 from odma_service import replay, traces
 from odma_service.cli import app
 from odma_service.errors import InvalidError
+from odma_service.replay.keys import keys_of
 from odma_service.replay.load import Limits, limits_for, load_of, shuffled
 from odma_service.replay.loop import serve
 from odma_service.replay.memory import Placed
-from odma_service.replay.policies import IDEAL_BEST, NAMES, PREFIX_POLICIES, memory_of, read_tuning
+from odma_service.replay.policies import (
+    IDEAL_BEST,
+    NAMES,
+    PREFIX_POLICIES,
+    REUSE_POLICIES,
+    memory_of,
+    read_tuning,
+)
 from odma_service.replay.prices import Prices, Serving
 from odma_service.replay.rivals.paging import PagedMemory
 from odma_service.replay.rivals.prefix import PrefixMemory
 from odma_service.traces.trace import Waits
-from odma_service.values import End
+from odma_service.values import KEY_BYTES, End
 
 DATA = Path(os.environ.get("ODMA_DATA_DIR", Path(__file__).parents[3] / "shared/data"))
 SERVING = Serving()
@@ -336,3 +345,59 @@ def test_a_comparison_says_what_was_reused(tmp_path):
         rows[n]["tokens_per_s"] for n in ("elastic", "ideal-16-prefix", "ideal-16-prefix-once")
     ]
     assert rates == sorted(rates)
+
+
+# --- runs of an arena that begin alike ---
+
+
+def test_without_ids_nothing_is_reused_and_nothing_is_otherwise(tmp_path):
+    trace = conversations(10, 8, 3)
+    load = load_of(replace(trace, prefix_ids=None), limits_for(trace, SMALL, 300))
+    plain, *reusing = (talk(name, load, tmp_path) for name in ("elastic", *REUSE_POLICIES))
+    assert plain.copies > 0
+    assert reusing == [plain, plain]
+
+
+@pytest.mark.parametrize("granule_tokens", [64, 128])
+def test_keys_stand_for_all_tokens_up_to_their_granules_end(granule_tokens):
+    ids = (5, 6, 7, 8, 9)
+    keys = keys_of(ids, BLOCK, granule_tokens)
+    assert len(keys) == 5 * BLOCK // granule_tokens * KEY_BYTES
+    assert (
+        keys_of(ids[:2], BLOCK, granule_tokens) == keys[: 2 * BLOCK // granule_tokens * KEY_BYTES]
+    )
+    other = keys_of((4, *ids[1:]), BLOCK, granule_tokens)
+    assert not {keys[i : i + 16] for i in range(0, len(keys), 16)} & {
+        other[i : i + 16] for i in range(0, len(other), 16)
+    }
+
+
+def test_granules_shorter_than_blocks_have_keys_of_their_own():
+    keys = keys_of((5, 6), 512, 128)
+    assert len({keys[i : i + 16] for i in range(0, len(keys), 16)}) == 8
+
+
+@pytest.mark.parametrize("name", REUSE_POLICIES)
+def test_a_beginning_that_was_kept_is_not_prefilled(name, tmp_path):
+    """The second contains the first and its answer: two granules of 64."""
+    ids = ((1,), (1, 2, 3))
+    trace = waiting([-1, 0], [0.0] * 2, prompts=[70, 200], answers=[60, 3], ids=ids)
+    load = load_of(replace(trace, block_tokens=64), limits_for(trace, SMALL, 300))
+    history = talk(name, load, tmp_path)
+    assert history.reused_tokens == 128
+
+
+@pytest.mark.parametrize("common_blocks", [0, 20])
+def test_what_is_reused_comes_near_a_prefix_cache(common_blocks, tmp_path):
+    trace = conversations(12, 8, 5, common_blocks=common_blocks)
+    setting = replay.Setting(limits_for(trace, 2 * SMALL, 300), batch_cap=32)
+    names = ["elastic", *REUSE_POLICIES, *PREFIX_POLICIES[:2]]
+    facts = replay.as_object(replay.compare(trace, names, setting, read_tuning(), tmp_path))
+    rows = facts["policies"]
+    for name in REUSE_POLICIES:
+        row = rows[name]
+        parts = row["adopted_tokens"] + row["gathered_tokens"] + row["shared_tokens"]
+        assert parts == row["reused_tokens"] > 0.7 * rows["ideal-16-prefix"]["reused_tokens"]
+        assert row["tokens_per_s"] > rows["elastic"]["tokens_per_s"]
+    assert rows["elastic-reuse"]["shared_tokens"] == 0
+    assert bool(rows["elastic-shared"]["shared_tokens"]) >= bool(common_blocks)
