@@ -117,6 +117,8 @@ def _outcome(
         tokens_generated=memory.tokens_generated,
         tokens_expected=sum(outputs),
         tokens_checked=device.tokens_checked,
+        prompt_tokens=history.prompt_tokens,
+        reused_tokens=history.reused_tokens,
         violations=device.violations,
         utilisation_written_over_capacity=_share(measures.utilisation_written_over_capacity, short),
         utilisation_written_over_reserved=_share(measures.utilisation_written_over_reserved, short),
