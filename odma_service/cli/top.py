@@ -136,7 +136,7 @@ def picture(
 def _pools(now: Look, before: Look | None) -> Table:
     table = Table("pool", "state", "policy", expand=True, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("memory", no_wrap=True, min_width=BAR_CELLS)
-    for name in ("written", "reserved", "fragm.", *(name for name, _ in RATES)):
+    for name in ("written", "reserved", "fragm.", "reused", *(name for name, _ in RATES)):
         table.add_column(name, justify="right")
     earlier = {pool.summary.pool.name: pool for pool in before.pools} if before else {}
     for pool in now.pools[:POOLS_SHOWN]:
@@ -153,6 +153,7 @@ def _pools(now: Look, before: Look | None) -> Table:
             f"{written:.0%}",
             f"{reserved:.0%}",
             f"{1 - pool.largest_run_tokens / free if free else 0:.0%}",
+            _reused(pool, then),
             *(_rate(pool, then, seconds, fields) for _, fields in RATES),
         )
     if len(now.pools) > POOLS_SHOWN:
@@ -176,6 +177,15 @@ def _rate(
         return "-"
     done = sum(getattr(pool.counters, field) - getattr(then.counters, field) for field in fields)
     return f"{max(done, 0) / seconds:,.0f}"  # the books of a pool that was made anew begin at 0
+
+
+def _reused(pool: pool_pb.GetPoolResponse, then: pool_pb.GetPoolResponse | None) -> str:
+    """Return the share of the prompts since the look before that needed no prefill."""
+    if then is None:
+        return "-"
+    prompts = pool.reuse.prompt_tokens - then.reuse.prompt_tokens
+    reused = pool.reuse.reused_tokens - then.reuse.reused_tokens
+    return f"{max(reused, 0) / prompts:.0%}" if prompts > 0 else "-"
 
 
 def _apply_seconds(metrics: str) -> dict[float, float]:
