@@ -29,6 +29,7 @@ from odma_service.client.aio import AsyncClient, AsyncPoolClient
 from odma_service.client.channel import Tls
 from odma_service.client.owner import open_request
 from odma_service.client.sync import Client, PoolClient
+from odma_service.keys import KeyChain, chained_keys
 from odma_service.values import (
     Allocate,
     Answer,
@@ -59,6 +60,7 @@ __all__ = [
     "Extend",
     "Free",
     "Freed",
+    "KeyChain",
     "Moves",
     "Place",
     "PlaneGroup",
@@ -70,5 +72,6 @@ __all__ = [
     "Tls",
     "Trim",
     "Used",
+    "chained_keys",
     "open_request",
 ]
