@@ -72,7 +72,7 @@ static json fill(const json &value, const Names &names) {
     }
     if (value.contains("$keys")) {
         string keys;
-        for (const char letter : value["$keys"].get<string>()) keys += string(KEY_BYTES, letter);
+        for (const char letter : fill(value["$keys"], names).get<string>()) keys += string(KEY_BYTES, letter);
         return absl::Base64Escape(keys);
     }
     json filled = value;

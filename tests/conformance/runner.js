@@ -41,7 +41,7 @@ function fill(value, names) {
     return typeof item === 'string' ? item.repeat(times) : Array(times).fill(item);
   }
   if ('$keys' in value) {
-    const keys = [...value.$keys].map((letter) => letter.repeat(KEY_BYTES));
+    const keys = [...fill(value.$keys, names)].map((letter) => letter.repeat(KEY_BYTES));
     return Buffer.from(keys.join('')).toString('base64');
   }
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, fill(item, names)]));

@@ -89,7 +89,8 @@ def fill(value: Any, names: Names) -> Any:
         times, item = fill(value["$times"], names)
         return item * times if isinstance(item, str) else [item] * times
     if "$keys" in value:
-        return b64encode("".join(letter * KEY_BYTES for letter in value["$keys"]).encode()).decode()
+        keys = "".join(letter * KEY_BYTES for letter in fill(value["$keys"], names))
+        return b64encode(keys.encode()).decode()
     return {key: fill(item, names) for key, item in value.items()}
 
 
