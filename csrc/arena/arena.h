@@ -149,7 +149,7 @@ struct reuse {
 /* What the run of a slot is to others. A run outlives its writers: who adopts it gets a
  * handle of his own, and the keys stay. */
 struct mark {
-    uint32_t generation;  /* of the handle under which the run began */
+    uint32_t generation;  /* of the handle under which the run began; 0: its keys are void */
     uint32_t given;       /* granules from the first that have a key */
     uint32_t keyed;       /* of these, those that are final: their keys stand */
     uint32_t reused;      /* granules that the writer has found written */

@@ -82,7 +82,7 @@ odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_o
 /* What enqueued work has written is doubtful: keep nothing, and let nobody reuse it. */
 static void void_keys(odma_arena *arena) {
     for (uint32_t i = 0; i < arena->layout.table_size; i++) {
-        if (is_live(arena, i)) cut_keys(arena, i, 0);
+        if (is_live(arena, i)) void_mark(arena, i);
         if (!is_kept(arena, i)) continue;
         count_given_up(arena, i);
         leave_kept(arena, i);

@@ -149,7 +149,7 @@ static const char *mark_fault(const odma_arena *arena, uint32_t i) {
     bool runs = slot->state == ODMA_REGION_LIVE || slot->state == ODMA_REGION_KEPT;
     if (!runs) return mark->generation == 0 && mark->given == 0 ? NULL : "a mark of no run";
     uint32_t most = slot->length / arena->granule_blocks;
-    if (mark->generation == 0 || mark->generation > slot->generation)
+    if (mark->generation > slot->generation || (mark->generation == 0 && mark->given > 0))
         return "a run begins with an impossible handle";
     if (mark->given > most || mark->reused > most) return "a run has keys for more than it holds";
     if (mark->keyed > mark->given) return "a key stands that was not given";

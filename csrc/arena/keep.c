@@ -70,11 +70,24 @@ static uint64_t used_until(const odma_arena *arena, uint32_t slot) {
     return seq > read ? seq : read;
 }
 
+/* Free what a kept run holds beyond its keys. */
+static void cut_tail(odma_arena *arena, uint32_t slot) {
+    uint32_t blocks = arena->marks[slot].keyed * arena->granule_blocks;
+    uint32_t length = arena->runs[slot].length;
+    if (blocks == length) return;
+    run_cut(arena, slot, blocks);
+    set_place(arena, slot);
+    arena->kept_blocks -= length - blocks;
+}
+
 /* Find out whether a kept run is spare. */
 static void refresh(odma_arena *arena, uint32_t slot) {
     struct hold *hold = &arena->holds[slot];
     bool spare = is_kept(arena, slot) && used_until(arena, slot) == 0;
-    if (spare && !hold->spare) arena->spare_blocks += arena->runs[slot].length;
+    if (spare && !hold->spare) {
+        cut_tail(arena, slot);
+        arena->spare_blocks += arena->runs[slot].length;
+    }
     if (!spare && hold->spare) arena->spare_blocks -= arena->runs[slot].length;
     hold->spare = spare;
     if (spare || hold->tied || !is_kept(arena, slot)) return;
@@ -95,6 +108,7 @@ static void refresh_tied(odma_arena *arena) {
 
 /* --- kept, and not any more --- */
 
+/* A run has become a kept one. The tail that it has beyond its keys is free with it. */
 static void enter_kept(odma_arena *arena, uint32_t slot) {
     arena->kept++;
     arena->kept_blocks += arena->runs[slot].length;
@@ -175,14 +189,10 @@ static bool keep(odma_arena *arena, uint32_t slot, uint32_t tokens) {
     set_keyed(arena, slot, granules);
     mark->reused = 0;
     note_use(arena, slot);
-    uint32_t blocks = granules * arena->granule_blocks, gathered = gathered_blocks(arena, slot);
-    if (blocks < gathered) blocks = gathered;
-    bool at_once = frees_at_once(arena);
-    if (at_once && blocks < arena->runs[slot].length) run_cut(arena, slot, blocks);
     struct slot *run = &arena->cells[slot].slot;
     *run = (struct slot){.state = ODMA_REGION_KEPT,
                          .generation = run->generation,
-                         .seq = at_once ? 0 : arena->step.seq};
+                         .seq = frees_at_once(arena) ? 0 : arena->step.seq};
     set_place(arena, slot);
     struct note *note = note_of(arena, slot);
     note->listed = note->pinned = note->placed = false;

@@ -111,12 +111,18 @@ static void begin_mark(odma_arena *arena, uint32_t slot) {
     mark_mark(arena, slot);
 }
 
+/* Take its keys from a living run for good: a later one would continue what nobody knows. */
+static void void_mark(odma_arena *arena, uint32_t slot) {
+    cut_keys(arena, slot, 0);
+    arena->marks[slot].generation = 0;
+    mark_mark(arena, slot);
+}
+
 /* It ends. */
 static void end_mark(odma_arena *arena, uint32_t slot) {
-    if (arena->marks[slot].generation == 0) return;
     while (arena->marks[slot].given > 0) pop_key(arena, slot);
-    arena->marks[slot] = (struct mark){0};
-    mark_mark(arena, slot);
+    const struct mark none = {0};
+    books_put(arena, &arena->marks[slot], &none, sizeof none);
 }
 
 /* --- all of them --- */

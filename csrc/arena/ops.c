@@ -58,6 +58,7 @@ static uint32_t keep_rule(const odma_arena *arena, uint32_t slot, const odma_op 
 /* Keep the region of a slot, or what of it there is to keep. */
 static bool keeps(odma_arena *arena, uint32_t slot, const odma_op *op) {
     if (op->keep_tokens == 0) return false;
+    if (arena->marks[slot].generation == 0) return false; /* its keys are void */
     for (uint32_t i = 0; i < op->key_bytes / ODMA_KEY_BYTES; i++)
         add_key(arena, slot, op->keys + (size_t)i * ODMA_KEY_BYTES);
     return keep(arena, slot, op->keep_tokens);
@@ -98,7 +99,8 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
         return;
     }
     uint32_t blocks = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
-    if (blocks < 1 || blocks > length || op->least_tokens < used_of(arena, slot)) {
+    if (blocks < 1 || blocks > length || op->least_tokens < used_of(arena, slot) ||
+        op->least_tokens < given_of(arena, slot)) {
         if (blocks != length) {
             invalid(arena, ODMA_RULE_TO_TOKENS, result);
             return;
@@ -118,7 +120,6 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
         set_waiting(arena, tail);
     }
     set_place(arena, slot);
-    if (arena->granule_blocks > 0) cut_keys(arena, slot, blocks / arena->granule_blocks);
     resize_region(arena, slot, length);
     arena->books->counters.trims++;
     placed(arena, slot, result);

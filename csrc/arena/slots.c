@@ -72,6 +72,12 @@ static uint32_t reused_of(const odma_arena *arena, uint32_t slot) {
                                       : arena->marks[slot].reused * arena->geometry.granule_tokens;
 }
 
+/* Tokens for which a region has keys, final or not yet. */
+static uint32_t given_of(const odma_arena *arena, uint32_t slot) {
+    return arena->granule_blocks == 0 ? 0
+                                      : arena->marks[slot].given * arena->geometry.granule_tokens;
+}
+
 /* Fix what is used before a region's length changes: unlisted means full, and
  * full means as long as it was. */
 static void fix_used(odma_arena *arena, uint32_t slot) {

@@ -54,7 +54,7 @@ def names_of(keys, granules):
 class Engine:
     """A pool of so many granules, its memory, and an engine that says what it has written."""
 
-    def __init__(self, path, granules=16, *, ordered=True, moves=Moves.ANY, **fields):
+    def __init__(self, path, granules=32, *, ordered=True, moves=Moves.ANY, **fields):
         blocks = granules * GRANULE // UNIT
         self.path = path
         self.arena = Arena.create(
@@ -132,6 +132,13 @@ class Engine:
             self.step(completed=self.seq)
         return keys
 
+    def is_kept(self, keys):
+        """Whether a kept run holds what so many keys stand for."""
+        names = names_of(keys, len(keys) // 16)
+        entries = [entry for entry in self.arena.regions() if entry.kept]
+        found = [self.memory[e.start_token :][: e.shareable_tokens] for e in entries]
+        return any(np.array_equal(there, names) for there in found)
+
     @property
     def reuse(self):
         return self.arena.report().reuse
@@ -198,10 +205,10 @@ def test_a_repeated_allocate_gets_the_same_answer_whatever_its_keys(engine):
     engine.fill("talk", 4)
     op = engine.ask(keys_of("talk", 4))
     place = engine.step(op)[0]
-    assert engine.alone(op._replace(keys=b"")) == place
+    assert engine.arena.unary(1, op._replace(keys=b"")) == place
     assert engine.arena.apply(1, engine.last[0]).results == [place]
+    changed = engine.last[0]._replace(ops=[op._replace(keys=keys_of("other", 4))])
     with pytest.raises(SeqChangedError):
-        changed = engine.last[0]._replace(ops=[op._replace(keys=keys_of("other", 4))])
         engine.arena.apply(1, changed)
 
 
@@ -309,28 +316,27 @@ def test_kept_memory_is_given_up_for_whoever_needs_it(engine):
 def test_what_was_not_used_for_longest_is_given_up_first(engine):
     for name in ("one", "two", "three"):
         engine.fill(name, 4)
+        engine.step(engine.ask(b"", 1))  # so that no two are neighbours
     engine.step(engine.ask(keys_of("one", 1) + keys_of("x", 1), name="refreshes"))
     engine.step(completed=engine.seq)
-    engine.step(engine.ask(b"", 3 * GRANULE))
-    kept = [
-        name
-        for name in ("one", "two", "three")
-        if engine.alone(engine.ask(keys_of(name, 4))).reused_tokens
-    ]
+    engine.step(engine.ask(b"", engine.arena.report().largest_run_tokens - UNIT))
+    assert engine.reuse.kept_runs == 3
+    assert isinstance(engine.step(engine.ask(b"", 3 * GRANULE))[0], Place)
+    kept = [name for name in ("one", "two", "three") if engine.is_kept(keys_of(name, 4))]
     assert kept == ["one", "three"]
 
 
 def test_nothing_is_given_up_for_whoever_is_refused_all_the_same(engine):
     engine.fill("talk", 4)
-    large = engine.step(engine.ask(b"", 8 * GRANULE))[0]
-    result = engine.step(engine.ask(b"", 9 * GRANULE), used=[Used(large.handle, 512)])[0]
+    large = engine.step(engine.ask(b"", 16 * GRANULE))[0]
+    result = engine.step(engine.ask(b"", 17 * GRANULE), used=[Used(large.handle, 512)])[0]
     assert result.reason == Reason.NO_SPACE
     assert result.free_tokens == engine.memory.size - large.length_tokens
     assert engine.reuse.kept_runs == 1
 
 
 def test_who_grows_takes_what_is_kept_behind_it(engine):
-    first = engine.step(engine.ask(b"", GRANULE - 1, more=1024))[0]
+    first = engine.step(engine.ask(b"", GRANULE - 1, more=512))[0]
     engine.fill("talk", 4)
     grown = engine.alone(Extend(first.handle, 2 * GRANULE))
     assert grown.start_token == first.start_token
@@ -344,7 +350,7 @@ def test_kept_runs_have_a_table_of_their_own(tmp_path, ordered):
     assert engine.reuse.kept_runs == 4
     assert engine.step(engine.ask(keys_of("0", 1)))[0].reused_tokens == 0
     assert engine.step(engine.ask(keys_of("5", 1)))[0].reused_tokens == GRANULE
-    places = engine.step(*(engine.ask(b"", 8) for _ in range(3)))
+    places = engine.step(*(engine.ask(b"", 8) for _ in range(2)))
     assert all(isinstance(place, Place) for place in places)
 
 
@@ -376,6 +382,10 @@ def test_what_is_reused_or_shareable_is_not_trimmed(engine):
     result = engine.step(Trim(place.handle, 200), used=used)[0]
     assert result.field.startswith("to_tokens: ")
     assert isinstance(engine.step(Trim(place.handle, 256), used=used)[0], Place)
+    place = engine.step(engine.ask(keys_of("other", 4)))[0]
+    used = [Used(place.handle, 10)]
+    result = engine.step(Trim(place.handle, 200), used=used)[0]
+    assert result.field.startswith("to_tokens: "), "it has keys, and a Free may continue them"
 
 
 def test_several_streams_adopt_only_once_the_free_is_completed(tmp_path):
@@ -401,13 +411,14 @@ def test_several_streams_give_out_what_a_late_answer_reads_only_when_it_is_compl
     reads = engine.seq
     report = engine.arena.report()
     assert report.awaiting_completion_tokens == 4 * GRANULE
-    large = engine.ask(b"", report.free_tokens + GRANULE)
+    engine.step(engine.ask(b"", report.largest_run_tokens - UNIT))
+    large = engine.ask(b"", 3 * GRANULE)
     assert engine.step(large)[0].reason == Reason.WAITS_FOR_COMPLETION
     assert engine.reuse.kept_runs == 1
-    below = engine.ask(keys_of("talk", 3) + keys_of("else", 1))
-    assert engine.alone(below).reused_tokens == 0, "it is read, nobody says how far"
+    below = engine.ask(keys_of("talk", 2) + keys_of("else", 1))
+    assert engine.alone(below).reason == Reason.WAITS_FOR_COMPLETION
     assert isinstance(engine.step(large, completed=reads)[0], Place)
-    assert engine.step(engine.ask(keys), copy_tokens=0)[0].reused_tokens == 0
+    assert (engine.reuse.kept_runs, engine.is_kept(keys)) == (0, False)
 
 
 def test_a_lone_free_of_what_a_late_answer_reads_waits_too(tmp_path):
@@ -422,25 +433,21 @@ def test_a_lone_free_of_what_a_late_answer_reads_waits_too(tmp_path):
     assert engine.arena.report().awaiting_completion_tokens == 0
 
 
-def test_a_source_that_moves_in_the_batch_is_read_where_its_tokens_are(tmp_path, ordered):
+@pytest.mark.parametrize("first", [True, False])
+def test_a_source_that_moves_in_the_batch_is_read_where_its_tokens_are(tmp_path, ordered, first):
     """Ordered: after the slides, at its new place. Else: at its old one."""
-    engine = Engine(tmp_path / "p.pool", 24, ordered=ordered)
+    engine = Engine(tmp_path / "p.pool", 24, ordered=ordered, moves=Moves.OWN_GROWTH)
     keys = keys_of("rules", 2)
     source = engine.step(engine.ask(keys, more=1024))[0]
     engine.step(engine.ask(b"", GRANULE - 1))
     used = [Used(source.handle, 128, shareable_tokens=128)]
-    ops = [Extend(source.handle, 6 * GRANULE), engine.ask(keys)]
-    for before, after in (ops, ops[::-1]):
-        moved = engine.arena.regions()[0].start_token
-        results = engine.step(before, after, used=used)
-        place = results[[before, after].index(ops[1])]
-        grown = results[[before, after].index(ops[0])]
-        assert place.reused_tokens == 128
-        assert grown.start_token != source.start_token
-        gather = next(c for c in engine.last[1].copies if c.handle == place.handle)
-        assert gather.from_token == (grown.start_token if ordered else source.start_token)
-        break
-    del moved
+    grow, gather = Extend(source.handle, 6 * GRANULE), engine.ask(keys)
+    results = engine.step(*((grow, gather) if first else (gather, grow)), used=used)
+    grown, place = results if first else results[::-1]
+    assert grown.start_token != source.start_token
+    assert place.reused_tokens == 128
+    copy = next(copy for copy in engine.last[1].copies if copy.handle == place.handle)
+    assert copy.from_token == (grown if ordered else source).start_token
 
 
 def test_reconcile_voids_what_is_kept_unless_the_last_answer_is_completed(engine):
@@ -450,10 +457,16 @@ def test_reconcile_voids_what_is_kept_unless_the_last_answer_is_completed(engine
     engine.arena.reconcile(1, [lives.handle], engine.seq)
     engine.arena.check()
     assert engine.reuse.kept_runs == 1
+    engine.completed = engine.seq
     engine.arena.reconcile(1, [lives.handle], engine.seq - 1)
     engine.arena.check()
     assert engine.reuse.kept_runs == 0
     assert engine.step(engine.ask(keys))[0].reused_tokens == 0, "its keys are void too"
+    used = [Used(lives.handle, 144, shareable_tokens=144)]
+    assert engine.step(engine.ask(keys), used=used)[0].reused_tokens == 0, "for ever"
+    more = keys_of("talk", 2)[16:]  # nobody can tell any more which keys these continue
+    assert engine.step(engine.keep(lives, 144, more), used=used)[0] == Freed()
+    assert engine.reuse.kept_runs == 0
     assert engine.step(engine.ask(keys_of("kept", 2)))[0].reused_tokens == 0
 
 
