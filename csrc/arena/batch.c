@@ -195,12 +195,12 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     books->completed_seq = batch->completed_seq;
     take_number(arena, batch->number, false);
     books->turns++;
-    uint32_t waited = arena->waiting;
+    uint32_t waited = coming_blocks(arena);
     arena->step.ordered = batch->pass_refused == 0;
     free_waiting_up_to(arena, batch->completed_seq);
     if (arena->tied_count > 0) refresh_tied(arena);
     take_used(arena, batch);
-    bool changed = arena->waiting < waited, large = arena->live > CACHED_REGIONS;
+    bool changed = coming_blocks(arena) < waited, large = arena->live > CACHED_REGIONS;
     for (uint32_t i = 0; i < batch->op_count; i++) {
         const odma_op *op = &batch->ops[i];
         if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
