@@ -54,7 +54,14 @@ OPS = [
     "batch",
     [
         Batch(1, 0, [], []),
-        Batch(9, 7, [Used(1, 2), Used(3, 4, pinned=True), Used(5, 6, False, 6)], OPS, 0, pass_refused=True),
+        Batch(
+            9,
+            7,
+            [Used(1, 2), Used(3, 4, pinned=True), Used(5, 6, False, 6)],
+            OPS,
+            0,
+            pass_refused=True,
+        ),
     ],
 )
 def test_a_batch_arrives_as_it_was_asked(batch):

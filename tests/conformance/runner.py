@@ -12,7 +12,7 @@ import secrets
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ class Held:
     reused: int = 0
     shared_start: int = 0
     shared: int = 0
-    keys: list[bytes] = field(default_factory=list)
+    keys: tuple[bytes, ...] = ()
 
     @property
     def own(self) -> range:
@@ -208,10 +208,10 @@ class Held:
         return self.shared_start + token if shared else self.start + token - self.shared
 
 
-def keys_in(op: Mapping[str, Any]) -> list[bytes]:
+def keys_in(op: Mapping[str, Any]) -> tuple[bytes, ...]:
     """Return the keys that an Alloc or a Freeing brings."""
     data = b64decode(op.get("keys", ""))
-    return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
+    return tuple(data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES))
 
 
 class Engine:

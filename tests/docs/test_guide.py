@@ -39,7 +39,9 @@ def test_the_guide_says_what_to_do_on_every_status():
 
 
 def test_the_guides_merge_of_two_runs_is_attention_over_both():
-    code = next(block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "exp" in block)
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "exp" in block
+    )
     names = {"np": np}
     exec(code, names)
     rng = np.random.default_rng(7)

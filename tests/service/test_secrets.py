@@ -120,9 +120,7 @@ def batches(channel, call):
     )
     ref = open_pool(opened, metadata=[("authorization", f"Bearer {TOKEN}")]).pool
     apply = "/odma.v1.MemoryService/Apply"
-    alloc = pb.Alloc(
-        request_id="r", prompt_tokens=80, request_class="chat", text=PROMPT, keys=KEY
-    )
+    alloc = pb.Alloc(request_id="r", prompt_tokens=80, request_class="chat", text=PROMPT, keys=KEY)
     full = pb.Alloc(request_id="full", prompt_tokens=250, text=PROMPT, keys=3 * KEY)
     request = pb.ApplyRequest(
         pool=ref, seq=1, ops=[pb.Op(allocate=alloc), pb.Op(allocate=full), pb.Op(allocate=full)]
