@@ -29,13 +29,13 @@ static bool clear_for_new(odma_arena *arena, uint32_t length, struct plan_refusa
     if (arena->spare_blocks == 0 || !may_search(arena)) return false;
     bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT && arena->step.seq != NO_BATCH &&
                   arena->books->engine.single_ordered_stream;
-    enum movable movable = slides ? NOT_PINNED : NOBODY;
     uint32_t left = NONE, right = NONE;
     struct cost cost = {0};
     *refusal = (struct plan_refusal){0};
     arena->step.giving = true;
     bool found = room_blocks(arena) >= length &&
-                 cheapest_window(arena, length, movable, &left, &right);
+                 (cheapest_window(arena, length, NOBODY, &left, &right) ||
+                  (slides && cheapest_window(arena, length, NOT_PINNED, &left, &right)));
     if (found && left != right) pack(arena, left, arena->runs[right].prev, right, &cost);
     if (found && !within_budget(arena, &cost)) {
         found = over_budget(arena, refusal, &cost);
