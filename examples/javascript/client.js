@@ -55,14 +55,16 @@ const MOST_NUMBERS = 16; // of one message
 const BACKOFF_SECONDS = { first: 0.05, most: 2 };
 
 /**
- * @typedef {{handle: number, start_token: number, length_tokens: number}} Place
+ * @typedef {{handle: number, start_token: number, length_tokens: number,
+ *   reused_tokens: number, shared_start_token: number, shared_tokens: number}} Place
  * @typedef {{handle: number, from_token: number, to_token: number, tokens: number,
  *   overlaps: boolean}} Copy
  * @typedef {{reason: string, free_tokens: number, largest_run_tokens: number,
  *   awaiting_completion_tokens: number, copy_tokens_needed: number,
  *   preempt_handle: number, retry_after_ms: number, field: string}} Refusal
  * @typedef {{place?: Place, refusal?: Refusal, freed?: {}, already_free?: {}}} Result
- * @typedef {{handle: number, used_tokens: number, pinned?: boolean}} Used
+ * @typedef {{handle: number, used_tokens: number, pinned?: boolean,
+ *   shareable_tokens?: number}} Used
  * @typedef {{free: object} | {trim: object} | {extend: object} | {allocate: object}} Op
  * @typedef {{seq: number, replayed: boolean, results: Result[], copies: Copy[],
  *   moved: Place[], policy_version: number}} Answer

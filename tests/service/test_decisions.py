@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import DOCS
@@ -25,13 +26,16 @@ from odma_service.values import (
     End,
     Extend,
     Free,
+    Freed,
     Moves,
+    Place,
     PlaneGroup,
     PolicyChange,
     Refusal,
 )
 
 PAGE = DOCS / "reference" / "decision-log.md"
+KEYS = b"one granule long"
 SECRET = "my mother's maiden name is Szymborska"
 
 
@@ -101,6 +105,30 @@ def test_a_preempted_request_is_one_record_that_counts_from_its_first_asking(
     [record] = records(log, 1)
     assert (record["preemptions"], record["output_tokens"]) == (1, 50)
     assert record["generated_before_tokens"] == 0
+
+
+def test_what_a_request_reused_is_in_its_record_and_its_keys_are_not_even_noted(
+    logging_server, log, name
+):
+    with Client(logging_server.target) as service:
+        pool = open_pool(service, name, granule_tokens=64)
+        for request in ("first", "again", "other"):
+            keys = KEYS if request != "other" else KEYS[::-1]
+            place = pool.allocate(Allocate(request, 100, keys=keys))
+            pool.free(Free(place.handle, End.FINISHED, 28, keep_tokens=128, keys=KEYS))
+    found = {record["request_id"]: record["reused_tokens"] for record in records(log, 3)}
+    assert found == {"first": 0, "again": 64, "other": 0}
+    assert KEYS.decode() not in log.read_text()
+
+
+def test_a_waiting_note_holds_no_keys(tmp_path):
+    notes = DecisionLog(tmp_path / "log", 1 << 20)
+    notes.close()  # nothing is read any more
+    pool = SimpleNamespace(spec=SimpleNamespace(name="p"), epoch=1)
+    ops = [Allocate("r", 100, keys=KEYS), Free(1, End.FINISHED, keep_tokens=64, keys=KEYS)]
+    notes.decided(pool, ops, None, [Place(1, 0, 128), Freed()], [])
+    [noted] = notes._noted
+    assert [op.keys for op in noted.ops] == [b"", b""]
 
 
 def test_what_was_predicted_is_in_the_record(logging_server, log, name):

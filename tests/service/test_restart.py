@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from running import fail_to_serve, odma
 from servers import books, open_pool, places_of, wait_for
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
@@ -61,6 +61,31 @@ def test_everything_is_found_again_after_a_kill(restarted, service):
     before = books(service, "p")
     restarted.restart()
     assert books(service, "p") == before
+
+
+def test_what_is_kept_is_found_again_after_a_kill(restarted, service):
+    pool = open_pool(service, "p", granule_tokens=64)
+    keys = chained_keys(range(256), 64, b"")
+    runs, ended = (
+        place.handle
+        for place in pool.apply(
+            ops=[Allocate("runs", 200, keys=keys[:48]), Allocate("ended", 300, keys=keys)]
+        ).results
+    )
+    pool.apply(
+        [Used(runs, 200, shareable_tokens=130), Used(ended, 300)],
+        [Free(ended, End.FINISHED, 1, keep_tokens=260)],
+    )
+    restarted.restart()
+    answer = pool.apply(
+        [Used(runs, 200)],
+        [Allocate("again", 300, keys=keys), Allocate("half", 140, keys=keys[:32])],
+    )
+    assert [place.reused_tokens for place in answer.results] == [256, 128]
+    restarted.restart()
+    pool.reconcile([runs], completed_seq=pool.seq)
+    assert pool.allocate(Allocate("half", 140, keys=keys[:32])).reused_tokens == 0
+    assert pool.apply([], [Allocate("more", 140, keys=keys[:32])]).results[0].reused_tokens == 128
 
 
 def test_an_engine_goes_on_as_if_nothing_had_happened(restarted, service):

@@ -165,7 +165,7 @@ class MemoryService(MemoryServiceServicer):
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
             _insist_completed(request, learner.pool.last_seq)
-            places, freed = learner.reconcile(caller, request.handles)
+            places, freed = learner.reconcile(caller, request.handles, request.completed_seq)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from odma_service._native import ArenaReport, Counters, RegionEntry, TenantUse
+from odma_service._native import ArenaReport, Counters, RegionEntry, Reuse, TenantUse
 from odma_service.learning import Learner, Source
 from odma_service.pool import ClassHistory, Pool
 from odma_service.pool.policy import PolicyRecord
@@ -62,6 +62,9 @@ def pool_to(view: View) -> pb.GetPoolResponse:
         output_histogram=_bins(upper, histogram.output_finished, histogram.output_censored),
         model_version=view.learner.model_version,
         tenants=map(_tenant_to, pool.tenants()),
+        granule_tokens=spec.granule_tokens,
+        reads_two_runs=spec.reads_two_runs,
+        reuse=_reuse_to(report.reuse) if spec.granule_tokens else None,
     )
 
 
@@ -87,7 +90,7 @@ def policy_to(policy: PolicyRecord) -> types.Policy:
 def region_to(entry: RegionEntry) -> pb.Region:
     """Return the message of an entry of the books."""
     return pb.Region(
-        state=pb.REGION_STATE_LIVE if entry.live else pb.REGION_STATE_AWAITING_COMPLETION,
+        state=_region_state(entry),
         place=types.Place(
             handle=entry.handle,
             start_token=entry.start_token,
@@ -98,7 +101,14 @@ def region_to(entry: RegionEntry) -> pb.Region:
         request_class=entry.request_class,
         max_total_tokens=entry.max_total_tokens,
         awaits_seq=entry.awaits_seq,
+        shareable_tokens=entry.shareable_tokens,
     )
+
+
+def _region_state(entry: RegionEntry) -> pb.RegionState.ValueType:
+    if entry.kept:
+        return pb.REGION_STATE_KEPT
+    return pb.REGION_STATE_LIVE if entry.live else pb.REGION_STATE_AWAITING_COMPLETION
 
 
 def _summary_to(view: View, report: ArenaReport) -> pb.PoolSummary:
@@ -121,6 +131,10 @@ def _state(view: View) -> pb.PoolState.ValueType:
 
 def _counters_to(counters: Counters) -> pb.Counters:
     return pb.Counters(**counters._asdict())
+
+
+def _reuse_to(reuse: Reuse) -> pb.ReuseReport:
+    return pb.ReuseReport(**reuse._asdict(), reused_tokens=reuse.reused_tokens)
 
 
 def _tenant_to(use: TenantUse) -> pb.TenantReport:

@@ -4,7 +4,7 @@ docs/reference/decision-log.md has its fields.
 
 A call only notes what it decided; a thread of the log's own makes records of the notes and
 writes them. Notes have a bound: beyond it, decisions are dropped and counted, and no call ever
-waits. Texts of prompts are not even noted.
+waits. Texts of prompts and keys are not even noted.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Life:
     last_tokens: int = 0
     extends: int = 0
     copied_tokens: int = 0
+    reused_tokens: int = 0
     preemptions: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
 
@@ -174,7 +175,7 @@ class DecisionLog:
             model = self._sketcher()
             granted = zip(ops, results, strict=True)
             sketches = [_sketch(model, op, result) for op, result in granted] if model else None
-            ops = list(map(_without_text, ops))
+            ops = list(map(_without_prompt, ops))
             self._put(pool, ops, predictions, results, copies, sketches=sketches)
 
     def reconciled(self, pool: Pool, freed: Sequence[int]) -> None:
@@ -335,6 +336,7 @@ class PoolLives:
             if life.granted is None:
                 life.granted, life.granted_tokens = unix_seconds, result.length_tokens
             life.last_tokens = result.length_tokens
+            life.reused_tokens += result.reused_tokens
             self._living[result.handle] = life
         elif isinstance(result, Refusal):
             life.refusals[result.reason.name] += 1
@@ -374,10 +376,12 @@ def _sketch(model: Sketcher, op: Op, result: Result) -> str | None:
     return None
 
 
-def _without_text(op: Op) -> Op:
-    """Return an operation as it is noted: of a text only that there was one."""
-    if isinstance(op, Allocate) and op.text is not None:
-        return op._replace(text="")
+def _without_prompt(op: Op) -> Op:
+    """Return an operation as it is noted: without keys, of a text only that there was one."""
+    if isinstance(op, Allocate) and (op.keys or op.text is not None):
+        return op._replace(text=None if op.text is None else "", keys=b"")
+    if isinstance(op, Free) and op.keys:
+        return op._replace(keys=b"")
     return op
 
 

@@ -99,6 +99,12 @@ GAUGES: tuple[tuple[str, str, Value], ...] = (
         "Share of the capacity that the policy keeps back.",
         lambda r: r.policy.safety_share,
     ),
+    (
+        "kept_tokens",
+        "Free, but kept for requests that begin alike.",
+        lambda r: r.report.reuse.kept_tokens,
+    ),
+    ("kept_runs", "Runs that are kept.", lambda r: r.report.reuse.kept_runs),
     ("regions", "Live regions.", lambda r: r.report.live),
     ("regions_limit", "Most regions that may live.", lambda r: r.spec.max_regions),
     ("open", "1 while an epoch runs.", lambda r: r.report.epoch > 0),
@@ -120,6 +126,16 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("preemptions", "Regions freed as preempted.", lambda r: r.report.counters.preempted),
     ("copies", "Copies that engines were told to make.", lambda r: r.report.counters.copies),
     ("copied_tokens", "Tokens in those copies.", lambda r: r.report.counters.copied_tokens),
+    (
+        "prompt_tokens",
+        "Tokens that requests had when they were let in.",
+        lambda r: r.report.reuse.prompt_tokens,
+    ),
+    (
+        "given_up_tokens",
+        "Kept tokens that were given up for room.",
+        lambda r: r.report.reuse.given_up_tokens,
+    ),
     ("relocations", "Extends that moved to another hole.", lambda r: r.report.counters.relocations),
     ("compactions", "Operations that moved others.", lambda r: r.report.counters.compactions),
     (
@@ -203,6 +219,16 @@ LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
         lambda r: [
             (("growth",), r.report.counters.safety_hits_growth),
             (("unsure",), r.report.counters.safety_hits_unsure),
+        ],
+    ),
+    (
+        "reused_tokens",
+        "Of the tokens that requests had when they were let in, those that need no prefill.",
+        ("by",),
+        lambda r: [
+            (("adopted",), r.report.reuse.adopted_tokens),
+            (("gathered",), r.report.reuse.gathered_tokens),
+            (("shared",), r.report.reuse.shared_tokens),
         ],
     ),
     (
