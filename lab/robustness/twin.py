@@ -81,9 +81,9 @@ class Twin:
                 held.pop(op.handle, None)
             elif isinstance(result, Place) and result.length_tokens:
                 name = op.request_id if isinstance(op, Allocate) else held[op.handle].request_id
-                held[result.handle] = Held(name, *result)
+                held[result.handle] = Held(name, *result[:3])
         for place in outcome.moved:
-            held[place.handle] = Held(held[place.handle].request_id, *place)
+            held[place.handle] = Held(held[place.handle].request_id, *place[:3])
         return Twin(held)
 
 

@@ -1,7 +1,8 @@
 """Calls: threads for calls, shared out fairly among callers.
 
-A caller is an identity, or a connection where callers need none. Each caller has a queue and a
-bound of threads; queues take turns. grpcio gives a call its thread before its message has come:
+A caller is an identity, or a connection where callers need none. A certificate is seen in the first
+call of a connection, and makes the next ones its identity's. Each caller has a queue and a bound of
+threads; queues take turns. grpcio gives a call its thread before its message has come:
 so a call may hold a thread for as long as its client is silent. While others wait for a thread,
 the calls that have been silent longest are cut.
 
@@ -28,8 +29,10 @@ from odma_service.service.door.access import CALLER
 
 SILENT_SECONDS = 0.5
 """A call whose message has not come after so long makes way for calls that wait."""
-SWEEP_SECONDS = 0.1
+SWEEP_SECONDS = 0.02
 BUSY_SECONDS = 1.0
+MOST_CONNECTIONS = 4096
+"""Connections whose certificates are remembered."""
 
 _HERE = threading.local()
 
@@ -46,7 +49,7 @@ class Pace(NamedTuple):
     share: float
     burst_seconds: float
     call_seconds: float
-    """What a call costs beside its handler."""
+    """What a call costs beside its handler, paid when it begins."""
     busy: Callable[[Hashable], bool]
 
 
@@ -72,6 +75,26 @@ class Busy:
         """Return whether another caller was at work within the last BUSY_SECONDS."""
         since = monotonic() - BUSY_SECONDS
         return any(then > since and who != caller for who, then in (self._last, self._other))
+
+
+class Connections:
+    """Whose connections are, as far as their certificates have been seen."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callers: OrderedDict[str, Hashable] = OrderedDict()
+
+    def note(self, peer: str, caller: Hashable) -> None:
+        """Note whose connection this is."""
+        with self._lock:
+            self._callers[peer] = caller
+            self._callers.move_to_end(peer)
+            if len(self._callers) > MOST_CONNECTIONS:
+                self._callers.popitem(last=False)
+
+    def caller(self, peer: str) -> Hashable:
+        """Return whose connection this is: its own, if nothing is known of it."""
+        return self._callers.get(peer, peer)
 
 
 class _Call(Future[Any]):
@@ -100,13 +123,20 @@ class Calls(ThreadPoolExecutor):
     """
 
     def __init__(
-        self, threads: int, each: int | None = None, *, name: str = "call", pace: Pace | None = None
+        self,
+        threads: int,
+        each: int | None = None,
+        *,
+        name: str = "call",
+        pace: Pace | None = None,
+        connections: Connections | None = None,
     ) -> None:
         """Share `threads` out; a caller has at most `each` of them at a time."""
         super().__init__(threads, thread_name_prefix=name)
         self._most = threads
         self._each = each or threads
         self._pace = pace
+        self._connections = connections or Connections()
         self._lock = threading.Lock()
         self._queues: OrderedDict[Hashable, deque[_Call]] = OrderedDict()
         self._ready: SimpleQueue[_Call | None] = SimpleQueue()
@@ -136,7 +166,9 @@ class Calls(ThreadPoolExecutor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Call:
         """Run a call as soon as its caller may have a thread and one is free."""
         wire = _wire_of(args)
-        caller = _caller_of(fn, wire)
+        caller = _identity_of(fn)
+        if caller is None and wire:
+            caller = self._connections.caller(wire.peer().decode())
         call = _Call(caller, wire, partial(fn, *args, **kwargs))
         with self._lock:
             self._under_way.add(call)
@@ -201,6 +233,8 @@ class Calls(ThreadPoolExecutor):
         """Give a call a thread. The lock is held."""
         self._running.add(call)
         self._held[call.caller] = self._held.get(call.caller, 0) + 1
+        if self._pace:
+            self._charge(call.caller, self._pace.call_seconds)
         call.since = monotonic()
         if len(self._running) > self._started:
             super().submit(self._work)
@@ -230,7 +264,7 @@ class Calls(ThreadPoolExecutor):
             _take_off(self._by_caller, call.caller)
             self._under_way.discard(call)
             if self._pace:
-                self._charge(call.caller, thread_time() - begun + self._pace.call_seconds)
+                self._charge(call.caller, thread_time() - begun)
             if self._queues:
                 self._give_threads()
         if error:
@@ -332,9 +366,8 @@ def _wire_of(args: tuple[Any, ...]) -> Any:
     return None
 
 
-def _caller_of(run: Any, wire: Any) -> Hashable:
-    """Return who calls: the identity that the call's context knows, or else its connection."""
+def _identity_of(run: Any) -> Hashable:
+    """Return the identity that the call's context knows, by its token."""
     context = getattr(run, "__self__", None)
     identity = context.get(CALLER) if isinstance(context, Context) else None
-    who: Hashable = identity.who if identity else wire.peer().decode() if wire else None
-    return who
+    return identity.who if identity else None

@@ -30,7 +30,7 @@ from odma_service.errors import (
 )
 from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, STILL_KNOWN, Access, Identity
-from odma_service.service.door.calls import Busy, Calls, Pace, hear
+from odma_service.service.door.calls import Busy, Calls, Connections, Pace, hear
 from odma_service.service.door.handlers import CallShape, Function, Handler, Parse, Parts
 from odma_service.service.door.unread import Unread
 from odma_service.service.rpc.statuses import abort, status_of
@@ -55,7 +55,7 @@ MOST_HEALTH_WATCHERS = 256
 READERS = 16
 """Threads of calls that only read; so many of them are answered at once:"""
 READING = 2
-READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.5, 0.0005
+READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.1, 0.0005
 """The pace of a caller that reads while others work: see Pace."""
 READS = frozenset(
     {
@@ -81,28 +81,31 @@ class Pools(NamedTuple):
     """Those of strangers that watch the health."""
     reflecting: Calls
     busy: Busy
+    connections: Connections
 
     @classmethod
     def of(cls, workers: int) -> Pools:
         """Make them. `workers`: threads for calls of known callers."""
         busy = Busy()
         pace = Pace(READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS, busy.with_others)
+        connections = Connections()
         return cls(
-            Calls(workers, max(1, workers // 2)),
-            Calls(READERS, READERS // 2, name="read", pace=pace),
+            Calls(workers, max(1, workers // 2), connections=connections),
+            Calls(READERS, READERS // 2, name="read", pace=pace, connections=connections),
             Calls(STRANGERS, STRANGERS // 2, name="stranger"),
             Calls(MOST_HEALTH_WATCHERS, name="health"),
             Calls(STRANGERS, STRANGERS // 2, name="reflect"),
             busy,
+            connections,
         )
 
     def sweep(self) -> int:
         """Sweep all: see Calls."""
-        return sum(pool.sweep() for pool in self[:-1])
+        return sum(pool.sweep() for pool in self[:-2])
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""
-        for pool in self[:-1]:
+        for pool in self[:-2]:
             pool.shutdown()
 
 
@@ -166,7 +169,7 @@ class Guard(grpc.ServerInterceptor):
                 self._insist_token(rpc, details.invocation_metadata)
                 self._insist_room(rpc)
         except OdmaError as error:
-            return self._refusal(error)
+            return self._refusal(rpc, error)
         return guarded
 
     def _insist_open_room(self, rpc: str) -> None:
@@ -180,11 +183,15 @@ class Guard(grpc.ServerInterceptor):
             raise BusyError(f"{MOST_STRANGERS} calls of callers without a name are waiting already")
 
     def _insist_room(self, rpc: str) -> None:
-        pool, identity = self._threads[rpc], CALLER.get()
-        if pool.count >= self._most_calls:
+        if self._threads[rpc].count >= self._most_calls:
             raise BusyError(f"{self._most_calls:,} calls (max-calls) are being answered already")
+        if identity := CALLER.get():
+            self._insist_share(rpc, identity)
+
+    def _insist_share(self, rpc: str, identity: Identity, counted: int = 0) -> None:
+        """Raise CallerLimitError if a caller has its share of calls, beside those `counted`."""
         most = max(1, self._most_calls // 2)
-        if identity and pool.count_of(identity.who) >= most:
+        if self._threads[rpc].count_of(identity.who) - counted >= most:
             raise CallerLimitError(f"{most:,} calls of this caller are being answered already")
 
     def _open_pool(self, rpc: str) -> Calls:
@@ -212,7 +219,10 @@ class Guard(grpc.ServerInterceptor):
         shown: Any = context.auth_context()
         names = (name for kind in CERTIFICATE_NAMES for name in shown.get(kind, ()))
         decoded = [name.decode(errors="replace") for name in names]
-        self._admit(rpc, self._identities.by_certificate(decoded))
+        identity = self._identities.by_certificate(decoded)
+        self._admit(rpc, identity)
+        self._pools.connections.note(context.peer(), identity.who)
+        self._insist_share(rpc, identity, counted=1)
 
     def _admit(self, rpc: str, identity: Identity) -> None:
         access.insist_role(rpc, identity)
@@ -227,7 +237,7 @@ class Guard(grpc.ServerInterceptor):
 
         return answering
 
-    def _refusal(self, error: OdmaError) -> Handler:
+    def _refusal(self, rpc: str, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
         self._refused(error.reason)
@@ -235,7 +245,8 @@ class Guard(grpc.ServerInterceptor):
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
                 more = {"others": left_out} if left_out else {}
-                log.info("caller refused", peer=context.peer(), reason=str(error), **more)
+                peer = context.peer()
+                log.info("caller refused", rpc=rpc, peer=peer, reason=str(error), **more)
             abort(context, status_of(error))
 
         return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()

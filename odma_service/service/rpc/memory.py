@@ -59,6 +59,7 @@ class MemoryService(MemoryServiceServicer):
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
             opening=opening_from(request),
+            seen=request.seen if request.HasField("seen") else None,
         )
         return _opened_to(opened)
 
@@ -164,7 +165,7 @@ class MemoryService(MemoryServiceServicer):
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
             _insist_completed(request, learner.pool.last_seq)
-            places, freed = learner.reconcile(caller, request.handles)
+            places, freed = learner.reconcile(caller, request.handles, request.completed_seq)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],
@@ -248,6 +249,9 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         max_copies=spec.max_copies,
         max_regions=spec.max_regions,
         policy_version=opened.policy_version,
+        granule_tokens=spec.granule_tokens,
+        reads_two_runs=spec.reads_two_runs,
+        policy_name=opened.policy_name,
     )
 
 

@@ -176,7 +176,7 @@ static void one_call(struct engine *engine, struct input *input) {
         case 3: reattach(engine, take(input, 8) != 0); break;
         case 4:
             for (int i = 0; i < 4; i++) listed[i] = any_handle(engine, input);
-            odma_arena_reconcile(engine->arena, caller_of(engine), listed, take(input, 5),
+            odma_arena_reconcile(engine->arena, caller_of(engine), 0, listed, take(input, 5),
                                  kept, freed, &count);
             break;
         case 5:
