@@ -16,10 +16,9 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
-# What runs with the oldest packages allowed: all that uses one. Tests in C use none.
-OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool tests/arena \
-	--ignore tests/arena/test_c.py --ignore tests/arena/test_c_rooms.py \
-	--ignore tests/arena/test_fuzz.py --ignore tests/arena/test_lib.py
+# What runs with the oldest packages allowed: all that uses one.
+OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool \
+	tests/arena/test_binding.py
 OLDEST_EXTRAS := trace otel
 OLDEST_TOOLS := pytest,pytest-timeout,pytest-xdist,hypothesis,cryptography,setuptools
 
