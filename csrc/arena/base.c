@@ -44,6 +44,13 @@ static bool within(double value, double least, double most) {
     return value >= least && value <= most; /* false for NaN */
 }
 
+/* Whether only zero bytes follow the first one of an id or a name. */
+static bool is_padded(const char *name, size_t bytes) {
+    static const char zeros[ODMA_ID_BYTES];
+    size_t used = strnlen(name, bytes);
+    return memcmp(name + used, zeros, bytes - used) == 0;
+}
+
 /* --- hashes --- */
 
 /* The finalizer of MurmurHash3: a bijection that spreads every bit. */

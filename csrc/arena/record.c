@@ -189,7 +189,7 @@ static void store_changes(odma_arena *arena, uint64_t at, struct record *record)
         uint32_t grain = arena->dirty[i];
         uint64_t offset = (uint64_t)grain * GRAIN_BYTES;
         const uint8_t *now = books + offset, *before = file + offset;
-        arena->dirty_bits[grain / 64] &= ~((uint64_t)1 << (grain % 64));
+        arena->dirty_bits[grain / 64] = 0; /* its neighbours are on the list, too */
         if (!differ(now, before)) continue;
         uint64_t sum = grain_sum(now, offset);
         changes_sum ^= sum;

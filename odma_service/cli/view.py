@@ -49,7 +49,7 @@ def picture(
     pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int
 ) -> RenderableType:
     """Return one pool as a bar over its addresses and tables below it."""
-    tables = [_memory(pool), _policy(pool.policy), _counters(pool)]
+    tables = [_memory(pool), policy(pool.policy), _counters(pool)]
     if pool.granule_tokens:
         tables.append(_reuse(pool.reuse))
     if pool.buckets:
@@ -166,7 +166,6 @@ def _runs(regions: Iterable[pool_pb.Region]) -> Iterator[tuple[int, int, str]]:
 def _memory(pool: pool_pb.GetPoolResponse) -> Table:
     free = pool.summary.free_tokens
     open_to_admission = max(free - pool.safety_tokens, 0)
-    fragmentation = 1 - pool.largest_run_tokens / free if free else 0.0
     table = _facts_table("memory", "tokens", "share")
     for name, tokens in (
         ("used", pool.used_tokens),
@@ -175,17 +174,18 @@ def _memory(pool: pool_pb.GetPoolResponse) -> Table:
         ("free", free),
         ("  open to admission", open_to_admission),
         ("  largest run", pool.largest_run_tokens),
+        ("  in other runs", free - pool.largest_run_tokens),
         ("  kept", pool.reuse.kept_tokens),
         ("safety pool", pool.safety_tokens),
     ):
         share = tokens / pool.summary.capacity_tokens
         table.add_row(Text(name), f"{tokens:,}", f"{share:.1%}")
-    runs = "run" if pool.free_runs == 1 else "runs"
-    table.add_row("fragmentation", f"{pool.free_runs:,} free {runs}", f"{fragmentation:.1%}")
+    table.add_row("free runs", f"{pool.free_runs:,}", "")
     return table
 
 
-def _policy(policy: types.Policy) -> Table:
+def policy(policy: types.Policy) -> Table:
+    """Return a table of a policy record."""
     table = _facts_table("policy", f"{policy.name}, version {policy.version}")
     table.add_row("start", types.Start.Name(policy.start).removeprefix("START_").lower())
     overflow = types.Overflow.Name(policy.overflow).removeprefix("OVERFLOW_").lower()
@@ -196,6 +196,9 @@ def _policy(policy: types.Policy) -> Table:
         table.add_row(name, f"{getattr(policy, name):,}")
     for name in ("overflow_risk", "safety_share", "unsure_ratio", "growth", "tenant_share"):
         table.add_row(name, f"{getattr(policy, name):g}")
+    for tenant in policy.tenants:
+        share = f"{tenant.guaranteed_share:g} to {tenant.maximum_share:g}"
+        table.add_row(Text(f"tenant {tenant.name}"), share)
     return table
 
 
@@ -239,7 +242,7 @@ def _classes(pool: pool_pb.GetPoolResponse) -> Table:
         quantiles = list(known.output_quantiles_tokens)
         shown = [f"{quantiles[i]:,.0f}" for i in (2, 4, 6)] if quantiles else ["-"] * 3
         name = known.request_class or "(none)"
-        table.add_row(Text(name), f"{known.finished:,.1f}", f"{known.hit_limit:,.1f}", *shown)
+        table.add_row(Text(name), f"{known.finished:,.0f}", f"{known.hit_limit:,.0f}", *shown)
     return table
 
 

@@ -15,16 +15,30 @@ from odma_service.errors import (
     EpochError,
     HandleError,
     InvalidError,
+    NothingLearntError,
     OdmaError,
+    PoolOpenError,
     PoolOwnedError,
     RefusedError,
     StreamLimitError,
     StreamReplacedError,
     UnavailableError,
 )
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.door.watchers import MOST_WATCHERS
 from odma_service.service.watch.events import EventKind
-from odma_service.values import Allocate, Copy, End, Extend, Free, Freed, Moves, Place, Used
+from odma_service.values import (
+    Allocate,
+    Copy,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Place,
+    PolicyChange,
+    Used,
+)
 
 POOL = {
     "planes": PLANES,
@@ -224,7 +238,7 @@ def test_a_batch_cancelled_in_mid_stream_is_resumed_over_another(wire, service, 
 
 def test_a_late_answer_is_given_up_and_can_be_had_without_the_stream(wire, service, name):
     async def wait():
-        async with AsyncClient(wire.target, timeout_seconds=0.2, retry_seconds=0) as client:
+        async with AsyncClient(wire.target, timeout_seconds=2, retry_seconds=0) as client:
             pool = await client.open_pool(name, **POOL)
             async with pool.stream():
                 await pool.apply()
@@ -387,3 +401,25 @@ def test_a_watch_of_nobody_ends_in_time():
                 await anext(client.watch())
 
     asyncio.run(watch())
+
+
+def test_an_operator_steers_closes_and_forgets_a_pool(server, service, name):
+    pool = open_pool(service, name)
+    ref = types.PoolRef(name=name, epoch=pool.ref.epoch)
+
+    async def steer():
+        async with AsyncClient(server.target) as operator:
+            version = (await operator.get_pool(name)).policy.version
+            change = PolicyChange(safety_share=0.1)
+            policy = await operator.set_policy(ref, change, expected_version=version)
+            assert policy.safety_share == 0.1
+            with pytest.raises(NothingLearntError):
+                await operator.recalibrate(ref, expected_version=policy.version)
+            with pytest.raises(PoolOpenError):
+                await operator.forget_pool(ref)
+            await operator.close_pool(ref)
+            await operator.forget_pool(ref)
+            pools = (await operator.list_pools()).pools
+            assert name not in [summary.pool.name for summary in pools]
+
+    asyncio.run(steer())

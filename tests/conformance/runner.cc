@@ -236,6 +236,7 @@ static const std::map<string, Rpc> RPCS = {
     {"ListPools", rpc(&Pools::ListPools)},
     {"GetPool", rpc(&Pools::GetPool)},
     {"ListRegions", rpc(&Pools::ListRegions)},
+    {"ForgetPool", rpc(&Pools::ForgetPool)},
     {"Predict", rpc(&odma::v1::PredictorService::Stub::Predict)},
     {"EstimateAccess", rpc(&odma::v1::EmulatorService::Stub::EstimateAccess)},
 };
@@ -651,6 +652,8 @@ class Player {
             engines_.try_emplace(pool, client_, sent, answer);
         } else if (name == "ClosePool") {
             engines_.erase(sent["pool"]["name"].get<string>());
+        } else if (name == "ForgetPool") {
+            names_.erase("$pool");
         } else if (name == "Apply" && !answer["replayed"]) {
             insist(answer["seq"] == sent["seq"], "the answer is of another seq");
             insist(answer["results"].size() == sent["ops"].size(), "a result for each operation");

@@ -418,6 +418,8 @@ class Player {
       }
     } else if (rpc === 'ClosePool') {
       this.engines.delete(message.pool.name);
+    } else if (rpc === 'ForgetPool') {
+      this.names.delete('$pool');
     } else if (rpc === 'Apply' && !answer.replayed) {
       insist(answer.seq === message.seq, `the answer is of seq ${answer.seq}`);
       insist(answer.results.length === message.ops.length, 'a result for each operation');

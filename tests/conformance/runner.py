@@ -544,6 +544,8 @@ class Player:
                 known.client.ref.CopyFrom(response.pool)
         elif rpc == "ClosePool":
             self.engines.pop(message["pool"]["name"], None)
+        elif rpc == "ForgetPool":
+            self.names.pop("$pool", None)
         elif rpc == "Apply" and not answer["replayed"]:
             insist(answer["seq"] == message["seq"], f"the answer is of seq {answer['seq']}")
             counts = len(answer["results"]) == len(message["ops"])

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import pytest
 from paths import ROOT
@@ -58,18 +59,26 @@ services:
 RATE_INTERVAL = "1m"  # what Grafana takes: four times the scrape_interval
 
 
+def run_none(why: str) -> NoReturn:
+    """Skip all, or fail where containers must be run."""
+    told = f"NO CONTAINER WAS RUN: {why}"
+    if os.environ.get("ODMA_REQUIRE_CONTAINERS"):
+        pytest.fail(told)
+    print(told, file=sys.stderr)
+    pytest.skip(told)
+
+
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
     """Return a container engine; skip loudly without one, or fail if it must not be missing."""
     absent = [*missing(), *(() if PROMETHEUS.exists() else ("prometheus",))]
     if absent:
-        told = f"NO CONTAINER WAS RUN: no {', '.join(absent)}; as root, make deps-containers"
-        if os.environ.get("ODMA_REQUIRE_CONTAINERS"):
-            pytest.fail(told)
-        print(told, file=sys.stderr)
-        pytest.skip(told)
+        run_none(f"no {', '.join(absent)}; as root, make deps-containers")
     if not BASE_ARCHIVE.exists():
-        make_base(BASE_ARCHIVE)
+        try:
+            make_base(BASE_ARCHIVE)
+        except subprocess.CalledProcessError as failed:
+            run_none(f"the base image cannot be made: {failed}")
     with TemporaryDirectory(prefix="odma-containers-") as directory:
         engine = Podman(Path(directory))
         try:

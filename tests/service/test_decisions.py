@@ -19,7 +19,7 @@ from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
 from odma_service.service.watch import decisions
-from odma_service.service.watch.decisions import DecisionLog, RotatedFile
+from odma_service.service.watch.decisions import REQUEST_START, DecisionLog, RotatedFile
 from odma_service.traces import TraceError, read_trace
 from odma_service.values import (
     Allocate,
@@ -211,12 +211,42 @@ def test_a_full_file_is_rotated_and_the_oldest_is_removed(log):
     assert set(log.parent.iterdir()) == set(kept)
 
 
-def test_a_torn_last_line_is_cut_off(log):
-    log.write_text('{"whole":1}\n{"torn":')
-    file = RotatedFile(log, 100)
+WHOLE = f"{REQUEST_START}...}}\n"
+
+
+@pytest.mark.parametrize(
+    ("whole", "torn"),
+    [
+        ("", ""),
+        ("", WHOLE[:1]),
+        ("", WHOLE[:-1]),
+        (WHOLE, ""),
+        (WHOLE * 2, WHOLE[:-1]),
+        (WHOLE * 100_000, "\0" * 100),
+    ],
+)
+def test_a_torn_last_line_is_cut_off(log, whole, torn):
+    log.write_text(whole + torn)
+    file = RotatedFile(log, len(whole) + 100)
     file.write(["{}\n"])
     file.close()
-    assert log.read_text() == '{"whole":1}\n{}\n'
+    assert log.read_text() == f"{whole}{{}}\n"
+
+
+@pytest.mark.parametrize("content", ["x" * 5_004, '{"a": 1}', "a\n\nb", f"{WHOLE}x\n", "\n"])
+def test_a_file_that_is_no_log_stays_as_it_is(log, content):
+    log.write_text(content)
+    log.chmod(0o644)
+    with pytest.raises(OdmaError, match="no decision log"):
+        RotatedFile(log, 100)
+    assert (log.read_text(), stat.S_IMODE(log.stat().st_mode)) == (content, 0o644)
+
+
+def test_a_log_that_others_could_read_is_closed_to_them(log):
+    log.write_text(WHOLE)
+    log.chmod(0o644)
+    RotatedFile(log, 100).close()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_a_symbolic_link_is_not_followed(log, tmp_path):

@@ -269,23 +269,22 @@ def test_the_wait_for_a_pool_is_a_part(tmp_path):
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
     spans, lock = OtelSpans(provider), threading.Lock()
-    with spans.waiting(lock):
-        assert lock.locked()
+    spans.take(lock)
+    assert lock.locked()
     assert not kept.get_finished_spans()
-    lock.acquire()
     entered = threading.Event()
 
     def enter() -> None:
-        with spans.waiting(lock):
-            entered.set()
+        spans.take(lock)
+        entered.set()
 
     waiter = threading.Thread(target=enter)
     waiter.start()
     assert not entered.wait(0.05)
     lock.release()
     waiter.join()
+    assert entered.is_set()
     assert [span.name for span in kept.get_finished_spans()] == ["wait for pool"]
-    assert not lock.locked()
 
 
 # --- when there is no collector, or a bad one ---

@@ -69,9 +69,8 @@ def opening_from(request: pb.OpenPoolRequest) -> Opening:
 
 def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:
     """Return the policy of a new pool."""
-    return changed_policy(
-        change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
-    )
+    moves_any, _ = spec.engine_kind
+    return changed_policy(change, _named("elastic" if moves_any else "odma", spec), spec)
 
 
 def _named(name: str, spec: PoolSpec) -> PolicyRecord:
@@ -79,7 +78,7 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
         name,
         spec.model_length_tokens,
         spec.capacity_tokens,
-        slides=spec.single_ordered_stream and spec.moves == Moves.ANY,
+        slides=spec.engine_kind[1],
     )
 
 

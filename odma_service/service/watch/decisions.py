@@ -9,6 +9,7 @@ waits. Texts of prompts and keys are not even noted.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -49,6 +50,7 @@ PAUSE_SECONDS = 0.1
 ROTATED = 7
 """Full files kept beside the one that is written: NAME.1 is the newest."""
 LONGEST_LINE_BYTES = 1 << 20
+TAIL_BYTES = 2 * LONGEST_LINE_BYTES
 REQUEST_START = '{"odma":"request",'
 
 log = structlog.get_logger()
@@ -439,17 +441,29 @@ class RotatedFile:
 def _open(path: Path) -> tuple[int, int]:
     """Open a file for one process to append to; return its descriptor and size.
 
-    Raises OSError, BlockingIOError if another process has it.
+    It is this user's alone then. A crash of the machine may have torn its last line. Raises
+    OSError, also for a file that is something else; BlockingIOError if another process has it.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.fstat(descriptor).st_size
-        tail = os.pread(descriptor, LONGEST_LINE_BYTES, max(size - LONGEST_LINE_BYTES, 0))
-        whole = size - (len(tail) - (tail.rfind(b"\n") + 1))
-        os.ftruncate(descriptor, whole)  # a crash of the machine may have torn the last line
+        whole = _whole_bytes(descriptor)
+        os.fchmod(descriptor, 0o600)
+        os.ftruncate(descriptor, whole)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor, whole
+
+
+def _whole_bytes(descriptor: int) -> int:
+    """Return where the last whole line of a log ends. Raises OSError if it is none."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, TAIL_BYTES, max(size - TAIL_BYTES, 0))
+    end = tail.rfind(b"\n") + 1
+    last = tail[tail.rfind(b"\n", 0, max(end - 1, 0)) + 1 : end] or tail
+    start = REQUEST_START.encode()
+    if last[: len(start)] != start[: len(last)]:
+        raise OSError(errno.EEXIST, "it is there, and no decision log")
+    return size - (len(tail) - end)

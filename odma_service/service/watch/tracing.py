@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
-from threading import Lock, Thread
+from threading import Thread
 
 import grpc
 import structlog
@@ -75,16 +75,6 @@ class OtelSpans(Spans):
         return self._tracer.start_as_current_span(
             name, record_exception=False, set_status_on_exception=False
         )
-
-    @contextmanager
-    def waiting(self, lock: Lock) -> Iterator[None]:
-        if not lock.acquire(blocking=False):
-            with self.part("wait for pool"):
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def serves(self, pool: str, epoch: int) -> None:
         trace.get_current_span().set_attributes({"odma.pool": pool, "odma.epoch": epoch})
