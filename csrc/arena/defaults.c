@@ -24,6 +24,7 @@ static odma_geometry finished_geometry(odma_geometry geometry) {
 static odma_engine engine_of(const odma_arena *arena) {
     odma_engine engine = {0};
     memcpy(&engine, &arena->books->engine, sizeof arena->books->engine);
+    if (arena->granule_blocks > 0) engine.reads_two_runs = arena->reuse->reads_two_runs;
     return engine;
 }
 

@@ -21,6 +21,8 @@ COMMANDS = {
     "policy": "odma_service.cli.policy",
     "recalibrate": "odma_service.cli.recalibrate",
     "demo": "odma_service.cli.demo",
+    "generate": "odma_service.cli.generate",
+    "serve-model": "odma_service.cli.serve_model",
     "geometry": "odma_service.cli.geometry",
     "trace": "odma_service.cli.trace",
     "plan": "odma_service.cli.plan",

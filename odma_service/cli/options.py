@@ -103,14 +103,28 @@ def tenant_of(text: str) -> TenantShare:
         raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
 
 
+def taking(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of a class as options, in place of its first parameter."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = signature(command, eval_str=True).parameters.values()
+        shared = signature(kind, eval_str=True).parameters
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(kind(*(given.pop(name) for name in shared)), **given)
+
+        run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
+        return run
+
+    return wrap
+
+
 def connecting(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a Connection in place of its first parameter."""
-    _, *own = signature(command, eval_str=True).parameters.values()
-    shared = signature(Connection, eval_str=True).parameters
+    """Give a command a Connection as its first parameter; say what a failure may come from."""
 
     @wraps(command)
-    def run(**given: Any) -> None:
-        connection = Connection(*(given.pop(name) for name in shared))
+    def run(connection: Connection, **given: Any) -> None:
         try:
             command(connection, **given)
         except UnavailableError as error:
@@ -119,5 +133,4 @@ def connecting(command: Callable[..., None]) -> Callable[..., None]:
         except IdentityError as error:
             raise IdentityError(f"{error}; {TOKEN} is the variable of the token") from None
 
-    run.__signature__ = Signature([*own, *shared.values()])  # type: ignore[attr-defined]
-    return run
+    return taking(Connection)(run)

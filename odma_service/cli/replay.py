@@ -92,6 +92,10 @@ def command(
         MovesChoice | None,
         typer.Option(help="What the engine lets ours move. Default: what each policy is for."),
     ] = None,
+    granule_tokens: Annotated[
+        int | None,
+        typer.Option(min=64, max=512, help="What is reused by. Default: the trace's blocks."),
+    ] = None,
     parameters: Annotated[
         Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
     ] = None,
@@ -128,6 +132,7 @@ def command(
                 seeds=seeds,
                 tenants=shares,
                 moves=Moves[moves.name] if moves else None,
+                granule_tokens=granule_tokens or 0,
             )
             with progress_bar(as_json) as progress:
                 watch = following(progress, len(load))

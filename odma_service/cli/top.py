@@ -47,7 +47,16 @@ RATES = (
     ("preempt/s", ("preempted",)),
 )
 LEFT = ("pool", "state", "policy", "memory")
-LEAST_FIRST = ("scattered", "policy", "preempt/s", "copy/s", "refuse/s", "reserved", "grant/s")
+LEAST_FIRST = (
+    "scattered",
+    "policy",
+    "reused",
+    "preempt/s",
+    "copy/s",
+    "refuse/s",
+    "reserved",
+    "grant/s",
+)
 """Columns in the order in which a narrow terminal does without them. Scattered: the share of the
 memory that is free, but outside of the longest run."""
 
@@ -60,10 +69,9 @@ class Look(NamedTuple):
     regions: list[pool_pb.Region]
     apply_seconds: dict[float, float]
 
-    def counters_of(self, name: str) -> pool_pb.Counters | None:
-        """Return the counters of a pool at this look."""
-        found = (pool.counters for pool in self.pools if pool.summary.pool.name == name)
-        return next(found, None)
+    def pool_of(self, name: str) -> pool_pb.GetPoolResponse | None:
+        """Return a pool as it was at this look."""
+        return next((pool for pool in self.pools if pool.summary.pool.name == name), None)
 
 
 app = typer.Typer()
@@ -124,8 +132,8 @@ def _importance(
 ) -> tuple[bool, bool, int, int]:
     """Return what pools are sorted by: asked for, open, batches since the look before, regions."""
     name = pool.summary.pool.name
-    then = before.counters_of(name) if before else None
-    batches = pool.counters.batches - then.batches if then else 0
+    then = before.pool_of(name) if before else None
+    batches = pool.counters.batches - then.counters.batches if then else 0
     is_open = pool.summary.state != pool_pb.POOL_STATE_CLOSED
     return name == mapped, is_open, batches, pool.summary.regions
 
@@ -178,7 +186,7 @@ def _row(pool: pool_pb.GetPoolResponse, before: Look | None, seconds: float) -> 
     summary = pool.summary
     capacity = summary.capacity_tokens
     written, reserved = pool.used_tokens / capacity, pool.reserved_tokens / capacity
-    then = before.counters_of(summary.pool.name) if before else None
+    then = before.pool_of(summary.pool.name) if before else None
     scattered = (summary.free_tokens - pool.largest_run_tokens) / capacity
     cells: dict[str, str | Text] = {
         "pool": summary.pool.name,
@@ -188,7 +196,8 @@ def _row(pool: pool_pb.GetPoolResponse, before: Look | None, seconds: float) -> 
         "written": f"{written:.0%}",
         "reserved": f"{reserved:.0%}",
         "scattered": f"{scattered:.0%}",
-        **{name: _rate(pool.counters, then, seconds, fields) for name, fields in RATES},
+        "reused": _reused(pool, then),
+        **{name: _rate(pool, then, seconds, fields) for name, fields in RATES},
     }
     return {name: cell if isinstance(cell, Text) else Text(cell) for name, cell in cells.items()}
 
@@ -200,12 +209,24 @@ def _filled(written: float, reserved: float) -> Text:
 
 
 def _rate(
-    now: pool_pb.Counters, then: pool_pb.Counters | None, seconds: float, fields: tuple[str, ...]
+    now: pool_pb.GetPoolResponse,
+    then: pool_pb.GetPoolResponse | None,
+    seconds: float,
+    fields: tuple[str, ...],
 ) -> str:
     if then is None:
         return "-"
-    done = sum(getattr(now, field) - getattr(then, field) for field in fields)
+    done = sum(getattr(now.counters, field) - getattr(then.counters, field) for field in fields)
     return f"{max(done, 0) / seconds:,.0f}"  # the books of a pool that was made anew begin at 0
+
+
+def _reused(now: pool_pb.GetPoolResponse, then: pool_pb.GetPoolResponse | None) -> str:
+    """Return the share of the prompts since the look before that needed no prefill."""
+    if then is None:
+        return "-"
+    prompts = now.reuse.prompt_tokens - then.reuse.prompt_tokens
+    reused = now.reuse.reused_tokens - then.reuse.reused_tokens
+    return f"{max(reused, 0) / prompts:.0%}" if prompts > 0 else "-"
 
 
 def _apply_seconds(metrics: str) -> dict[float, float]:

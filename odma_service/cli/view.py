@@ -21,6 +21,7 @@ LOOKS = {
     "used": ("█", "green"),
     "reserved, unused": ("▒", "yellow"),
     "waiting": ("░", "magenta"),
+    "kept": ("▪", "cyan"),
     "free": ("·", "dim"),
 }
 """Kinds of tokens. Where a cell of the bar holds several kinds, the most frequent shows."""
@@ -49,6 +50,8 @@ def picture(
 ) -> RenderableType:
     """Return one pool as a bar over its addresses and tables below it."""
     tables = [_memory(pool), policy(pool.policy), _counters(pool)]
+    if pool.granule_tokens:
+        tables.append(_reuse(pool.reuse))
     if pool.buckets:
         tables.append(_buckets(pool))
     if pool.tenants:
@@ -67,7 +70,7 @@ def picture(
 def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
     """Return a table of the books."""
     table = Table("request", "class", title="regions", title_justify="left")
-    for name in ("handle", "start", "length", "used", "maximum", "awaits"):
+    for name in ("handle", "start", "length", "used", "reusable", "maximum", "awaits"):
         table.add_column(name, justify="right")
     for region in regions:
         live = region.state == pool_pb.REGION_STATE_LIVE
@@ -78,8 +81,9 @@ def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
             f"{region.place.start_token:,}",
             f"{region.place.length_tokens:,}",
             f"{region.used_tokens:,}" if live else "",
+            f"{region.shareable_tokens:,}",
             f"{region.max_total_tokens:,}" if live else "",
-            "" if live else f"seq {region.awaits_seq}",
+            f"seq {region.awaits_seq}" if region.awaits_seq else "",
         )
     return table
 
@@ -114,7 +118,8 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
         f"{pool.bytes_per_token:,} bytes a token: {size:,.1f} GB a rank\n"
         f"moves {moves}, "
         f"{'one ordered stream' if pool.single_ordered_stream else 'several streams'}, "
-        f"copies {'may' if pool.copies_may_overlap else 'may not'} overlap",
+        f"copies {'may' if pool.copies_may_overlap else 'may not'} overlap"
+        + (f", reuse in granules of {pool.granule_tokens}" if pool.granule_tokens else ""),
     )
 
 
@@ -154,7 +159,8 @@ def _runs(regions: Iterable[pool_pb.Region]) -> Iterator[tuple[int, int, str]]:
             yield start, start + region.used_tokens, "used"
             yield start + region.used_tokens, end, "reserved, unused"
         else:
-            yield start, end, "waiting"
+            kept = region.state == pool_pb.REGION_STATE_KEPT
+            yield start, end, "kept" if kept else "waiting"
 
 
 def _memory(pool: pool_pb.GetPoolResponse) -> Table:
@@ -169,6 +175,7 @@ def _memory(pool: pool_pb.GetPoolResponse) -> Table:
         ("  open to admission", open_to_admission),
         ("  largest run", pool.largest_run_tokens),
         ("  in other runs", free - pool.largest_run_tokens),
+        ("  kept", pool.reuse.kept_tokens),
         ("safety pool", pool.safety_tokens),
     ):
         share = tokens / pool.summary.capacity_tokens
@@ -200,6 +207,16 @@ def _counters(pool: pool_pb.GetPoolResponse) -> Table:
     for field in pool_pb.Counters.DESCRIPTOR.fields:
         count = getattr(pool.counters, field.name)
         table.add_row(field.name.replace("_", " "), f"{count:,}")
+    return table
+
+
+def _reuse(reuse: pool_pb.ReuseReport) -> Table:
+    table = _facts_table("reuse since it was made", "tokens", "of prompts")
+    for how in ("prompt", "reused", "adopted", "gathered", "shared", "given_up"):
+        tokens = getattr(reuse, f"{how}_tokens")
+        table.add_row(
+            how.replace("_", " "), f"{tokens:,}", f"{tokens / max(reuse.prompt_tokens, 1):.1%}"
+        )
     return table
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -87,10 +87,13 @@ class AsyncClient:
     async def open_pool(self, name: str, **fields: Any) -> AsyncPoolClient:
         """As Client.open_pool."""
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return AsyncPoolClient(self, await self.call(ask, request))
+            except StaleOpenError as stale:  # as in Client.open_pool
+                request.seen = stale.seen
 
     async def get_pool(self, name: str) -> pool_pb.GetPoolResponse:
         """As Client.get_pool."""
@@ -162,7 +165,7 @@ class AsyncClient:
     async def call(
         self, method: Callable[..., Any], request: Message, *, retry: bool = True
     ) -> Any:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
         patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
@@ -191,7 +194,7 @@ class AsyncPoolClient(Owner):
         max_copy_tokens: int | None = None,
         pass_refused: bool = False,
     ) -> Answer:
-        """As PoolClient.apply. After an UnavailableError or a cancellation call resume()."""
+        """As PoolClient.apply, after whose errors, or a cancellation, call resume()."""
         async with self._turn:
             self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
             return await self._resume()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -110,10 +110,13 @@ class Client:
         FencedError if another Client has taken the pool from this one before.
         """
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return PoolClient(self, self.call(ask, request))
+            except StaleOpenError as stale:  # it was not as seen, or an answer was lost
+                request.seen = stale.seen
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
         """Return one line about each pool."""
@@ -211,7 +214,7 @@ class Client:
     def call(
         self, method: Callable[..., Response], request: Message, *, retry: bool = True
     ) -> Response:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
         patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
@@ -240,7 +243,8 @@ class PoolClient(Owner):
         """Do one decode step's operations, once. completed_seq None: as the last batch said.
 
         Raises EpochError if the epoch is over and InvalidError for a bad batch, which is then
-        not done. After an UnavailableError call resume(), not apply().
+        not done. After an UnavailableError, BusyError, CallerLimitError or StreamLimitError the
+        batch waits: call resume(), not apply().
         """
         self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return self.resume()

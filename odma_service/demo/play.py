@@ -30,8 +30,8 @@ PLANES = PlaneGroup(count=56, bytes_per_token=1_024)
 PRESET = "mlu370-x4"
 LEAST_REGIONS = 1_024
 USUAL_LIMITS = Limits(4_096, 16_384, 111_000)
-STEPS = Prices(1, 0, 0, 0, 0, 0)
-"""Time is counted in decode steps."""
+STEPS = Prices(60 * 10**9, 0, 0, 0, 0, 0)
+"""Every decode step takes as long, 60 ms: which matters where requests wait for answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def play(
             drop_copy=setting.drop_copy,
         )
         record = named(policy, limits.model_length_tokens, limits.capacity_tokens)
-        memory = RemoteMemory(pool, device, record, kind)
+        memory = RemoteMemory(pool, device, record, kind, block_tokens=load.block_tokens)
         loop = Loop(load, memory, STEPS, setting.batch_cap, overtake=setting.overtake)
         while loop.advance():
             watch(loop.history)
@@ -121,6 +121,8 @@ def _outcome(
         tokens_generated=memory.tokens_generated,
         tokens_expected=sum(outputs),
         tokens_checked=device.tokens_checked,
+        prompt_tokens=history.prompt_tokens,
+        reused_tokens=history.reused_tokens,
         violations=device.violations,
         utilisation_written_over_capacity=_share(measures.utilisation_written_over_capacity, short),
         utilisation_written_over_reserved=_share(measures.utilisation_written_over_reserved, short),

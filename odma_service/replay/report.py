@@ -18,6 +18,7 @@ from odma_service.replay.prices import PICOSECONDS
 CURE = "pip install 'odma-service[plots]'"
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+REUSE_RIVALS = {"elastic-reuse": "ideal-16-prefix", "elastic-shared": "ideal-16-prefix-once"}
 Cell = Callable[[str, dict[str, Any]], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("policy", lambda name, _: name),
@@ -31,6 +32,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("written/res", lambda _, row: f"{row['utilisation_written_over_reserved']:.1%}"),
     ("preempted", lambda _, row: f"{row['preemptions']:,.0f}"),
     ("recomputed", lambda _, row: f"{row['recomputed_tokens']:,.0f}"),
+    ("reused", lambda _, row: f"{row['reused_tokens'] / max(row['prompt_tokens'], 1):.1%}"),
     ("copies", lambda _, row: f"{row['copies']:,.0f}"),
     ("copy time", lambda _, row: f"{row['copy_share_of_time']:.2%}"),
     ("TTFT p50/p99 s", lambda _, row: f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}"),
@@ -75,6 +77,9 @@ def remarks(comparison: Comparison) -> list[str]:
         if "elastic" in rates and ideal in rates:
             ratio = comparison.ratio("elastic", ideal).mean
             said.append(f"elastic gives {ratio:.3f} of {ideal}")
+    for ours, rival in REUSE_RIVALS.items():
+        if ours in rates and rival in rates:
+            said.append(f"{ours} gives {comparison.ratio(ours, rival).mean:.3f} of {rival}")
     return said
 
 

@@ -24,6 +24,7 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGED_POLICIES,
     PREFIX_POLICIES,
+    REUSE_POLICIES,
     Tuning,
 )
 from odma_service.traces import Trace, generate, read_trace, sample_servegen
@@ -46,7 +47,10 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
         "unsure_ratio": (4.0, 8.0, 16.0),
         "growth": (1.0, 1.1, 1.25, 1.5),
     },
-    "elastic": {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)},
+    **{
+        name: {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)}
+        for name in ("elastic", *REUSE_POLICIES)
+    },
     "elastic-streams": {
         "safety_share": (0.08, 0.12, 0.15, 0.2),
         "step_tokens": (48, 64, 80, 128),

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -205,6 +205,9 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
     with (
+        closing(threads),
+        closing(pools.watchers),
+        closing(memory.streams),
         _listening(server, settings.listen, credentials_of(certificates, settings)) as addresses,
         serving_metrics(settings.metrics_listen, metrics, health.serves) as metrics_address,
         watched.looking(),
@@ -238,9 +241,6 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         under_way = threads.calls.under_way() | threads.reading.under_way()
         wait(under_way, max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
-    memory.streams.close()
-    pools.watchers.close()
-    threads.close()
 
 
 def _names() -> list[str]:

@@ -27,7 +27,7 @@ SAMPLES = (
     errors.FencedError("main", 3),
     errors.UnfencedError("main", 1),
     errors.LateError(3, 5),
-    errors.StaleOpenError("main", 1, 2),
+    errors.StaleOpenError("main", 1, 2, "7.3"),
     errors.NotCompletedError(1, 2),
     errors.SeqChangedError(3),
     errors.SeqOldError(3, 5),
@@ -56,8 +56,8 @@ SAMPLES = (
 )
 STATUSES = [INTERNAL, *map(status_of, SAMPLES)]
 
-NOT_TOLD = {OdmaError, errors.ModelError, errors.ServiceError}
-"""A base; what only who runs the server or a command sees; a client's own."""
+NOT_TOLD = {OdmaError, errors.ModelError, errors.ServiceError, errors.UnfitModelError}
+"""A base; what only who runs a server, a command or an engine sees; a client's own."""
 
 
 def subclasses(kind: type) -> set[type]:

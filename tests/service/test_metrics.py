@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import fail_to_serve
 from servers import Server, metrics_address, open_pool, wait_for
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.service import config
 from odma_service.service.door.health import Health
@@ -113,6 +113,34 @@ def test_a_scrape_tells_what_the_books_say(scraped, service, name):
         assert value(samples, f"odma_pool_{metric}", pool=name) == pytest.approx(expected), metric
     assert value(samples, "odma_pool_policy_info", pool=name, policy="elastic") == 1
     assert value(samples, "odma_pool_completions_total", pool=name, end="finished") == 1
+
+
+def test_a_scrape_tells_what_is_kept_and_reused(scraped, service, name):
+    policy = PolicyChange(step_tokens=16, safety_share=0)
+    pool = open_pool(service, name, granule_tokens=64, capacity_tokens=512, policy=policy)
+    keys = chained_keys(range(192), 64, b"")
+    first = pool.allocate(Allocate("first", 200, keys=keys))
+    pool.free(Free(first.handle, End.FINISHED, 1, keep_tokens=200))
+    kept = scrape(scraped)
+    again = pool.apply(ops=[Allocate("again", 200, keys=keys)]).results[0].handle
+    used = [Used(again, 200, shareable_tokens=200)]
+    pool.apply(used, [Allocate("more", 130, keys=keys[:32])])  # of 160
+    pool.free(Free(again, End.FINISHED, 1, keep_tokens=128))
+    pool.apply(ops=[Allocate("rest", 336)])
+    samples = scrape(scraped)
+    for metric, expected in (
+        ("kept_runs", 0),
+        ("kept_tokens", 0),
+        ("prompt_tokens_total", 200 + 200 + 130 + 336),
+        ("given_up_tokens_total", 128),
+    ):
+        assert value(samples, f"odma_pool_{metric}", pool=name) == expected, metric
+    for by, expected in (("adopted", 192), ("gathered", 128), ("shared", 0)):
+        assert value(samples, "odma_pool_reused_tokens_total", pool=name, by=by) == expected, by
+    assert value(kept, "odma_pool_kept_runs", pool=name) == 1
+    assert value(kept, "odma_pool_kept_tokens", pool=name) == 192
+    reuse = service.get_pool(name).reuse
+    assert (reuse.reused_tokens, reuse.given_up_tokens) == (320, 128)
 
 
 def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_again(

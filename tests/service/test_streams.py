@@ -121,9 +121,12 @@ def test_streams_without_a_batch_make_way_for_new_ones(servers):
             with pool.stream():
                 for _ in range(3):
                     assert pool.apply().seq == pool.seq
-            refused = [stream for stream in streams if not stream.is_active()]
-            assert len(refused) >= len(streams) - 17
-            for stream in refused:
+
+            def refused():
+                return [stream for stream in streams if not stream.is_active()]
+
+            wait_for(lambda: len(refused()) >= len(streams) - 17, "room")
+            for stream in refused():
                 assert end_of(stream) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT", True)
         finally:
             for stream in streams:

@@ -235,10 +235,13 @@ class MemoryServiceServicer:
 
         attempt has to be larger than any that the pool has seen of this instance:
         so an OpenPool that is late does not open a pool again. The pool remembers
-        this of its last 64 instances, for as long as its books are kept.
+        this of its last 64 instances, for as long as its books are kept. And an
+        instance that is not the owner's opens the pool only as it saw it (seen): so
+        one that is late after another's has no effect, whoever sent it.
 
-        ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
-        this answer asks again with the next attempt.
+        ABORTED             the attempt is not larger, or the pool is not as seen
+        (OPEN_STALE). Who waits for this answer asks again with
+        the next attempt, and the `seen` of the details.
         FAILED_PRECONDITION another instance has become the owner after this one
         (FENCED). A new process has a new instance. Or the
         epoch is fenced and the call has no instance

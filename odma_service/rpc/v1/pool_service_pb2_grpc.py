@@ -28,6 +28,11 @@ if _version_not_supported:
 class PoolServiceStub:
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
 
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
+
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
     """
@@ -67,6 +72,11 @@ class PoolServiceStub:
 
 class PoolServiceServicer:
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -168,6 +178,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PoolService:
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.

@@ -29,6 +29,11 @@ GRPC_VERSION: str
 class PoolServiceStub:
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
 
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
+
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
     """
@@ -79,6 +84,11 @@ class PoolServiceStub:
 class PoolServiceAsyncStub(PoolServiceStub):
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
 
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
+
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
     """
@@ -124,6 +134,11 @@ class PoolServiceAsyncStub(PoolServiceStub):
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.

@@ -34,6 +34,10 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
     model = _model_from(request)
     block_tokens = request.block_tokens or DEFAULT_BLOCK_TOKENS
     capacity_tokens = _capacity_from(request, model.geometry, block_tokens)
+    if request.granule_tokens and model.not_of_prefix:
+        raise InvalidError(
+            "granule_tokens", f"0 for this model: {model.not_of_prefix}; or give the planes instead"
+        )
     longest = (model.model_length_tokens, capacity_tokens, MOST_MODEL_LENGTH_TOKENS)
     return PoolSpec(
         name=name,
