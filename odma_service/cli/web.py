@@ -11,7 +11,6 @@ import typer
 from odma_service.cli.options import Connection, connecting
 from odma_service.errors import OdmaError
 
-HOST = "127.0.0.1"
 app = typer.Typer()
 
 
@@ -29,14 +28,13 @@ def command(
     """
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise OdmaError("odma web needs starlette and uvicorn: pip install 'odma-service[web]'")
-    import uvicorn
+    from odma_service.web import listener, serve
 
-    from odma_service.web import application
-
-    with connection.client() as service, connection.client(retry_seconds=math.inf) as watcher:
-        page = application(service, watcher, connection.target)
-        server = uvicorn.Server(uvicorn.Config(page, HOST, port, log_level="error"))
-        socket = server.config.bind_socket()
-        socket.listen()  # who reads the next line may connect
-        typer.echo(f"the page: http://{HOST}:{socket.getsockname()[1]}/")
-        server.run([socket])
+    with (
+        listener(port) as at,
+        connection.client() as service,
+        connection.client(retry_seconds=math.inf) as watcher,
+    ):
+        host, taken = at.getsockname()
+        typer.echo(f"the page: http://{host}:{taken}/")
+        serve(at, service, watcher, connection.target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,10 @@ class Browser:
         self.complaints: list[str] = []
         self.asked: list[str] = []
         self._numbers = count(1)
-        self._profile = tempfile.TemporaryDirectory(prefix="odma-browser-")
+        self._profile = tempfile.TemporaryDirectory(
+            prefix="odma-browser-",
+            ignore_cleanup_errors=True,  # its processes end a moment after it
+        )
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         flags = (*FLAGS, f"--user-data-dir={self._profile.name}", "about:blank")
@@ -52,6 +56,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(theirs_in, theirs_out),
+            start_new_session=True,
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -90,7 +95,7 @@ class Browser:
         return told["result"].get("value")
 
     def close(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._out.close()
         self._in.close()
