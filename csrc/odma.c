@@ -21,7 +21,10 @@
 #include "arena/ids.c"
 #include "arena/bins.c"
 #include "arena/runs.c"
+#include "arena/keys.c"
 #include "arena/slots.c"
+#include "arena/keep.c"
+#include "arena/waits.c"
 
 #include "arena/learn.c"
 #include "arena/shares.c"
@@ -30,6 +33,7 @@
 #include "arena/plan.c"
 
 #include "arena/check.c"
+#include "arena/reuse.c"
 #include "arena/ops.c"
 #include "arena/record.c"
 

@@ -10,7 +10,9 @@
  *     |  region  | free |   region   | wait |   free   |
  *
  * "wait" is a run that was given back but may still be used by work that the
- * device has not finished. The books are one mapped file with one writer. They
+ * device has not finished. Where a pool has granules, the run of a request that
+ * ended may be kept for later ones that begin alike: it counts as free, and is
+ * given up when anything else needs it. The books are one mapped file with one writer. They
  * survive the death of the process at any instruction, not a power cut.
  *
  * Units     Places and lengths count blocks. What is written in them (used,
@@ -70,6 +72,11 @@ enum {
     ODMA_RING = 256,             /* completions remembered one by one, per class */
     ODMA_LEARNT_ENOUGH = 32,     /* completions from which lengths are known */
     ODMA_TEXT_BYTES = 16384,     /* of a prompt, of which a digest is given here */
+    ODMA_KEY_BYTES = 16,         /* of a granule's key */
+    ODMA_MAX_KEYS = 4096,        /* of one allocate, and of one free */
+    ODMA_MAX_BATCH_KEYS = 8192,
+    ODMA_MIN_GRANULE_TOKENS = 64,
+    ODMA_MAX_GRANULE_TOKENS = 512,
     ODMA_MAX_TOKENS = 268435456, /* of an arena and of a request */
     ODMA_MAX_BLOCKS = 16777216,
     ODMA_MAX_REGIONS = 65536,
@@ -113,6 +120,8 @@ typedef struct odma_geometry {
     uint32_t max_copies;          /* of one answer, 1 to ODMA_MAX_COPIES; default 1,024 */
     uint32_t model_length_tokens; /* longest total of a request; default: all blocks */
     uint64_t digest;              /* the caller's, of everything else that must match */
+    uint32_t granule_tokens;      /* what is reused: a multiple of a block, 64 to 512; 0: nothing */
+    uint32_t pad;
 } odma_geometry;
 
 /* Make the file at `path`, whose directory must exist, and attach it. No epoch
@@ -154,6 +163,8 @@ typedef struct odma_engine {
     uint32_t planes;                /* at least 1; default 1 */
     double descriptor_seconds;      /* at least 0 */
     double token_seconds;           /* to copy one token in every plane, at least 0 */
+    uint32_t reads_two_runs;        /* 0 or 1: it reads a beginning where it lies; with granules */
+    uint32_t pad;
 } odma_engine;
 
 /* Begin an epoch with empty books; a running one ends. What was learnt stays.
@@ -274,6 +285,8 @@ typedef struct odma_used {
     uint64_t handle;
     uint32_t used_tokens;         /* upper bound, all enqueued work included */
     uint32_t pinned;              /* 1: must not move in this batch */
+    uint32_t shareable_tokens;    /* never written again: may be reused as far as keys go */
+    uint32_t pad;
 } odma_used;
 
 typedef enum odma_op_kind {
@@ -315,6 +328,9 @@ typedef struct odma_op {
     float quantiles[ODMA_QUANTILES]; /* predicted output tokens; default: none */
     float raw[ODMA_QUANTILES];    /* the same before corrections, only kept; default: none */
     uint64_t text_digest[2];      /* of the prompt's text, for the fingerprint; default: no text */
+    const uint8_t *keys;          /* allocate: of its granules from the first; free: of the next */
+    uint32_t key_bytes;           /* of them, whole keys */
+    uint32_t keep_tokens;         /* free: to be kept as far as keys go; default: nothing */
     char request_id[ODMA_ID_BYTES];
     char request_class[ODMA_NAME_BYTES];
     char tenant[ODMA_NAME_BYTES];
@@ -382,7 +398,14 @@ typedef enum odma_rule {
     ODMA_RULE_USED_TOKENS,        /* at most the region's length */
     ODMA_RULE_REQUEST_ID_TWICE,   /* an earlier operation of the batch placed it */
     ODMA_RULE_TENANT_MAX_TOTAL,   /* at most what its tenant may hold: most_blocks */
-    ODMA_RULE_TENANT_PROMPT       /* with one more token at most what its tenant may hold */
+    ODMA_RULE_TENANT_PROMPT,      /* with one more token at most what its tenant may hold */
+    ODMA_RULE_KEYS,               /* whole keys, at most the granules of prompt and generated */
+    ODMA_RULE_NO_GRANULES,        /* keys need a pool with granules */
+    ODMA_RULE_KEEP_TOKENS,        /* at most the larger of used and reused */
+    ODMA_RULE_FREE_KEYS,          /* whole keys, at most the granules of keep_tokens left */
+    ODMA_RULE_BATCH_KEYS,         /* of a batch: at most ODMA_MAX_BATCH_KEYS */
+    ODMA_RULE_SHAREABLE_TOKENS,   /* at most used_tokens, in a pool with granules */
+    ODMA_RULE_PADDING             /* ids and names end with zero bytes only */
 } odma_rule;
 
 typedef struct odma_result {
@@ -391,9 +414,18 @@ typedef struct odma_result {
     uint32_t rule;                /* odma_rule */
     uint32_t start;               /* blocks, as after the whole batch */
     uint32_t length;              /* 0: a later operation freed the region */
-    uint32_t free_blocks;
-    uint32_t largest_run;
-    uint32_t waiting_blocks;
+    union {
+        uint32_t free_blocks;     /* refused; kept runs count as free */
+        uint32_t reused_tokens;   /* placed: need no prefill, in whole granules */
+    };
+    union {
+        uint32_t largest_run;     /* refused */
+        uint32_t shared_start;    /* placed: blocks, of the run whose beginning it reads */
+    };
+    union {
+        uint32_t waiting_blocks;  /* refused */
+        uint32_t shared_tokens;   /* placed: so many of reused_tokens; then start counts behind */
+    };
     uint32_t copy_tokens_needed;  /* COPY_BUDGET: 0 if max_copies is what is lacking */
     uint32_t most_blocks;         /* what a tenant may hold, where a request breaks that rule */
     uint64_t handle;
@@ -402,7 +434,7 @@ typedef struct odma_result {
 
 /* In every plane, copy tokens [from, from + tokens) to [to, to + tokens). */
 typedef struct odma_copy {
-    uint64_t handle;
+    uint64_t handle;              /* whose tokens they are then; 0: a kept run's */
     uint32_t from_token;
     uint32_t to_token;
     uint32_t tokens;
@@ -414,6 +446,14 @@ typedef struct odma_place {
     uint32_t start;
     uint32_t length;
 } odma_place;
+
+/* What a place reuses, as in odma_result. */
+typedef struct odma_reused {
+    uint32_t reused_tokens;
+    uint32_t shared_start;
+    uint32_t shared_tokens;
+    uint32_t pad;
+} odma_reused;
 
 /* The caller's memory for one answer. */
 typedef struct odma_answer {
@@ -428,7 +468,8 @@ typedef struct odma_answer {
     uint32_t pad;
     odma_result *results;         /* room for max_ops */
     odma_copy *copies;            /* room for max_copies */
-    odma_place *moved;            /* room for max_copies */
+    odma_place *moved;            /* room for max_copies; with granules for max_regions more */
+    odma_reused *moved_reused;    /* of each that moved; as many, NULL without granules */
 } odma_answer;
 
 /* Do the operations of one decode step, in the order given.
@@ -456,10 +497,11 @@ odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_o
 /* Free every live region whose handle is not among `handles`, and every waiting
  * run. Stores where the listed ones lie in `kept` (length 0: it is dead), in
  * the order given, and the handles freed in `freed`, which has room for
- * max_regions. */
-odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
-                                 uint32_t count, odma_place *kept, uint64_t *freed,
-                                 uint32_t *freed_count);
+ * max_regions. Unless `completed_seq` is the last answered seq, what enqueued work has
+ * written is doubtful: every kept run is given up then, and no key stands any more. */
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, uint64_t completed_seq,
+                                 const uint64_t *handles, uint32_t count, odma_place *kept,
+                                 uint64_t *freed, uint32_t *freed_count);
 
 /* --- read: what the books say --- */
 
@@ -474,6 +516,18 @@ typedef struct odma_counters {
     uint64_t safety_hits_growth, safety_hits_unsure;
     uint64_t finished, hit_limit;
 } odma_counters;
+
+/* What is kept and reused; totals are counted since the file was made. */
+typedef struct odma_reuse {
+    uint32_t kept_runs;
+    uint32_t pad;
+    uint64_t kept_tokens;         /* that keys stand for in them */
+    uint64_t prompt_tokens;       /* with generated ones, of all requests let in */
+    uint64_t adopted_tokens;
+    uint64_t gathered_tokens;
+    uint64_t shared_tokens;
+    uint64_t given_up_tokens;
+} odma_reuse;
 
 typedef enum odma_recovery {
     ODMA_CLEAN = 0,               /* nothing was half done */
@@ -502,6 +556,7 @@ typedef struct odma_report {
     uint32_t recovery;            /* odma_recovery: what attach found */
     uint32_t pad;
     odma_counters counters;
+    odma_reuse reuse;             /* kept memory counts as free above */
 } odma_report;
 
 odma_status odma_arena_report(odma_arena *arena, odma_report *report);
@@ -534,12 +589,13 @@ odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_
 
 typedef enum odma_region_state {
     ODMA_REGION_LIVE = 1,
-    ODMA_REGION_WAITING = 2
+    ODMA_REGION_WAITING = 2,
+    ODMA_REGION_KEPT = 3          /* of a request that ended, for those that begin alike */
 } odma_region_state;
 
 typedef struct odma_region {
     uint64_t handle;
-    uint64_t awaits_seq;          /* waiting: the completed_seq that frees it */
+    uint64_t awaits_seq;          /* waiting, kept: the completed_seq that frees it */
     uint64_t birth;               /* live: order of its allocate */
     uint32_t state;               /* odma_region_state */
     uint32_t start;
@@ -549,6 +605,8 @@ typedef struct odma_region {
     uint32_t generated_tokens;
     uint32_t max_total_tokens;
     uint32_t class_index;
+    uint32_t shareable_tokens;    /* live, kept: for which keys stand */
+    uint32_t pad;
     char request_id[ODMA_ID_BYTES];
 } odma_region;
 
@@ -557,7 +615,7 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
                                uint32_t room, uint32_t *count);
 
 /* Whether the books keep every rule, memory and file alike: ODMA_OK, or
- * ODMA_CORRUPT with the broken rule in `reason`. */
+ * ODMA_CORRUPT with the broken rule in `reason`; ODMA_IO: the file cannot be read. */
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
 
 /* A word for a status, never NULL. */

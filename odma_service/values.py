@@ -104,6 +104,10 @@ class PolicyChange(NamedTuple):
     clear_tenants: bool = False
 
 
+KEY_BYTES = 16
+"""Of the key of one granule."""
+
+
 class Text:
     """A prompt in UTF-8, encoded and hashed once; `seen` is for the model that embeds it.
 
@@ -138,19 +142,29 @@ class Text:
 
 
 class Used(NamedTuple):
-    """How much of a region is written: an upper bound with all enqueued work."""
+    """How much of a region is written: an upper bound with all enqueued work.
+
+    shareable_tokens are final, and may be reused as far as keys stand for them.
+    """
 
     handle: int
     used_tokens: int
     pinned: bool = False
+    shareable_tokens: int = 0
 
 
 class Free(NamedTuple):
-    """Give a region back."""
+    """Give a region back.
+
+    keep_tokens are final, and kept for later requests as far as keys stand for them: `keys`
+    continue those of the Allocate.
+    """
 
     handle: int
     end: End
     output_tokens: int = 0
+    keep_tokens: int = 0
+    keys: bytes = b""
 
 
 class Trim(NamedTuple):
@@ -171,7 +185,8 @@ class Extend(NamedTuple):
 class Allocate(NamedTuple):
     """Ask for a region for one request. None means unset.
 
-    A text that is a Text already is neither encoded nor hashed again.
+    A text that is a Text already is neither encoded nor hashed again. `keys` has KEY_BYTES for
+    each granule from the first: what the request begins with, for the reuse of its KV.
     """
 
     request_id: str
@@ -183,6 +198,7 @@ class Allocate(NamedTuple):
     overflow_risk: float | None = None
     predicted_output_tokens: int | None = None
     text: Text | str | None = None
+    keys: bytes = b""
 
 
 Op = Free | Trim | Extend | Allocate
@@ -216,15 +232,22 @@ class Caller(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a region lies. length_tokens 0: a later operation freed it."""
+    """Where a region lies. length_tokens 0: a later operation freed it.
+
+    The first reused_tokens need no prefill; of these the first shared_tokens lie elsewhere, from
+    shared_start_token, and the region's own memory begins behind them.
+    """
 
     handle: int
     start_token: int
     length_tokens: int
+    reused_tokens: int = 0
+    shared_start_token: int = 0
+    shared_tokens: int = 0
 
 
 class Copy(NamedTuple):
-    """In every plane, copy `tokens` tokens from one place to another."""
+    """In every plane, copy `tokens` tokens from one place to another. handle 0: of a kept run."""
 
     handle: int
     from_token: int

@@ -57,11 +57,13 @@ def batch_to(ref: types.PoolRef, batch: Batch) -> pb.ApplyRequest:
         pass_refused=batch.pass_refused,
     )
     add_used, add_op = request.used.add, request.ops.add
-    for handle, used_tokens, pinned in batch.used:
+    for handle, used_tokens, pinned, shareable_tokens in batch.used:
         used = add_used()
         used.handle, used.used_tokens = handle, used_tokens
         if pinned:
             used.pinned = True
+        if shareable_tokens:
+            used.shareable_tokens = shareable_tokens
     for op in batch.ops:
         _fill_op(add_op(), op)
     return request
@@ -71,7 +73,7 @@ def batch_from(request: pb.ApplyRequest) -> Batch:
     """Return the batch that an Apply asks for. Raises InvalidError for an empty operation."""
     if request.seq == 0:
         raise InvalidError("seq", "at least 1")
-    used = [(u.handle, u.used_tokens, u.pinned) for u in request.used]
+    used = [(u.handle, u.used_tokens, u.pinned, u.shareable_tokens) for u in request.used]
     return Batch(
         request.seq,
         request.completed_seq,
@@ -97,6 +99,7 @@ def _fill_op(message: pb.Op, op: Op) -> None:
         case Free():
             free, end = message.free, cast("pb.End.ValueType", op.end)
             free.handle, free.end, free.output_tokens = op.handle, end, op.output_tokens
+            free.keep_tokens, free.keys = op.keep_tokens, op.keys
         case Allocate():
             for field, value in zip(op._fields, op, strict=True):
                 if isinstance(value, Text):
@@ -139,6 +142,7 @@ def allocate_from(message: pb.Alloc) -> Allocate:
             message.overflow_risk if has("overflow_risk") else None,
             message.predicted_output_tokens if has("predicted_output_tokens") else None,
             Text.of(message.text) if has("text") else None,
+            message.keys,
         ),
     )
 
@@ -150,7 +154,16 @@ def extend_from(message: pb.Extend) -> Extend:
 
 def free_from(message: pb.Freeing) -> Free:
     """Return what a Freeing asks for; an unknown `end` is the operation's own mistake."""
-    return _tuple(Free, (message.handle, max(message.end, 0), message.output_tokens))
+    return _tuple(
+        Free,
+        (
+            message.handle,
+            max(message.end, 0),
+            message.output_tokens,
+            message.keep_tokens,
+            message.keys,
+        ),
+    )
 
 
 # --- what it is answered ---
@@ -164,8 +177,7 @@ def answer_to(answer: Answer) -> pb.ApplyResponse:
     add_result, add_copy = response.results.add, response.copies.add
     for result in answer.results:
         if type(result) is Place:
-            place = add_result().place
-            place.handle, place.start_token, place.length_tokens = result
+            _fill_place(add_result().place, result)
         else:
             _fill_result(add_result(), result)
     for handle, from_token, to_token, tokens, overlaps in answer.copies:
@@ -176,7 +188,8 @@ def answer_to(answer: Answer) -> pb.ApplyResponse:
             tokens=tokens,
             overlaps=overlaps,
         )
-    response.moved.extend(map(place_to, answer.moved))
+    for place in answer.moved:
+        _fill_place(response.moved.add(), place)
     return response
 
 
@@ -217,14 +230,32 @@ def _result_from(message: pb.Result) -> Result:
 
 def place_to(place: Place) -> types.Place:
     """Return the message of a place."""
-    return types.Place(
-        handle=place.handle, start_token=place.start_token, length_tokens=place.length_tokens
-    )
+    return types.Place(**place._asdict())
+
+
+def _fill_place(message: types.Place, place: Place) -> None:
+    handle, start_token, length_tokens, reused, shared_start, shared = place
+    message.handle, message.start_token = handle, start_token
+    message.length_tokens = length_tokens
+    if reused:
+        message.reused_tokens = reused
+    if shared:
+        message.shared_start_token, message.shared_tokens = shared_start, shared
 
 
 def place_from(message: types.Place) -> Place:
     """Return the place that a message tells."""
-    return _tuple(Place, (message.handle, message.start_token, message.length_tokens))
+    return _tuple(
+        Place,
+        (
+            message.handle,
+            message.start_token,
+            message.length_tokens,
+            message.reused_tokens,
+            message.shared_start_token,
+            message.shared_tokens,
+        ),
+    )
 
 
 def refusal_to(refusal: Refusal) -> types.Refusal:

@@ -1,8 +1,8 @@
 /* arena.h - an arena's books and indexes, which the files of this room share.
  *
  * The books are plain memory, as it lies in a pool's file (record.c draws it),
- * divided into granules of 32 bytes. The process works on a copy of them, marks
- * the granules that it changes, and commits. Indexes (runs, bins, request ids,
+ * divided into grains of 32 bytes. The process works on a copy of them, marks
+ * the grains that it changes, and commits. Indexes (runs, bins, request ids,
  * accounts) live in process memory only and are rebuilt from the books.
  *
  *   change.c, read.c      the doors: they take the lock; those of change.c commit
@@ -11,11 +11,14 @@
  *   batch.c               a whole batch; digest.c, prefetch.c look at it first
  *   record.c              the bytes of the file, and how they change
  *   ops.c, check.c        one operation; every rule
+ *   reuse.c               what an allocate begins with: adopted, or gathered
+ *   keep.c, keys.c        runs that are kept; the keys of what others may reuse
  *   plan.c                where a region goes, and what has to move for it
  *   index.c               all indexes emptied, or built from the books
  *   policy.c, shares.c    lengths and admission; what tenants hold and may claim
  *   learn.c               histograms and completions
- *   slots.c, runs.c       who holds what; the blocks in address order
+ *   slots.c, waits.c      who holds what; what was vacated
+ *   runs.c                the blocks in address order
  *   bins.c, ids.c         free runs by length; regions by request id
  *   defaults.c            what a field that is 0 means
  *   base.c                what all of them use
@@ -33,13 +36,14 @@
 #include "../odma.h"
 
 enum {
-    GRANULE_BYTES = 32,
+    GRAIN_BYTES = 32,
     LINE_BYTES = 64,     /* of a cache */
     RECORDS = 3,         /* two batches take turns, the third is for the rest */
     RECORD_OTHER = 2,
     SLOT_BITS = 20,      /* of a handle; the rest is the generation */
     HANDLE_SLOT = (1 << SLOT_BITS) - 1,
     SLOT_FREE = 0,       /* else an odma_region_state */
+    MOST_CANDIDATES = 64, /* runs that begin alike, of which one is chosen */
     STATS = ODMA_CLASSES + 2,
     EXACT_BINS = 1024,   /* free runs shorter than this have a bin for each length */
     SUB_BINS = 64,       /* longer ones: bins per power of two */
@@ -63,7 +67,7 @@ struct slot {
     uint32_t length;
     uint32_t used_tokens; /* live: as said in batch `seq`, else it counts as full */
     float overflow_risk;  /* live: accepted for it */
-    uint64_t seq;         /* waiting: the completed_seq that frees it */
+    uint64_t seq;         /* waiting, kept: the completed_seq that frees it */
 };
 
 /* What a region is held for. Its id and its prediction are in arrays of their
@@ -105,6 +109,12 @@ struct claim {
     uint32_t request;     /* hash of its id */
 };
 
+/* An odma_engine as all books have it. */
+struct plain_engine {
+    uint32_t moves, single_ordered_stream, copies_may_overlap, planes;
+    double descriptor_seconds, token_seconds;
+};
+
 struct books {
     uint64_t epoch;       /* 0: none is running */
     uint64_t last_epoch;
@@ -118,20 +128,50 @@ struct books {
     uint64_t owner;       /* fence of the epoch, 0: none */
     uint64_t number;      /* last of the owner's messages */
     uint64_t refused;     /* 1: that one was, and stays so */
-    odma_engine engine;
+    struct plain_engine engine;
     odma_counters counters;
     odma_policy policy;   /* from here on a batch marks only what it changes */
     struct claim claims[ODMA_TENANTS]; /* of the policy's tenants */
     char class_names[ODMA_CLASSES][ODMA_NAME_BYTES];
     uint8_t description[ODMA_DESCRIPTION_BYTES];
     struct stats stats[STATS];
-    /* then table_size cells, as many request ids, as many predictions */
+    /* then table_size cells, as many request ids, as many predictions; in pools with
+     * granules a struct reuse, table_size marks, and a key for each granule */
 };
 
-_Static_assert(sizeof(struct slot) == GRANULE_BYTES, "a slot is one granule");
-_Static_assert(sizeof(struct request) == GRANULE_BYTES, "a request is one granule");
-_Static_assert(sizeof(struct prediction) % GRANULE_BYTES == 0, "predictions are whole granules");
-_Static_assert(sizeof(struct stats) % GRANULE_BYTES == 0, "stats are whole granules");
+struct reuse {
+    uint32_t reads_two_runs;
+    uint32_t pad;
+    uint64_t prompt_tokens, adopted_tokens, gathered_tokens, shared_tokens, given_up_tokens;
+    uint64_t more_pad[2];
+};
+
+/* What the run of a slot is to others. A run outlives its writers: who adopts it gets a
+ * handle of his own, and the keys stay. */
+struct mark {
+    uint32_t generation;  /* of the handle under which the run began; 0: its keys are void */
+    uint32_t given;       /* granules from the first that have a key */
+    uint32_t keyed;       /* of these, those that are final: their keys stand */
+    uint32_t reused;      /* granules that the writer has found written */
+    uint64_t last_use;    /* turn */
+    uint64_t read_seq;    /* several streams: the last answer that gathers from it */
+};
+
+/* The key of granule `index` of the run in `slot`: as long as that run is `generation`, and
+ * index below mark.given. All zero, or of a run that is over: room for another. */
+struct key {
+    uint8_t bytes[ODMA_KEY_BYTES];
+    uint32_t slot, generation, index;
+    uint32_t pad;
+};
+
+_Static_assert(sizeof(struct slot) == GRAIN_BYTES, "a slot is one grain");
+_Static_assert(sizeof(struct request) == GRAIN_BYTES, "a request is one grain");
+_Static_assert(sizeof(struct reuse) % GRAIN_BYTES == 0, "what is reused is whole grains");
+_Static_assert(sizeof(struct mark) == GRAIN_BYTES, "a mark is one grain");
+_Static_assert(sizeof(struct key) == GRAIN_BYTES, "a key is one grain");
+_Static_assert(sizeof(struct prediction) % GRAIN_BYTES == 0, "predictions are whole grains");
+_Static_assert(sizeof(struct stats) % GRAIN_BYTES == 0, "stats are whole grains");
 _Static_assert(sizeof(struct books) % LINE_BYTES == 0,
                "cells, ids and predictions are cache lines");
 
@@ -157,6 +197,21 @@ struct run {
     struct note note;
 };
 
+/* What is derived of a slot's run, in pools with granules. */
+struct hold {
+    uint32_t top_key;      /* that of the highest index, NONE: none */
+    uint32_t gathered;     /* blocks that the batch of `gathered_tick` gathers from it */
+    uint32_t gathered_tick;
+    bool spare;            /* kept, and may be given up now */
+    bool tied;             /* in the list of those kept that were not spare */
+};
+
+/* Where a key is among others. */
+struct key_links {
+    uint32_t below;        /* of the same run, with the index below */
+    uint32_t prev, next;   /* of one hash, while it stands */
+};
+
 /* A request id's place in the table of ids. */
 struct entry {
     uint32_t slot;         /* NONE: nothing */
@@ -178,6 +233,13 @@ struct move {
     uint32_t first_start;
 };
 
+/* The beginning of a new region, to be copied from another run at the end of the batch. */
+struct gather {
+    uint64_t handle;
+    uint32_t source;       /* slot */
+    uint32_t granules;
+};
+
 /* The batch in hand, or the operation that stands alone. */
 struct step {
     uint64_t seq;                /* used_tokens said in it hold; NO_BATCH: none */
@@ -196,22 +258,28 @@ struct step {
     bool ordered;                /* allocates are held up by those refused before them, */
     bool stopped;                /* as one was */
     bool places_changed;         /* since they were put into results */
+    bool giving;                 /* kept runs count as gaps in the search that is under way */
     uint32_t copy_tokens_left;
     odma_result *results;
     odma_copy *copies;
     uint32_t copy_count;
     odma_place *places;
+    odma_reused *reused;         /* of each of these places; NULL without granules */
     uint32_t place_count;
+    struct gather *gathers;      /* at most max_ops */
+    uint32_t gather_count;
 };
 
 struct layout {
     uint64_t record_bytes;
-    uint64_t results, copies, moved, indexes, granules; /* offsets in a record */
+    uint64_t results, copies, moved, reused, indexes, grains; /* offsets in a record */
     uint64_t books_offset;
     uint64_t books_bytes;
     uint64_t file_bytes;
-    uint32_t record_granules;    /* room for changed granules */
+    uint32_t record_grains;    /* room for changed grains */
     uint32_t table_size;
+    uint32_t most_moved;         /* places that an answer may list */
+    uint32_t key_room;           /* 0 without granules */
 };
 
 struct odma_arena {
@@ -234,8 +302,12 @@ struct odma_arena {
     struct cell *cells;
     char (*request_ids)[ODMA_ID_BYTES];
     struct prediction *predictions;
+    struct reuse *reuse;         /* these three in pools with granules only */
+    struct mark *marks;
+    struct key *keys;
+    uint32_t granule_blocks;     /* 0: nothing is reused */
 
-    uint32_t *dirty;             /* granules changed since the last commit */
+    uint32_t *dirty;             /* grains changed since the last commit */
     uint32_t dirty_count;
     uint64_t *dirty_bits;
 
@@ -257,6 +329,17 @@ struct odma_arena {
     uint32_t named[ODMA_TENANTS]; /* places of the policy's tenants among them */
     bool limits;                 /* the policy limits tenants */
     uint32_t bin_upper[ODMA_BINS];
+
+    struct hold *holds;          /* by slot */
+    struct key_links *links;     /* by key */
+    uint32_t *key_heads;         /* standing keys by hash */
+    uint32_t key_heads_mask;
+    uint32_t *spare_keys;        /* a stack */
+    uint32_t spare_key_count;
+    uint32_t kept, kept_blocks, kept_granules;
+    uint32_t spare_blocks;       /* of kept runs that may be given up now */
+    uint32_t *tied;              /* kept runs that may not, or could not before */
+    uint32_t tied_count;
 
     uint64_t steps;              /* runs looked at in search of a plan, ever */
     struct side *sides;          /* scratch of the planner and of index.c */

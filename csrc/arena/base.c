@@ -1,4 +1,4 @@
-/* base.c - what every file of this room uses: sums of bytes, the changed granules
+/* base.c - what every file of this room uses: sums of bytes, the changed grains
  * of the books, the arena's lock, and sentences of refusal.
  */
 #include <stdarg.h>
@@ -42,6 +42,13 @@ refuse(char reason[ODMA_REASON_BYTES], odma_status status, const char *format, .
 
 static bool within(double value, double least, double most) {
     return value >= least && value <= most; /* false for NaN */
+}
+
+/* Whether only zero bytes follow the first one of an id or a name. */
+static bool is_padded(const char *name, size_t bytes) {
+    static const char zeros[ODMA_ID_BYTES];
+    size_t used = strnlen(name, bytes);
+    return memcmp(name + used, zeros, bytes - used) == 0;
 }
 
 /* --- hashes --- */
@@ -110,42 +117,42 @@ static uint64_t keyed_hash(const uint64_t key[2], const void *bytes, size_t coun
 
 /* --- changes of the books --- */
 
-/* A granule is about to be committed. */
-static inline void mark_granule(odma_arena *arena, uint32_t granule) {
-    uint64_t bit = (uint64_t)1 << (granule % 64);
-    if (arena->dirty_bits[granule / 64] & bit) return;
-    arena->dirty_bits[granule / 64] |= bit;
-    arena->dirty[arena->dirty_count++] = granule;
+/* A grain is about to be committed. */
+static inline void mark_grain(odma_arena *arena, uint32_t grain) {
+    uint64_t bit = (uint64_t)1 << (grain % 64);
+    if (arena->dirty_bits[grain / 64] & bit) return;
+    arena->dirty_bits[grain / 64] |= bit;
+    arena->dirty[arena->dirty_count++] = grain;
 }
 
 static void books_mark(odma_arena *arena, const void *object, size_t bytes) {
     size_t offset = (size_t)((const uint8_t *)object - (const uint8_t *)arena->books);
-    uint32_t last = (uint32_t)((offset + bytes - 1) / GRANULE_BYTES);
-    for (uint32_t i = (uint32_t)(offset / GRANULE_BYTES); i <= last; i++) mark_granule(arena, i);
+    uint32_t last = (uint32_t)((offset + bytes - 1) / GRAIN_BYTES);
+    for (uint32_t i = (uint32_t)(offset / GRAIN_BYTES); i <= last; i++) mark_grain(arena, i);
 }
 
-static inline uint32_t granule_of_slot(uint32_t slot) {
-    return (uint32_t)((sizeof(struct books) + slot * sizeof(struct cell)) / GRANULE_BYTES);
+static inline uint32_t grain_of_slot(uint32_t slot) {
+    return (uint32_t)((sizeof(struct books) + slot * sizeof(struct cell)) / GRAIN_BYTES);
 }
 static inline void mark_slot(odma_arena *arena, uint32_t slot) {
-    mark_granule(arena, granule_of_slot(slot));
+    mark_grain(arena, grain_of_slot(slot));
 }
 
-/* Whether two granules differ. */
+/* Whether two grains differ. */
 static inline bool differ(const uint8_t *a, const uint8_t *b) {
     return ((word_at(a) ^ word_at(b)) | (word_at(a + 8) ^ word_at(b + 8)) |
             (word_at(a + 16) ^ word_at(b + 16)) | (word_at(a + 24) ^ word_at(b + 24))) != 0;
 }
 
-/* Overwrite whole granules of the books, and mark those that change. */
+/* Overwrite whole grains of the books, and mark those that change. */
 static void books_put(odma_arena *arena, void *object, const void *from, size_t bytes) {
     uint8_t *into = object;
     const uint8_t *source = from;
-    uint32_t granule = (uint32_t)((into - (uint8_t *)arena->books) / GRANULE_BYTES);
-    for (size_t i = 0; i < bytes; i += GRANULE_BYTES, granule++) {
+    uint32_t grain = (uint32_t)((into - (uint8_t *)arena->books) / GRAIN_BYTES);
+    for (size_t i = 0; i < bytes; i += GRAIN_BYTES, grain++) {
         if (!differ(into + i, source + i)) continue;
-        memcpy(into + i, source + i, GRANULE_BYTES);
-        mark_granule(arena, granule);
+        memcpy(into + i, source + i, GRAIN_BYTES);
+        mark_grain(arena, grain);
     }
 }
 

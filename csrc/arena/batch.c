@@ -33,7 +33,8 @@ static void look_through(odma_arena *arena, const odma_batch *batch, uint64_t fi
 static bool batch_is_readable(const odma_arena *arena, const odma_batch *batch,
                               const odma_answer *answer) {
     return batch != NULL && answer != NULL && answer->results != NULL && answer->copies != NULL &&
-           answer->moved != NULL && batch->used_count <= arena->geometry.max_regions &&
+           answer->moved != NULL &&
+           (answer->moved_reused != NULL || arena->granule_blocks == 0) && batch->used_count <= arena->geometry.max_regions &&
            batch->op_count <= arena->geometry.max_ops &&
            (batch->used != NULL || batch->used_count == 0) &&
            (batch->ops != NULL || batch->op_count == 0);
@@ -51,10 +52,18 @@ static odma_status batch_fault(odma_arena *arena, const odma_batch *batch, odma_
         note_of(arena, slot)->listed = true;
         if (batch->used[i].used_tokens > arena->runs[slot].length * arena->geometry.block_tokens)
             return breaks(answer, ODMA_RULE_USED_TOKENS, i);
+        uint32_t most = arena->granule_blocks > 0 ? batch->used[i].used_tokens : 0;
+        if (batch->used[i].shareable_tokens > most)
+            return breaks(answer, ODMA_RULE_SHAREABLE_TOKENS, i);
     }
-    for (uint32_t i = 0; i < batch->op_count; i++)
+    uint64_t key_bytes = 0;
+    for (uint32_t i = 0; i < batch->op_count; i++) {
         if (batch->ops[i].kind < ODMA_OP_FREE || batch->ops[i].kind > ODMA_OP_ALLOCATE)
             return breaks(answer, ODMA_RULE_KIND, i);
+        key_bytes += batch->ops[i].key_bytes;
+    }
+    if (key_bytes > ODMA_MAX_BATCH_KEYS * ODMA_KEY_BYTES)
+        return breaks(answer, ODMA_RULE_BATCH_KEYS, 0);
     return ODMA_OK;
 }
 
@@ -93,8 +102,10 @@ static odma_status seek(odma_arena *arena, const odma_batch *batch, const uint64
 /* Forget all notes. */
 static void next_tick(odma_arena *arena) {
     if (++arena->step.tick != 0) return;
-    for (uint32_t i = 0; i < arena->layout.table_size; i++)
+    for (uint32_t i = 0; i < arena->layout.table_size; i++) {
         arena->runs[i].note = (struct note){0};
+        if (arena->granule_blocks > 0) arena->holds[i].gathered = 0;
+    }
     arena->step.tick = 1;
 }
 
@@ -107,6 +118,7 @@ static void begin_batch(odma_arena *arena, uint64_t seq, uint32_t copy_tokens) {
     step->copy_count = step->place_count = step->moved_count = 0;
     step->moves = step->pins = step->held_up_count = 0;
     step->places_changed = step->ordered = step->stopped = false;
+    step->gather_count = 0;
     step->first_steps = arena->steps;
     step->first_birth = arena->books->births;
 }
@@ -119,6 +131,8 @@ static void take_used(odma_arena *arena, const odma_batch *batch) {
         mark_slot(arena, slot);
         note_of(arena, slot)->pinned = batch->used[i].pinned != 0;
         arena->step.pins += batch->used[i].pinned != 0;
+        if (batch->used[i].shareable_tokens > 0)
+            set_keyed(arena, slot, granules_in(arena, batch->used[i].shareable_tokens));
     }
 }
 
@@ -127,12 +141,6 @@ static bool stops_allocates(const odma_result *result) {
     return result->outcome == ODMA_REFUSED && result->reason != ODMA_REASON_INVALID &&
            result->reason != ODMA_REASON_NOT_FOUND && result->reason != ODMA_REASON_QUOTA &&
            result->reason != ODMA_REASON_SKIPPED;
-}
-
-/* Whether an earlier allocate of the batch was given a new region under this request id. */
-static bool is_taken(const odma_arena *arena, const odma_op *op, uint32_t hash) {
-    uint32_t slot = find_id(arena, op->request_id, hash);
-    return slot != NONE && arena->cells[slot].request.birth > arena->step.first_birth;
 }
 
 static bool changes(const odma_result *result) {
@@ -149,6 +157,7 @@ static void finish_places(odma_arena *arena, uint32_t results) {
         uint32_t rule, slot = slot_of(arena, result->handle, &rule);
         result->start = slot == NONE ? 0 : arena->runs[slot].start;
         result->length = slot == NONE ? 0 : arena->runs[slot].length;
+        result->reused_tokens = slot == NONE ? 0 : reused_of(arena, slot);
     }
     for (uint32_t i = 0; i < step->moved_count; i++) {
         uint32_t slot = step->moved[i].slot;
@@ -157,10 +166,21 @@ static void finish_places(odma_arena *arena, uint32_t results) {
             step->moved[i].first_start == arena->runs[slot].start)
             continue;
         note->placed = true;
+        if (arena->granule_blocks > 0)
+            step->reused[step->place_count] =
+                (odma_reused){.reused_tokens = reused_of(arena, slot)};
         step->places[step->place_count++] = (odma_place){.handle = handle_of(arena, slot),
                                                          .start = arena->runs[slot].start,
                                                          .length = arena->runs[slot].length};
     }
+}
+
+/* Do what is gathered. Where copies run in one order, its sources are free then. */
+static void finish_gathers(odma_arena *arena) {
+    settle_gathers(arena);
+    if (arena->books->engine.single_ordered_stream) free_waiting_up_to(arena, arena->step.seq);
+    refresh_tied(arena);
+    books_mark(arena, arena->reuse, sizeof *arena->reuse);
 }
 
 static void run_batch(odma_arena *arena, const odma_batch *batch) {
@@ -169,22 +189,21 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
     books->completed_seq = batch->completed_seq;
     take_number(arena, batch->number, false);
     books->turns++;
-    uint32_t waited = arena->waiting;
+    uint32_t waited = coming_blocks(arena);
     arena->step.ordered = batch->pass_refused == 0;
     free_waiting_up_to(arena, batch->completed_seq);
+    if (arena->tied_count > 0) refresh_tied(arena);
     take_used(arena, batch);
-    bool changed = arena->waiting < waited, large = arena->live > CACHED_REGIONS;
+    bool changed = coming_blocks(arena) < waited, large = arena->live > CACHED_REGIONS;
     for (uint32_t i = 0; i < batch->op_count; i++) {
         const odma_op *op = &batch->ops[i];
         if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
         odma_result *result = &arena->step.results[i];
-        if (op->kind == ODMA_OP_ALLOCATE && is_taken(arena, op, arena->step.hashes[i]))
-            invalid(arena, ODMA_RULE_REQUEST_ID_TWICE, result);
-        else
-            do_op(arena, op, arena->step.hashes[i], result);
+        do_op(arena, op, arena->step.hashes[i], result);
         arena->step.stopped |= stops_allocates(result) && op->kind >= ODMA_OP_EXTEND;
         changed |= changes(result);
     }
+    if (arena->step.gather_count > 0) finish_gathers(arena);
     finish_places(arena, batch->op_count);
     if (changed || arena->step.place_count > 0) books->turns += CHANGE_TURNS - 1;
     books->counters.batches++;
@@ -201,4 +220,7 @@ static void write_answer(const odma_arena *arena, const odma_batch *batch, odma_
     memcpy(answer->results, arena->step.results, batch->op_count * sizeof(odma_result));
     memcpy(answer->copies, arena->step.copies, arena->step.copy_count * sizeof(odma_copy));
     memcpy(answer->moved, arena->step.places, arena->step.place_count * sizeof(odma_place));
+    if (arena->granule_blocks > 0)
+        memcpy(answer->moved_reused, arena->step.reused,
+               arena->step.place_count * sizeof(odma_reused));
 }

@@ -79,9 +79,20 @@ odma_status odma_arena_unary(odma_arena *arena, odma_caller caller, const odma_o
     return leave(arena, status);
 }
 
-odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const uint64_t *handles,
-                                 uint32_t count, odma_place *kept, uint64_t *freed,
-                                 uint32_t *freed_count) {
+/* What enqueued work has written is doubtful: keep nothing, and let nobody reuse it. */
+static void void_keys(odma_arena *arena) {
+    for (uint32_t i = 0; i < arena->layout.table_size; i++) {
+        if (is_live(arena, i)) void_mark(arena, i);
+        if (!is_kept(arena, i)) continue;
+        count_given_up(arena, i);
+        leave_kept(arena, i);
+        set_waiting(arena, i);
+    }
+}
+
+odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, uint64_t completed_seq,
+                                 const uint64_t *handles, uint32_t count, odma_place *kept,
+                                 uint64_t *freed, uint32_t *freed_count) {
     if ((handles == NULL && count > 0) || (kept == NULL && count > 0) || freed == NULL ||
         freed_count == NULL)
         return ODMA_INVALID;
@@ -105,8 +116,10 @@ odma_status odma_arena_reconcile(odma_arena *arena, odma_caller caller, const ui
         set_waiting(arena, i);
         books->counters.frees++;
     }
+    if (arena->granule_blocks > 0 && completed_seq != books->seq) void_keys(arena);
     books->completed_seq = books->seq;
     free_waiting_up_to(arena, books->seq);
+    if (arena->granule_blocks > 0) refresh_tied(arena);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t rule, slot = slot_of(arena, handles[i], &rule);
         kept[i] = (odma_place){.handle = handles[i],
@@ -137,13 +150,19 @@ odma_status odma_arena_open_epoch(odma_arena *arena, uint64_t epoch, const odma_
     if (engine_fault(&finished) != NULL) return ODMA_INVALID;
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
+    if (finished.reads_two_runs == 1 && arena->geometry.granule_tokens == 0)
+        return leave(arena, ODMA_INVALID);
     struct books *books = arena->books;
     if (epoch <= books->last_epoch) return leave(arena, ODMA_INVALID);
     status = draw_key(arena);
     if (status != ODMA_OK) return leave(arena, status);
     forget_books(arena);
     books->epoch = books->last_epoch = epoch;
-    books->engine = finished;
+    memcpy(&books->engine, &finished, sizeof books->engine);
+    if (arena->granule_blocks > 0) {
+        arena->reuse->reads_two_runs = finished.reads_two_runs;
+        books_mark(arena, arena->reuse, sizeof *arena->reuse);
+    }
     if (boot_id != NULL) pad_boot_id(books->boot_id, boot_id);
     describe(arena, description, description_bytes);
     return leave(arena, commit(arena));

@@ -19,14 +19,19 @@ static const char *geometry_fault(const odma_geometry *geometry) {
         return "max_copies: 1 to 4096";
     if (geometry->model_length_tokens < 1 || geometry->model_length_tokens > ODMA_MAX_TOKENS)
         return "model_length_tokens: 1 to 2^28";
+    uint32_t granule = geometry->granule_tokens;
+    if (granule != 0 && (granule < ODMA_MIN_GRANULE_TOKENS || granule > ODMA_MAX_GRANULE_TOKENS ||
+                         granule % tokens != 0))
+        return "granule_tokens: 0, or a multiple of block_tokens from 64 to 512";
     return NULL;
 }
 
 static const char *engine_fault(const odma_engine *engine) {
     if (engine->moves < ODMA_MOVES_NONE || engine->moves > ODMA_MOVES_ANY)
         return "moves: one of odma_moves";
-    if (engine->single_ordered_stream > 1 || engine->copies_may_overlap > 1)
-        return "single_ordered_stream, copies_may_overlap: 0 or 1";
+    if (engine->single_ordered_stream > 1 || engine->copies_may_overlap > 1 ||
+        engine->reads_two_runs > 1)
+        return "single_ordered_stream, copies_may_overlap, reads_two_runs: 0 or 1";
     if (engine->planes < 1) return "planes: at least 1";
     if (!(engine->descriptor_seconds >= 0 && engine->descriptor_seconds < 1e3) ||
         !(engine->token_seconds >= 0 && engine->token_seconds < 1e3))
@@ -42,6 +47,7 @@ static odma_status tenants_check(const odma_policy *policy, char reason[ODMA_REA
         const odma_tenant *tenant = &policy->tenants[i];
         const char *rule = NULL;
         if (tenant->name[0] == 0) rule = "name: 1 to 32 bytes";
+        if (!is_padded(tenant->name, sizeof tenant->name)) rule = "name: ends with zero bytes only";
         for (uint32_t j = 0; j < i; j++)
             if (memcmp(tenant->name, policy->tenants[j].name, sizeof tenant->name) == 0)
                 rule = "name: each tenant once";
@@ -123,15 +129,34 @@ static const char *region_fault(const odma_arena *arena, uint32_t i) {
 static const char *slot_fault(const odma_arena *arena, uint32_t i) {
     const struct slot *slot = &arena->cells[i].slot;
     if (slot->state == SLOT_FREE) return NULL;
-    if (slot->state > ODMA_REGION_WAITING) return "a slot has an unknown state";
+    if (slot->state > (arena->granule_blocks > 0 ? ODMA_REGION_KEPT : ODMA_REGION_WAITING))
+        return "a slot has an unknown state";
     if (arena->books->epoch == 0) return "a region is held though no epoch is running";
     if (slot->length < 1 || slot->length > arena->geometry.blocks ||
         slot->start > arena->geometry.blocks - slot->length)
         return "a region lies outside of the arena";
     if (slot->state == ODMA_REGION_LIVE)
         return slot->generation == 0 ? "a region has no handle" : region_fault(arena, i);
+    if (slot->state == ODMA_REGION_KEPT)
+        return slot->seq > arena->books->seq ? "a kept run is ahead of its pool" : NULL;
     if (slot->seq > arena->books->seq || slot->seq <= arena->books->completed_seq)
         return "a run waits for an impossible completion";
+    return NULL;
+}
+
+static const char *mark_fault(const odma_arena *arena, uint32_t i) {
+    const struct slot *slot = &arena->cells[i].slot;
+    const struct mark *mark = &arena->marks[i];
+    bool runs = slot->state == ODMA_REGION_LIVE || slot->state == ODMA_REGION_KEPT;
+    if (!runs) return mark->generation == 0 && mark->given == 0 ? NULL : "a mark of no run";
+    uint32_t most = slot->length / arena->granule_blocks;
+    if (mark->generation > slot->generation || (mark->generation == 0 && mark->given > 0))
+        return "a run begins with an impossible handle";
+    if (mark->given > most || mark->reused > most) return "a run has keys for more than it holds";
+    if (mark->keyed > mark->given) return "a key stands that was not given";
+    if (slot->state == ODMA_REGION_KEPT && mark->keyed == 0) return "a run is kept for nothing";
+    if (mark->last_use > arena->books->turns || mark->read_seq > arena->books->seq)
+        return "the use of a run is impossible";
     return NULL;
 }
 
@@ -161,11 +186,16 @@ static const char *books_fault(const odma_arena *arena, char room[ODMA_REASON_BY
         if (books->claims[i].turn > books->turns ||
             books->claims[i].blocks > arena->geometry.blocks)
             return "a claim is impossible";
-    const char *fault = books->epoch == 0 ? NULL : engine_fault(&books->engine);
+    odma_engine engine = engine_of(arena);
+    const char *fault = books->epoch == 0 ? NULL : engine_fault(&engine);
     if (fault == NULL && policy_check(&books->policy, room) != ODMA_OK) fault = room;
     for (uint32_t i = 0; i < STATS && fault == NULL; i++) fault = stats_fault(&books->stats[i]);
     for (uint32_t i = 0; i < arena->layout.table_size && fault == NULL; i++)
         fault = slot_fault(arena, i);
+    if (arena->granule_blocks == 0) return fault;
+    if (arena->reuse->reads_two_runs > 1) fault = "reads_two_runs is impossible";
+    for (uint32_t i = 0; i < arena->layout.table_size && fault == NULL; i++)
+        fault = mark_fault(arena, i);
     return fault;
 }
 
@@ -188,7 +218,7 @@ static const char *run_fault(const odma_arena *arena, uint32_t id, uint32_t star
 }
 
 static const char *runs_fault(const odma_arena *arena) {
-    uint32_t at = 0, prev = NONE, live = 0, waiting = 0, free_runs = 0, free_blocks = 0;
+    uint32_t at = 0, prev = NONE, live = 0, waiting = 0, kept = 0, free_runs = 0, free_blocks = 0;
     for (uint32_t id = arena->first_run; id != NONE; prev = id, id = arena->runs[id].next) {
         const char *fault = run_fault(arena, id, at, prev);
         if (fault != NULL) return fault;
@@ -198,18 +228,20 @@ static const char *runs_fault(const odma_arena *arena) {
             free_blocks += arena->runs[id].length;
         } else if (is_live(arena, id)) {
             live++;
+        } else if (is_kept(arena, id)) {
+            kept++;
         } else {
             waiting++;
         }
     }
     if (at != arena->geometry.blocks || prev != arena->last_run) return "runs do not tile";
-    if (live != arena->live || waiting != arena->waiting || free_runs != arena->free_runs ||
+    if (live != arena->live || waiting != arena->waiting || kept != arena->kept || free_runs != arena->free_runs ||
         free_blocks != arena->free_blocks)
         return "the counts of runs are wrong";
     uint32_t held = 0;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
         held += arena->cells[i].slot.state != SLOT_FREE;
-    return held == live + waiting ? NULL : "a slot is held by no run";
+    return held == live + waiting + kept ? NULL : "a slot is held by no run";
 }
 
 static const char *bins_fault(const odma_arena *arena) {
@@ -231,7 +263,7 @@ static const char *accounts_fault(odma_arena *arena) {
         blocks += arena->accounts[i].blocks;
     }
     if (regions != arena->live ||
-        blocks != arena->geometry.blocks - arena->free_blocks - arena->waiting_blocks)
+        blocks != live_blocks(arena))
         return "the accounts of tenants are wrong";
     const char *fault = NULL;
     for (uint32_t i = 0; i < arena->layout.table_size; i++)
@@ -241,4 +273,42 @@ static const char *accounts_fault(odma_arena *arena) {
             fault = "the account of a tenant is wrong";
     count_accounts(arena);
     return fault;
+}
+
+/* Whether the keys of a slot's run are those that its mark tells, and found where they stand. */
+static const char *run_keys_fault(const odma_arena *arena, uint32_t slot) {
+    const struct mark *mark = &arena->marks[slot];
+    uint32_t id = arena->holds[slot].top_key;
+    for (uint32_t i = mark->given; i-- > 0; id = arena->links[id].below) {
+        if (id == NONE) return "a run has lost a key";
+        const struct key *key = &arena->keys[id];
+        if (key->slot != slot || key->generation != mark->generation || key->index != i)
+            return "a key is another run's";
+        uint32_t at = *head_of(arena, key->bytes);
+        while (at != NONE && at != id) at = arena->links[at].next;
+        if ((at == id) != (i < mark->keyed)) return "a key stands that is not final, or does not";
+    }
+    return id == NONE ? NULL : "a run has a key too many";
+}
+
+/* The rule that keys and kept runs break, or NULL. */
+static const char *keys_fault(const odma_arena *arena) {
+    uint32_t given = 0, blocks = 0, granules = 0, spare = 0;
+    if (arena->granule_blocks == 0) return NULL;
+    for (uint32_t i = 0; i < arena->layout.table_size; i++) {
+        const char *fault = run_keys_fault(arena, i);
+        if (fault != NULL) return fault;
+        given += arena->marks[i].given;
+        bool is = is_kept(arena, i) && used_until(arena, i) == 0;
+        if (is != arena->holds[i].spare) return "a run is spare, or is not, against the rules";
+        if (!is_kept(arena, i)) continue;
+        blocks += arena->runs[i].length;
+        granules += arena->marks[i].keyed;
+        spare += is ? arena->runs[i].length : 0;
+    }
+    if (given + arena->spare_key_count != arena->layout.key_room) return "a key is lost";
+    return blocks == arena->kept_blocks && granules == arena->kept_granules &&
+                   spare == arena->spare_blocks
+               ? NULL
+               : "the counts of kept runs are wrong";
 }

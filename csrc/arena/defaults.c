@@ -2,12 +2,14 @@
  *
  * A record of the books is finished: nothing in it is unset.
  */
+#include <string.h>
 
 static void set_if_unset(uint32_t *field, uint32_t value) {
     if (*field == 0) *field = value;
 }
 
 static odma_geometry finished_geometry(odma_geometry geometry) {
+    geometry.pad = 0;
     set_if_unset(&geometry.block_tokens, 16);
     set_if_unset(&geometry.max_regions, 1024);
     set_if_unset(&geometry.max_ops, 1024);
@@ -16,6 +18,14 @@ static odma_geometry finished_geometry(odma_geometry geometry) {
     set_if_unset(&geometry.model_length_tokens,
                  capacity < ODMA_MAX_TOKENS ? (uint32_t)capacity : ODMA_MAX_TOKENS);
     return geometry;
+}
+
+/* The engine of the running epoch, as it was given. */
+static odma_engine engine_of(const odma_arena *arena) {
+    odma_engine engine = {0};
+    memcpy(&engine, &arena->books->engine, sizeof arena->books->engine);
+    if (arena->granule_blocks > 0) engine.reads_two_runs = arena->reuse->reads_two_runs;
+    return engine;
 }
 
 static odma_engine finished_engine(odma_engine engine) {

@@ -49,6 +49,14 @@ static void feed_allocate(struct digest *digest, const odma_op *op) {
     feed(digest, words);
 }
 
+/* What is reused and kept; nothing where nothing of it is said. */
+static void feed_keys(struct digest *digest, const odma_op *op) {
+    if (op->key_bytes == 0 && op->keep_tokens == 0) return;
+    feed(digest, (uint64_t)op->keep_tokens << 32 | op->key_bytes);
+    if (op->keys == NULL) return;
+    for (uint32_t i = 0; i + 8 <= op->key_bytes; i += 8) feed(digest, word_at(op->keys + i));
+}
+
 /* Feed an operation's own digest, so that those of several operations are worked
  * out at once. */
 static void feed_op(struct digest *digest, const odma_op *op) {
@@ -60,6 +68,7 @@ static void feed_op(struct digest *digest, const odma_op *op) {
         feed(&own, (uint64_t)op->output_tokens << 32 | op->least_tokens);
         feed(&own, op->want_tokens);
     }
+    feed_keys(&own, op);
     feed(digest, own.low);
     feed(digest, own.high);
 }
@@ -75,6 +84,8 @@ static struct digest digest_of(const odma_batch *batch) {
     for (uint32_t i = 0; i < batch->used_count; i++) {
         feed(&digest, batch->used[i].handle);
         feed(&digest, (uint64_t)batch->used[i].used_tokens << 32 | (batch->used[i].pinned != 0));
+        uint32_t shareable = batch->used[i].shareable_tokens;
+        if (shareable > 0) feed(&digest, (uint64_t)1 << 63 | shareable); /* as no handle is */
     }
     return digest;
 }

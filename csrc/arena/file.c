@@ -27,19 +27,33 @@ static void *zeroed_lines(size_t count, size_t size, bool *enough) {
     return memory;
 }
 
+static void take_reuse_memory(odma_arena *arena, bool *enough) {
+    const struct layout *layout = &arena->layout;
+    uint32_t heads = 16;
+    while (heads < 2 * layout->key_room) heads *= 2;
+    arena->holds = zeroed(layout->table_size, sizeof *arena->holds, enough);
+    arena->tied = zeroed(layout->table_size, sizeof *arena->tied, enough);
+    arena->links = zeroed(layout->key_room, sizeof *arena->links, enough);
+    arena->spare_keys = zeroed(layout->key_room, sizeof *arena->spare_keys, enough);
+    arena->key_heads = zeroed(heads, sizeof *arena->key_heads, enough);
+    arena->key_heads_mask = heads - 1;
+    arena->step.reused = zeroed(layout->most_moved, sizeof *arena->step.reused, enough);
+    arena->step.gathers = zeroed(arena->geometry.max_ops, sizeof *arena->step.gathers, enough);
+}
+
 static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     const odma_geometry *geometry = &arena->geometry;
     const struct layout *layout = &arena->layout;
     uint32_t table = layout->table_size;
-    uint64_t granules = layout->books_bytes / GRANULE_BYTES;
+    uint64_t grains = layout->books_bytes / GRAIN_BYTES;
     uint32_t ids = 4;
     while (ids < 4 * geometry->max_regions) ids *= 2;
     uint32_t accounts = 4 * ODMA_TENANTS;
     while (accounts < 4 * geometry->max_regions + 2 * geometry->max_ops) accounts *= 2;
     bool enough = true;
     arena->books = zeroed_lines(1, layout->books_bytes, &enough);
-    arena->dirty = zeroed(granules, sizeof *arena->dirty, &enough);
-    arena->dirty_bits = zeroed(granules / 64 + 1, sizeof *arena->dirty_bits, &enough);
+    arena->dirty = zeroed(grains, sizeof *arena->dirty, &enough);
+    arena->dirty_bits = zeroed(grains / 64 + 1, sizeof *arena->dirty_bits, &enough);
     arena->runs = zeroed_lines(2 * (size_t)table + 2, sizeof *arena->runs, &enough);
     arena->spare_slots = zeroed(table, sizeof(uint32_t), &enough);
     arena->waits = zeroed(table, sizeof(uint32_t), &enough);
@@ -53,12 +67,19 @@ static odma_status take_memory(odma_arena *arena, char reason[ODMA_REASON_BYTES]
     arena->step.moved = zeroed(geometry->max_copies, sizeof *arena->step.moved, &enough);
     arena->step.results = zeroed(geometry->max_ops, sizeof *arena->step.results, &enough);
     arena->step.copies = zeroed(geometry->max_copies, sizeof *arena->step.copies, &enough);
-    arena->step.places = zeroed(geometry->max_copies, sizeof *arena->step.places, &enough);
+    arena->step.places = zeroed(layout->most_moved, sizeof *arena->step.places, &enough);
+    if (layout->key_room > 0) take_reuse_memory(arena, &enough);
     arena->sides = zeroed(2 * (size_t)table + 2, sizeof *arena->sides, &enough);
     if (!enough) return refuse(reason, ODMA_IO, "not enough memory for the indexes");
     arena->cells = (struct cell *)((uint8_t *)arena->books + sizeof(struct books));
     arena->request_ids = (char (*)[ODMA_ID_BYTES])(arena->cells + table);
     arena->predictions = (struct prediction *)(arena->request_ids + table);
+    if (layout->key_room > 0) {
+        arena->reuse = (struct reuse *)(arena->predictions + table);
+        arena->marks = (struct mark *)(arena->reuse + 1);
+        arena->keys = (struct key *)(arena->marks + table);
+        arena->granule_blocks = geometry->granule_tokens / geometry->block_tokens;
+    }
 
     void *page = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (page == MAP_FAILED) return refuse(reason, ODMA_IO, "not enough memory for a page");
@@ -107,6 +128,13 @@ void odma_arena_close(odma_arena *arena) {
     free(arena->step.copies);
     free(arena->step.places);
     free(arena->sides);
+    free(arena->holds);
+    free(arena->tied);
+    free(arena->links);
+    free(arena->spare_keys);
+    free(arena->key_heads);
+    free(arena->step.reused);
+    free(arena->step.gathers);
     if (!forked) pthread_mutex_destroy(&arena->lock); /* a thread may have held it at the fork */
     free(arena);
 }
@@ -181,8 +209,10 @@ static odma_status fill_new_file(odma_arena *arena, char reason[ODMA_REASON_BYTE
     if (status == ODMA_OK) status = take_memory(arena, reason);
     if (status != ODMA_OK) return status;
 
-    struct header header = {.layout_version = ODMA_LAYOUT_VERSION, .geometry = arena->geometry};
+    struct header header = {.layout_version = ODMA_LAYOUT_VERSION,
+                            .granule_tokens = arena->geometry.granule_tokens};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
+    memcpy(&header.geometry, &arena->geometry, sizeof header.geometry);
     header.sum = hash_bytes(&header, offsetof(struct header, sum));
     arena->sum = place_sum(arena->books, 0, arena->layout.books_bytes); /* all zero */
     forget_books(arena);
@@ -327,13 +357,15 @@ static odma_status read_header(odma_arena *arena, uint64_t size, const odma_geom
                       header.layout_version, (unsigned)ODMA_LAYOUT_VERSION);
     if (header.sum != hash_bytes(&header, offsetof(struct header, sum)))
         return refuse(reason, ODMA_CORRUPT, "the sum of the header is wrong");
-    const char *fault = geometry_fault(&header.geometry);
+    odma_geometry *geometry = &arena->geometry;
+    *geometry = (odma_geometry){.granule_tokens = header.granule_tokens};
+    memcpy(geometry, &header.geometry, sizeof header.geometry);
+    const char *fault = geometry_fault(geometry);
     if (fault != NULL) return refuse(reason, ODMA_CORRUPT, "its geometry is impossible: %s", fault);
-    arena->geometry = header.geometry;
-    odma_geometry wanted = expected == NULL ? header.geometry : finished_geometry(*expected);
-    if (memcmp(&header.geometry, &wanted, sizeof wanted) != 0)
+    odma_geometry wanted = expected == NULL ? *geometry : finished_geometry(*expected);
+    if (memcmp(geometry, &wanted, sizeof wanted) != 0)
         return refuse(reason, ODMA_MISMATCH, "it has another geometry");
-    arena->layout = layout_of(&header.geometry);
+    arena->layout = layout_of(geometry);
     if (size != arena->layout.file_bytes)
         return refuse(reason, ODMA_CORRUPT, "it has %llu bytes, its geometry needs %llu",
                       (unsigned long long)size, (unsigned long long)arena->layout.file_bytes);

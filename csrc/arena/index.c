@@ -16,19 +16,20 @@ static void runs_reset(odma_arena *arena) {
     for (uint32_t i = table; i-- > 0;)
         if (arena->cells[i].slot.state == SLOT_FREE) give_slot(arena, i);
     add_free(arena, 0, arena->geometry.blocks, NONE, NONE);
+    if (arena->granule_blocks > 0) keys_reset(arena);
 }
 
-struct key {
+struct ranked {
     uint64_t value;
     uint32_t slot;
 };
 
 static int by_value(const void *a, const void *b) {
-    uint64_t left = ((const struct key *)a)->value, right = ((const struct key *)b)->value;
+    uint64_t left = ((const struct ranked *)a)->value, right = ((const struct ranked *)b)->value;
     return (left > right) - (left < right);
 }
 
-static const char *link_slots(odma_arena *arena, const struct key *keys, uint32_t count) {
+static const char *link_slots(odma_arena *arena, const struct ranked *keys, uint32_t count) {
     uint32_t at = 0, prev = NONE;
     drop_free(arena, arena->first_run);
     arena->first_run = arena->last_run = NONE;
@@ -52,10 +53,10 @@ static const char *link_slots(odma_arena *arena, const struct key *keys, uint32_
 static const char *runs_rebuild(odma_arena *arena) {
     uint32_t table = arena->layout.table_size, count = 0;
     runs_reset(arena);
-    struct key *keys = (struct key *)(void *)arena->sides; /* scratch, larger than this */
+    struct ranked *keys = (struct ranked *)(void *)arena->sides; /* scratch, larger than this */
     for (uint32_t i = 0; i < table; i++)
         if (arena->cells[i].slot.state != SLOT_FREE)
-            keys[count++] = (struct key){.value = arena->cells[i].slot.start, .slot = i};
+            keys[count++] = (struct ranked){.value = arena->cells[i].slot.start, .slot = i};
     qsort(keys, count, sizeof *keys, by_value);
     const char *fault = link_slots(arena, keys, count);
     if (fault != NULL) return fault;
@@ -69,7 +70,7 @@ static const char *runs_rebuild(odma_arena *arena) {
             if (++arena->live > arena->geometry.max_regions) return "too many regions are live";
             add_id(arena, i, hash);
         } else if (arena->cells[i].slot.state == ODMA_REGION_WAITING) {
-            keys[waits++] = (struct key){.value = arena->cells[i].slot.seq, .slot = i};
+            keys[waits++] = (struct ranked){.value = arena->cells[i].slot.seq, .slot = i};
             arena->waiting_blocks += arena->cells[i].slot.length;
         }
     }
@@ -77,7 +78,22 @@ static const char *runs_rebuild(odma_arena *arena) {
     for (uint32_t i = 0; i < waits; i++) arena->waits[i] = keys[i].slot;
     arena->waiting = waits;
     count_accounts(arena);
-    return NULL;
+    if (arena->granule_blocks == 0) return NULL;
+    fault = keys_rebuild(arena);
+    for (uint32_t i = 0; i < table && fault == NULL; i++)
+        if (is_kept(arena, i)) enter_kept(arena, i);
+    if (arena->kept > arena->geometry.max_regions) fault = "too many runs are kept";
+    return fault;
+}
+
+/* No run, so no key: generations begin anew with the next epoch. */
+static void forget_keys(odma_arena *arena) {
+    const struct key none = {0};
+    const struct mark unmarked = {0};
+    for (uint32_t i = 0; i < arena->layout.key_room; i++)
+        books_put(arena, &arena->keys[i], &none, sizeof none);
+    for (uint32_t i = 0; i < arena->layout.table_size; i++)
+        books_put(arena, &arena->marks[i], &unmarked, sizeof unmarked);
 }
 
 /* Empty books: every region, id, seq and handle is forgotten, what was learnt
@@ -90,6 +106,7 @@ static void forget_books(odma_arena *arena) {
         arena->cells[i].slot = (struct slot){0};
         mark_slot(arena, i);
     }
+    if (arena->granule_blocks > 0) forget_keys(arena);
     books->epoch = books->seq = books->completed_seq = books->births = books->turns = 0;
     books->owner = books->number = books->refused = 0;
     memset(books->boot_id, 0, sizeof books->boot_id);

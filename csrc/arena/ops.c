@@ -9,12 +9,13 @@
 
 /* A result that says where a region lies. It is looked at again once the batch
  * is done if an earlier result of the batch said it too. */
-static void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
+static inline void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
     note_of(arena, slot)->placed = true;
     *result = (odma_result){.outcome = ODMA_PLACED,
                             .handle = handle_of(arena, slot),
                             .start = arena->runs[slot].start,
-                            .length = arena->runs[slot].length};
+                            .length = arena->runs[slot].length,
+                            .reused_tokens = reused_of(arena, slot)};
 }
 
 /* What earlier results of the batch say of a region is about to be wrong. */
@@ -26,9 +27,9 @@ static void refused(odma_arena *arena, uint32_t reason, uint32_t rule, odma_resu
     *result = (odma_result){.outcome = ODMA_REFUSED,
                             .reason = reason,
                             .rule = rule,
-                            .free_blocks = arena->free_blocks,
-                            .largest_run = largest_run(arena),
-                            .waiting_blocks = arena->waiting_blocks};
+                            .free_blocks = room_blocks(arena),
+                            .largest_run = largest_room(arena),
+                            .waiting_blocks = coming_blocks(arena)};
 }
 
 static void invalid(odma_arena *arena, uint32_t rule, odma_result *result) {
@@ -38,8 +39,34 @@ static void invalid(odma_arena *arena, uint32_t rule, odma_result *result) {
 
 /* --- free, trim, extend --- */
 
+static bool are_whole_keys(const odma_op *op) {
+    return op->key_bytes % ODMA_KEY_BYTES == 0 && (op->key_bytes == 0 || op->keys != NULL) &&
+           op->key_bytes <= ODMA_MAX_KEYS * ODMA_KEY_BYTES;
+}
+
+/* What is wrong with what a free keeps of the region of a slot, or none. */
+static uint32_t keep_rule(const odma_arena *arena, uint32_t slot, const odma_op *op) {
+    if (op->keep_tokens == 0 && op->key_bytes == 0) return ODMA_RULE_NONE;
+    if (arena->granule_blocks == 0) return ODMA_RULE_NO_GRANULES;
+    uint32_t used = used_at(arena, slot, arena->step.seq), reused = reused_of(arena, slot);
+    if (op->keep_tokens > used && op->keep_tokens > reused) return ODMA_RULE_KEEP_TOKENS;
+    uint32_t keys = op->key_bytes / ODMA_KEY_BYTES, granules = granules_in(arena, op->keep_tokens);
+    bool fits = keys == 0 || arena->marks[slot].given + keys <= granules;
+    return are_whole_keys(op) && fits ? ODMA_RULE_NONE : ODMA_RULE_FREE_KEYS;
+}
+
+/* Keep the region of a slot, or what of it there is to keep. */
+static bool keeps(odma_arena *arena, uint32_t slot, const odma_op *op) {
+    if (op->keep_tokens == 0) return false;
+    if (arena->marks[slot].generation == 0) return false; /* its keys are void */
+    for (uint32_t i = 0; i < op->key_bytes / ODMA_KEY_BYTES; i++)
+        add_key(arena, slot, op->keys + (size_t)i * ODMA_KEY_BYTES);
+    return keep(arena, slot, op->keep_tokens);
+}
+
 static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
     uint32_t rule, slot = slot_of(arena, op->handle, &rule);
+    if (slot != NONE) rule = keep_rule(arena, slot, op);
     if (op->end < ODMA_END_FINISHED || op->end > ODMA_END_PREEMPTED) rule = ODMA_RULE_END;
     if (op->output_tokens > MOST_OUTPUT_TOKENS) rule = ODMA_RULE_OUTPUT_TOKENS;
     if (rule == ODMA_RULE_HANDLE_DEAD) {
@@ -61,7 +88,7 @@ static void do_free(odma_arena *arena, const odma_op *op, odma_result *result) {
     drop_id(arena, slot);
     debit_region(arena, slot);
     arena->live--;
-    set_waiting(arena, slot);
+    if (!keeps(arena, slot, op)) set_waiting(arena, slot);
     *result = (odma_result){.outcome = ODMA_FREED};
 }
 
@@ -72,7 +99,8 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
         return;
     }
     uint32_t blocks = blocks_of(arena, op->least_tokens), length = arena->runs[slot].length;
-    if (blocks < 1 || blocks > length || op->least_tokens < used_of(arena, slot)) {
+    if (blocks < 1 || blocks > length || op->least_tokens < used_of(arena, slot) ||
+        op->least_tokens < given_of(arena, slot)) {
         if (blocks != length) {
             invalid(arena, ODMA_RULE_TO_TOKENS, result);
             return;
@@ -95,16 +123,6 @@ static void do_trim(odma_arena *arena, const odma_op *op, odma_result *result) {
     resize_region(arena, slot, length);
     arena->books->counters.trims++;
     placed(arena, slot, result);
-}
-
-static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint32_t aim) {
-    uint32_t next = arena->runs[slot].next, length = arena->runs[slot].length;
-    uint32_t most = length + (is_free_run(arena, next) ? arena->runs[next].length : 0);
-    if (most < least) return false;
-    fix_used(arena, slot);
-    run_grow(arena, slot, aim < most ? aim : most);
-    set_place(arena, slot);
-    return true;
 }
 
 /* Name who makes way for a region that cannot grow by `more` blocks: as far as
@@ -140,6 +158,9 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             refusal = (struct plan_refusal){0};
             done = plan_room(arena, slot, least, &refusal);
         }
+        if (!done && clear_for_room(arena, slot, least, &refusal))
+            done = grow_in_place(arena, slot, least, aim) ||
+                   plan_room(arena, slot, least, &refusal);
         if (!done) {
             plan_way(arena, slot, least, &refusal);
             refused(arena, refusal.reason, ODMA_RULE_NONE, result);
@@ -152,7 +173,7 @@ static void do_extend(odma_arena *arena, const odma_op *op, odma_result *result)
             return;
         }
         resize_region(arena, slot, length);
-        if (arena->live > 1 && arena->free_blocks < arena->step.safety_blocks)
+        if (arena->live > 1 && room_blocks(arena) < arena->step.safety_blocks)
             counters->safety_hits_growth++;
     }
     counters->extends++;
@@ -169,13 +190,24 @@ static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
     return longest < capacity ? longest : (uint32_t)capacity;
 }
 
+static bool has_padded_names(const odma_op *op) {
+    return is_padded(op->request_id, sizeof op->request_id) &&
+           is_padded(op->request_class, sizeof op->request_class) &&
+           is_padded(op->tenant, sizeof op->tenant);
+}
+
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
+    if (!has_padded_names(op)) return ODMA_RULE_PADDING;
     if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
     if (!within(op->overflow_risk, 0, 1)) return ODMA_RULE_OVERFLOW_RISK;
+    if (op->key_bytes > 0 && arena->granule_blocks == 0) return ODMA_RULE_NO_GRANULES;
+    if (op->key_bytes > 0 && (!are_whole_keys(op) || op->key_bytes / ODMA_KEY_BYTES >
+                              granules_in(arena, op->prompt_tokens + op->generated_tokens)))
+        return ODMA_RULE_KEYS;
     bool sound = are_quantiles(op->quantiles) && are_quantiles(op->raw); /* zeros are, too */
     return sound ? ODMA_RULE_NONE : ODMA_RULE_QUANTILES;
 }
@@ -197,7 +229,7 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
         .max_total_tokens = max_total,
         .class_index = (uint16_t)class_for(arena, op->request_class),
         .predicted = predicted};
-    mark_granule(arena, granule_of_slot(slot) + 1);
+    mark_grain(arena, grain_of_slot(slot) + 1);
     books_put(arena, arena->request_ids[slot], op->request_id, ODMA_ID_BYTES);
     if (!predicted) return;
     struct prediction *prediction = &arena->predictions[slot];
@@ -211,12 +243,13 @@ static void write_request(odma_arena *arena, uint32_t slot, const odma_op *op, u
 static void begin_region(odma_arena *arena, uint32_t slot, float risk, uint32_t hash) {
     struct slot *region = &arena->cells[slot].slot;
     bool batch = arena->step.seq != NO_BATCH;
+    if (region->state != ODMA_REGION_LIVE) /* else it was adopted, and may have moved */
+        arena->runs[slot].note = (struct note){.tick = arena->step.tick};
     *region = (struct slot){.state = ODMA_REGION_LIVE,
-                            .generation = region->generation + 1,
+                            .generation = region->generation,
                             .overflow_risk = risk,
                             .seq = batch ? arena->step.seq : 0};
     set_place(arena, slot);
-    arena->runs[slot].note = (struct note){.tick = arena->step.tick};
     add_id(arena, slot, hash);
     arena->live++;
     credit_region(arena, slot);
@@ -236,8 +269,8 @@ static uint32_t admission(const odma_arena *arena, uint32_t length, const struct
     if (most < arena->geometry.blocks && (uint64_t)tenant->held + length > most)
         return ODMA_REASON_QUOTA;
     if (!is_covered(tenant, length) && !may_borrow(arena, tenant)) return ODMA_REASON_CLAIMED;
-    if (arena->live > 0 && !unsure && arena->free_blocks >= length &&
-        arena->free_blocks - length < arena->step.safety_blocks)
+    uint32_t room = room_blocks(arena);
+    if (arena->live > 0 && !unsure && room >= length && room - length < arena->step.safety_blocks)
         return ODMA_REASON_SAFETY_SHARE;
     return ODMA_REASON_NONE;
 }
@@ -247,7 +280,7 @@ static uint32_t admission(const odma_arena *arena, uint32_t length, const struct
 static void press_claim(odma_arena *arena, uint32_t request, uint32_t length,
                         const struct standing *tenant, odma_result *result) {
     set_claim(arena, tenant, request, length);
-    uint64_t coming = (uint64_t)arena->free_blocks + arena->waiting_blocks;
+    uint64_t coming = (uint64_t)room_blocks(arena) + coming_blocks(arena);
     bool short_of = coming < (uint64_t)length + arena->step.safety_blocks;
     if (result->reason == ODMA_REASON_FRAGMENTED ||
         (result->reason == ODMA_REASON_TABLE_FULL && arena->waiting == 0) ||
@@ -260,8 +293,10 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash,
                         odma_result *result) {
     uint32_t max_total = max_total_of(arena, op);
     uint32_t rule = allocate_rule(arena, op, max_total);
-    uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
-    if (alive != NONE) {
+    uint32_t alive = find_id(arena, op->request_id, hash);
+    if (alive != NONE && arena->cells[alive].request.birth > arena->step.first_birth) {
+        rule = ODMA_RULE_REQUEST_ID_TWICE;
+    } else if (alive != NONE && rule == ODMA_RULE_NONE) {
         const struct request *request = &arena->cells[alive].request;
         if (request->prompt_tokens == op->prompt_tokens &&
             request->generated_tokens == op->generated_tokens &&
@@ -295,9 +330,9 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash,
     }
     bool unsure = is_unsure(arena, op);
     struct plan_refusal refusal = {.reason = admission(arena, length, &tenant, most, unsure)};
-    uint32_t slot = refusal.reason == ODMA_REASON_NONE ? take_slot(arena) : NONE;
-    if (slot == NONE || !plan_new(arena, slot, length, &refusal)) {
-        if (slot != NONE) give_slot(arena, slot);
+    uint32_t slot = NONE;
+    if (refusal.reason == ODMA_REASON_NONE) slot = place_region(arena, op, length, &refusal);
+    if (slot == NONE) {
         plan_way_new(arena, length, &refusal);
         refused(arena, refusal.reason, ODMA_RULE_NONE, result);
         result->copy_tokens_needed = refusal.copy_tokens_needed;
@@ -308,9 +343,10 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash,
     }
     end_claim(arena, &tenant, hash);
     write_request(arena, slot, op, max_total, name);
-    if (arena->live > 0 && arena->free_blocks < arena->step.safety_blocks)
+    if (arena->live > 0 && room_blocks(arena) < arena->step.safety_blocks)
         arena->books->counters.safety_hits_unsure++;
     begin_region(arena, slot, (float)accepted_risk(arena, op), hash);
+    if (arena->granule_blocks > 0) take_keys(arena, slot, op);
     placed(arena, slot, result);
 }
 

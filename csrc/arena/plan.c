@@ -39,7 +39,7 @@ struct cost {
 
 /* Seconds of copies: see odma_engine. */
 static double price(const odma_arena *arena, uint64_t tokens, uint64_t copies) {
-    const odma_engine *engine = &arena->books->engine;
+    const struct plain_engine *engine = &arena->books->engine;
     return (double)tokens * engine->token_seconds +
            (double)copies * engine->planes * engine->descriptor_seconds;
 }
@@ -149,7 +149,7 @@ static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t righ
     }
     for (uint32_t id = left; id != first_up; id = arena->runs[id].next) {
         arena->steps++;
-        if (is_free_run(arena, id)) continue;
+        if (is_gap(arena, id)) continue;
         if (cost != NULL)
             add_cost(arena, cost, id, low);
         else
@@ -158,7 +158,7 @@ static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t righ
     }
     for (uint32_t id = right; id != pivot; id = arena->runs[id].prev) {
         arena->steps++;
-        if (is_free_run(arena, id)) continue;
+        if (is_gap(arena, id)) continue;
         high -= arena->runs[id].length;
         if (cost != NULL)
             add_cost(arena, cost, id, high);
@@ -169,16 +169,25 @@ static void pack(odma_arena *arena, uint32_t left, uint32_t pivot, uint32_t righ
 
 /* --- a hole for a new region --- */
 
+/* Which regions may be moved out of a window. */
+enum movable { NOBODY, NOT_PINNED, ANYBODY };
+
+/* What it costs to make a gap of a run that a window takes in. */
+static double price_in_window(const odma_arena *arena, uint32_t id) {
+    if (is_free_run(arena, id)) return 0;
+    return is_gap(arena, id) ? worth(arena, id) : price_of(arena, id);
+}
+
 /* The cheapest window whose holes hold `length` blocks together. */
-static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins, uint32_t *left,
-                            uint32_t *right) {
+static bool cheapest_window(odma_arena *arena, uint32_t length, enum movable movable,
+                            uint32_t *left, uint32_t *right) {
     double best = INFINITY, sum = 0;
     uint32_t first = NONE, gap = 0;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
         arena->steps++;
-        if (!is_free_run(arena, id)) {
+        if (!is_gap(arena, id)) {
             if (first == NONE) continue;
-            if (may_move(arena, id, ignore_pins)) {
+            if (movable != NOBODY && may_move(arena, id, movable == ANYBODY)) {
                 sum += price_of(arena, id);
             } else {
                 first = NONE;
@@ -189,9 +198,11 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
         }
         if (first == NONE) first = id;
         gap += arena->runs[id].length;
+        sum += price_in_window(arena, id);
         while (gap - arena->runs[first].length >= length) {
             gap -= arena->runs[first].length;
-            for (first = arena->runs[first].next; !is_free_run(arena, first);
+            sum -= price_in_window(arena, first);
+            for (first = arena->runs[first].next; !is_gap(arena, first);
                  first = arena->runs[first].next, arena->steps++)
                 sum -= price_of(arena, first);
         }
@@ -207,7 +218,7 @@ static bool cheapest_window(odma_arena *arena, uint32_t length, bool ignore_pins
 /* Whether a run of `length` blocks will be free once all that waits is done. */
 static bool waiting_would_do(odma_arena *arena, uint32_t length) {
     uint32_t sum = 0;
-    if (arena->waiting == 0 || !may_search(arena)) return false;
+    if (coming_blocks(arena) == 0 || !may_search(arena)) return false;
     for (uint32_t id = arena->first_run; id != NONE; id = arena->runs[id].next) {
         arena->steps++;
         sum = is_live(arena, id) ? 0 : sum + arena->runs[id].length;
@@ -236,8 +247,8 @@ static bool over_budget(const odma_arena *arena, struct plan_refusal *refusal,
 /* Why `blocks` cannot be had although nothing that was tried is against it;
  * `would_do`: they could, once nothing waits any more. */
 static uint32_t lack(const odma_arena *arena, uint32_t blocks, bool would_do) {
-    if (arena->waiting > 0 && would_do) return ODMA_REASON_WAITS_FOR_COMPLETION;
-    return arena->free_blocks < blocks ? ODMA_REASON_NO_SPACE : ODMA_REASON_FRAGMENTED;
+    if (coming_blocks(arena) > 0 && would_do) return ODMA_REASON_WAITS_FOR_COMPLETION;
+    return room_blocks(arena) < blocks ? ODMA_REASON_NO_SPACE : ODMA_REASON_FRAGMENTED;
 }
 
 /* Let a slot that holds nothing hold `length` blocks, moving others if the
@@ -252,9 +263,9 @@ static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
             !may_search(arena))
             return no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
         uint32_t left = NONE, right = NONE;
-        if (!cheapest_window(arena, length, false, &left, &right))
+        if (!cheapest_window(arena, length, NOT_PINNED, &left, &right))
             return no_plan(
-                refusal, arena->step.pins > 0 && cheapest_window(arena, length, true, &left, &right)
+                refusal, arena->step.pins > 0 && cheapest_window(arena, length, ANYBODY, &left, &right)
                              ? ODMA_REASON_PINNED
                              : lack(arena, length, waiting_would_do(arena, length)));
         struct cost cost = {0};
@@ -278,10 +289,11 @@ static bool widen(odma_arena *arena, struct side *side, bool down, bool others, 
         arena->steps++;
         id = down ? arena->runs[id].prev : arena->runs[id].next;
         if (id == NONE) return false;
-        if (is_free_run(arena, id)) break;
+        if (is_gap(arena, id)) break;
         if (!others || !may_move(arena, id, ignore_pins)) return false;
         side->price += price_of(arena, id);
     }
+    side->price += price_in_window(arena, id);
     side->edge = id;
     side->gap += arena->runs[id].length;
     return true;
@@ -350,6 +362,16 @@ static bool relocate(odma_arena *arena, uint32_t slot, uint32_t length, uint32_t
     return true;
 }
 
+static bool grow_in_place(odma_arena *arena, uint32_t slot, uint32_t least, uint32_t aim) {
+    uint32_t next = arena->runs[slot].next, length = arena->runs[slot].length;
+    uint32_t most = length + (is_free_run(arena, next) ? arena->runs[next].length : 0);
+    if (most < least) return false;
+    fix_used(arena, slot);
+    run_grow(arena, slot, aim < most ? aim : most);
+    set_place(arena, slot);
+    return true;
+}
+
 /* Whether a region that grows by `more` blocks to `length` will have room once all
  * that waits is done. */
 static bool waiting_gives_room(odma_arena *arena, uint32_t slot, uint32_t more, uint32_t length) {
@@ -365,7 +387,7 @@ static uint32_t room_lack(odma_arena *arena, uint32_t slot, uint32_t more, uint3
     if (!may_search(arena)) return lack(arena, more, false);
     struct window window;
     bool slides = arena->books->engine.single_ordered_stream;
-    if (arena->step.pins > 0 && arena->free_blocks >= more &&
+    if (arena->step.pins > 0 && room_blocks(arena) >= more &&
         allowed(arena) != ODMA_OVERFLOW_PREEMPT &&
         ((slides && cheapest_room(arena, slot, more, true, &window)) ||
          best_fit(arena, length) != NONE))
@@ -523,7 +545,7 @@ static bool cheapest_slide(odma_arena *arena, uint32_t slot, uint32_t length,
     *pivot = slot;
     if (slot != NONE)
         return cheapest_room(arena, slot, length - arena->runs[slot].length, false, window);
-    if (!cheapest_window(arena, length, false, &window->left, &window->right)) return false;
+    if (!cheapest_window(arena, length, NOT_PINNED, &window->left, &window->right)) return false;
     *pivot = arena->runs[window->right].prev;
     return true;
 }

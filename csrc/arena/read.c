@@ -22,7 +22,7 @@ odma_status odma_arena_engine(odma_arena *arena, odma_engine *engine) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return status;
     if (arena->books->epoch == 0) return leave(arena, ODMA_EPOCH);
-    *engine = arena->books->engine;
+    *engine = engine_of(arena);
     return leave(arena, ODMA_OK);
 }
 
@@ -43,6 +43,18 @@ odma_status odma_arena_policy(odma_arena *arena, odma_policy *policy) {
     return leave(arena, ODMA_OK);
 }
 
+static odma_reuse reuse_report(const odma_arena *arena) {
+    const struct reuse *reuse = arena->reuse;
+    uint64_t granules = arena->kept_granules;
+    return (odma_reuse){.kept_runs = arena->kept,
+                        .kept_tokens = granules * arena->geometry.granule_tokens,
+                        .prompt_tokens = reuse->prompt_tokens,
+                        .adopted_tokens = reuse->adopted_tokens,
+                        .gathered_tokens = reuse->gathered_tokens,
+                        .shared_tokens = reuse->shared_tokens,
+                        .given_up_tokens = reuse->given_up_tokens};
+}
+
 odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
     if (report == NULL) return ODMA_INVALID;
     odma_status status = enter(arena);
@@ -57,15 +69,16 @@ odma_status odma_arena_report(odma_arena *arena, odma_report *report) {
                             .live = arena->live,
                             .waiting = arena->waiting,
                             .free_runs = arena->free_runs,
-                            .free_blocks = arena->free_blocks,
-                            .waiting_blocks = arena->waiting_blocks,
-                            .largest_run = largest_run(arena),
+                            .free_blocks = room_blocks(arena),
+                            .waiting_blocks = coming_blocks(arena),
+                            .largest_run = largest_room(arena),
                             .safety_blocks = safety_blocks(arena),
                             .classes = books->class_count,
                             .rebooted = arena->rebooted,
                             .recovery = arena->recovery,
                             .counters = books->counters};
-    report->reserved_blocks = arena->geometry.blocks - arena->free_blocks - arena->waiting_blocks;
+    report->reserved_blocks = live_blocks(arena);
+    if (arena->granule_blocks > 0) report->reuse = reuse_report(arena);
     for (uint32_t id = first_live(arena); id != NONE; id = next_live(arena, id))
         report->used_tokens += used_at(arena, id, last_batch(books));
     return leave(arena, ODMA_OK);
@@ -93,8 +106,10 @@ odma_status odma_arena_tenants(odma_arena *arena, odma_tenant_use *uses, uint32_
 static odma_region region_at(const odma_arena *arena, uint32_t id) {
     const struct slot *slot = &arena->cells[id].slot;
     odma_region region = {.state = slot->state, .start = slot->start, .length = slot->length};
-    if (slot->state == ODMA_REGION_WAITING) {
-        region.awaits_seq = slot->seq;
+    if (arena->granule_blocks > 0)
+        region.shareable_tokens = arena->marks[id].keyed * arena->geometry.granule_tokens;
+    if (slot->state != ODMA_REGION_LIVE) {
+        region.awaits_seq = slot->state == ODMA_REGION_KEPT ? used_until(arena, id) : slot->seq;
         return region;
     }
     const struct request *request = &arena->cells[id].request;
@@ -121,17 +136,33 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
     return leave(arena, ODMA_OK);
 }
 
+/* Whether the file has the books as memory has them. It is read, not looked at through the map:
+ * where it cannot be, that is a status and no signal. */
+static odma_status compare_file(const odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
+    uint8_t part[16 * 1024];
+    const uint8_t *books = (const uint8_t *)arena->books;
+    uint64_t end = arena->layout.books_bytes;
+    for (uint64_t at = 0; at < end; at += sizeof part) {
+        uint64_t bytes = end - at < sizeof part ? end - at : sizeof part;
+        odma_status status = read_at(arena, part, bytes, arena->layout.books_offset + at, reason);
+        if (status != ODMA_OK) return status;
+        if (memcmp(part, books + at, bytes) != 0)
+            return refuse(reason, ODMA_CORRUPT, "the file and the memory disagree");
+    }
+    return ODMA_OK;
+}
+
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return refuse(reason, status, "%s", odma_status_name(status));
+    status = compare_file(arena, reason);
+    if (status != ODMA_OK) return leave(arena, status);
     char room[ODMA_REASON_BYTES];
-    const char *fault = NULL;
-    if (memcmp(arena->map + arena->layout.books_offset, arena->books, arena->layout.books_bytes))
-        fault = "the file and the memory disagree";
-    if (fault == NULL) fault = books_fault(arena, room);
+    const char *fault = books_fault(arena, room);
     if (fault == NULL) fault = runs_fault(arena);
     if (fault == NULL) fault = bins_fault(arena);
     if (fault == NULL) fault = accounts_fault(arena);
+    if (fault == NULL) fault = keys_fault(arena);
     if (fault != NULL) status = refuse(reason, ODMA_CORRUPT, "%s", fault);
     return leave(arena, status);
 }

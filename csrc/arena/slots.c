@@ -29,7 +29,7 @@ static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
 }
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
-static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
+static inline uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
     uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
@@ -56,9 +56,26 @@ static uint32_t used_at(const odma_arena *arena, uint32_t slot, uint64_t seq) {
     return region->length * arena->geometry.block_tokens;
 }
 
-/* The same, as said in the batch in hand. */
+/* The same, as said in the batch in hand, and what the region reuses or others may reuse. */
 static uint32_t used_of(const odma_arena *arena, uint32_t slot) {
-    return used_at(arena, slot, arena->step.seq);
+    uint32_t used = used_at(arena, slot, arena->step.seq);
+    if (arena->granule_blocks == 0) return used;
+    const struct mark *mark = &arena->marks[slot];
+    uint32_t granules = mark->keyed > mark->reused ? mark->keyed : mark->reused;
+    uint32_t tokens = granules * arena->geometry.granule_tokens;
+    return used > tokens ? used : tokens;
+}
+
+/* Tokens of a region that needed no prefill. */
+static uint32_t reused_of(const odma_arena *arena, uint32_t slot) {
+    return arena->granule_blocks == 0 ? 0
+                                      : arena->marks[slot].reused * arena->geometry.granule_tokens;
+}
+
+/* Tokens for which a region has keys, final or not yet. */
+static uint32_t given_of(const odma_arena *arena, uint32_t slot) {
+    return arena->granule_blocks == 0 ? 0
+                                      : arena->marks[slot].given * arena->geometry.granule_tokens;
 }
 
 /* Fix what is used before a region's length changes: unlisted means full, and
@@ -82,48 +99,20 @@ static void give_slot(odma_arena *arena, uint32_t slot) {
         arena->spare_slots[arena->spare_slot_count++] = slot;
 }
 
-static void set_place(odma_arena *arena, uint32_t slot) {
+static inline void set_place(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot.start = arena->runs[slot].start;
     arena->cells[slot].slot.length = arena->runs[slot].length;
     mark_slot(arena, slot);
 }
 
-static void clear_slot(odma_arena *arena, uint32_t slot) {
+static inline void clear_slot(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot = (struct slot){.generation = arena->cells[slot].slot.generation};
     mark_slot(arena, slot);
+    if (arena->granule_blocks > 0) end_mark(arena, slot);
     give_slot(arena, slot);
 }
 
 /* Whether what is vacated is free at once, and need not wait for completion. */
 static bool frees_at_once(const odma_arena *arena) {
     return arena->books->engine.single_ordered_stream || arena->step.seq == NO_BATCH;
-}
-
-/* What a slot holds was vacated: it is free at once if the engine's copies and
- * kernels run in one order, or nothing uses it; else once the batch is done. */
-static void set_waiting(odma_arena *arena, uint32_t slot) {
-    if (frees_at_once(arena)) {
-        run_release(arena, slot);
-        clear_slot(arena, slot);
-        return;
-    }
-    arena->cells[slot].slot = (struct slot){.state = ODMA_REGION_WAITING,
-                                       .generation = arena->cells[slot].slot.generation,
-                                       .seq = arena->step.seq};
-    set_place(arena, slot);
-    arena->waits[(arena->waits_first + arena->waiting) % arena->layout.table_size] = slot;
-    arena->waiting++;
-    arena->waiting_blocks += arena->runs[slot].length;
-}
-
-static void free_waiting_up_to(odma_arena *arena, uint64_t completed_seq) {
-    while (arena->waiting > 0) {
-        uint32_t slot = arena->waits[arena->waits_first];
-        if (arena->cells[slot].slot.seq > completed_seq) return;
-        arena->waits_first = (arena->waits_first + 1) % arena->layout.table_size;
-        arena->waiting--;
-        arena->waiting_blocks -= arena->runs[slot].length;
-        run_release(arena, slot);
-        clear_slot(arena, slot);
-    }
 }

@@ -50,7 +50,7 @@ static odma_op want(const request *r) {
 
 int main(int argc, char **argv) {
     odma_geometry geometry = {.blocks = BLOCKS, .block_tokens = BLOCK, .max_copies = BLOCKS};
-    odma_engine engine = {ODMA_MOVES_ANY, 1, 1, 56, 1e-6, 57344 / 307.2e9};
+    odma_engine engine = {ODMA_MOVES_ANY, 1, 1, 56, 1e-6, 57344 / 307.2e9, 0, 0};
     odma_policy elastic = {.name = "elastic", .start = ODMA_START_STEP, .step_tokens = 64,
                            .overflow = ODMA_OVERFLOW_COMPACT, .max_copy_tokens = BLOCKS * BLOCK};
     char reason[ODMA_REASON_BYTES] = "give the name of a new file";
@@ -71,7 +71,7 @@ int main(int argc, char **argv) {
         odma_batch step = {.epoch = 1, .seq = seq, .completed_seq = seq - 1,
                            .op_count = BATCH, .used = used, .ops = ops};
         for (request *r = batch; r < batch + BATCH; r++) {
-            if (r->handle) used[step.used_count++] = (odma_used){r->handle, r->total, 0};
+            if (r->handle) used[step.used_count++] = (odma_used){r->handle, r->total, 0, 0, 0};
             else *r = next_request(++requests);
             ops[r - batch] = want(r);
         }

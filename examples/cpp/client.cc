@@ -142,6 +142,37 @@ Pool Client::open_pool(v1::OpenPoolRequest request) {
     }
 }
 
+void Client::close_pool(const v1::PoolRef &pool) {
+    v1::ClosePoolRequest request;
+    *request.mutable_pool() = pool;
+    request.set_by_operator(true);
+    call(&v1::MemoryService::Stub::ClosePool, request);
+}
+
+void Client::forget_pool(const v1::PoolRef &pool) {
+    v1::ForgetPoolRequest request;
+    *request.mutable_pool() = pool;
+    call(&v1::PoolService::Stub::ForgetPool, request);
+}
+
+v1::Policy Client::set_policy(const v1::PoolRef &pool, const v1::PolicyChange &change,
+                              uint32_t expected_version) {
+    v1::SetPolicyRequest request;
+    *request.mutable_pool() = pool;
+    *request.mutable_policy() = change;
+    request.set_expected_version(expected_version);
+    return call(&v1::MemoryService::Stub::SetPolicy, request).policy();
+}
+
+v1::RecalibrateResponse Client::recalibrate(const v1::PoolRef &pool, uint32_t expected_version,
+                                            bool dry_run) {
+    v1::RecalibrateRequest request;
+    *request.mutable_pool() = pool;
+    request.set_expected_version(expected_version);
+    request.set_dry_run(dry_run);
+    return call(&v1::MemoryService::Stub::Recalibrate, request);
+}
+
 Stream::~Stream() {
     if (!call_) return;
     context_->TryCancel();

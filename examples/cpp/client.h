@@ -73,6 +73,17 @@ class Client {
      * attempt and seen are put in here. */
     Pool open_pool(v1::OpenPoolRequest request);
 
+    /* For operators, of a pool that somebody else may own: `pool` as GetPool and ListPools tell
+     * it. Close one, when nothing is enqueued that uses its memory. Remove a closed one and what
+     * it has learnt; one that is gone stays gone. Change a policy, or find its limits anew, in
+     * place of the version that was read: after a lost answer VERSION may be one's own change. */
+    void close_pool(const v1::PoolRef &pool);
+    void forget_pool(const v1::PoolRef &pool);
+    v1::Policy set_policy(const v1::PoolRef &pool, const v1::PolicyChange &change,
+                          uint32_t expected_version);
+    v1::RecalibrateResponse recalibrate(const v1::PoolRef &pool, uint32_t expected_version,
+                                        bool dry_run = false);
+
     /* Make a unary call, the same message again while the service is away or has no room:
      *
      *     client.call(&v1::PoolService::Stub::GetPool, request)

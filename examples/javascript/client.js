@@ -55,14 +55,16 @@ const MOST_NUMBERS = 16; // of one message
 const BACKOFF_SECONDS = { first: 0.05, most: 2 };
 
 /**
- * @typedef {{handle: number, start_token: number, length_tokens: number}} Place
+ * @typedef {{handle: number, start_token: number, length_tokens: number,
+ *   reused_tokens: number, shared_start_token: number, shared_tokens: number}} Place
  * @typedef {{handle: number, from_token: number, to_token: number, tokens: number,
  *   overlaps: boolean}} Copy
  * @typedef {{reason: string, free_tokens: number, largest_run_tokens: number,
  *   awaiting_completion_tokens: number, copy_tokens_needed: number,
  *   preempt_handle: number, retry_after_ms: number, field: string}} Refusal
  * @typedef {{place?: Place, refusal?: Refusal, freed?: {}, already_free?: {}}} Result
- * @typedef {{handle: number, used_tokens: number, pinned?: boolean}} Used
+ * @typedef {{handle: number, used_tokens: number, pinned?: boolean,
+ *   shareable_tokens?: number}} Used
  * @typedef {{free: object} | {trim: object} | {extend: object} | {allocate: object}} Op
  * @typedef {{seq: number, replayed: boolean, results: Result[], copies: Copy[],
  *   moved: Place[], policy_version: number}} Answer
@@ -189,6 +191,45 @@ export class Client {
         seen = error.metadata.seen ?? '';
       }
     }
+  }
+
+  /**
+   * Close a pool as an operator, whoever owns it. Nothing may be enqueued that uses its memory.
+   * @param {{name: string, epoch: number}} pool as GetPool and ListPools tell it
+   */
+  async closePool({ name, epoch }) {
+    await this.call('ClosePool', { pool: { name, epoch }, by_operator: true });
+  }
+
+  /**
+   * Remove a closed pool and what it has learnt; one that is gone stays gone.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   */
+  async forgetPool({ name, epoch }) {
+    await this.call('ForgetPool', { pool: { name, epoch } });
+  }
+
+  /**
+   * Change the policy of an open pool as an operator. If it throws VERSION, read the pool: after
+   * a lost answer that may be its own change.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {object} policy a PolicyChange
+   * @param {number} expected_version that of the policy which was read
+   * @returns {Promise<object>} the Policy in force
+   */
+  async setPolicy({ name, epoch }, policy, expected_version) {
+    const message = { pool: { name, epoch }, policy, expected_version };
+    return (await this.call('SetPolicy', message)).policy;
+  }
+
+  /**
+   * Find bucket limits anew, as an operator. VERSION means what it does for setPolicy.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {{expected_version: number, dry_run?: boolean, limits?: number}} how
+   * @returns {Promise<object>} the RecalibrateResponse
+   */
+  async recalibrate({ name, epoch }, how) {
+    return this.call('Recalibrate', { pool: { name, epoch }, ...how });
   }
 
   /** @returns {ApplyStream} which is opened when it is first used */

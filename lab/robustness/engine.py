@@ -105,7 +105,7 @@ class Engine:
         answer = self.pool.reconcile(list(kept), completed_seq=completed_seq)
         where = f"pool {self.name}, reconciled after seq {answer.last_seq}"
         for place, held in zip(answer.kept, kept.values(), strict=False):
-            if place != held[1:]:
+            if place[:3] != held[1:]:
                 findings.note("lost", f"{where}: {held} is at {place}")
         # A Reconcile whose first answer was lost is done again, and frees nothing any more.
         if answer.unknown or not gone.issuperset(answer.freed):
@@ -146,7 +146,7 @@ class Engine:
         findings: Findings,
     ) -> None:
         live = [
-            Held(region.request_id, *place_from(region.place))
+            Held(region.request_id, *place_from(region.place)[:3])
             for region in regions
             if region.state == pool_pb.REGION_STATE_LIVE
         ]

@@ -69,7 +69,7 @@ class RandomBatches:
         """Choose who gets more room, or now and then gives back what it has not written."""
         if not used:
             return []
-        handle, used_tokens, _ = self.random.choice(used)
+        handle, used_tokens, *_ = self.random.choice(used)
         length_tokens = twin.held[handle].length_tokens
         if length_tokens >= MOST_TOTAL_TOKENS or self.random.random() < 0.1:
             return [Trim(handle, used_tokens)]

@@ -191,7 +191,7 @@ static uint64_t digest_of_call(struct engine *engine, struct call *call) {
             feed_result(&digest, &result);
             return digest;
         case RECONCILE:
-            must(odma_arena_reconcile(engine->arena, (odma_caller){.epoch = engine->epoch},
+            must(odma_arena_reconcile(engine->arena, (odma_caller){.epoch = engine->epoch}, 0,
                                       call->handles, call->count, engine->kept, engine->freed,
                                       &freed),
                  "reconcile");

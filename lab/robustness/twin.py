@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     def _words(self) -> Iterable[int]:
         for result in self.results:
             if isinstance(result, Place):
-                yield from result
+                yield from result[:3]
             elif isinstance(result, Refusal):
                 yield result.reason
                 yield result.copy_tokens_needed
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
         for copy in self.copies:
             yield from copy
         for place in self.moved:
-            yield from place
+            yield from place[:3]
 
 
 class Twin:
@@ -81,9 +81,9 @@ class Twin:
                 held.pop(op.handle, None)
             elif isinstance(result, Place) and result.length_tokens:
                 name = op.request_id if isinstance(op, Allocate) else held[op.handle].request_id
-                held[result.handle] = Held(name, *result)
+                held[result.handle] = Held(name, *result[:3])
         for place in outcome.moved:
-            held[place.handle] = Held(held[place.handle].request_id, *place)
+            held[place.handle] = Held(held[place.handle].request_id, *place[:3])
         return Twin(held)
 
 

@@ -87,12 +87,12 @@ class Victim(Engine):
         try:
             match call:
                 case Allocate():
-                    place = Held(call.request_id, *self.pool.allocate(call))
+                    place = Held(call.request_id, *self.pool.allocate(call)[:3])
                     self._twin = Twin({**held, place.handle: place})
                     return place
                 case Extend():
                     name = held[call.handle].request_id
-                    place = Held(name, *self.pool.extend(call))
+                    place = Held(name, *self.pool.extend(call)[:3])
                     self._twin = Twin({**held, place.handle: place})
                     return place
                 case Free():
@@ -102,7 +102,7 @@ class Victim(Engine):
                 case Reconcile():
                     told = self.pool.reconcile(list(call.kept))
                     self._twin = Twin({handle: held[handle] for handle in call.kept})
-                    places = [Held(held[p.handle].request_id, *p) for p in told.kept]
+                    places = [Held(held[p.handle].request_id, *p[:3]) for p in told.kept]
                     return places, set(told.freed)
                 case Open():
                     self._how["open_id"] = call.open_id
@@ -146,7 +146,7 @@ class Victim(Engine):
 
     def _live(self, regions: list[pool_pb.Region]) -> dict[int, Held]:
         live = [region for region in regions if region.state == pool_pb.REGION_STATE_LIVE]
-        held = [Held(region.request_id, *place_from(region.place)) for region in live]
+        held = [Held(region.request_id, *place_from(region.place)[:3]) for region in live]
         return {region.handle: region for region in held}
 
 

@@ -22,6 +22,7 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
+    Reuse,
     TenantUse,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "PolicyRecord",
     "Recovery",
     "RegionEntry",
+    "Reuse",
     "TenantUse",
     "optimal_limits",
     "own_faults",

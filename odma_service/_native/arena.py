@@ -1,7 +1,8 @@
 """One arena: a pool's books, in tokens.
 
 A wrapper turns a status into Python and adds nothing else. An Arena belongs to one thread
-at a time, and to the process that made it: a forked child has to attach for itself.
+at a time, but for its readings: until it is closed any thread may read. It belongs to the process
+that made it: a forked child has to attach for itself.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from odma_service._native.records import (
     PolicyRecord,
     Recovery,
     RegionEntry,
+    Reuse,
     TenantUse,
     policy_struct,
 )
@@ -43,13 +45,13 @@ from odma_service.errors import (
     BooksForeignError,
     BooksLockedError,
     BooksMismatchError,
+    BooksSpaceError,
     BooksUnavailableError,
     EpochError,
     FencedError,
     InvalidError,
     LateError,
     OdmaError,
-    PoolLimitError,
     PoolNotFoundError,
     SeqChangedError,
     SeqGapError,
@@ -131,16 +133,21 @@ class Arena:
         self._answer = ffi.new("odma_answer *")
         self._results = ffi.new("odma_result[]", self.geometry.max_ops)
         self._copies = ffi.new("odma_copy[]", self.geometry.max_copies)
-        self._moved = ffi.new("odma_place[]", self.geometry.max_copies)
+        most_moved = self.geometry.max_copies
+        if self.geometry.granule_tokens:
+            most_moved += self.geometry.max_regions
+        self._moved = ffi.new("odma_place[]", most_moved)
+        self._moved_reused = ffi.new("odma_reused[]", most_moved)
         self._answer.results = self._results
         self._answer.copies = self._copies
         self._answer.moved = self._moved
+        self._answer.moved_reused = self._moved_reused
 
     @classmethod
     def create(cls, path: Path, geometry: ArenaGeometry) -> Self:
         """Make the file at `path`, with no epoch running, and attach it.
 
-        Raises InvalidError for a bad geometry, PoolLimitError without room, BooksError.
+        Raises InvalidError for a bad geometry, BooksSpaceError without room, BooksError.
         """
         geometry.check()
         arena, reason = ffi.new("odma_arena **"), new_reason()
@@ -231,6 +238,7 @@ class Arena:
             engine.planes,
             engine.descriptor_seconds,
             engine.token_seconds,
+            bool(engine.reads_two_runs),
         )
 
     def description(self) -> bytes:
@@ -322,12 +330,13 @@ class Arena:
         return results_from(result, [op], self._block_tokens)[0]
 
     def reconcile(
-        self, caller: Caller | int, handles: Sequence[int]
+        self, caller: Caller | int, handles: Sequence[int], completed_seq: int = 0
     ) -> tuple[list[Place], list[int]]:
         """Free every live region that is not listed, and every waiting run.
 
         Return where the listed ones lie, in the order given (length 0: it is dead), and
-        the handles that were freed.
+        the handles that were freed. Unless completed_seq is the last answered seq, kept runs
+        are given up and no key stands any more.
         """
         try:
             listed = ffi.new("uint64_t[]", list(handles))
@@ -338,10 +347,13 @@ class Arena:
         count = ffi.new("uint32_t *")
         caller = Caller.of(caller)
         status = lib.odma_arena_reconcile(
-            self._arena, caller, listed, len(handles), kept, freed, count
+            self._arena, caller, completed_seq, listed, len(handles), kept, freed, count
         )
         self._insist(status, caller, invalid="handles")
-        return places_from(kept, len(handles), self._block_tokens), list(freed[0 : count[0]])
+        reused = ffi.new("odma_reused[]", len(handles))
+        return places_from(kept, reused, len(handles), self._block_tokens), list(
+            freed[0 : count[0]]
+        )
 
     def _fill_batch(
         self, caller: Caller, batch: Batch, predictions: Sequence[Predicted | None] | None
@@ -378,7 +390,7 @@ class Arena:
             bool(answer.replayed),
             results_from(self._results, batch.ops, self._block_tokens),
             copies_from(self._copies, answer.copy_count),
-            places_from(self._moved, answer.moved_count, self._block_tokens),
+            places_from(self._moved, self._moved_reused, answer.moved_count, self._block_tokens),
             answer.policy_version,
         )
 
@@ -409,6 +421,7 @@ class Arena:
             rebooted=bool(report.rebooted),
             recovery=Recovery(report.recovery),
             counters=Counters(*_values(report.counters, Counters)),
+            reuse=Reuse(*_values(report.reuse, Reuse)),
         )
 
     def tenants(self) -> list[TenantUse]:
@@ -439,7 +452,7 @@ class Arena:
 
     def lengths(self) -> NDArray[np.uint32]:
         """Return the lengths of the live regions in tokens, in address order."""
-        room = 2 * self.geometry.max_regions  # as many may wait as may live
+        room = self.geometry.most_entries
         entries = ffi.new("odma_region[]", room)
         count = ffi.new("uint32_t *")
         self._insist(lib.odma_arena_regions(self._arena, 0, entries, room, count))
@@ -457,14 +470,15 @@ class Arena:
     def class_names(self) -> list[str]:
         """Return the names of the request classes, by index."""
         name = ffi.new("char[]", lib.ODMA_NAME_BYTES)
-        names = self._class_names  # classes are added, never renamed
+        names = self._class_names.copy()  # another thread may do the same
         while len(names) < lib.ODMA_CLASSES:
             status = lib.odma_arena_class(self._arena, len(names), name)
             if status == lib.ODMA_NOT_FOUND:
                 break
             self._insist(status)
             names.append(_text(name))
-        return list(names)
+        self._class_names = names  # classes are added, never renamed
+        return names.copy()
 
     def class_index(self, name: str) -> int:
         """Return the index a class has or would share: CLASS_POOL if it is new.
@@ -548,10 +562,12 @@ class Arena:
         live = entry.state == lib.ODMA_REGION_LIVE
         return RegionEntry(
             live=live,
+            kept=entry.state == lib.ODMA_REGION_KEPT,
             handle=entry.handle,
             start_token=entry.start * self._block_tokens,
             length_tokens=entry.length * self._block_tokens,
             used_tokens=entry.used_tokens,
+            shareable_tokens=entry.shareable_tokens,
             awaits_seq=entry.awaits_seq,
             birth=entry.birth,
             prompt_tokens=entry.prompt_tokens,
@@ -669,7 +685,7 @@ def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
     if not sentence:
         sentence = ffi.string(lib.odma_status_name(status)).decode()
     if status == lib.ODMA_NO_SPACE:
-        return PoolLimitError(f"{path}: {sentence}")
+        return BooksSpaceError(f"{path}: {sentence}")
     return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
 
 
@@ -677,5 +693,5 @@ def _text(padded: Any) -> str:
     return str(ffi.string(padded).decode(errors="replace"))
 
 
-def _values(struct: Any, record: type[ArenaGeometry | Counters]) -> list[int]:
+def _values(struct: Any, record: type[ArenaGeometry | Counters | Reuse]) -> list[int]:
     return [getattr(struct, field) for field in record._fields]

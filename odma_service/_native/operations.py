@@ -93,15 +93,38 @@ RULES: dict[int, tuple[str, str]] = {
         "prompt_tokens",
         "with generated_tokens and one more at most what its tenant may hold",
     ),
+    lib.ODMA_RULE_KEYS: (
+        "keys",
+        "whole keys of 16 bytes, at most 4,096 and the granules of prompt and generated tokens",
+    ),
+    lib.ODMA_RULE_NO_GRANULES: ("keys", "only in a pool opened with granule_tokens"),
+    lib.ODMA_RULE_KEEP_TOKENS: (
+        "keep_tokens",
+        "at most the larger of used_tokens and reused_tokens",
+    ),
+    lib.ODMA_RULE_FREE_KEYS: (
+        "keys",
+        "whole keys of 16 bytes, with those of the Allocate at most the granules of keep_tokens",
+    ),
+    lib.ODMA_RULE_BATCH_KEYS: ("ops", "at most 8,192 keys in all"),
+    lib.ODMA_RULE_SHAREABLE_TOKENS: (
+        "shareable_tokens",
+        "at most used_tokens, and 0 in a pool without granule_tokens",
+    ),
+    lib.ODMA_RULE_PADDING: ("request_id", "like all names it must end with zero bytes only"),
 }
 """Field and sentence of each odma_rule."""
 
 _TENANT_RULES = {lib.ODMA_RULE_TENANT_MAX_TOTAL, lib.ODMA_RULE_TENANT_PROMPT}
-_USED_RULES = {lib.ODMA_RULE_USED_HANDLE, lib.ODMA_RULE_USED_TOKENS}
+_USED_RULES = {
+    lib.ODMA_RULE_USED_HANDLE,
+    lib.ODMA_RULE_USED_TOKENS,
+    lib.ODMA_RULE_SHAREABLE_TOKENS,
+}
 _KINDS: dict[type, str] = {Free: "free", Trim: "trim", Extend: "extend", Allocate: "allocate"}
 _WIDE = {"handle", "seq", "completed_seq"}
 _OPTIONAL = {"max_total_tokens", "predicted_output_tokens", "overflow_risk", "max_copy_tokens"}
-_NOT_NUMBERS = {"request_id", "request_class", "tenant", "text", "used", "ops"}
+_NOT_NUMBERS = {"request_id", "request_class", "tenant", "text", "keys", "used", "ops"}
 
 
 # --- to C ---
@@ -156,6 +179,8 @@ def _fields(op: Op, prediction: Predicted | None) -> dict[str, object]:
             "handle": op.handle,
             "end": op.end,
             "output_tokens": op.output_tokens,
+            "keep_tokens": op.keep_tokens,
+            **_keys(op),
         }
     if isinstance(op, Trim):
         return {"kind": _TRIM, "handle": op.handle, "least_tokens": op.to_tokens}
@@ -166,6 +191,7 @@ def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, ob
     fields = _texts(op)
     if isinstance(fields, _Flaw):
         fields = {"text_digest": _halves(Text(_shown(op).encode()))}
+    fields.update(_keys(op))
     fields["kind"] = _ALLOCATE
     fields["prompt_tokens"] = op.prompt_tokens
     fields["generated_tokens"] = op.generated_tokens
@@ -185,6 +211,13 @@ def _allocate_fields(op: Allocate, prediction: Predicted | None) -> dict[str, ob
         given |= _GIVEN_QUANTILES
     fields["given"] = given
     return fields
+
+
+def _keys(op: Allocate | Free) -> dict[str, object]:
+    """Return the keys of `op` as C takes them: where they lie, while the operation lives."""
+    if not op.keys:
+        return {}
+    return {"keys": ffi.from_buffer("uint8_t[]", op.keys), "key_bytes": len(op.keys)}
 
 
 class _Flaw(NamedTuple):
@@ -258,6 +291,8 @@ def _check_op(path: str, op: Op) -> None:
     kind = _KINDS.get(type(op))
     if kind is None:
         raise InvalidError(path or "op", "must be one of Free, Trim, Extend and Allocate")
+    if isinstance(op, Free | Allocate) and not isinstance(op.keys, bytes):
+        raise InvalidError(f"{path}.keys" if path else "keys", "must be bytes")
     check_numbers(f"{path}.{kind}." if path else f"{kind}.", op)
 
 
@@ -282,15 +317,15 @@ def check_numbers(path: str, record: Batch | Used | Op) -> None:
 
 def _layout(ctype: str) -> Struct:
     """Return how to unpack a C struct of numbers, as cffi knows it."""
-    layout = Struct(
-        "=" + "".join(_CODES[field.type.cname] for _, field in ffi.typeof(ctype).fields)
-    )
+    kinds = {field.offset: field.type.cname for _, field in ffi.typeof(ctype).fields}
+    layout = Struct("=" + "".join(_CODES[kind] for kind in kinds.values()))  # a union's is one
     assert layout.size == ffi.sizeof(ctype), "the struct has no padding"
     return layout
 
 
 _CODES = {"uint32_t": "I", "uint64_t": "Q"}
 _RESULT, _COPY, _PLACE = _layout("odma_result"), _layout("odma_copy"), _layout("odma_place")
+_REUSED = _layout("odma_reused")
 _new = tuple.__new__  # Place(...) takes twice as long
 
 
@@ -302,7 +337,8 @@ def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Res
             entry
         )
         if outcome == _PLACED:
-            answered.append(_new(Place, (handle, start * block_tokens, length * block_tokens)))
+            place = handle, start * block_tokens, length * block_tokens
+            answered.append(_new(Place, (*place, free, largest * block_tokens, waiting)))
         elif outcome == _FREED:
             answered.append(_NEW_FREED)
         elif outcome == _ALREADY_FREE:
@@ -330,11 +366,15 @@ def copies_from(copies: Any, count: int) -> list[Copy]:
     ]
 
 
-def places_from(places: Any, count: int, block_tokens: int) -> list[Place]:
-    """Return places in tokens."""
+def places_from(places: Any, reused: Any, count: int, block_tokens: int) -> list[Place]:
+    """Return places in tokens, with what each of them reuses."""
     return [
-        Place(handle, start * block_tokens, length * block_tokens)
-        for handle, start, length in _entries(_PLACE, places, count)
+        Place(
+            handle, start * block_tokens, length * block_tokens, tokens, at * block_tokens, shared
+        )
+        for (handle, start, length), (tokens, at, shared, _) in zip(
+            _entries(_PLACE, places, count), _entries(_REUSED, reused, count), strict=True
+        )
     ]
 
 

@@ -40,6 +40,12 @@ class ArenaGeometry(NamedTuple):
     max_copies: int
     model_length_tokens: int
     digest: int
+    granule_tokens: int = 0
+
+    @property
+    def most_entries(self) -> int:
+        """Entries that the books may have: as many may wait as may live, and as many be kept."""
+        return (3 if self.granule_tokens else 2) * self.max_regions
 
     @property
     def file_bytes(self) -> int:
@@ -67,6 +73,7 @@ class EngineRecord(NamedTuple):
     planes: int
     descriptor_seconds: float
     token_seconds: float
+    reads_two_runs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +195,23 @@ class Counters(NamedTuple):
     hit_limit: int
 
 
+class Reuse(NamedTuple):
+    """What is kept and reused; totals are counted since the file was made."""
+
+    kept_runs: int = 0
+    kept_tokens: int = 0
+    prompt_tokens: int = 0
+    adopted_tokens: int = 0
+    gathered_tokens: int = 0
+    shared_tokens: int = 0
+    given_up_tokens: int = 0
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of all requests that needed no prefill."""
+        return self.adopted_tokens + self.gathered_tokens + self.shared_tokens
+
+
 class Recovery(IntEnum):
     """What attach found half done: nothing, a record to drop, or one to apply again."""
 
@@ -197,7 +221,10 @@ class Recovery(IntEnum):
 
 
 class ArenaReport(NamedTuple):
-    """The books in numbers. epoch 0: none is running; free tokens exclude waiting ones."""
+    """The books in numbers. epoch 0: none is running; free tokens exclude waiting ones.
+
+    Kept memory counts as free.
+    """
 
     epoch: int
     last_epoch: int
@@ -218,6 +245,7 @@ class ArenaReport(NamedTuple):
     rebooted: bool
     recovery: Recovery
     counters: Counters
+    reuse: Reuse
 
 
 class TenantUse(NamedTuple):
@@ -237,13 +265,15 @@ class TenantUse(NamedTuple):
 
 
 class RegionEntry(NamedTuple):
-    """One entry of the books: a live region, or (not live) a run that waits for a completion."""
+    """One entry of the books: a live region, a kept run, or one that waits for a completion."""
 
     live: bool
+    kept: bool
     handle: int
     start_token: int
     length_tokens: int
     used_tokens: int
+    shareable_tokens: int
     awaits_seq: int
     birth: int
     prompt_tokens: int

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from odma_service.cli.failures import BadResultError, bad_result
-from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, TraceFormat
+from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, MovesChoice, TraceFormat
 from odma_service.cli.output import progress_bar, show
 from odma_service.client import Client
 from odma_service.client.local import own_server
@@ -42,14 +42,6 @@ BAR_DECISIONS = 64  # the progress bar moves once in so many
 
 USUAL = Setting()
 USUAL_SIZE = USUAL.limits, USUAL.batch_cap
-
-
-class MovesChoice(StrEnum):
-    """Moves, as a word on the command line."""
-
-    ANY = "any"
-    OWN_GROWTH = "own-growth"
-    NONE = "none"
 
 
 class StreamsChoice(StrEnum):

@@ -30,6 +30,7 @@ from odma_service.client.aio import AsyncClient, AsyncPoolClient
 from odma_service.client.channel import Tls
 from odma_service.client.owner import open_request
 from odma_service.client.sync import Client, PoolClient
+from odma_service.keys import KeyChain, chained_keys
 from odma_service.values import (
     Allocate,
     Answer,
@@ -60,6 +61,7 @@ __all__ = [
     "Extend",
     "Free",
     "Freed",
+    "KeyChain",
     "Moves",
     "Place",
     "PlaneGroup",
@@ -71,5 +73,6 @@ __all__ = [
     "Tls",
     "Trim",
     "Used",
+    "chained_keys",
     "open_request",
 ]

@@ -45,6 +45,8 @@ def open_request(
     policy: PolicyChange | None = None,
     take_over: bool = False,
     max_regions: int = 0,
+    granule_tokens: int = 0,
+    reads_two_runs: bool = False,
     open_id: str | None = None,
 ) -> pb.OpenPoolRequest:
     """Return what opens a pool. Zeros and None mean the defaults of OpenPoolRequest.
@@ -83,6 +85,8 @@ def open_request(
         policy=None if policy is None else change_to(policy),
         take_over=take_over,
         max_regions=max_regions,
+        granule_tokens=granule_tokens,
+        reads_two_runs=reads_two_runs,
     )
     if capacity_tokens is not None:
         request.capacity_tokens = capacity_tokens

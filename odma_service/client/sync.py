@@ -170,6 +170,41 @@ class Client:
             finally:
                 cast("grpc.Call", stream).cancel()
 
+    # --- for operators: of a pool that somebody else may own, named by `ref` as list_pools() and
+    # get_pool() tell it
+
+    def close_pool(self, ref: types.PoolRef) -> None:
+        """End the pool's epoch, whoever owns it. Nothing may be enqueued that uses its memory.
+
+        Raises EpochError if the pool was opened anew meanwhile, RoleError.
+        """
+        self.call(self.memory.ClosePool, pb.ClosePoolRequest(pool=ref, by_operator=True))
+
+    def forget_pool(self, ref: types.PoolRef) -> None:
+        """Remove a closed pool and what it has learnt; one that is gone stays gone.
+
+        Raises PoolOpenError, and EpochError if the pool was opened anew meanwhile.
+        """
+        self.call(self._pools.ForgetPool, pool_pb.ForgetPoolRequest(pool=ref))
+
+    def set_policy(
+        self, ref: types.PoolRef, change: PolicyChange, *, expected_version: int
+    ) -> types.Policy:
+        """Change the policy record of a running epoch. Sent once, as PoolClient.set_policy()."""
+        request = pb.SetPolicyRequest(
+            pool=ref, policy=change_to(change), expected_version=expected_version
+        )
+        return self.call(self.memory.SetPolicy, request, retry=False).policy
+
+    def recalibrate(
+        self, ref: types.PoolRef, *, expected_version: int, dry_run: bool = False, limits: int = 0
+    ) -> pb.RecalibrateResponse:
+        """As PoolClient.recalibrate()."""
+        request = pb.RecalibrateRequest(
+            pool=ref, dry_run=dry_run, expected_version=expected_version, limits=limits
+        )
+        return self.call(self.memory.Recalibrate, request, retry=False)
+
     def is_serving(self, service: str = "") -> bool:
         """Ask the standard health service once. Raises UnavailableError."""
         request = health_pb2.HealthCheckRequest(service=service)

@@ -112,7 +112,7 @@ def seen_requests(pool: Pool, longest: int) -> Seen | None:
     if today is None:
         return None
     ended = pool.completions()
-    running = [entry for entry in pool.regions(room=2 * pool.spec.max_regions) if entry.live]
+    running = [entry for entry in pool.regions(room=pool.most_entries) if entry.live]
     prompts = [each.prompt_tokens for each in ended] + [each.prompt_tokens for each in running]
     outputs = [each.output_tokens for each in ended]
     outputs += [max(each.used_tokens - each.prompt_tokens, 1) for each in running]

@@ -105,7 +105,7 @@ def seen_weights(pool: Pool) -> NDArray[np.float64]:
 def _lengths(pool: Pool, histogram: Histogram) -> Lengths:
     longest = longest_tokens(pool.spec.model_length_tokens, pool.spec.capacity_tokens)
     upper = pool.bins()
-    entries = pool.regions(room=2 * pool.spec.max_regions)  # as many may wait as may live
+    entries = pool.regions(room=pool.most_entries)
     running = [entry.used_tokens for entry in entries if entry.live]
     bins = np.searchsorted(upper, np.array(running, np.int64)).clip(max=len(upper) - 1)
     censored = histogram.total_censored + np.bincount(bins, minlength=len(upper))

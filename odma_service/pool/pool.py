@@ -1,8 +1,9 @@
 """Pool: one device allocation, its owner's epochs and its books.
 
 The domain's door, for the service and for an engine that embeds a pool without one. A pool
-belongs to one thread at a time and to the process that made it. It knows neither clocks nor
-names of files: paths, epochs, boot ids and predictions come in as arguments.
+belongs to the process that made it and to one thread at a time; until it is closed any thread may
+read it meanwhile. It knows neither clocks nor names of files: paths, epochs, boot ids and
+predictions come in as arguments.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class PoolSpec:
     max_ops: int = 1024
     max_copies: int = 1024
     owner: str = ""
+    granule_tokens: int = 0
+    reads_two_runs: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -118,6 +121,8 @@ class PoolSpec:
         self._insist_within("capacity_tokens", self.block_tokens, most_tokens)
         if self.moves not in set(Moves):
             raise InvalidError("moves", "NONE, OWN_GROWTH or ANY")
+        if self.reads_two_runs and not self.granule_tokens:
+            raise InvalidError("reads_two_runs", "needs granule_tokens")
         self.geometry.check_alignment(self.block_tokens)
         whole = self.capacity_tokens // self.block_tokens * self.block_tokens
         object.__setattr__(self, "capacity_tokens", whole)
@@ -126,6 +131,12 @@ class PoolSpec:
         value = getattr(self, field)
         if not isinstance(value, int) or not least <= value <= most:
             raise InvalidError(field, f"{least:,} to {most:,}, not {value!r}")
+
+    @property
+    def engine_kind(self) -> tuple[bool, bool]:
+        """What a policy has to fit: may every region move, and on one ordered stream."""
+        any_moves = self.moves == Moves.ANY
+        return any_moves, any_moves and self.single_ordered_stream
 
     def arena_geometry(self) -> ArenaGeometry:
         """Return what has to be the same for books to be used again."""
@@ -140,6 +151,7 @@ class PoolSpec:
             max_copies=self.max_copies,
             model_length_tokens=self.model_length_tokens,
             digest=self.geometry.digest(self.block_tokens),
+            granule_tokens=self.granule_tokens,
         )
 
     def engine(self) -> EngineRecord:
@@ -151,6 +163,7 @@ class PoolSpec:
             planes=self.geometry.plane_count,
             descriptor_seconds=self.device.descriptor_seconds,
             token_seconds=self.device.token_seconds(self.geometry.bytes_per_token),
+            reads_two_runs=self.reads_two_runs,
         )
 
     def to_json(self) -> bytes:
@@ -209,7 +222,7 @@ class Pool:
     ) -> Self:
         """Make books at `path` and begin an epoch. With an owner among `openers` it is fenced.
 
-        Raises BooksError if there is a file already, PoolLimitError without room for one,
+        Raises BooksError if there is a file already, BooksSpaceError without room for one,
         InvalidError for an epoch that is not 1 to 2^53 - 1. Then no file was made.
         """
         _insist_next(epoch, 0)
@@ -400,14 +413,15 @@ class Pool:
         return result
 
     def reconcile(
-        self, epoch: Caller | int, handles: Sequence[int]
+        self, epoch: Caller | int, handles: Sequence[int], completed_seq: int = 0
     ) -> tuple[list[Place], list[int]]:
         """Free every region that is not listed.
 
         Return where the listed ones lie, in the order given (length_tokens 0: it is dead),
-        and the handles that were freed. Raises InvalidError, EpochError.
+        and the handles that were freed. Unless completed_seq is the last answered seq nothing
+        is kept any more for reuse. Raises InvalidError, EpochError.
         """
-        return self._arena.reconcile(epoch, handles)
+        return self._arena.reconcile(epoch, handles, completed_seq)
 
     # --- policy ---
 
@@ -448,14 +462,19 @@ class Pool:
         """List what starts at or after `from_token` in address order, at most `room`."""
         return self._arena.regions(from_token, room)
 
+    @property
+    def most_entries(self) -> int:
+        """Entries that regions() may list."""
+        return self._arena.geometry.most_entries
+
     def tenants(self) -> list[TenantUse]:
         """Return what each tenant of the policy holds, in the policy's order."""
         return self._arena.tenants()
 
-    def bucket_regions(self) -> list[int]:
-        """Count the live regions under each limit of the policy, rounded up to blocks."""
+    def bucket_regions(self, limits_tokens: Sequence[int]) -> list[int]:
+        """Count the live regions under each of these limits, rounded up to blocks."""
         block_tokens, lengths = self._spec.block_tokens, self._arena.lengths()
-        limits = [-(-limit // block_tokens) * block_tokens for limit in self._policy.limits_tokens]
+        limits = [-(-limit // block_tokens) * block_tokens for limit in limits_tokens]
         return [int(((lengths > a) & (lengths <= b)).sum()) for a, b in pairwise((0, *limits))]
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ long as wanted, with other numbers each time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -95,6 +96,7 @@ class World:
     def some_geometry(self, blocks):
         unit = self.one_of(1, 2, 4, 8, 16)
         capacity = blocks * unit
+        granule = self.one_of(0, 64) if capacity >= 256 else 0
         return ArenaGeometry(
             blocks=blocks,
             block_tokens=unit,
@@ -103,6 +105,7 @@ class World:
             max_copies=self.one_of(4096, 4096, 4096, 12, 3, 1),
             model_length_tokens=1 + capacity // self.one_of(1, 2, 4, 40) + self.roll(capacity),
             digest=self.roll(1000),
+            granule_tokens=granule,
         )
 
     def some_engine(self):
@@ -190,7 +193,30 @@ class World:
     def some_free(self):
         output_tokens = 2**24 + 1 if self.rarely(60) else self.roll(self.capacity)
         end = 9 if self.rarely(60) else self.one_of(*End)
-        return Free(self.some_handle(), end, output_tokens)
+        handle = self.some_handle()
+        keep, keys = self.some_keep(self.twin.regions.get(handle))
+        return Free(handle, end, output_tokens, keep, keys)
+
+    def some_keep(self, region):
+        """Return what a free keeps: tokens, and keys that continue the region's."""
+        granule = self.geometry.granule_tokens
+        if not granule or region is None or self.rarely(4):
+            return (self.roll(200), b"") if self.rarely(60) else (0, b"")
+        written = max(self.twin.written[region.handle], region.reused)
+        keep = self.one_of(written, written, self.roll(written + 1))
+        if self.rarely(40):
+            keep = self.roll(2 * self.capacity)
+        more = keep // granule - len(region.keys)
+        return keep, self.some_keys(region.chain, max(0, more)) if self.roll(3) else b""
+
+    def some_keys(self, chain, granules):
+        """Return so many keys that continue a chain of keys: often those that others have."""
+        keys = []
+        for _ in range(granules):
+            number = self.one_of(*[0] * 12, 1, self.roll(1000))
+            chain = hashlib.blake2b(chain + b"%d" % number, digest_size=16).digest()
+            keys.append(chain)
+        return b"".join(keys)
 
     def some_trim(self):
         handle = self.some_handle()
@@ -227,15 +253,24 @@ class World:
             if region.op.request_id == request_id and self.roll(2):
                 return region.op
         most = self.one_of(2, 4, 8, self.geometry.blocks // 8, self.geometry.blocks // 2)
-        prompt = 1 + self.roll(max(1, most * self.unit))
+        prompt = (
+            1 + self.roll(max(1, most * self.unit)) + self.geometry.granule_tokens * self.roll(4)
+        )
         generated = self.roll(most * self.unit) if self.rarely(5) else 0
         held = prompt + generated
         more = self.roll(self.unit * self.one_of(1, 8, 8, 8, self.geometry.blocks))
         maximum = self.one_of(None, held + more, held + more, held + more)
         if maximum is not None and self.roll(20):
             maximum = min(maximum, self.capacity)
+        keys, granule = b"", self.geometry.granule_tokens
+        if granule and self.roll(5):
+            keys = self.some_keys(b"%d" % self.one_of(0, 0, 0, 1), held // granule)
+            keys = keys[: 16 * self.one_of(1000, 1000, 1000, self.roll(9))]
+        if self.rarely(60):
+            keys += self.one_of(self.some_keys(b"too many", held // 64 + 1), b"x")
         return Allocate(
             request_id,
+            keys=keys,
             prompt_tokens=self.one_of(0, 2**32 - 1) if self.rarely(60) else prompt,
             generated_tokens=generated,
             max_total_tokens=0 if self.rarely(60) else maximum,
@@ -268,7 +303,8 @@ class World:
             used = min(length, self.twin.written[handle] + self.roll(2 * self.unit + 1))
             if self.rarely(12):
                 used = self.one_of(0, length, self.roll(length + 1))
-            said.append(Used(handle, used, self.rarely(25)))
+            shareable = self.one_of(0, used) if self.geometry.granule_tokens else 0
+            said.append(Used(handle, used, self.rarely(25), shareable))
         return said
 
     def some_batch(self):
@@ -288,7 +324,7 @@ class World:
         return batch, [self.some_prediction(op) for op in ops]
 
     def entries(self):
-        return self.arena.regions(room=2 * self.geometry.max_regions)
+        return self.arena.regions(room=self.geometry.most_entries)
 
     def apply(self, batch, predictions):
         answer = self.arena.apply(self.epoch, batch, predictions)
@@ -376,7 +412,10 @@ class World:
     def changed_op(self, op):
         if isinstance(op, Free):
             return self.one_of(
-                op._replace(handle=op.handle + 1), op._replace(output_tokens=op.output_tokens + 1)
+                op._replace(handle=op.handle + 1),
+                op._replace(output_tokens=op.output_tokens + 1),
+                op._replace(keep_tokens=op.keep_tokens + 1),
+                op._replace(keys=op.keys + b"y" * 16),
             )
         if isinstance(op, Trim):
             return op._replace(to_tokens=op.to_tokens - 1 if op.to_tokens else 1)
@@ -393,6 +432,7 @@ class World:
             op._replace(request_id=op.request_id + "y"),
             op._replace(request_class=op.request_class + "y"),
             op._replace(tenant=op.tenant + "y"),
+            op._replace(keys=op.keys + b"y" * 16),
             op._replace(text=(op.text or "") + "y"),
             op._replace(overflow_risk=0.75 if op.overflow_risk != 0.75 else None),
             op._replace(predicted_output_tokens=(op.predicted_output_tokens or 0) + 1),
@@ -486,8 +526,9 @@ class World:
     def reconcile(self):
         handles = [handle for handle in self.twin.regions if self.roll(4)]
         handles += [self.some_handle() for _ in range(self.roll(3))]
-        kept, freed = self.arena.reconcile(self.epoch, handles)
-        self.twin.reconcile(handles, kept, freed, self.entries())
+        completed = self.one_of(self.twin.seq, self.roll(self.twin.seq + 1))
+        kept, freed = self.arena.reconcile(self.epoch, handles, completed)
+        self.twin.reconcile(handles, kept, freed, self.entries(), completed)
 
     def check(self):
         self.arena.check()

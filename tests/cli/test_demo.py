@@ -10,6 +10,7 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 from running import odma
+from talking import conversations
 from typer.testing import CliRunner
 
 from odma_service.cli import app, demo
@@ -38,6 +39,8 @@ KEYS = {
     "tokens_generated",
     "tokens_expected",
     "tokens_checked",
+    "prompt_tokens",
+    "reused_tokens",
     "violations",
     "utilisation_written_over_capacity",
     "utilisation_written_over_reserved",
@@ -67,7 +70,7 @@ def copy(from_token, to_token, tokens, handle=0, overlaps=False):
 
 def one_move(memory, copies, to_token):
     memory.write(7, 0, 0, 8)
-    memory.run(copies, {0})
+    memory.run(1, copies, {0})
     memory.move(1, [Move(7, 0, to_token, 8)])
     memory.check()
     return memory.violations
@@ -109,7 +112,7 @@ def test_a_copy_that_leaves_the_memory_is_a_violation():
 def test_a_token_that_another_request_overwrites_is_missed():
     memory = device()
     memory.write(7, 0, 0, 8)
-    memory.run([copy(40, 4, 2)], {0})
+    memory.run(1, [copy(40, 4, 2)], {0})
     memory.check()
     assert memory.violations == 2
 
@@ -128,7 +131,7 @@ def test_tokens_of_decode_steps_are_checked_like_those_of_a_prefill():
     memory.write(2, 16, 0, 4)
     memory.write(1, 0, 4, 6)
     memory.write(2, 16, 4, 5)
-    memory.run([copy(16, 32, 5)], {0})
+    memory.run(1, [copy(16, 32, 5)], {0})
     memory.move(1, [Move(2, 16, 32, 5)])
     memory.check()
     assert (memory.violations, memory.tokens_checked) == (0, 11)
@@ -235,6 +238,18 @@ def test_a_pool_behind_a_server_gives_what_the_replay_says(
     # Another policy in force is seen by the batch after it only, which may ask once more.
     assert replace(served, decisions=0) == replace(replayed, decisions=0)
     assert device.violations == 0
+
+
+def test_requests_that_wait_for_answers_come_after_them(target):
+    trace = conversations(8, 5, 2)
+    setting = Setting(Limits(300, 4_096, 4_096))
+    with Client(target) as service:
+        outcome = play(service, trace, "elastic", setting, lambda history: None)
+    assert outcome.flaws() == []
+    assert (outcome.finished, outcome.reused_tokens) == (40, 0)
+    at_once = replace(trace, waits=None)
+    with Client(target) as service:
+        assert play(service, at_once, "elastic", setting, lambda _: None).steps < outcome.steps
 
 
 def test_a_lone_request_that_cannot_grow_starts_again_elsewhere(target):

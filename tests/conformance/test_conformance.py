@@ -64,14 +64,23 @@ def test_what_does_not_match_fails(pattern, value):
 
 OPEN = {"moves": "MOVES_ANY", "single_ordered_stream": True, "copies_may_overlap": True}
 BATCH = {"seq": 2, "completed_seq": 1, "ops": [], "used": [{"handle": 1, "used_tokens": 4}]}
-MOVED = {"handle": 1, "start_token": 32, "length_tokens": 16}
+FIRST = {
+    "handle": 1,
+    "start_token": 0,
+    "length_tokens": 16,
+    "reused_tokens": 0,
+    "shared_start_token": 0,
+    "shared_tokens": 0,
+}
+MOVED = FIRST | {"start_token": 32}
 COPY = {"handle": 1, "from_token": 0, "to_token": 32, "tokens": 4, "overlaps": False}
 
 
 def engine(**can):
     """Return an engine with a region at 0 whose first 4 tokens are written."""
-    engine = Engine(OPEN | can, {"capacity_tokens": 64, "block_tokens": 16}, None)
-    engine.placed({"handle": 1, "start_token": 0, "length_tokens": 16})
+    opened = {"capacity_tokens": 64, "block_tokens": 16, "granule_tokens": 0}
+    engine = Engine(OPEN | can, opened, None)
+    engine.placed(FIRST, {})
     return engine
 
 

@@ -10,6 +10,11 @@ in between until a region has moved at a time that the answer does not tell; fro
 on it knows lengths only, and the places again at the end. A batch of one operation is
 always known exactly. Longer ones are followed as far as that goes, for a rule may hold for
 the first operation of a batch and fail for the second.
+
+Kept runs are free blocks here, or blocks that wait, so every rule about refusals is also the
+rule that keeping refuses nobody. What they hold is read from the memory: a token of a granule
+that has a key is named by that key, so it can be seen whether a run holds what it is kept for,
+and whether a region holds what is said to need no prefill.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ FREE = 0  # an owner; a handle owns what it holds, and -n is a run that waits fo
 FUZZ = 1e-9  # of the last digits of a product or a logarithm
 CLASSES, RING = 64, 256
 MISTAKES = (Reason.INVALID, Reason.NOT_FOUND)
+KEY = 16
+NAMED = 512  # names of one key's tokens
 CLAIM_CALLS = 4096  # that a claim stands for; one that changed something counts for 64
 CHANGE_CALLS = 64
 
@@ -58,9 +65,18 @@ class Region:
     start: int
     length: int
     said: int | None
+    keys: tuple[int, ...] = ()  # names of its granules' keys
+    chain: bytes = b""  # the last of its keys
+    keyed: int = 0  # granules that others may reuse
+    reused: int = 0  # tokens that it found written
+    void: bool = False  # a Reconcile has taken its keys
 
     def used(self, block_tokens):
         return self.length * block_tokens if self.said is None else self.said
+
+    def carried(self, block_tokens, granule):
+        """What a move has to carry: what is used, reused, or may be reused by others."""
+        return max(self.used(block_tokens), self.reused, self.keyed * granule)
 
 
 def free_runs(owner, waiting_too=False):
@@ -139,42 +155,63 @@ def aim_blocks(policy, op, maximum, unit):
 
 
 class Memory:
-    """One plane of the device's memory: a token's name is its region's birth and its index."""
+    """One plane of the device's memory.
 
-    def __init__(self, tokens):
+    A token's name is its region's birth and its index; in a granule that has a key it is that
+    key and its index there, below 0.
+    """
+
+    def __init__(self, tokens, granule):
         self.cells = np.full(tokens, -1, np.int64)
+        self.granule = granule
 
-    def write(self, birth, start_token, first, last):
+    def names(self, region, first, last):
+        """Return the names of the tokens [first, last) of a region."""
+        tokens = np.arange(first, last)
+        if not region.keys or first >= last:
+            return (region.birth << 24) + tokens
+        granules = np.minimum(tokens // self.granule, len(region.keys) - 1)
+        by_key = -2 - (np.array(region.keys)[granules] * NAMED + tokens % self.granule)
+        has_key = tokens < len(region.keys) * self.granule
+        return np.where(has_key, by_key, (region.birth << 24) + tokens)
+
+    def write(self, region, start_token, first, last):
         """Let a region have its tokens [first, last)."""
-        names = (birth << 24) + np.arange(first, last)
-        self.cells[start_token + first : start_token + last] = names
+        self.cells[start_token + first : start_token + last] = self.names(region, first, last)
 
-    def holds(self, birth, start_token, last):
+    def holds(self, region, start_token, last):
         """Whether the tokens [0, last) of a region are there."""
-        names = (birth << 24) + np.arange(last)
-        return bool((self.cells[start_token : start_token + last] == names).all())
+        there = self.cells[start_token : start_token + last]
+        return bool((there == self.names(region, 0, last)).all())
 
     def run(self, copies, regions, unit, dead):
         """Execute `copies`; after each of them every live token is where it should be.
 
-        Return where the regions lie then, in tokens, and how many tokens were carried.
+        Return where the regions lie then, in tokens, and how many tokens were carried. Copies
+        of regions that are new adopt or gather: what they bring is looked at in the end.
         """
-        if not copies:
-            full = (region for region in regions.values() if region.used(unit))
+        if not copies or not regions:
+            for copy in copies:
+                self.copy(copy)
+            full = (r for r in regions.values() if r.carried(unit, self.granule))
             return {region.handle: region.start * unit for region in full}, Counter()
         parts, names, places, live, at = {}, [], [], [], 0
         for handle, region in regions.items():
-            tokens = np.arange(region.used(unit))
+            tokens = np.arange(region.carried(unit, self.granule))
             parts[handle] = slice(at, at + len(tokens))
             at += len(tokens)
-            names.append((region.birth << 24) + tokens)
+            names.append(self.names(region, 0, len(tokens)))
             places.append(region.start * unit + tokens)
             live.append(np.full(len(tokens), handle not in dead))
         names, places, live = (np.concatenate(x) for x in (names, places, live))
         carried = Counter()
         for copy in copies:
-            assert copy.handle in parts, f"a copy of a region that is new or unknown: {copy}"
+            assert self.granule or copy.handle in parts, f"a copy of a new region: {copy}"
             self.copy(copy)
+            if copy.handle not in parts:
+                kept = (self.cells[places] == names) | ~live
+                assert kept.all(), f"tokens {places[~kept]} are lost after {copy}"
+                continue
             where = places[parts[copy.handle]]
             taken = (where >= copy.from_token) & (where < copy.from_token + copy.tokens)
             assert taken.sum() == copy.tokens, f"it carries what is not its region's: {copy}"
@@ -183,7 +220,7 @@ class Memory:
             kept = (self.cells[places] == names) | ~live
             assert kept.all(), f"tokens {places[~kept]} are lost after {copy}"
         for handle, tokens in carried.items():
-            used = regions[handle].used(unit)
+            used = regions[handle].carried(unit, self.granule)
             assert tokens % used == 0, f"{handle}: {tokens} tokens were copied of {used}"
         ends = {handle: places[part] for handle, part in parts.items()}
         for handle, where in ends.items():
@@ -218,13 +255,19 @@ class Walk:
         self.pass_refused, self.pinned, self.budget, self.copied = False, set(), 0, 0
         self.safety_blocks = twin.safety_blocks
 
-        self.owner = list(twin.owner)
+        self.owner, self.untouched = list(twin.owner), list(twin.untouched)
         self.regions = {handle: shallow(region) for handle, region in twin.regions.items()}
         self.issued, self.births = set(twin.issued), twin.births
         self.turns = twin.turns
         self.claims = dict(twin.claims)
         self.held_up = set()  # tenants of which an operation was refused
         self.asked = set()  # request ids of its new regions
+        self.asked_now = set()  # their handles
+        self.reuses = bool(twin.granule)
+        self.granule, self.chain = twin.granule, twin.chain
+        self.found = twin.standing()  # what may be reused: names of keys
+        self.kept_now = []  # regions that were freed, and kept
+        self.holding = False  # something may be gathered from, and is not given out before that
         self.known = True  # the places
         self.lost = False  # not even the lengths
         self.refused = False
@@ -311,7 +354,7 @@ class Walk:
 
     @property
     def counted(self):
-        return not self.lost and (self.known or not self.waits)
+        return not self.lost and not self.holding and (self.known or not self.waits)
 
     @property
     def free(self):
@@ -327,7 +370,7 @@ class Walk:
     def limited(self):
         """Whether copies are so limited that a plan could fail for it."""
         regions = self.regions.values()
-        tokens = 2 * sum(region.used(self.unit) for region in regions)
+        tokens = 2 * sum(region.carried(self.unit, self.granule) for region in regions)
         return self.budget - self.copied < tokens or not self.many_copies
 
     @property
@@ -353,6 +396,8 @@ class Walk:
         """Whether [start, start + length) lies in a shortest hole that fits."""
         fitting = [run for run in free_runs(self.owner) if run[1] >= length]
         holes = [run for run in fitting if run[0] <= start and start + length <= sum(run)]
+        if self.reuses:  # what is kept is given up where that is cheapest
+            return bool(holes)
         return bool(holes) and holes[0][1] == min(size for _, size in fitting)
 
     def exactly(self, i):
@@ -406,12 +451,15 @@ class Walk:
             rules.add((Reason.INVALID, "output_tokens"))
         if op.handle not in self.issued:
             rules.add((Reason.NOT_FOUND, "handle"))
+        if op.handle in self.regions:
+            rules |= self.keep_rules(self.regions[op.handle], op)
         if self.is_mistaken(result, rules):
             return
         assert result == Freed(already_free=op.handle not in self.regions)
         if result.already_free:
             return
         region = self.regions.pop(op.handle)
+        self.keep(region, op)
         if self.known:
             self.vacate(region.start, region.length)
         self.counts["frees"] += 1
@@ -424,6 +472,32 @@ class Walk:
         if op.end in (End.FINISHED, End.HIT_LIMIT):
             self.learnt.append((region, op.output_tokens, op.end == End.HIT_LIMIT))
 
+    def keep_rules(self, region, op):
+        """Return the rules that a free breaks by what it keeps."""
+        if not op.keep_tokens and not op.keys:
+            return set()
+        if not self.reuses:
+            return {(Reason.INVALID, "keys")}
+        rules, keys = set(), len(op.keys) // KEY
+        used = region.length * self.unit if self.unary else region.used(self.unit)
+        if op.keep_tokens > max(used, region.reused):
+            rules.add((Reason.INVALID, "keep_tokens"))
+        if len(op.keys) % KEY or (
+            keys and len(region.keys) + keys > op.keep_tokens // self.granule
+        ):
+            rules.add((Reason.INVALID, "keys"))
+        return rules
+
+    def keep(self, region, op):
+        """Take over what others may reuse of a region that ends."""
+        if region.void or not op.keep_tokens:
+            return
+        region.keys = self.chain(region.keys, op.keys)
+        region.keyed = min(op.keep_tokens // self.granule, len(region.keys))
+        region.keys = region.keys[: region.keyed]
+        self.found |= set(region.keys)
+        self.kept_now.append(region)
+
     def trim_op(self, op, result):
         rules = self.dead(op.handle)
         if not rules and op.handle in self.vague:
@@ -433,7 +507,8 @@ class Walk:
         if not rules:
             region = self.regions[op.handle]
             full = region.length * self.unit
-            used = full if self.unary else max(1, region.used(self.unit))
+            used = full if self.unary else max(1, region.carried(self.unit, self.granule))
+            used = max(used, len(region.keys) * self.granule)
             if blocks != region.length and not used <= op.to_tokens <= full:
                 rules.add((Reason.INVALID, "to_tokens"))
         if self.is_mistaken(result, rules):
@@ -502,16 +577,16 @@ class Walk:
         in_place = self.known and region.length + behind >= least
         if not self.final_length(i, op.handle):
             length = min(aim, region.length + behind) if in_place else aim
-            if not in_place and aim != least:
+            if (self.reuses or not in_place) and aim != least:
                 self.known, self.lost = False, True
                 self.vague.add(op.handle)
         assert least <= length <= aim, f"{least} to {aim} blocks by the policy, not {length}"
-        if in_place:
+        if in_place and not self.reuses:
             assert length == min(aim, region.length + behind), f"{behind} are free behind it"
-        elif self.known:
+        elif self.known and not self.reuses:
             assert length in (aim, least), f"{aim} or {least} blocks by the policy"
         if self.exactly(i):
-            if in_place:
+            if in_place and (not self.reuses or start == region.start):
                 assert start == region.start, "it could have grown in place"
             else:
                 self.check_moved(region, start, length, aim)
@@ -526,9 +601,20 @@ class Walk:
         assert self.relocates, "it may not move"
         assert region.handle not in self.pinned, "it is pinned"
         can_go = region.handle not in self.went or not self.waits
-        if can_go and not self.limited and longest(free_runs(self.owner)) >= aim:
+        if (
+            can_go
+            and not self.limited
+            and longest(free_runs(self.owner)) >= aim
+            and not self.reuses
+        ):
             assert length == aim, f"a hole of {aim} blocks was there"
         before = next((run for run in free_runs(self.owner) if sum(run) == region.start), None)
+        if self.reuses:  # what is kept is given up where that is cheapest
+            mine = {FREE, region.handle} if self.engine.single_ordered_stream else {FREE}
+            if not set(self.owner[start : start + length]) <= mine:
+                assert self.slides, "others are in its way"
+                self.needed_moves = True
+            return
         slid_itself = before is not None and before[0] == start
         end = region.start + region.length + self.free_behind(region)
         if slid_itself and start + length <= end:
@@ -548,7 +634,8 @@ class Walk:
             mine = {FREE, region.handle} if not moved or empty else {FREE}
             cells = self.owner[start : start + length]
             assert len(cells) == length, "it is outside of the arena"
-            assert set(cells) <= mine, f"[{start}, +{length}) is not free"
+            adopts = self.reuses and fresh and region.reused  # what a late answer reads, too
+            assert adopts or set(cells) <= mine, f"[{start}, +{length}) is not free"
             if moved:
                 self.vacate(region.start, region.length)
             self.hand_over(start, length, region.handle)
@@ -583,6 +670,7 @@ class Walk:
             "max_total_tokens": 1 <= maximum <= self.geometry.blocks * self.unit,
             "prompt_tokens": 1 <= op.prompt_tokens <= maximum - op.generated_tokens,
             "overflow_risk": op.overflow_risk is None or 0 <= op.overflow_risk <= 1,
+            "keys": self.keys_fit(op),
             "prediction": prediction is None
             or (
                 all(isfinite(value) and value >= 0 for value in prediction)
@@ -590,6 +678,13 @@ class Walk:
             ),
         }
         return {(Reason.INVALID, field) for field, kept in rules.items() if not kept}
+
+    def keys_fit(self, op):
+        if not op.keys:
+            return True
+        whole, keys = len(op.keys) % KEY == 0, len(op.keys) // KEY
+        held = op.prompt_tokens + op.generated_tokens
+        return self.reuses and whole and keys <= held // self.granule
 
     def allocate_op(self, i, op, result):
         prediction = self.predictions[i]
@@ -657,6 +752,8 @@ class Walk:
             if numbers == (region.op.prompt_tokens, region.op.generated_tokens, region.maximum):
                 assert isinstance(result, Place), "it lives"
                 assert result.handle == region.handle, "it lives"
+                told = region.handle not in self.asked_now and result.length_tokens
+                assert not told or result.reused_tokens == region.reused, "it has reused as much"
             else:
                 assert self.is_mistaken(result, {(Reason.INVALID, "request_id")})
             return True
@@ -682,19 +779,46 @@ class Walk:
             if longest(free_runs(self.owner)) < length:
                 assert self.slides, "nothing fits, and nobody may make way"
                 self.needed_moves = True
-            else:
+            elif not self.reuses:
                 assert self.in_best_hole(start, length), "it is not in a best hole"
+        self.hole = longest(free_runs(self.untouched))
         self.asked.add(op.request_id)
         self.births += 1
         said = None if self.unary else 0
         region = Region(
             result.handle, op, prediction, self.maximum_of(op), self.births, start, length, said
         )
+        if self.reuses:
+            self.check_reused(op, region, result)
         self.class_names.append(op.request_class)
         self.issued.add(result.handle)
         self.regions[result.handle] = region
         self.settle(i, region, start, length, fresh=True)
         self.counts["allocates"] += 1
+        if self.holding:
+            self.known = False
+
+    def check_reused(self, op, region, result):
+        """Check that no more is reused than stands, and as much where nothing is in the way."""
+        self.counts["prompt_tokens"] += op.prompt_tokens + op.generated_tokens
+        region.keys, region.reused = self.chain((), op.keys), result.reused_tokens
+        region.chain = op.keys[-KEY:]
+        region.keyed = region.reused // self.granule
+        most = (op.prompt_tokens + op.generated_tokens - 1) // self.granule
+        stands = [name in self.found for name in region.keys[:most]]
+        most = stands.index(False) if False in stands else len(stands)
+        assert region.reused % self.granule == 0, "it reuses parts of granules"
+        assert region.keyed <= most, f"only {most} granules stand anywhere"
+        self.asked_now.add(result.handle)
+        easy = (
+            len(self.ops) == 1
+            and not self.unary
+            and self.hole >= region.length
+            and self.budget >= most * self.granule
+            and self.geometry.max_copies == 4096
+        )
+        assert not easy or region.keyed == most, f"{most} granules stand, and nothing is in the way"
+        self.holding |= most > 0 and not self.unary
 
     def is_unsure(self, prediction):
         if prediction is None or self.policy.unsure_ratio == 0:
@@ -848,7 +972,7 @@ class Walk:
             assert not self.counted or self.free >= more, "too few blocks are free"
         else:
             assert reason == Reason.WAITS_FOR_COMPLETION, "that is no reason"
-            assert self.waits or self.unary, "nothing waits"
+            assert self.waits or self.unary or self.holding, "nothing waits"
         if self.counted and self.slides and not self.pinned and not self.limited:
             assert self.free < more, "others could have made way"
         if self.known:
@@ -887,19 +1011,98 @@ class Twin:
 
     def __init__(self, geometry, policy):
         self.geometry, self.policy, self.engine = geometry, policy, None
-        self.unit = geometry.block_tokens
-        self.counters = Counter()
+        self.unit, self.granule = geometry.block_tokens, geometry.granule_tokens
+        self.counters, self.kept_tokens = Counter(), 0
+        self.key_names, self.parents = {}, []  # of keys: their names; and what comes before each
         self.class_names = []
         self.completions = defaultdict(list)  # by class name, and of all under None
         self.forget()
 
     def forget(self):
         """Begin an epoch: the books are empty, what was learnt stays."""
-        self.memory = Memory(self.geometry.blocks * self.unit)
+        self.memory = Memory(self.geometry.blocks * self.unit, self.granule)
         self.owner = [FREE] * self.geometry.blocks
+        self.untouched = list(self.owner)  # as owner, and kept blocks are not free
+        self.kept = []  # names of the keys of each kept run
+        self.late = []  # what answers that are not completed gather: seq, token, names
         self.regions, self.issued, self.written = {}, set(), Counter()
         self.seq = self.completed_seq = self.births = self.turns = 0
         self.claims = {}  # by tenant: turn, blocks (None: not known), request id
+
+    # what is kept
+
+    def chain(self, names, keys):
+        """Return names of keys, continued by `keys`; each follows one other, always the same."""
+        names = list(names)
+        for i in range(0, len(keys) - len(keys) % KEY, KEY):
+            key = keys[i : i + KEY]
+            if key not in self.key_names:
+                self.key_names[key] = len(self.parents)
+                self.parents.append((names[-1] if names else None, len(names)))
+            name = self.key_names[key]
+            assert self.parents[name] == (names[-1] if names else None, len(names)), "a bad test"
+            names.append(name)
+        return tuple(names)
+
+    def standing(self):
+        """Return the names of all keys that may be reused."""
+        regions = self.regions.values()
+        return {name for region in regions for name in region.keys[: region.keyed]} | {
+            name for names in self.kept for name in names
+        }
+
+    def read_kept(self, entry):
+        """Return the names of the keys of what lies in a kept run; it has to be one beginning."""
+        cells = self.memory.cells[entry.start_token :][: entry.shareable_tokens]
+        assert entry.shareable_tokens % self.granule == 0, f"{entry} keeps parts of granules"
+        assert 0 < entry.shareable_tokens <= entry.length_tokens, f"{entry} is kept for nothing"
+        assert (cells <= -2).all(), f"{entry} keeps what is no key's"
+        names, tokens = np.divmod(-2 - cells, NAMED)
+        assert (tokens == np.arange(len(cells)) % self.granule).all(), f"{entry} is scattered"
+        assert (names.reshape(-1, self.granule) == names[:: self.granule, None]).all()
+        chain = tuple(int(name) for name in names[:: self.granule])
+        for i, name in enumerate(chain):
+            assert self.parents[name] == (chain[i - 1] if i else None, i), f"{entry} is mixed"
+        return chain
+
+    def check_kept(self, entries):
+        self.kept = [self.read_kept(entry) for entry in entries if entry.kept]
+        for entry in entries:
+            if entry.live:
+                region = self.regions[entry.handle]
+                assert entry.shareable_tokens == region.keyed * self.granule, f"{region}"
+        owner = self.owners(entries)
+        for entry in entries:
+            if entry.kept:
+                start, length = entry.start_token // self.unit, entry.length_tokens // self.unit
+                owner[start : start + length] = [-1] * length
+        self.untouched = owner
+
+    def keep_names(self, batch, results):
+        """Name the tokens that the frees of a batch give keys to."""
+        ended = set()
+        for op, result in zip(batch.ops, results, strict=True):
+            region = self.regions.get(op.handle) if isinstance(op, Free) else None
+            if region is None or result != Freed() or op.handle in ended:
+                continue
+            ended.add(op.handle)
+            self.name_kept(region, op)
+
+    def name_kept(self, region, op):
+        if not op.keep_tokens or region.void:
+            return
+        before, region.keys = region.keys, self.chain(region.keys, op.keys)
+        last = min(len(region.keys), op.keep_tokens // self.granule) * self.granule
+        if last:
+            self.memory.write(region, region.start * self.unit, region.reused, last)
+        region.keys = before
+
+    def look_at_late(self):
+        """Insist that what late answers gather is untouched until they are completed."""
+        self.late = [entry for entry in self.late if entry[0] > self.completed_seq]
+        for seq, token, names in self.late:
+            there = self.memory.cells[token : token + len(names)]
+            assert (there == names).all(), f"answer {seq} gathers from {token}, it was overwritten"
 
     def set_policy(self, policy):
         if policy.tenants != self.policy.tenants:
@@ -922,6 +1125,12 @@ class Twin:
         self.begin(batch)
         walk = self.walk(batch, predictions, answer)
         dead = self.regions.keys() - walk.regions.keys()
+        if self.granule:
+            self.keep_names(batch, answer.results)
+        if self.granule and not self.engine.single_ordered_stream:
+            for copy in answer.copies:
+                names = self.memory.cells[copy.from_token : copy.from_token + copy.tokens].copy()
+                self.late.append((batch.seq, copy.from_token, names))
         starts, carried = self.memory.run(answer.copies, self.regions, self.unit, dead)
         self.check_copies(walk, answer.copies)
         places = self.final_places(walk, answer)
@@ -931,6 +1140,9 @@ class Twin:
             region.length = length
             if handle in starts:
                 assert starts[handle] == region.start * self.unit, f"{handle} was not copied there"
+            if handle not in self.regions and region.reused:
+                there = self.memory.holds(region, region.start * self.unit, region.reused)
+                assert there, f"{region} does not find what it reuses"
             if handle in walk.pinned:
                 assert region.start == self.regions[handle].start, f"pinned {handle} has moved"
                 assert not carried[handle], f"pinned {handle} was copied"
@@ -949,14 +1161,20 @@ class Twin:
         waited = sum(who < FREE for who in self.owner)
         self.owner = [FREE if -self.completed_seq <= who < FREE else who for who in self.owner]
         self.completed = sum(who < FREE for who in self.owner) < waited
+        self.look_at_late()
         said = {used.handle: used.used_tokens for used in batch.used}
+        shareable = {u.handle: u.shareable_tokens // max(1, self.granule) for u in batch.used}
         for handle, region in self.regions.items():
             region.said = said.get(handle)
             used, first = region.used(self.unit), self.written[handle]
             start, first = region.start * self.unit, min(used, first)
-            assert self.memory.holds(region.birth, start, first), f"{handle} has lost tokens"
-            self.memory.write(region.birth, start, first, used)
+            held = max(first, region.reused, region.keyed * self.granule)
+            assert self.memory.holds(region, start, held), f"{handle} has lost tokens"
+            first = max(first, region.reused)
+            self.memory.write(region, start, first, used)
             self.written[handle] = used
+            if not region.void:
+                region.keyed = max(region.keyed, min(shareable.get(handle, 0), len(region.keys)))
 
     def walk(self, batch, predictions, answer):
         walk = Walk(self, batch.ops, answer.results, predictions)
@@ -971,13 +1189,14 @@ class Twin:
 
     def something_moved(self, walk, answer):
         """Whether regions have moved, or empty ones may have, which takes no copies."""
-        if answer.copies or answer.moved:
+        if answer.moved or any(copy.handle in self.regions for copy in answer.copies):
             return True
         for result in answer.results:
             region = self.regions.get(result.handle) if isinstance(result, Place) else None
             if region and result.length_tokens and result.start_token != region.start * self.unit:
                 return True
-        empty = any(region.used(self.unit) == 0 for region in self.regions.values())
+        regions = self.regions.values()
+        empty = any(region.carried(self.unit, self.granule) == 0 for region in regions)
         new = any(isinstance(walk.ops[i], Allocate) for i in walk.growths)
         return empty or new
 
@@ -991,7 +1210,8 @@ class Twin:
         targets = set()
         for copy in copies:
             source = self.owner[copy.from_token // self.unit]
-            assert source == copy.handle, f"its source is not its region's old place: {copy}"
+            if copy.handle in self.regions or not self.granule:
+                assert source == copy.handle, f"its source is not its region's old place: {copy}"
             target = set(range(copy.to_token, copy.to_token + copy.tokens))
             assert not targets & target, f"it writes what another has written: {copy}"
             targets |= target
@@ -1032,10 +1252,15 @@ class Twin:
         for region in walk.regions.values():
             cells = owner[region.start : region.start + region.length]
             assert cells == [region.handle] * region.length, f"{region} is not in the books"
-        if walk.known:
+        if walk.known and not (self.granule and self.late):
             assert owner == walk.owner, "blocks are waiting, or not, against the rules"
         for before, now in zip(self.owner, owner, strict=True):
-            if before < FREE:
+            if before < FREE and self.granule:
+                adopted = now > FREE and now not in self.regions and walk.regions[now].reused
+                assert adopted or now in (before, -self.seq), (
+                    "a block was given out before its completion"
+                )
+            elif before < FREE:
                 assert now == before, "a block was given out before its completion"
             elif now < FREE:
                 assert now == -self.seq, "a block waits for another batch"
@@ -1052,6 +1277,7 @@ class Twin:
             assert start + length <= len(owner), f"{entry} leaves the arena"
             cells = owner[start : start + length]
             assert cells == [FREE] * length, f"{entry} overlaps another"
+            assert not entry.kept or self.granule, f"{entry} is kept"
             who = entry.handle if entry.live else -entry.awaits_seq
             owner[start : start + length] = [who] * length
         return owner
@@ -1060,6 +1286,12 @@ class Twin:
         self.owner = self.owners(entries)
         self.regions, self.issued, self.births = walk.regions, walk.issued, walk.births
         self.claims = walk.claims
+        for region in walk.regions.values():
+            self.written[region.handle] = max(self.written[region.handle], region.reused)
+        if self.granule:
+            self.check_kept(entries)
+            for region in walk.kept_now:
+                self.kept_tokens += region.keyed * self.granule
         self.counters.update(walk.counts)
         for name in walk.class_names:
             if name not in self.class_names:
@@ -1081,10 +1313,17 @@ class Twin:
         walk = Walk(self, [op], [result], [prediction], unary=True).run()
         self.turns += (CHANGE_CALLS - 1) * changes([result])
         assert walk.known, "it may not move anything"
-        assert self.owners(entries) == walk.owner
+        if isinstance(op, Free) and result == Freed() and op.keep_tokens:
+            self.name_kept(self.regions[op.handle], op)
+        if not self.late:
+            assert self.owners(entries) == walk.owner
+        for region in walk.regions.values():
+            if region.handle not in self.regions:
+                there = self.memory.holds(region, region.start * self.unit, region.reused)
+                assert there, f"{region} does not find what it reuses"
         self.take_over(walk, entries)
 
-    def reconcile(self, handles, kept, freed, entries):
+    def reconcile(self, handles, kept, freed, entries, completed_seq):
         """Check what was kept and freed, and take it over."""
         assert sorted(freed) == sorted(self.regions.keys() - set(handles))
         assert [place.handle for place in kept] == list(handles)
@@ -1096,6 +1335,14 @@ class Twin:
             del self.regions[handle]
         self.owner = [who if who in self.regions else FREE for who in self.owner]
         assert self.owners(entries) == self.owner
+        self.late = []
+        if self.granule and completed_seq != self.seq:
+            assert not any(entry.kept for entry in entries), "what is kept is doubtful"
+            for region in self.regions.values():
+                region.keyed, region.void, region.keys = 0, True, ()
+                self.memory.write(region, region.start * self.unit, 0, self.written[region.handle])
+        if self.granule:
+            self.check_kept(entries)
         self.completed_seq = self.seq
         self.counters["frees"] += len(freed)
 
@@ -1117,6 +1364,9 @@ class Twin:
             "used_tokens": sum(region.used(self.unit) for region in regions),
             "classes": min(CLASSES, len(self.class_names)),
         }
+        if self.granule:  # kept runs are no free ones; what a move has carried is said to be used
+            del expected["free_runs"], expected["used_tokens"]
+            self.check_reuse(report.reuse)
         said = {field: getattr(report, field) for field in expected}
         assert said == expected, f"{said}, not {expected}"
         counted = report.counters._asdict()
@@ -1125,6 +1375,12 @@ class Twin:
                 self.counters[cause] = counted[cause]
         for name in counted.keys() - {"relocations", "compactions"}:
             assert counted[name] == self.counters[name], f"{name}: {counted}, not {self.counters}"
+
+    def check_reuse(self, reuse):
+        kept = sum(map(len, self.kept)) * self.granule
+        assert (reuse.kept_runs, reuse.kept_tokens) == (len(self.kept), kept)
+        assert reuse.prompt_tokens == self.counters["prompt_tokens"]
+        assert reuse.given_up_tokens <= self.kept_tokens, "more was given up than kept"
 
     def check_tenants(self, uses):
         """Compare what the arena says of the policy's tenants with a recount."""
@@ -1150,7 +1406,8 @@ class Twin:
                 continue
             region = self.regions[entry.handle]
             births.append((region.birth, entry.birth))
-            assert entry.used_tokens == region.used(self.unit)
+            most = region.carried(self.unit, self.granule)
+            assert region.used(self.unit) <= entry.used_tokens <= most
             assert entry.prompt_tokens == region.op.prompt_tokens
             assert entry.generated_tokens == region.op.generated_tokens
             assert entry.max_total_tokens == region.maximum

@@ -75,6 +75,8 @@ class OpenPoolRequest(_message.Message):
     MAX_REGIONS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
+    READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
     open_id: _builtins.str
     """Makes a retry safe: unique for each attempt to own the pool. 1 to 64 bytes."""
@@ -116,6 +118,16 @@ class OpenPoolRequest(_message.Message):
     """1, 2, ...: how many times this instance has sent an OpenPool, each retry
     counted. 0 without an instance.
     """
+    granule_tokens: _builtins.int
+    """What is reused comes in granules of so many tokens: a multiple of
+    block_tokens, 64 to 512. 0: nothing is reused. 128 costs little against 64.
+    Not for models whose KV depends on more than the tokens before: windows kept as
+    rings, states, RoPE whose scaling follows the length.
+    """
+    reads_two_runs: _builtins.bool
+    """The engine's attention can read the beginning of a request in one run and the
+    rest in another: Place.shared_tokens. Needs granule_tokens.
+    """
     seen: _builtins.str
     """How the pool was: `seen` in the metadata of the last OPEN_STALE for this
     call, as it is; empty at first. Unset, or without an instance: not compared.
@@ -150,11 +162,13 @@ class OpenPoolRequest(_message.Message):
         max_regions: _builtins.int = ...,
         instance: _builtins.bytes = ...,
         attempt: _builtins.int = ...,
+        granule_tokens: _builtins.int = ...,
+        reads_two_runs: _builtins.bool = ...,
         seen: _builtins.str | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy", "seen", b"seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "retention_seconds", b"retention_seconds", "seen", b"seen", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "granule_tokens", b"granule_tokens", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "reads_two_runs", b"reads_two_runs", "retention_seconds", b"retention_seconds", "seen", b"seen", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seen: _TypeAlias = _typing.Literal["seen"]  # noqa: Y015
     _WhichOneofArgType__seen: _TypeAlias = _typing.Literal["_seen", b"_seen"]  # noqa: Y015
@@ -185,6 +199,9 @@ class OpenPoolResponse(_message.Message):
     MAX_COPIES_FIELD_NUMBER: _builtins.int
     MAX_REGIONS_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
+    READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
+    POLICY_NAME_FIELD_NUMBER: _builtins.int
     capacity_tokens: _builtins.int
     block_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -195,6 +212,13 @@ class OpenPoolResponse(_message.Message):
     max_copies: _builtins.int
     max_regions: _builtins.int
     policy_version: _builtins.int
+    granule_tokens: _builtins.int
+    """As asked for. 0 from a service that knows nothing of reuse, too: then send no
+    keys.
+    """
+    reads_two_runs: _builtins.bool
+    policy_name: _builtins.str
+    """The record in force, as Policy.name."""
     @_builtins.property
     def pool(self) -> _types_pb2.PoolRef:
         """Its `owner` is the owner number of this answer, 0 without an instance. All
@@ -218,10 +242,13 @@ class OpenPoolResponse(_message.Message):
         max_copies: _builtins.int = ...,
         max_regions: _builtins.int = ...,
         policy_version: _builtins.int = ...,
+        granule_tokens: _builtins.int = ...,
+        reads_two_runs: _builtins.bool = ...,
+        policy_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_version", b"policy_version", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "granule_tokens", b"granule_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_name", b"policy_name", "policy_version", b"policy_version", "pool", b"pool", "reads_two_runs", b"reads_two_runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +347,7 @@ class Used(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     USED_TOKENS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
+    SHAREABLE_TOKENS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     used_tokens: _builtins.int
     """Upper bound that includes all enqueued work; at most the region's length.
@@ -327,16 +355,22 @@ class Used(_message.Message):
     """
     pinned: _builtins.bool
     """The region must not move in this batch."""
+    shareable_tokens: _builtins.int
+    """Tokens from the first that are final: what may be reused from now on, as far as
+    keys stand for it. At most used_tokens. It never falls; 0, or less than before,
+    changes nothing. 0 in a pool without granule_tokens.
+    """
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         used_tokens: _builtins.int = ...,
         pinned: _builtins.bool = ...,
+        shareable_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "pinned", b"pinned", "used_tokens", b"used_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "pinned", b"pinned", "shareable_tokens", b"shareable_tokens", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,6 +391,7 @@ class Alloc(_message.Message):
     OVERFLOW_RISK_FIELD_NUMBER: _builtins.int
     PREDICTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among living regions. 1 to 64 bytes."""
     prompt_tokens: _builtins.int
@@ -381,6 +416,14 @@ class Alloc(_message.Message):
     """The engine's own guess of the output's length, at least 1."""
     text: _builtins.str
     """The prompt, for the predictor. Up to 16 KiB. Never logged, never stored."""
+    keys: _builtins.bytes
+    """The keys of the request's granules from the first, 16 bytes each, one after
+    another: at most as many as prompt + generated tokens have whole granules, and
+    at most 4,096; of a batch, with those of its Freeings, at most 8,192. Empty:
+    nothing is reused, and nobody reuses it before it is freed. Empty in a pool
+    without granule_tokens. A repeated Allocate of a living request gets the same
+    answer, whatever its keys. A unary Allocate adopts and shares, it never gathers.
+    """
     def __init__(
         self,
         *,
@@ -393,10 +436,11 @@ class Alloc(_message.Message):
         overflow_risk: _builtins.float | None = ...,
         predicted_output_tokens: _builtins.int | None = ...,
         text: _builtins.str | None = ...,
+        keys: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_tokens", b"_max_total_tokens", "_overflow_risk", b"_overflow_risk", "_predicted_output_tokens", b"_predicted_output_tokens", "_text", b"_text", "max_total_tokens", b"max_total_tokens", "overflow_risk", b"overflow_risk", "predicted_output_tokens", b"predicted_output_tokens", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_tokens", b"_max_total_tokens", "_overflow_risk", b"_overflow_risk", "_predicted_output_tokens", b"_predicted_output_tokens", "_text", b"_text", "generated_tokens", b"generated_tokens", "max_total_tokens", b"max_total_tokens", "overflow_risk", b"overflow_risk", "predicted_output_tokens", b"predicted_output_tokens", "prompt_tokens", b"prompt_tokens", "request_class", b"request_class", "request_id", b"request_id", "tenant", b"tenant", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_tokens", b"_max_total_tokens", "_overflow_risk", b"_overflow_risk", "_predicted_output_tokens", b"_predicted_output_tokens", "_text", b"_text", "generated_tokens", b"generated_tokens", "keys", b"keys", "max_total_tokens", b"max_total_tokens", "overflow_risk", b"overflow_risk", "predicted_output_tokens", b"predicted_output_tokens", "prompt_tokens", b"prompt_tokens", "request_class", b"request_class", "request_id", b"request_id", "tenant", b"tenant", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_total_tokens: _TypeAlias = _typing.Literal["max_total_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_total_tokens: _TypeAlias = _typing.Literal["_max_total_tokens", b"_max_total_tokens"]  # noqa: Y015
@@ -459,7 +503,8 @@ class Trim(_message.Message):
     handle: _builtins.int
     to_tokens: _builtins.int
     """New length, rounded up to a block; at least 1, at most the present length,
-    and at least what is used unless the rounded length is the present one.
+    and at least what is used, unless the rounded length is the present one. What
+    the request reuses, and what others may reuse of it, counts as used.
     """
     def __init__(
         self,
@@ -484,6 +529,8 @@ class Freeing(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    KEEP_TOKENS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     end: Global___End.ValueType
     """Required."""
@@ -491,16 +538,28 @@ class Freeing(_message.Message):
     """All that was generated for the request, before preemptions too. At most
     2^24.
     """
+    keep_tokens: _builtins.int
+    """Tokens from the first to keep for later requests, as far as keys stand for
+    them: final ones only, at most the larger of used_tokens as listed in this
+    batch and reused_tokens (unary, or not listed: the length). A request that ended
+    in the middle of its prefill keeps only what was written or reused. 0: nothing.
+    """
+    keys: _builtins.bytes
+    """Keys that continue those of the Allocate, 16 bytes for each further granule:
+    with those at most as many as keep_tokens have whole granules.
+    """
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         end: Global___End.ValueType = ...,
         output_tokens: _builtins.int = ...,
+        keep_tokens: _builtins.int = ...,
+        keys: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "handle", b"handle", "output_tokens", b"output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "handle", b"handle", "keep_tokens", b"keep_tokens", "keys", b"keys", "output_tokens", b"output_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

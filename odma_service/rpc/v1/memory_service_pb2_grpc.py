@@ -35,6 +35,23 @@ class MemoryServiceStub:
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
 
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+    * A key is 16 bytes that stand for all tokens from the first to the end of one
+    granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+    secret salt of the engine and a salt for adapter, model and tenant. Equal
+    keys have to mean equal KV. Keys are in no log.
+    * Allocate brings the keys of the request's granules. Its Place says how many
+    tokens need no prefill (reused_tokens): the request continues a run that is
+    kept (adopted), or copies of this answer bring them (gathered), or they are
+    read where they lie (shared).
+    * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+    written by enqueued work and never written again. Tokens that may be rolled
+    back, as of speculation, are not. Only what is final is reused.
+    * Keeping refuses nobody: kept memory counts as free, and is given up, least
+    valuable first, when anything else needs it. Only what enqueued work or the
+    gathers of this batch may still read is not given out.
+
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that
     * OpenPool says which process asks (instance) and counts its asking
@@ -147,6 +164,23 @@ class MemoryServiceServicer:
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
 
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+    * A key is 16 bytes that stand for all tokens from the first to the end of one
+    granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+    secret salt of the engine and a salt for adapter, model and tenant. Equal
+    keys have to mean equal KV. Keys are in no log.
+    * Allocate brings the keys of the request's granules. Its Place says how many
+    tokens need no prefill (reused_tokens): the request continues a run that is
+    kept (adopted), or copies of this answer bring them (gathered), or they are
+    read where they lie (shared).
+    * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+    written by enqueued work and never written again. Tokens that may be rolled
+    back, as of speculation, are not. Only what is final is reused.
+    * Keeping refuses nobody: kept memory counts as free, and is given up, least
+    valuable first, when anything else needs it. Only what enqueued work or the
+    gathers of this batch may still read is not given out.
+
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that
     * OpenPool says which process asks (instance) and counts its asking
@@ -188,8 +222,11 @@ class MemoryServiceServicer:
 
     def OpenPool(self, request, context):
         """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-        What the pool has learnt (policy, histograms, history) outlives the epoch
-        where the geometry stays the same.
+        What the pool has learnt (histograms, history) outlives the epoch where the
+        geometry stays the same. So does its policy, unless the request has one, or
+        this engine and the one before differ in that every region may move, or in
+        that copies have one ordered stream: then it gets the record for an engine
+        of its kind, with the tenants as they were. policy_name tells which it is.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
         answer but for the owner number, after a restart of the service too. An
@@ -436,6 +473,23 @@ class MemoryService:
     * completed_seq = c promises that the copies of answers <= c are done, and
     that no work enqueued before them still runs.
     * used_tokens is an upper bound that includes all enqueued work.
+
+    Reuse: in a pool with granule_tokens the memory of requests that ended is kept,
+    as long as nobody needs it, for later requests that begin with the same tokens.
+    * A key is 16 bytes that stand for all tokens from the first to the end of one
+    granule: a truncated SHA-256 or BLAKE2, chained over the granules, with a
+    secret salt of the engine and a salt for adapter, model and tenant. Equal
+    keys have to mean equal KV. Keys are in no log.
+    * Allocate brings the keys of the request's granules. Its Place says how many
+    tokens need no prefill (reused_tokens): the request continues a run that is
+    kept (adopted), or copies of this answer bring them (gathered), or they are
+    read where they lie (shared).
+    * Used.shareable_tokens and Freeing.keep_tokens say which tokens are final:
+    written by enqueued work and never written again. Tokens that may be rolled
+    back, as of speculation, are not. Only what is final is reused.
+    * Keeping refuses nobody: kept memory counts as free, and is given up, least
+    valuable first, when anything else needs it. Only what enqueued work or the
+    gathers of this batch may still read is not given out.
 
     Fencing: a message that comes late, twice or out of order changes nothing that
     its sender no longer wants. For that

@@ -54,6 +54,8 @@ class _RegionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RegionSta
     REGION_STATE_LIVE: _RegionState.ValueType  # 1
     REGION_STATE_AWAITING_COMPLETION: _RegionState.ValueType  # 2
     """Given back, but an engine with several streams may still use it."""
+    REGION_STATE_KEPT: _RegionState.ValueType  # 3
+    """Its request ended, and it is kept for those that begin alike. It has no handle."""
 
 class RegionState(_RegionState, metaclass=_RegionStateEnumTypeWrapper):
     """RegionState says what holds a run of tokens."""
@@ -62,6 +64,8 @@ REGION_STATE_UNSPECIFIED: RegionState.ValueType  # 0
 REGION_STATE_LIVE: RegionState.ValueType  # 1
 REGION_STATE_AWAITING_COMPLETION: RegionState.ValueType  # 2
 """Given back, but an engine with several streams may still use it."""
+REGION_STATE_KEPT: RegionState.ValueType  # 3
+"""Its request ended, and it is kept for those that begin alike. It has no handle."""
 Global___RegionState: _TypeAlias = RegionState  # noqa: Y015
 
 class _EventKind:
@@ -88,7 +92,7 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_SET_ASIDE: _EventKind.ValueType  # 7
     """The books could not be used. The pool can be opened with new ones."""
     EVENT_KIND_FORGOTTEN: _EventKind.ValueType  # 8
-    """A closed pool made room for a new one."""
+    """A closed pool made room for a new one, or ForgetPool removed it."""
     EVENT_KIND_POLICY_SET: _EventKind.ValueType  # 9
     """SetPolicy changed the policy."""
     EVENT_KIND_RECALIBRATED: _EventKind.ValueType  # 10
@@ -101,6 +105,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """Another instance opened the pool with the same open_id: the epoch goes on,
     the instance before is fenced.
     """
+    EVENT_KIND_NO_ROOM: _EventKind.ValueType  # 14
+    """An OpenPool found no room on the disk for the pool's file."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """EventKind says what happened to a pool."""
@@ -123,7 +129,7 @@ EVENT_KIND_REVIVED: EventKind.ValueType  # 6
 EVENT_KIND_SET_ASIDE: EventKind.ValueType  # 7
 """The books could not be used. The pool can be opened with new ones."""
 EVENT_KIND_FORGOTTEN: EventKind.ValueType  # 8
-"""A closed pool made room for a new one."""
+"""A closed pool made room for a new one, or ForgetPool removed it."""
 EVENT_KIND_POLICY_SET: EventKind.ValueType  # 9
 """SetPolicy changed the policy."""
 EVENT_KIND_RECALIBRATED: EventKind.ValueType  # 10
@@ -136,6 +142,8 @@ EVENT_KIND_SUCCEEDED: EventKind.ValueType  # 13
 """Another instance opened the pool with the same open_id: the epoch goes on,
 the instance before is fenced.
 """
+EVENT_KIND_NO_ROOM: EventKind.ValueType  # 14
+"""An OpenPool found no room on the disk for the pool's file."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -154,7 +162,7 @@ class PoolSummary(_message.Message):
     state: Global___PoolState.ValueType
     capacity_tokens: _builtins.int
     free_tokens: _builtins.int
-    """Not reserved and not waiting for a completion."""
+    """Not reserved and not waiting for a completion. Kept memory counts as free."""
     regions: _builtins.int
     policy: _builtins.str
     idle_seconds: _builtins.float
@@ -214,6 +222,43 @@ class ListPoolsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListPoolsResponse: _TypeAlias = ListPoolsResponse  # noqa: Y015
+
+@_typing.final
+class ForgetPoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> _types_pb2.PoolRef:
+        """The epoch is the pool's last one, as ListPools and GetPool tell it."""
+
+    def __init__(
+        self,
+        *,
+        pool: _types_pb2.PoolRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetPoolRequest: _TypeAlias = ForgetPoolRequest  # noqa: Y015
+
+@_typing.final
+class ForgetPoolResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetPoolResponse: _TypeAlias = ForgetPoolResponse  # noqa: Y015
 
 @_typing.final
 class GetPoolRequest(_message.Message):
@@ -411,6 +456,57 @@ class Bin(_message.Message):
 Global___Bin: _TypeAlias = Bin  # noqa: Y015
 
 @_typing.final
+class ReuseReport(_message.Message):
+    """ReuseReport tells what a pool keeps and reuses. Totals count since the pool was
+    made; they outlive epochs.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_RUNS_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    ADOPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    GATHERED_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARED_TOKENS_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_TOKENS_FIELD_NUMBER: _builtins.int
+    kept_runs: _builtins.int
+    """Runs that are kept for later requests, and the tokens that keys stand for in
+    them. They count as free memory.
+    """
+    kept_tokens: _builtins.int
+    prompt_tokens: _builtins.int
+    """Prompt and generated tokens of all requests that were let in."""
+    reused_tokens: _builtins.int
+    """Of these, those that needed no prefill: adopted, gathered and shared."""
+    adopted_tokens: _builtins.int
+    """By continuing a kept run, by copies, and by reading them where they lay."""
+    gathered_tokens: _builtins.int
+    shared_tokens: _builtins.int
+    given_up_tokens: _builtins.int
+    """Kept tokens that were given up for room."""
+    def __init__(
+        self,
+        *,
+        kept_runs: _builtins.int = ...,
+        kept_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        reused_tokens: _builtins.int = ...,
+        adopted_tokens: _builtins.int = ...,
+        gathered_tokens: _builtins.int = ...,
+        shared_tokens: _builtins.int = ...,
+        given_up_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_tokens", b"adopted_tokens", "gathered_tokens", b"gathered_tokens", "given_up_tokens", b"given_up_tokens", "kept_runs", b"kept_runs", "kept_tokens", b"kept_tokens", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens", "shared_tokens", b"shared_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReuseReport: _TypeAlias = ReuseReport  # noqa: Y015
+
+@_typing.final
 class TenantReport(_message.Message):
     """TenantReport is what one tenant of the policy holds."""
 
@@ -482,6 +578,9 @@ class GetPoolResponse(_message.Message):
     OUTPUT_HISTOGRAM_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     TENANTS_FIELD_NUMBER: _builtins.int
+    GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
+    READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
+    REUSE_FIELD_NUMBER: _builtins.int
     block_tokens: _builtins.int
     model_length_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -503,6 +602,9 @@ class GetPoolResponse(_message.Message):
     """What admission must leave free."""
     model_version: _builtins.str
     """Of the model that predicts; empty if there is none."""
+    granule_tokens: _builtins.int
+    """As OpenPool has them."""
+    reads_two_runs: _builtins.bool
     @_builtins.property
     def summary(self) -> Global___PoolSummary: ...
     @_builtins.property
@@ -526,6 +628,10 @@ class GetPoolResponse(_message.Message):
     @_builtins.property
     def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantReport]:
         """The policy's tenants, in its order."""
+
+    @_builtins.property
+    def reuse(self) -> Global___ReuseReport:
+        """Unset in a pool without granule_tokens."""
 
     def __init__(
         self,
@@ -555,10 +661,13 @@ class GetPoolResponse(_message.Message):
         output_histogram: _abc.Iterable[Global___Bin] | None = ...,
         model_version: _builtins.str = ...,
         tenants: _abc.Iterable[Global___TenantReport] | None = ...,
+        granule_tokens: _builtins.int = ...,
+        reads_two_runs: _builtins.bool = ...,
+        reuse: Global___ReuseReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "policy", b"policy", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "policy", b"policy", "reuse", b"reuse", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "model_version", b"model_version", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reserved_tokens", b"reserved_tokens", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "tenants", b"tenants", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaiting_completion_tokens", b"awaiting_completion_tokens", "block_tokens", b"block_tokens", "buckets", b"buckets", "bytes_per_token", b"bytes_per_token", "classes", b"classes", "completed_seq", b"completed_seq", "copies_may_overlap", b"copies_may_overlap", "counters", b"counters", "free_runs", b"free_runs", "granule_tokens", b"granule_tokens", "largest_run_tokens", b"largest_run_tokens", "last_seq", b"last_seq", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "model_version", b"model_version", "moves", b"moves", "output_histogram", b"output_histogram", "planes", b"planes", "policy", b"policy", "reads_two_runs", b"reads_two_runs", "reserved_tokens", b"reserved_tokens", "reuse", b"reuse", "safety_tokens", b"safety_tokens", "single_ordered_stream", b"single_ordered_stream", "summary", b"summary", "tenants", b"tenants", "total_histogram", b"total_histogram", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -577,6 +686,7 @@ class Region(_message.Message):
     REQUEST_CLASS_FIELD_NUMBER: _builtins.int
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
     AWAITS_SEQ_FIELD_NUMBER: _builtins.int
+    SHAREABLE_TOKENS_FIELD_NUMBER: _builtins.int
     state: Global___RegionState.ValueType
     used_tokens: _builtins.int
     """As last reported; the whole length where the last batch did not list it."""
@@ -584,7 +694,11 @@ class Region(_message.Message):
     request_class: _builtins.str
     max_total_tokens: _builtins.int
     awaits_seq: _builtins.int
-    """AWAITING_COMPLETION: the completed_seq that frees it."""
+    """AWAITING_COMPLETION: the completed_seq that frees it. KEPT: the one from which it
+    may be given up.
+    """
+    shareable_tokens: _builtins.int
+    """Tokens from the first that later requests may reuse."""
     @_builtins.property
     def place(self) -> _types_pb2.Place: ...
     def __init__(
@@ -597,10 +711,11 @@ class Region(_message.Message):
         request_class: _builtins.str = ...,
         max_total_tokens: _builtins.int = ...,
         awaits_seq: _builtins.int = ...,
+        shareable_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_seq", b"awaits_seq", "max_total_tokens", b"max_total_tokens", "place", b"place", "request_class", b"request_class", "request_id", b"request_id", "state", b"state", "used_tokens", b"used_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_seq", b"awaits_seq", "max_total_tokens", b"max_total_tokens", "place", b"place", "request_class", b"request_class", "request_id", b"request_id", "shareable_tokens", b"shareable_tokens", "state", b"state", "used_tokens", b"used_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13odma/v1/types.proto\x12\x07odma.v1\"E\n\x07PoolRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\x04\x12\x0e\n\x06number\x18\x04 \x01(\x04\"C\n\x05Place\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x15\n\rlength_tokens\x18\x03 \x01(\r\"^\n\x04\x43opy\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nfrom_token\x18\x02 \x01(\r\x12\x10\n\x08to_token\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x10\n\x08overlaps\x18\x05 \x01(\x08\"\xe1\x01\n\x07Refusal\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.odma.v1.RefusalReason\x12\x13\n\x0b\x66ree_tokens\x18\x02 \x01(\r\x12\x1a\n\x12largest_run_tokens\x18\x03 \x01(\r\x12\"\n\x1a\x61waiting_completion_tokens\x18\x04 \x01(\r\x12\x1a\n\x12\x63opy_tokens_needed\x18\x05 \x01(\r\x12\x16\n\x0epreempt_handle\x18\x06 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\x12\r\n\x05\x66ield\x18\x08 \x01(\t\"\x98\x01\n\x06\x44\x65vice\x12\x0e\n\x06preset\x18\x01 \x01(\t\x12\'\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x64\x65scriptor_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x1d\n\x1b_bandwidth_bytes_per_secondB\x15\n\x13_descriptor_seconds\"M\n\nPlaneGroup\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x02 \x01(\r\x12\x17\n\x0f\x61lignment_bytes\x18\x03 \x01(\r\"/\n\x08Geometry\x12#\n\x06planes\x18\x01 \x03(\x0b\x32\x13.odma.v1.PlaneGroup\"\xaa\x01\n\x0bModelConfig\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x02 \x01(\r\x12\x15\n\relement_bytes\x18\x03 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x04 \x01(\r\x12\x15\n\rpipeline_rank\x18\x05 \x01(\r\x12\x17\n\x0fpipeline_layers\x18\x06 \x03(\r\x12\x0b\n\x03mtp\x18\x07 \x01(\x08\"c\n\x0bTenantShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10guaranteed_share\x18\x02 \x01(\x01\x12\x1a\n\rmaximum_share\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_maximum_share\"\xc0\x02\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x1d\n\x05start\x18\x03 \x01(\x0e\x32\x0e.odma.v1.Start\x12#\n\x08overflow\x18\x04 \x01(\x0e\x32\x11.odma.v1.Overflow\x12\x13\n\x0bstep_tokens\x18\x05 \x01(\r\x12\x15\n\rlimits_tokens\x18\x06 \x03(\r\x12\x15\n\roverflow_risk\x18\x07 \x01(\x01\x12\x14\n\x0csafety_share\x18\x08 \x01(\x01\x12\x14\n\x0cunsure_ratio\x18\t \x01(\x01\x12\x0e\n\x06growth\x18\n \x01(\x01\x12\x14\n\x0ctenant_share\x18\x0b \x01(\x01\x12\x17\n\x0fmax_copy_tokens\x18\x0c \x01(\r\x12%\n\x07tenants\x18\r \x03(\x0b\x32\x14.odma.v1.TenantShare\"\xb5\x03\n\x0cPolicyChange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0bstep_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rlimits_tokens\x18\x03 \x03(\r\x12\x14\n\x0c\x63lear_limits\x18\x04 \x01(\x08\x12\x1a\n\roverflow_risk\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0csafety_share\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cunsure_ratio\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x13\n\x06growth\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0ctenant_share\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x1c\n\x0fmax_copy_tokens\x18\n \x01(\rH\x06\x88\x01\x01\x12%\n\x07tenants\x18\x0b \x03(\x0b\x32\x14.odma.v1.TenantShare\x12\x15\n\rclear_tenants\x18\x0c \x01(\x08\x42\x0e\n\x0c_step_tokensB\x10\n\x0e_overflow_riskB\x0f\n\r_safety_shareB\x0f\n\r_unsure_ratioB\t\n\x07_growthB\x0f\n\r_tenant_shareB\x12\n\x10_max_copy_tokens*\x9b\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REFUSAL_REASON_NO_SPACE\x10\x01\x12\x1d\n\x19REFUSAL_REASON_FRAGMENTED\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_COPY_BUDGET\x10\x03\x12\x1f\n\x1bREFUSAL_REASON_SAFETY_SHARE\x10\x04\x12\x18\n\x14REFUSAL_REASON_QUOTA\x10\x05\x12\x1d\n\x19REFUSAL_REASON_TABLE_FULL\x10\x06\x12\'\n#REFUSAL_REASON_WAITS_FOR_COMPLETION\x10\x07\x12\x19\n\x15REFUSAL_REASON_PINNED\x10\x08\x12\x1c\n\x18REFUSAL_REASON_NOT_FOUND\x10\t\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\n\x12\x1a\n\x16REFUSAL_REASON_SKIPPED\x10\x0b\x12\x1a\n\x16REFUSAL_REASON_CLAIMED\x10\x0c*\xaa\x01\n\x0fPredictionBasis\x12 \n\x1cPREDICTION_BASIS_UNSPECIFIED\x10\x00\x12\x1c\n\x18PREDICTION_BASIS_NOTHING\x10\x01\x12\x1e\n\x1aPREDICTION_BASIS_HISTOGRAM\x10\x02\x12\x1a\n\x16PREDICTION_BASIS_MODEL\x10\x03\x12\x1b\n\x17PREDICTION_BASIS_WINDOW\x10\x04*S\n\x05Moves\x12\x15\n\x11MOVES_UNSPECIFIED\x10\x00\x12\x0e\n\nMOVES_NONE\x10\x01\x12\x14\n\x10MOVES_OWN_GROWTH\x10\x02\x12\r\n\tMOVES_ANY\x10\x03*U\n\x05Start\x12\x15\n\x11START_UNSPECIFIED\x10\x00\x12\x11\n\rSTART_MAXIMUM\x10\x01\x12\x12\n\x0eSTART_QUANTILE\x10\x02\x12\x0e\n\nSTART_STEP\x10\x03*g\n\x08Overflow\x12\x18\n\x14OVERFLOW_UNSPECIFIED\x10\x00\x12\x14\n\x10OVERFLOW_PREEMPT\x10\x01\x12\x15\n\x11OVERFLOW_RELOCATE\x10\x02\x12\x14\n\x10OVERFLOW_COMPACT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13odma/v1/types.proto\x12\x07odma.v1\"E\n\x07PoolRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\x04\x12\x0e\n\x06number\x18\x04 \x01(\x04\"\x8d\x01\n\x05Place\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x15\n\rlength_tokens\x18\x03 \x01(\r\x12\x15\n\rreused_tokens\x18\x04 \x01(\r\x12\x1a\n\x12shared_start_token\x18\x05 \x01(\r\x12\x15\n\rshared_tokens\x18\x06 \x01(\r\"^\n\x04\x43opy\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nfrom_token\x18\x02 \x01(\r\x12\x10\n\x08to_token\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x10\n\x08overlaps\x18\x05 \x01(\x08\"\xe1\x01\n\x07Refusal\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.odma.v1.RefusalReason\x12\x13\n\x0b\x66ree_tokens\x18\x02 \x01(\r\x12\x1a\n\x12largest_run_tokens\x18\x03 \x01(\r\x12\"\n\x1a\x61waiting_completion_tokens\x18\x04 \x01(\r\x12\x1a\n\x12\x63opy_tokens_needed\x18\x05 \x01(\r\x12\x16\n\x0epreempt_handle\x18\x06 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\x12\r\n\x05\x66ield\x18\x08 \x01(\t\"\x98\x01\n\x06\x44\x65vice\x12\x0e\n\x06preset\x18\x01 \x01(\t\x12\'\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x64\x65scriptor_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x1d\n\x1b_bandwidth_bytes_per_secondB\x15\n\x13_descriptor_seconds\"M\n\nPlaneGroup\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x02 \x01(\r\x12\x17\n\x0f\x61lignment_bytes\x18\x03 \x01(\r\"/\n\x08Geometry\x12#\n\x06planes\x18\x01 \x03(\x0b\x32\x13.odma.v1.PlaneGroup\"\xaa\x01\n\x0bModelConfig\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x02 \x01(\r\x12\x15\n\relement_bytes\x18\x03 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x04 \x01(\r\x12\x15\n\rpipeline_rank\x18\x05 \x01(\r\x12\x17\n\x0fpipeline_layers\x18\x06 \x03(\r\x12\x0b\n\x03mtp\x18\x07 \x01(\x08\"c\n\x0bTenantShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10guaranteed_share\x18\x02 \x01(\x01\x12\x1a\n\rmaximum_share\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_maximum_share\"\xc0\x02\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x1d\n\x05start\x18\x03 \x01(\x0e\x32\x0e.odma.v1.Start\x12#\n\x08overflow\x18\x04 \x01(\x0e\x32\x11.odma.v1.Overflow\x12\x13\n\x0bstep_tokens\x18\x05 \x01(\r\x12\x15\n\rlimits_tokens\x18\x06 \x03(\r\x12\x15\n\roverflow_risk\x18\x07 \x01(\x01\x12\x14\n\x0csafety_share\x18\x08 \x01(\x01\x12\x14\n\x0cunsure_ratio\x18\t \x01(\x01\x12\x0e\n\x06growth\x18\n \x01(\x01\x12\x14\n\x0ctenant_share\x18\x0b \x01(\x01\x12\x17\n\x0fmax_copy_tokens\x18\x0c \x01(\r\x12%\n\x07tenants\x18\r \x03(\x0b\x32\x14.odma.v1.TenantShare\"\xb5\x03\n\x0cPolicyChange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0bstep_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rlimits_tokens\x18\x03 \x03(\r\x12\x14\n\x0c\x63lear_limits\x18\x04 \x01(\x08\x12\x1a\n\roverflow_risk\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0csafety_share\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cunsure_ratio\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x13\n\x06growth\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0ctenant_share\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x1c\n\x0fmax_copy_tokens\x18\n \x01(\rH\x06\x88\x01\x01\x12%\n\x07tenants\x18\x0b \x03(\x0b\x32\x14.odma.v1.TenantShare\x12\x15\n\rclear_tenants\x18\x0c \x01(\x08\x42\x0e\n\x0c_step_tokensB\x10\n\x0e_overflow_riskB\x0f\n\r_safety_shareB\x0f\n\r_unsure_ratioB\t\n\x07_growthB\x0f\n\r_tenant_shareB\x12\n\x10_max_copy_tokens*\x9b\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REFUSAL_REASON_NO_SPACE\x10\x01\x12\x1d\n\x19REFUSAL_REASON_FRAGMENTED\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_COPY_BUDGET\x10\x03\x12\x1f\n\x1bREFUSAL_REASON_SAFETY_SHARE\x10\x04\x12\x18\n\x14REFUSAL_REASON_QUOTA\x10\x05\x12\x1d\n\x19REFUSAL_REASON_TABLE_FULL\x10\x06\x12\'\n#REFUSAL_REASON_WAITS_FOR_COMPLETION\x10\x07\x12\x19\n\x15REFUSAL_REASON_PINNED\x10\x08\x12\x1c\n\x18REFUSAL_REASON_NOT_FOUND\x10\t\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\n\x12\x1a\n\x16REFUSAL_REASON_SKIPPED\x10\x0b\x12\x1a\n\x16REFUSAL_REASON_CLAIMED\x10\x0c*\xaa\x01\n\x0fPredictionBasis\x12 \n\x1cPREDICTION_BASIS_UNSPECIFIED\x10\x00\x12\x1c\n\x18PREDICTION_BASIS_NOTHING\x10\x01\x12\x1e\n\x1aPREDICTION_BASIS_HISTOGRAM\x10\x02\x12\x1a\n\x16PREDICTION_BASIS_MODEL\x10\x03\x12\x1b\n\x17PREDICTION_BASIS_WINDOW\x10\x04*S\n\x05Moves\x12\x15\n\x11MOVES_UNSPECIFIED\x10\x00\x12\x0e\n\nMOVES_NONE\x10\x01\x12\x14\n\x10MOVES_OWN_GROWTH\x10\x02\x12\r\n\tMOVES_ANY\x10\x03*U\n\x05Start\x12\x15\n\x11START_UNSPECIFIED\x10\x00\x12\x11\n\rSTART_MAXIMUM\x10\x01\x12\x12\n\x0eSTART_QUANTILE\x10\x02\x12\x0e\n\nSTART_STEP\x10\x03*g\n\x08Overflow\x12\x18\n\x14OVERFLOW_UNSPECIFIED\x10\x00\x12\x14\n\x10OVERFLOW_PREEMPT\x10\x01\x12\x15\n\x11OVERFLOW_RELOCATE\x10\x02\x12\x14\n\x10OVERFLOW_COMPACT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'odma_service.rpc.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=1817
-  _globals['_REFUSALREASON']._serialized_end=2228
-  _globals['_PREDICTIONBASIS']._serialized_start=2231
-  _globals['_PREDICTIONBASIS']._serialized_end=2401
-  _globals['_MOVES']._serialized_start=2403
-  _globals['_MOVES']._serialized_end=2486
-  _globals['_START']._serialized_start=2488
-  _globals['_START']._serialized_end=2573
-  _globals['_OVERFLOW']._serialized_start=2575
-  _globals['_OVERFLOW']._serialized_end=2678
+  _globals['_REFUSALREASON']._serialized_start=1892
+  _globals['_REFUSALREASON']._serialized_end=2303
+  _globals['_PREDICTIONBASIS']._serialized_start=2306
+  _globals['_PREDICTIONBASIS']._serialized_end=2476
+  _globals['_MOVES']._serialized_start=2478
+  _globals['_MOVES']._serialized_end=2561
+  _globals['_START']._serialized_start=2563
+  _globals['_START']._serialized_end=2648
+  _globals['_OVERFLOW']._serialized_start=2650
+  _globals['_OVERFLOW']._serialized_end=2753
   _globals['_POOLREF']._serialized_start=32
   _globals['_POOLREF']._serialized_end=101
-  _globals['_PLACE']._serialized_start=103
-  _globals['_PLACE']._serialized_end=170
-  _globals['_COPY']._serialized_start=172
-  _globals['_COPY']._serialized_end=266
-  _globals['_REFUSAL']._serialized_start=269
-  _globals['_REFUSAL']._serialized_end=494
-  _globals['_DEVICE']._serialized_start=497
-  _globals['_DEVICE']._serialized_end=649
-  _globals['_PLANEGROUP']._serialized_start=651
-  _globals['_PLANEGROUP']._serialized_end=728
-  _globals['_GEOMETRY']._serialized_start=730
-  _globals['_GEOMETRY']._serialized_end=777
-  _globals['_MODELCONFIG']._serialized_start=780
-  _globals['_MODELCONFIG']._serialized_end=950
-  _globals['_TENANTSHARE']._serialized_start=952
-  _globals['_TENANTSHARE']._serialized_end=1051
-  _globals['_POLICY']._serialized_start=1054
-  _globals['_POLICY']._serialized_end=1374
-  _globals['_POLICYCHANGE']._serialized_start=1377
-  _globals['_POLICYCHANGE']._serialized_end=1814
+  _globals['_PLACE']._serialized_start=104
+  _globals['_PLACE']._serialized_end=245
+  _globals['_COPY']._serialized_start=247
+  _globals['_COPY']._serialized_end=341
+  _globals['_REFUSAL']._serialized_start=344
+  _globals['_REFUSAL']._serialized_end=569
+  _globals['_DEVICE']._serialized_start=572
+  _globals['_DEVICE']._serialized_end=724
+  _globals['_PLANEGROUP']._serialized_start=726
+  _globals['_PLANEGROUP']._serialized_end=803
+  _globals['_GEOMETRY']._serialized_start=805
+  _globals['_GEOMETRY']._serialized_end=852
+  _globals['_MODELCONFIG']._serialized_start=855
+  _globals['_MODELCONFIG']._serialized_end=1025
+  _globals['_TENANTSHARE']._serialized_start=1027
+  _globals['_TENANTSHARE']._serialized_end=1126
+  _globals['_POLICY']._serialized_start=1129
+  _globals['_POLICY']._serialized_end=1449
+  _globals['_POLICYCHANGE']._serialized_start=1452
+  _globals['_POLICYCHANGE']._serialized_end=1889
 # @@protoc_insertion_point(module_scope)

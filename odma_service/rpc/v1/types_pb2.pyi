@@ -284,29 +284,55 @@ Global___PoolRef: _TypeAlias = PoolRef  # noqa: Y015
 
 @_typing.final
 class Place(_message.Message):
-    """Place is where a region lies: the same token range in every plane."""
+    """Place is where a region lies: the same token range in every plane.
+
+    Token t of the request lies at start_token + t. Where shared_tokens is s > 0,
+    token t < s lies at shared_start_token + t, in memory that others read too, and
+    token t >= s at start_token + t - s.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
     START_TOKEN_FIELD_NUMBER: _builtins.int
     LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARED_START_TOKEN_FIELD_NUMBER: _builtins.int
+    SHARED_TOKENS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Names the region until it is freed. Never repeated within an epoch."""
     start_token: _builtins.int
     """First token, a multiple of the pool's block_tokens."""
     length_tokens: _builtins.int
-    """Tokens reserved, a multiple of the pool's block_tokens."""
+    """Tokens that the request has room for, a multiple of the pool's block_tokens.
+    shared_tokens are counted: of its own are length_tokens - shared_tokens.
+    """
+    reused_tokens: _builtins.int
+    """Tokens from the first that need no prefill: what was adopted, gathered and
+    shared, in whole granules, at most prompt + generated - 1. The engine writes
+    only at or beyond it, and enqueues work that uses these tokens behind all work
+    that wrote them and behind the copies of this answer. It stays the same while
+    the region lives.
+    """
+    shared_start_token: _builtins.int
+    """First token of the shared run, where shared_tokens is not 0."""
+    shared_tokens: _builtins.int
+    """Of reused_tokens, those that are read where they lie; in whole granules. 0 in a
+    pool that was opened without reads_two_runs.
+    """
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         start_token: _builtins.int = ...,
         length_tokens: _builtins.int = ...,
+        reused_tokens: _builtins.int = ...,
+        shared_start_token: _builtins.int = ...,
+        shared_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "length_tokens", b"length_tokens", "start_token", b"start_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "length_tokens", b"length_tokens", "reused_tokens", b"reused_tokens", "shared_start_token", b"shared_start_token", "shared_tokens", b"shared_tokens", "start_token", b"start_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,6 +342,9 @@ Global___Place: _TypeAlias = Place  # noqa: Y015
 class Copy(_message.Message):
     """Copy tells the engine to copy tokens [from_token, from_token + tokens) to
     [to_token, to_token + tokens) in every plane.
+
+    A copy moves a region, or gathers the beginning of a new one from another run.
+    The engine treats them alike, in list order.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -326,11 +355,16 @@ class Copy(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     OVERLAPS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """The region that moves. Its new place is in the same answer."""
+    """The region whose tokens are at to_token afterwards. Its place is in the same
+    answer. 0: a run that is kept for later requests, which has no name.
+    """
     from_token: _builtins.int
     to_token: _builtins.int
     tokens: _builtins.int
-    """At least 1, at most what the batch said is used."""
+    """At least 1. Copies of one move carry together at most the largest of what the
+    batch said is used, of reused_tokens, and of what other requests may reuse of
+    the run: more than is used, where a prompt is not computed yet.
+    """
     overlaps: _builtins.bool
     """Source and destination share tokens: the copy needs the meaning of memmove.
     Never set for a pool opened without copies_may_overlap.
@@ -368,7 +402,9 @@ class Refusal(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     reason: Global___RefusalReason.ValueType
     free_tokens: _builtins.int
-    """Free tokens of the pool, those that wait for a completion not counted."""
+    """Free tokens of the pool, those that wait for a completion not counted. Kept
+    memory counts as free, here and below.
+    """
     largest_run_tokens: _builtins.int
     """The longest free run."""
     awaiting_completion_tokens: _builtins.int
@@ -702,7 +738,7 @@ class PolicyChange(_message.Message):
     CLEAR_TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """static, s3, odma or elastic. Empty: the record in force (OpenPool: elastic
-    where moves is ANY, else odma).
+    where moves is ANY, else odma; without any PolicyChange see there).
     """
     step_tokens: _builtins.int
     clear_limits: _builtins.bool

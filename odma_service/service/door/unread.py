@@ -36,19 +36,17 @@ class Unread:
 
     def insist_room(self, context: grpc.ServicerContext) -> None:
         """Begin a call in this thread. Raises CallerLimitError."""
-        caller = _caller_of(context)
-        if self._bytes[caller] > MOST_BYTES:
-            raise CallerLimitError(f"{self._bytes[caller]:,} bytes of answers are unread")
-        keep((context, caller))
+        if self._bytes and (count := self._bytes[_caller_of(context)]) > MOST_BYTES:
+            raise CallerLimitError(f"{count:,} bytes of answers are unread")
+        keep(context)
 
     def counting(self, serialise: Serialise) -> Serialise:
         """Return `serialise`, with its result counted until the call of this thread is over."""
 
         def counted(answer: Any) -> bytes:
             content = serialise(answer)
-            if len(content) > SMALL_BYTES and (call := kept()):
-                context, caller = call
-                self._count(context, caller, len(content))
+            if len(content) > SMALL_BYTES and (context := kept()):
+                self._count(context, _caller_of(context), len(content))
             return content
 
         return counted

@@ -29,6 +29,15 @@ static const odma_geometry GEOMETRY = {.blocks = 256,
                                        .model_length_tokens = 2048,
                                        .digest = 7};
 
+static const odma_geometry KEEPING = {.blocks = 256,
+                                      .block_tokens = 16,
+                                      .max_regions = REGIONS,
+                                      .max_ops = OPS,
+                                      .max_copies = COPIES,
+                                      .model_length_tokens = 4096,
+                                      .digest = 7,
+                                      .granule_tokens = 64};
+
 static const odma_engine ENGINE = {.moves = ODMA_MOVES_ANY,
                                    .single_ordered_stream = 1,
                                    .copies_may_overlap = 1,
@@ -88,15 +97,18 @@ struct step {
     odma_answer answer;
     odma_result results[OPS];
     odma_copy copies[COPIES];
-    odma_place moved[COPIES];
+    odma_place moved[COPIES + REGIONS];
+    odma_reused reused[COPIES + REGIONS];
 };
 
 static struct step step;
 
+static const odma_geometry *geometry_of_all = &GEOMETRY;
+
 static odma_arena *fresh(void) {
     odma_arena *arena = NULL;
     if (unlink(path) != 0) CHECK(errno == ENOENT);
-    OK(odma_arena_create(path, &GEOMETRY, &arena, reason));
+    OK(odma_arena_create(path, geometry_of_all, &arena, reason));
     odma_policy policy = POLICY;
     OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     OK(odma_arena_open_epoch(arena, 1, &ENGINE, "boot", "words", 5));
@@ -105,7 +117,7 @@ static odma_arena *fresh(void) {
 
 static odma_arena *attached(void) {
     odma_arena *arena = NULL;
-    OK(odma_arena_attach(path, &GEOMETRY, "boot", &arena, reason));
+    OK(odma_arena_attach(path, geometry_of_all, "boot", &arena, reason));
     return arena;
 }
 
@@ -146,6 +158,7 @@ static void begin_step(odma_arena *arena) {
     step.answer.results = step.results;
     step.answer.copies = step.copies;
     step.answer.moved = step.moved;
+    step.answer.moved_reused = step.reused;
 }
 
 static void add_op(odma_op op) { step.ops[step.batch.op_count++] = op; }
@@ -239,6 +252,14 @@ static void a_file_that_shrinks_under_an_arena_breaks_it(void) {
     odma_arena_close(arena);
 }
 
+static void a_file_that_has_shrunk_is_found_by_a_check(void) {
+    odma_arena *arena = fresh();
+    CHECK(truncate(path, 4096) == 0);
+    GIVES(ODMA_CORRUPT, odma_arena_check(arena, reason));
+    CHECK(strcmp(reason, "it is shorter than its books") == 0);
+    odma_arena_close(arena);
+}
+
 /* Attach either finds that a byte is wrong or is right not to care. */
 static void a_wild_byte_never_goes_unnoticed(void) {
     odma_arena *arena = fresh();
@@ -323,11 +344,11 @@ static void a_null_is_invalid(void) {
     GIVES(ODMA_INVALID, odma_arena_unary(NULL, EPOCH(1), &op, &result));
     GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), NULL, &result));
     GIVES(ODMA_INVALID, odma_arena_unary(arena, EPOCH(1), &op, NULL));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, EPOCH(1), &handle, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), NULL, 1, &place, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, NULL, &handle, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, NULL, &count));
-    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), &handle, 1, &place, &handle, NULL));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(NULL, EPOCH(1), 0, &handle, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, NULL, 1, &place, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, NULL, &handle, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, &place, NULL, &count));
+    GIVES(ODMA_INVALID, odma_arena_reconcile(arena, EPOCH(1), 0, &handle, 1, &place, &handle, NULL));
     GIVES(ODMA_INVALID, odma_arena_report(NULL, &report));
     GIVES(ODMA_INVALID, odma_arena_report(arena, NULL));
     GIVES(ODMA_INVALID, odma_arena_regions(NULL, 0, &region, 1, &count));
@@ -531,7 +552,7 @@ static void a_bad_batch_consumes_no_seq(void) {
         if (i == 6) step.used[step.batch.used_count++].handle = handle + 1;
         if (i == 7) step.used[0].handle = step.used[1].handle = handle;
         if (i == 7) step.batch.used_count = 2;
-        if (i == 8) step.used[step.batch.used_count++] = (odma_used){handle, 1 << 20, 0};
+        if (i == 8) step.used[step.batch.used_count++] = (odma_used){.handle = handle, .used_tokens = 1 << 20};
         if (i == 9) step.batch.completed_seq = UINT64_MAX;
         if (i == 10) step.ops[0].kind = 0;
         if (i == 11) step.ops[0].kind = 5;
@@ -585,6 +606,9 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
         {good, ODMA_REASON_INVALID, ODMA_RULE_OVERFLOW_RISK},
         {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
         {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
     };
     memset(cases[12].op.request_id, 0, ODMA_ID_BYTES);
     cases[13].op.prompt_tokens = 0;
@@ -598,6 +622,9 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
         cases[20].op.quantiles[i] = (float)(10 - i);
         cases[21].op.quantiles[i] = i == 3 ? NAN : 5;
     }
+    cases[22].op.request_id[ODMA_ID_BYTES - 1] = 'x';
+    cases[23].op.request_class[1] = 'x';
+    cases[24].op.tenant[ODMA_NAME_BYTES - 1] = 'x';
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         begin_step(arena);
         add_op(cases[i].op);
@@ -994,7 +1021,7 @@ static void a_plan_that_keeps_the_budget_is_found(void) {
     for (int i = 0; i < 5; i++) handles[i] = allocate_one(arena, names[i], i == 0 ? 32 : 1);
     begin_step(arena);
     for (uint32_t i = 0; i < 5; i++)
-        step.used[step.batch.used_count++] = (odma_used){handles[i], i == 0 ? 48 : 1, 0};
+        step.used[step.batch.used_count++] = (odma_used){handles[i], i == 0 ? 48 : 1, 0, 0, 0};
     add_op(free_op(handles[3], 1));
     add_op(extend_op(handles[0], 49));
     step.batch.max_copy_tokens = 10;
@@ -1250,37 +1277,31 @@ static bool is_compacting(void) {
     return others > 1 && step.answer.moved_count > 1;
 }
 
-/* The answer and the books are those of a process that did not die. */
-static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
-    odma_arena *arena = fresh();
-    odma_policy policy = POLICY;
-    name_tenants(&policy);
-    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
-    char saved[sizeof path + 8];
-    snprintf(saved, sizeof saved, "%s.saved", path);
-    int steps = 0;
-    do { /* until a step slides regions */
-        CHECK(steps++ < 1000);
-        random_step(arena);
-        for (int i = 0; i < 4; i++) add_op(random_op());
-        odma_arena_close(arena);
-        copy_file(path, saved);
-        arena = attached();
-        OK(run_step(arena));
-    } while (!is_compacting());
-    static struct step whole;
+/* The step at hand, and the books after it. */
+static struct step whole;
+static odma_region books[ROOM];
+
+/* The answer and the books are those of a process that did not die: the step at hand dies at
+ * each of its stores, on books as they are at `saved`. What `hits` finds afterwards is the same. */
+static void dies_at_each_store_of_its_step(const char *saved, uint32_t (*hits)(odma_arena *)) {
     whole = step;
-    static odma_region books[ROOM];
+    copy_file(saved, path);
+    odma_arena *arena = attached();
+    OK(run_step(arena));
     list_regions(arena);
     uint32_t book_count = region_count;
     memcpy(books, regions, sizeof books);
     odma_report report = report_of(arena);
+    uint32_t found = hits == NULL ? 0 : hits(arena);
     odma_arena_close(arena);
 
     bool died = true;
     uint32_t before = 0, after = 0, recoveries = 0;
     for (int number = 0; died; number++) {
         copy_file(saved, path);
+        step.batch = whole.batch;
+        memcpy(step.ops, whole.ops, sizeof step.ops);
+        memcpy(step.used, whole.used, sizeof step.used);
         died = dies_at_store(number, false);
         for (int again = number % 61; dies_at_store(again, true); again += 61) recoveries++;
         arena = attached();
@@ -1301,9 +1322,31 @@ static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
         odma_report now = report_of(arena);
         now.recovery = report.recovery;
         CHECK(memcmp(&now, &report, sizeof now) == 0);
+        CHECK(hits == NULL || hits(arena) == found);
         odma_arena_close(arena);
     }
     CHECK(before > 4 && after > 4 && recoveries > 4);
+}
+
+static void a_process_that_dies_at_any_store_has_done_all_or_nothing(void) {
+    odma_arena *arena = fresh();
+    odma_policy policy = POLICY;
+    name_tenants(&policy);
+    OK(odma_arena_set_policy(arena, NULL, &policy, 0));
+    char saved[sizeof path + 8];
+    snprintf(saved, sizeof saved, "%s.saved", path);
+    int steps = 0;
+    do { /* until a step slides regions */
+        CHECK(steps++ < 1000);
+        random_step(arena);
+        for (int i = 0; i < 4; i++) add_op(random_op());
+        odma_arena_close(arena);
+        copy_file(path, saved);
+        arena = attached();
+        OK(run_step(arena));
+    } while (!is_compacting());
+    odma_arena_close(arena);
+    dies_at_each_store_of_its_step(saved, NULL);
 }
 
 /* What a caller can see of the books. */
@@ -1350,8 +1393,10 @@ static void reconciles(odma_arena *arena) {
     uint64_t freed[REGIONS];
     uint32_t count;
     odma_place kept;
-    OK(odma_arena_reconcile(arena, EPOCH(1), &regions[0].handle, 1, &kept, freed, &count));
-    CHECK(count > 0 && kept.length == regions[0].length);
+    const odma_region *live = regions;
+    while (live->state != ODMA_REGION_LIVE) live++;
+    OK(odma_arena_reconcile(arena, EPOCH(1), 0, &live->handle, 1, &kept, freed, &count));
+    CHECK(count > 0 && kept.length == live->length);
 }
 
 static void sets_a_policy(odma_arena *arena) {
@@ -1439,6 +1484,115 @@ static void a_process_that_dies_in_any_call_has_done_all_or_nothing(void) {
     odma_arena_close(arena);
     dies_in_each(acts, sizeof acts / sizeof *acts);
 }
+/* --- dying with kept runs --- */
+
+enum { TALK_KEYS = 8 };
+
+/* Keys of talk number `talk`: each names all tokens before it. */
+static const uint8_t *keys_of(uint8_t talk) {
+    static uint8_t keys[4][TALK_KEYS * ODMA_KEY_BYTES];
+    for (uint32_t i = 0; i < TALK_KEYS * ODMA_KEY_BYTES; i++)
+        keys[talk][i] = (uint8_t)(i % ODMA_KEY_BYTES < 2 ? i / ODMA_KEY_BYTES + 1 : talk);
+    return keys[talk];
+}
+
+static odma_op talk_op(const char *id, uint8_t talk, uint32_t granules) {
+    odma_op op = allocate_op(id, granules * 64 + 1);
+    op.max_total_tokens = granules * 64 + 64;
+    op.keys = keys_of(talk);
+    op.key_bytes = granules * ODMA_KEY_BYTES;
+    return op;
+}
+
+static odma_op keep_op(uint64_t handle, uint32_t keep_tokens) {
+    odma_op op = free_op(handle, 0);
+    op.end = ODMA_END_ABORTED;
+    op.keep_tokens = keep_tokens;
+    return op;
+}
+
+static uint64_t talks(odma_arena *arena, const char *id, uint8_t talk, uint32_t granules) {
+    odma_result placed = ask(arena, talk_op(id, talk, granules));
+    CHECK(placed.outcome == ODMA_PLACED);
+    return placed.handle;
+}
+
+/* Of two talks that are kept, of one that runs, and of what is found then. */
+static uint32_t hits_of(odma_arena *arena) {
+    uint32_t found = 0;
+    for (uint8_t talk = 0; talk < 4; talk++) {
+        char id[ODMA_ID_BYTES] = "hit 0";
+        id[4] = (char)('0' + talk);
+        odma_result result = ask(arena, talk_op(id, talk, TALK_KEYS));
+        found = found * 16 + (result.outcome == ODMA_PLACED ? result.reused_tokens / 64 : 15);
+    }
+    return found;
+}
+
+/* Two talks are kept, and one runs that may be copied from. Answers its handle. */
+static uint64_t begin_talks(odma_arena *arena) {
+    CHECK(ask(arena, keep_op(talks(arena, "a", 0, 4), 256)).outcome == ODMA_FREED);
+    CHECK(ask(arena, keep_op(talks(arena, "b", 1, 6), 384)).outcome == ODMA_FREED);
+    uint64_t runs = talks(arena, "c", 2, 3);
+    CHECK(report_of(arena).reuse.kept_runs == 2);
+    return runs;
+}
+
+static void a_death_loses_nothing_that_was_kept(void) {
+    geometry_of_all = &KEEPING;
+    odma_arena *arena = fresh();
+    char saved[sizeof path + 8];
+    snprintf(saved, sizeof saved, "%s.saved", path);
+    uint64_t runs = begin_talks(arena);
+    begin_step(arena);
+    step.used[step.batch.used_count++] =
+        (odma_used){.handle = runs, .used_tokens = 193, .shareable_tokens = 193};
+    add_op(talk_op("adopts", 0, 6));
+    add_op(talk_op("gathers", 2, 3));
+    add_op(keep_op(runs, 192));
+    add_op(allocate_op("needs room", 256 * 16 - 1500));
+    add_op(allocate_op("and more", 300));
+    odma_arena_close(arena);
+    copy_file(path, saved);
+    arena = attached();
+    OK(run_step(arena));
+    CHECK(step.results[0].reused_tokens == 256 && step.results[1].reused_tokens == 192);
+    CHECK(step.results[3].outcome == ODMA_PLACED && step.results[4].outcome == ODMA_PLACED);
+    CHECK(report_of(arena).reuse.given_up_tokens > 0);
+    odma_arena_close(arena);
+    dies_at_each_store_of_its_step(saved, hits_of);
+}
+
+static void adopts_alone(odma_arena *arena) {
+    odma_result result;
+    odma_op op = talk_op("alone", 0, 5);
+    OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
+    CHECK(result.reused_tokens == 256);
+}
+
+static void keeps_alone(odma_arena *arena) {
+    odma_result result;
+    for (uint32_t i = 0; i < region_count; i++) {
+        if (regions[i].state != ODMA_REGION_LIVE) continue;
+        odma_op op = keep_op(regions[i].handle, 130);
+        OK(odma_arena_unary(arena, EPOCH(1), &op, &result));
+        CHECK(result.outcome == ODMA_FREED);
+        return;
+    }
+}
+
+static void a_death_in_any_call_keeps_all_or_nothing(void) {
+    void (*const acts[])(odma_arena *) = {adopts_alone, keeps_alone, reconciles, ends_its_epoch,
+                                          opens_another_epoch};
+    geometry_of_all = &KEEPING;
+    odma_arena *arena = fresh();
+    begin_talks(arena);
+    talks(arena, "d", 3, 2);
+    list_regions(arena);
+    odma_arena_close(arena);
+    dies_in_each(acts, sizeof acts / sizeof *acts);
+}
+
 /* --- fencing --- */
 
 static odma_caller owner_1(uint64_t number) {
@@ -1470,7 +1624,7 @@ static void an_owner_number_shuts_out_all_others(void) {
     const odma_status given[] = {ODMA_UNFENCED, ODMA_FENCED, ODMA_EPOCH, ODMA_LATE};
     for (int i = 0; i < 4; i++) {
         GIVES(given[i], allocates_as(arena, wrong[i], "b", 10, &result));
-        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], NULL, 0, NULL, freed, &count));
+        GIVES(given[i], odma_arena_reconcile(arena, wrong[i], 0, NULL, 0, NULL, freed, &count));
         GIVES(given[i], odma_arena_set_policy(arena, &wrong[i], &policy, 0));
         if (wrong[i].number != 0) GIVES(given[i], odma_arena_spend(arena, wrong[i]));
         if (wrong[i].owner != 0) GIVES(given[i], odma_arena_end_epoch(arena, wrong[i]));
@@ -1546,7 +1700,7 @@ static void is_refused_by_number(odma_arena *arena) {
 static void reconciles_by_number(odma_arena *arena) {
     uint64_t freed[REGIONS];
     uint32_t count;
-    OK(odma_arena_reconcile(arena, owner_1(2), NULL, 0, NULL, freed, &count));
+    OK(odma_arena_reconcile(arena, owner_1(2), 0, NULL, 0, NULL, freed, &count));
     CHECK(count == 1);
 }
 
@@ -1609,7 +1763,7 @@ static void the_largest_arena_is_usable(void) {
     policy.step_tokens = 1 << 20;
     OK(odma_arena_set_policy(arena, NULL, &policy, 0));
     begin_step(arena);
-    step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0};
+    step.used[step.batch.used_count++] = (odma_used){handle, (1U << 28) - 17, 0, 0, 0};
     add_op((odma_op){.kind = ODMA_OP_TRIM, .handle = handle, .least_tokens = (1U << 28) - 16});
     add_op(allocate_op("the rest", 16));
     step.ops[1].max_total_tokens = 16;
@@ -1863,6 +2017,7 @@ static const struct {
     FACT(a_file_that_is_not_ours_is_foreign),
     FACT(a_file_of_another_size_is_corrupt_and_stays_as_it_is),
     FACT(a_file_that_shrinks_under_an_arena_breaks_it),
+    FACT(a_file_that_has_shrunk_is_found_by_a_check),
     FACT(a_wild_byte_never_goes_unnoticed),
     FACT(a_null_is_invalid),
     FACT(a_bad_geometry_makes_no_file),
@@ -1888,6 +2043,8 @@ static const struct {
     FACT(accounts_are_kept_for_any_number_of_tenants),
     FACT(a_process_that_dies_at_any_store_has_done_all_or_nothing),
     FACT(a_process_that_dies_in_any_call_has_done_all_or_nothing),
+    FACT(a_death_loses_nothing_that_was_kept),
+    FACT(a_death_in_any_call_keeps_all_or_nothing),
     FACT(an_owner_number_shuts_out_all_others),
     FACT(a_late_message_changes_nothing),
     FACT(a_number_and_its_effect_are_both_there_or_neither),
