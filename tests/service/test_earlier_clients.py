@@ -35,6 +35,7 @@ LAST_FIELD = {
     "odma.v1.ModelConfig": 3,
 }
 """Of the messages that have got more fields since: the highest number of that time."""
+LATER_RPCS = {"ForgetPool"}
 
 
 class Earlier:
@@ -177,7 +178,7 @@ def test_it_does_all_that_it_did(earlier, name):
         call(memory, "ClosePool", pb.ClosePoolRequest(pool=pool))
     kinds = [pool_pb.EventKind.Name(one.event.kind) for one in islice(watch, 2)]
     assert kinds == ["EVENT_KIND_OPENED", "EVENT_KIND_POLICY_SET"]
-    assert earlier.made == {rpc.rpartition("/")[2] for rpc in RPCS}
+    assert earlier.made == {rpc.rpartition("/")[2] for rpc in RPCS} - LATER_RPCS
 
 
 def test_it_takes_over_and_is_taken_over(earlier, name):
