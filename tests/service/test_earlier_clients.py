@@ -32,6 +32,9 @@ LAST_FIELD = {
     "odma.v1.OpenPoolRequest": 17,
     "odma.v1.ClosePoolRequest": 1,
     "odma.v1.ReconcileRequest": 2,
+    "odma.v1.Used": 3,
+    "odma.v1.Alloc": 9,
+    "odma.v1.Freeing": 3,
     "odma.v1.ModelConfig": 3,
 }
 """Of the messages that have got more fields since: the highest number of that time."""
