@@ -235,6 +235,21 @@ def test_draining_lets_the_batch_under_way_be_answered_first(registry):
         stop.set()
 
 
+def test_a_batch_that_nobody_waits_for_is_not_done_once_it_has_the_pool(registry):
+    epoch = open_in(registry, "p").epoch
+    ref = types.PoolRef(name="p", epoch=epoch)
+    with serving(registry) as (memory, stub):
+        with registry.owned("p", epoch):
+            call = stub.Stream(iter([pb.StreamRequest(apply=pb.ApplyRequest(pool=ref, seq=1))]))
+            [stream] = wait_for_streams(memory)
+            wait_for(stream.lock.locked, "the batch")
+            call.cancel()
+            wait_for(stream.gone.is_set, "the end of the call")
+        wait_for(lambda: not memory.streams._open, "the end of the stream")
+        with registry.viewed("p") as view:
+            assert view.pool.last_seq == 0
+
+
 def wait_for_streams(memory):
     wait_for(lambda: memory.streams._open, "a stream")
     return memory.streams._open

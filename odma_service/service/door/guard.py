@@ -324,7 +324,9 @@ def _checks(shape: CallShape, hear: Callable[[], None]) -> _Checks:
 
     def insist_next(request: object) -> None:
         access.insist_still_known()
-        insist_usable(request)
+        hear()
+        if type(request) is _Unusable:
+            raise request.error()
 
     one_request = shape in (CallShape.UNARY, CallShape.SERVER_STREAM)
     return _Checks(
