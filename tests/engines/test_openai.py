@@ -17,7 +17,9 @@ from servers import PLAIN, wait_for
 from odma_service.client.local import ODMA
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 
-START_SECONDS = 100
+START_SECONDS = 200
+pytestmark = pytest.mark.timeout(300)  # a server that imports torch starts slowly
+
 READY = "odma model ready on "
 POOL = "served"
 HELLO = [{"role": "user", "content": "Hello"}]
