@@ -16,16 +16,15 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
-# What runs with the oldest packages allowed: all that uses one. Tests in C use none.
-OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool tests/arena \
-	--ignore tests/arena/test_c.py --ignore tests/arena/test_c_rooms.py \
-	--ignore tests/arena/test_fuzz.py --ignore tests/arena/test_lib.py
+# What runs with the oldest packages allowed: all that uses one.
+OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool \
+	tests/arena/test_binding.py
 OLDEST_EXTRAS := trace otel
 OLDEST_TOOLS := pytest,pytest-timeout,pytest-xdist,hypothesis,cryptography,setuptools
 
-# What Debian has for the C++ client of examples/cpp.
+# What Debian has for the C++ client of examples/cpp, for strace and for a browser.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
-	nlohmann-json3-dev strace
+	nlohmann-json3-dev strace chromium
 
 # What Debian has to build and run containers without Docker's daemon.
 CONTAINER_PACKAGES := podman runc debootstrap netavark aardvark-dns iptables docker-compose
@@ -134,7 +133,7 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,web,dev]'
 	touch $@ .venv/.compiled
 
 # Installed for its version and its build; the tests run the package of the tree.

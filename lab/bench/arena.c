@@ -10,6 +10,9 @@
  *     arena worst PATH WAITING OPERATIONS REPEATS
  *         Milliseconds of the batch that plans longest: OPERATIONS allocates, a block longer
  *         than the longest hole, beside WAITING runs that wait between pinned regions.
+ *     arena keys PATH SOURCES KEYS REPEATS
+ *         Nanoseconds a key of 8 allocates that bring KEYS keys each, beside the same without:
+ *         all found, in one of SOURCES live regions; and none found.
  *
  * PATH is a file to be made, and removed again. Prints one JSON object.
  *
@@ -203,7 +206,7 @@ struct bench {
     odma_op ops[LARGEST_BATCH];
     odma_result results[LARGEST_BATCH];
     odma_copy copies[ODMA_MAX_COPIES];
-    odma_place moved[ODMA_MAX_COPIES];
+    odma_place moved[2 * ODMA_MAX_COPIES]; /* with granules for max_regions more */
     uint64_t handles[MOST_LIVE];
 };
 
@@ -474,6 +477,109 @@ static void print_worst(const char *path, uint32_t waiting, uint32_t count, uint
     finish(bench, path);
 }
 
+/* --- keys --- */
+
+enum { ASKING = 8, GRANULE_TOKENS = 128 };
+
+/* The key of a granule of talk `talk`. */
+static void write_key(uint8_t *key, uint64_t talk, uint64_t granule) {
+    uint64_t words[2] = {(talk + 1) * 0x9e3779b97f4a7c15ULL, (granule + 1) * 0xd6e8feb86659fd93ULL};
+    memcpy(key, words, sizeof words);
+}
+
+struct talks {
+    struct bench *bench;
+    uint32_t keys;
+    uint64_t asked;
+    uint8_t *bytes; /* of the keys of ASKING operations */
+    odma_reused *reused;
+};
+
+/* One batch of `count` allocates with the keys of talks from `first` on (UINT64_MAX: none), whose
+ * regions are freed by the next one unless they stay. Answers its nanoseconds. */
+static double ask_talks(struct talks *talks, uint64_t first, uint32_t count, int stays) {
+    struct bench *bench = talks->bench;
+    odma_answer answer = {.results = bench->results,
+                          .copies = bench->copies,
+                          .moved = bench->moved,
+                          .moved_reused = talks->reused};
+    odma_batch batch = {.epoch = 1,
+                        .seq = ++bench->seq,
+                        .completed_seq = bench->seq - 1,
+                        .given = ODMA_GIVEN_MAX_COPY,
+                        .op_count = count,
+                        .ops = bench->ops};
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *keys = talks->bytes + (size_t)i * talks->keys * ODMA_KEY_BYTES;
+        bench->ops[i] = (odma_op){.kind = ODMA_OP_ALLOCATE,
+                                  .prompt_tokens = talks->keys * GRANULE_TOKENS + 1,
+                                  .max_total_tokens = talks->keys * GRANULE_TOKENS + BLOCK_TOKENS};
+        snprintf(bench->ops[i].request_id, ID_BYTES, "%llu", (unsigned long long)talks->asked++);
+        if (first == UINT64_MAX) continue;
+        for (uint32_t k = 0; k < talks->keys; k++)
+            write_key(keys + (size_t)k * ODMA_KEY_BYTES, first + i, k);
+        bench->ops[i].keys = keys;
+        bench->ops[i].key_bytes = talks->keys * ODMA_KEY_BYTES;
+    }
+    double start = seconds();
+    must(odma_arena_apply(bench->arena, &batch, &answer), "apply");
+    double taken = (seconds() - start) * 1e9;
+    if (bench->results[count - 1].outcome != ODMA_PLACED) fail("keys", "no room");
+    if (stays) return taken;
+    for (uint32_t i = 0; i < count; i++)
+        bench->ops[i] = (odma_op){.kind = ODMA_OP_FREE,
+                                  .end = ODMA_END_ABORTED,
+                                  .handle = bench->results[i].handle};
+    batch.seq = ++bench->seq, batch.completed_seq++;
+    must(odma_arena_apply(bench->arena, &batch, &answer), "apply");
+    return taken;
+}
+
+static void print_keys(const char *path, uint32_t sources, uint32_t keys, uint32_t repeats) {
+    char reason[ODMA_REASON_BYTES];
+    uint32_t blocks = (keys * GRANULE_TOKENS / BLOCK_TOKENS + 1) * (sources + ASKING);
+    struct bench *bench = zeroed(1, sizeof *bench);
+    odma_geometry geometry = {.blocks = blocks, .granule_tokens = GRANULE_TOKENS};
+    odma_engine engine = {.moves = ODMA_MOVES_ANY, .single_ordered_stream = 1};
+    if (odma_arena_create(path, &geometry, &bench->arena, reason) != ODMA_OK) fail(path, reason);
+    must(odma_arena_open_epoch(bench->arena, 1, &engine, NULL, NULL, 0), "open epoch");
+    struct talks talks = {.bench = bench, .keys = keys};
+    talks.bytes = zeroed((size_t)ASKING * keys, ODMA_KEY_BYTES);
+    talks.reused = zeroed(2 * ODMA_MAX_COPIES, sizeof *talks.reused);
+    for (uint32_t i = 0; i < sources; i++) {
+        ask_talks(&talks, i, 1, 1);
+        odma_used used = {.handle = bench->results[0].handle,
+                          .used_tokens = keys * GRANULE_TOKENS,
+                          .shareable_tokens = keys * GRANULE_TOKENS};
+        odma_answer answer = {.results = bench->results,
+                              .copies = bench->copies,
+                              .moved = bench->moved,
+                              .moved_reused = talks.reused};
+        odma_batch batch = {.epoch = 1,
+                            .seq = ++bench->seq,
+                            .completed_seq = bench->seq - 1,
+                            .used_count = 1,
+                            .used = &used};
+        must(odma_arena_apply(bench->arena, &batch, &answer), "apply");
+    }
+    double *none = zeroed(repeats, sizeof *none), *found = zeroed(repeats, sizeof *found);
+    double *missed = zeroed(repeats, sizeof *missed);
+    for (uint32_t i = 0; i < repeats; i++) {
+        none[i] = ask_talks(&talks, UINT64_MAX, ASKING, 0);
+        found[i] = ask_talks(&talks, i % (sources - ASKING), ASKING, 0);
+        missed[i] = ask_talks(&talks, sources + (uint64_t)i * ASKING, ASKING, 0);
+    }
+    double without = quantile(none, repeats, 0.5), all = ASKING * keys;
+    printf("{\"sources\": %u, \"keys\": %u, \"without_us\": %.2f, \"found_us\": %.2f, "
+           "\"missed_us\": %.2f, \"found_ns_a_key\": %.2f, \"missed_ns_a_key\": %.2f}\n",
+           sources, keys, without / 1e3, quantile(found, repeats, 0.5) / 1e3,
+           quantile(missed, repeats, 0.5) / 1e3, (quantile(found, repeats, 0.5) - without) / all,
+           (quantile(missed, repeats, 0.5) - without) / all);
+    free(talks.bytes);
+    free(talks.reused);
+    finish(bench, path);
+}
+
 static uint32_t number(const char *text) { return (uint32_t)strtoul(text, NULL, 10); }
 
 int main(int argc, char **argv) {
@@ -486,6 +592,10 @@ int main(int argc, char **argv) {
     }
     if (strcmp(command, "worst") == 0 && argc == 6) {
         print_worst(path, number(argv[3]), number(argv[4]), number(argv[5]));
+        return 0;
+    }
+    if (strcmp(command, "keys") == 0 && argc == 6) {
+        print_keys(path, number(argv[3]), number(argv[4]), number(argv[5]));
         return 0;
     }
     if (argc > 3 && number(argv[3]) < LEAST_BLOCKS) fail("blocks", "at least 4096");

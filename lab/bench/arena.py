@@ -29,6 +29,7 @@ PLANS = {"planning": HIGH_SHARE, "planning_99": FULLEST_SHARE}  # 20,000 regions
 REGIONS = 20_000
 ATTACHES = 9
 WORST = (16_000, 1_024, 5)  # runs that wait, operations, repeats
+KEYS = (64, 48, 400)  # regions where keys may be found, keys of each of 8 allocates, repeats
 GOALS = {
     "ratio_small_batches": 2.2,
     "ratio_big_batches": 1.1,
@@ -76,6 +77,7 @@ def measure(directory: Path, steps: int, repeats: int, *, quiet: bool) -> Figure
             runs.setdefault(name, []).append(_run(program, *command, seed))
         attached = _run(program, "attach", directory / "arena.pool", REGIONS, ATTACHES)
     worst = _run(program, "worst", directory / "arena.pool", *WORST)
+    keys = _run(program, "keys", directory / "arena.pool", *KEYS)
     return {
         "directory": str(directory.parent),
         "steps": steps,
@@ -83,6 +85,7 @@ def measure(directory: Path, steps: int, repeats: int, *, quiet: bool) -> Figure
         **{size: _of_size(size, runs) for size in SIZES},
         "attach": {"regions": attached["regions"], "ms": attached["median_ms"]},
         "worst": worst,
+        "keys": keys,
         "goals": GOALS,
     }
 
@@ -174,6 +177,10 @@ def _table(figures: Figures) -> Table:
     worst = figures["worst"]
     name = f"worst batch: {worst['operations']:,} plans, {worst['waiting']:,} runs wait, ms"
     table.add_row(name, "", _shown(worst["median_ms"]), "")
+    keys = figures["keys"]
+    for name, figure in (("found", "found_ns_a_key"), ("not found", "missed_ns_a_key")):
+        row = f"8 allocates with {keys['keys']} keys each, ns a key {name}"
+        table.add_row(row, "", _shown(keys[figure]), "")
     return table
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": "odma_service.cli.status",
     "top": "odma_service.cli.top",
     "watch": "odma_service.cli.watch",
+    "web": "odma_service.cli.web",
     "health": "odma_service.cli.health",
     "pool": "odma_service.cli.pool",
     "policy": "odma_service.cli.policy",

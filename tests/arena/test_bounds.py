@@ -35,9 +35,9 @@ ORDERED, ANY_ORDER = True, False
 class Pool:
     """An arena of one-block regions."""
 
-    def __init__(self, path, blocks, *, ordered, regions, tenants=(), moves=Moves.ANY):
+    def __init__(self, path, blocks, *, ordered, regions, tenants=(), moves=Moves.ANY, granule=0):
         self.arena = Arena.create(
-            path, ArenaGeometry(blocks, UNIT, regions, MOST_OPS, 4096, blocks * UNIT, 0)
+            path, ArenaGeometry(blocks, UNIT, regions, MOST_OPS, 4096, blocks * UNIT, 0, granule)
         )
         self.arena.set_policy(
             PolicyRecord("bounds", Start.STEP, Overflow.COMPACT, 1, tenants=tenants)
@@ -117,6 +117,36 @@ def test_no_batch_searches_on_beyond_its_budget(tmp_path, ordered, tenants):
     assert told <= {Reason.PINNED, Reason.FRAGMENTED, Reason.WAITS_FOR_COMPLETION, Reason.CLAIMED}
     assert PLAN_STEPS <= pool.steps() <= PLAN_STEPS + SEARCHES * pool.runs
     assert isinstance(pool.step([pool.allocate(1, "sure")], used)[0], Place), "it goes on"
+
+
+def keys_of(number, granules):
+    return b"".join(b"%8d%8d" % (number, i) for i in range(granules))
+
+
+@pytest.mark.parametrize("ordered", [ORDERED, ANY_ORDER])
+def test_no_batch_gives_up_and_looks_up_beyond_its_budget(tmp_path, ordered):
+    """As many kept runs as the table holds, and as many requests that want their place."""
+    runs, granule = 8192, 64
+    pool = Pool(tmp_path / "p.pool", runs * 4, ordered=ordered, regions=runs, granule=granule)
+    for first in range(0, runs, 2048):
+        ops = [
+            Allocate(f"{i}", 64, max_total_tokens=64, keys=keys_of(i // 64, 1))
+            for i in range(first, first + 2048)
+        ]
+        handles = [place.handle for place in pool.step(ops)]
+        pool.step([Free(handle, End.ABORTED, 0, 64) for handle in handles])
+    pool.step([])
+    assert pool.arena.report().reuse.kept_runs == runs
+    runs_looked_at = 2 * pool.arena.geometry.most_entries + 2
+    pool.step([pool.allocate(9) for _ in range(2048)])
+    assert pool.steps() <= PLAN_STEPS + SEARCHES * runs_looked_at
+    assert pool.arena.report().reuse.kept_runs < runs
+    looks_up = [
+        Allocate(f"again {i}", 130, max_total_tokens=130, keys=keys_of(127, 2)) for i in range(2048)
+    ]
+    pool.step(looks_up)
+    assert pool.steps() <= PLAN_STEPS + SEARCHES * runs_looked_at
+    pool.arena.check()
 
 
 def test_long_holes_of_about_one_length_are_searched_within_the_budget(tmp_path):

@@ -30,12 +30,14 @@ from odma_service.replay.policies import (
     REUSE_POLICIES,
     memory_of,
     read_tuning,
+    record_of,
 )
+from odma_service.replay.pooled import EngineKind, PoolMemory
 from odma_service.replay.prices import Prices, Serving
 from odma_service.replay.rivals.paging import PagedMemory
 from odma_service.replay.rivals.prefix import PrefixMemory
 from odma_service.traces.trace import Waits
-from odma_service.values import KEY_BYTES, End
+from odma_service.values import KEY_BYTES, Answer, End, Free, Freed, Place
 
 DATA = Path(os.environ.get("ODMA_DATA_DIR", Path(__file__).parents[3] / "shared/data"))
 SERVING = Serving()
@@ -368,3 +370,42 @@ def test_what_is_reused_comes_near_a_prefix_cache(common_blocks, tmp_path):
         assert row["tokens_per_s"] > rows["elastic"]["tokens_per_s"]
     assert rows["elastic-reuse"]["shared_tokens"] == 0
     assert bool(rows["elastic-shared"]["shared_tokens"]) >= bool(common_blocks)
+
+
+class SharingPool(PoolMemory):
+    """A pool with room for all, where each reads the first 64 tokens of who had them first."""
+
+    def __init__(self, load, kind):
+        record = record_of("elastic", load.limits, {})
+        super().__init__(record, kind, block_tokens=load.block_tokens)
+        self.end, self.first = 0, {}
+
+    def _apply(self, step, batch):
+        results = []
+        for op in batch.ops:
+            if isinstance(op, Free):
+                results.append(Freed())
+                continue
+            length, shared = op.max_total_tokens, BLOCK * (op.keys[:KEY_BYTES] in self.first)
+            at = self.first.setdefault(op.keys[:KEY_BYTES], self.end)
+            results.append(Place(self.end + 1, self.end, length, shared, at * bool(shared), shared))
+            self.end += length
+        return Answer(batch.seq, False, results, [], [], 1), False
+
+
+def test_a_beginning_that_is_read_in_place_is_read_once():
+    """Three of 70 tokens read 64 in one place; the second run costs the reading of 5 more."""
+    trace = traces.Trace(
+        np.zeros(4), np.full(4, 70), np.array([2, 2, 2, 2]), "four",
+        prefix_ids=((1,), (1,), (1,), (2,)), block_tokens=BLOCK,
+    )  # fmt: skip
+    load = load_of(trace, Limits(16, 96, 1_024))
+    kind = EngineKind(granule_tokens=BLOCK, reads_two_runs=True, second_run_tokens=5)
+    prices = Prices(0, 1, 0, 0, 0, 0)
+    histories = [
+        serve_by(load, SharingPool(load, kind), prices) for serve_by in (serve, serve_plainly)
+    ]
+    for history in histories:
+        assert history.reused_tokens == 2 * BLOCK
+        unread = BLOCK - 2 * 5  # two read the first's beginning: one of them for both
+        assert history.sums[-1].now_ps == (4 * 70 - unread) + (4 * 71 - unread)

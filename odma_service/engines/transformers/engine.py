@@ -127,9 +127,9 @@ class Engine:
         """
         self._told = []
         self._place()
-        pieces = self._pack()
-        if pieces:
-            self._compute(pieces)
+        packed = self._pack()
+        if packed:
+            self._compute(packed)
         return self._told
 
     # --- places ---
@@ -158,12 +158,12 @@ class Engine:
         asked: Asked = []
         self._queue = [request for request in self._queue if not request.over]
         for request, place in self._regions():
-            if request.over or request.preempted:
+            if request.leaves:
                 end = request.end or End.PREEMPTED
                 asked.append((Free(place.handle, end, len(request.output)), request))
         freed = bool(asked)
         for request, place in self._regions():
-            if not (request.over or request.preempted) and request.computed == place.length_tokens:
+            if not request.leaves and request.computed == place.length_tokens:
                 asked.append((Extend(place.handle, request.computed + 1), request))
         if freed or not self._refused:
             room = self._batch_cap - sum(not request.over for request in self._running)
@@ -257,12 +257,14 @@ class Engine:
         budget = self._prefill_tokens
         packed = []
         for request, place in self._regions():
+            if request.leaves:
+                continue
             left = request.total - request.computed
             tokens = min(left, place.length_tokens - request.computed)
             if left > 1:
                 tokens = min(tokens, budget)
                 budget -= tokens
-            if tokens > 0 and not (request.over or request.preempted):
+            if tokens > 0:
                 packed.append((request, tokens))
         return packed
 

@@ -79,6 +79,11 @@ class Request:
         return self.end is not None or self.error is not None
 
     @property
+    def leaves(self) -> bool:
+        """Whether its region is given back in the next batch."""
+        return self.over or self.preempted
+
+    @property
     def total(self) -> int:
         """Tokens of the prompt and of the answer so far."""
         return len(self.prompt) + len(self.output)

@@ -1550,14 +1550,14 @@ static void a_death_loses_nothing_that_was_kept(void) {
     add_op(talk_op("adopts", 0, 6));
     add_op(talk_op("gathers", 2, 3));
     add_op(keep_op(runs, 192));
-    odma_op large = allocate_op("needs room", 256 * 16 - 1500);
-    add_op(large);
+    add_op(allocate_op("needs room", 256 * 16 - 1500));
+    add_op(allocate_op("and more", 300));
     odma_arena_close(arena);
     copy_file(path, saved);
     arena = attached();
     OK(run_step(arena));
     CHECK(step.results[0].reused_tokens == 256 && step.results[1].reused_tokens == 192);
-    CHECK(step.results[3].outcome == ODMA_PLACED);
+    CHECK(step.results[3].outcome == ODMA_PLACED && step.results[4].outcome == ODMA_PLACED);
     CHECK(report_of(arena).reuse.given_up_tokens > 0);
     odma_arena_close(arena);
     dies_at_each_store_of_its_step(saved, hits_of);

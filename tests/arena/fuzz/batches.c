@@ -14,7 +14,7 @@
 #include "fuzz.h"
 #include "odma.h"
 
-enum { REGIONS = 12, OPS = 6, COPIES = 24, HANDLES = 32 };
+enum { REGIONS = 12, OPS = 6, COPIES = 24, HANDLES = 32, KEYS = 8 };
 
 struct input {
     const uint8_t *at;
@@ -49,7 +49,9 @@ struct engine {
     odma_op ops[OPS];
     odma_result results[OPS];
     odma_copy copies[COPIES];
-    odma_place moved[COPIES];
+    odma_place moved[COPIES + REGIONS];
+    odma_reused reused[COPIES + REGIONS];
+    uint8_t keys[OPS][KEYS * ODMA_KEY_BYTES];
 };
 
 static uint64_t any_handle(struct engine *engine, struct input *input) {
@@ -78,6 +80,21 @@ static odma_op any_op(struct engine *engine, struct input *input) {
             op.quantiles[i] = (i == 0 ? 0 : op.quantiles[i - 1]) + (float)take(input, 64);
     op.given = take(input, 32);
     return op;
+}
+
+/* Keys of one of few talks, each of which names the ones before it; or any bytes. */
+static void any_keys(struct engine *engine, struct input *input, odma_op *op, uint32_t at) {
+    uint8_t talk = (uint8_t)take(input, 3), *keys = engine->keys[at];
+    op->key_bytes = take(input, KEYS + 1) * ODMA_KEY_BYTES;
+    if (take(input, 16) == 0 && op->key_bytes > 0) op->key_bytes--;
+    uint32_t fork = take(input, KEYS), first = op->kind == ODMA_OP_FREE ? take(input, KEYS) : 0;
+    for (uint32_t i = 0; i < op->key_bytes; i++) {
+        uint32_t granule = i / ODMA_KEY_BYTES + first;
+        keys[i] = (uint8_t)(granule < fork ? granule : granule + 16 * talk);
+    }
+    op->keys = keys;
+    op->keep_tokens = take(input, 2) * take(input, 600);
+    op->prompt_tokens += take(input, 5) * 64;
 }
 
 static void any_policy(struct engine *engine, struct input *input) {
@@ -110,6 +127,8 @@ static void reattach(struct engine *engine, bool same_boot) {
     insist(status == ODMA_OK, "attach");
 }
 
+static bool keeps(const struct engine *engine) { return engine->geometry.granule_tokens > 0; }
+
 static void any_batch(struct engine *engine, struct input *input) {
     odma_batch batch = {.epoch = engine->epoch,
                         .seq = engine->seq + (take(input, 24) != 0),
@@ -124,10 +143,19 @@ static void any_batch(struct engine *engine, struct input *input) {
     for (uint32_t i = 0; i < batch.used_count; i++)
         engine->used[i] = (odma_used){.handle = any_handle(engine, input),
                                       .used_tokens = take(input, 512),
-                                      .pinned = take(input, 8) == 0};
-    for (uint32_t i = 0; i < batch.op_count; i++) engine->ops[i] = any_op(engine, input);
-    odma_answer answer = {
-        .results = engine->results, .copies = engine->copies, .moved = engine->moved};
+                                      .pinned = take(input, 8) == 0,
+                                      .shareable_tokens = keeps(engine) ? take(input, 512) : 0};
+    for (uint32_t i = 0; i < batch.op_count; i++) {
+        engine->ops[i] = any_op(engine, input);
+        if (keeps(engine)) any_keys(engine, input, &engine->ops[i], i);
+    }
+    for (uint32_t i = 0; i < batch.used_count; i++)
+        if (engine->used[i].shareable_tokens > engine->used[i].used_tokens)
+            engine->used[i].shareable_tokens = engine->used[i].used_tokens;
+    odma_answer answer = {.results = engine->results,
+                          .copies = engine->copies,
+                          .moved = engine->moved,
+                          .moved_reused = engine->reused};
     if (odma_arena_apply(engine->arena, &batch, &answer) != ODMA_OK) return;
     engine->seq = answer.seq;
     for (uint32_t i = 0; i < answer.result_count; i++)
@@ -176,12 +204,15 @@ static void one_call(struct engine *engine, struct input *input) {
         case 3: reattach(engine, take(input, 8) != 0); break;
         case 4:
             for (int i = 0; i < 4; i++) listed[i] = any_handle(engine, input);
-            odma_arena_reconcile(engine->arena, caller_of(engine), 0, listed, take(input, 5),
+            odma_arena_reconcile(engine->arena, caller_of(engine),
+                                 keeps(engine) ? engine->seq - take(input, 2) : 0, listed,
+                                 take(input, 5),
                                  kept, freed, &count);
             break;
         case 5:
         case 6:
             op = any_op(engine, input);
+            if (keeps(engine)) any_keys(engine, input, &op, 0);
             if (odma_arena_unary(engine->arena, caller_of(engine), &op, &result) ==
                     ODMA_OK &&
                 result.outcome == ODMA_PLACED)
@@ -203,6 +234,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                                       .max_copies = COPIES,
                                       .model_length_tokens = 1 + take(&input, 1024),
                                       .digest = 1};
+    if (engine.geometry.blocks >= 64) { /* so that inputs of pools that keep nothing stay so */
+        engine.geometry.blocks += 64 * (1 + take(&input, 3));
+        engine.geometry.granule_tokens = 64;
+    }
     snprintf(path, sizeof path, "/dev/shm/odma-fuzz-%d", (int)getpid());
     unlink(path);
     insist(odma_arena_create(path, &engine.geometry, &engine.arena, reason) == ODMA_OK, "create");
