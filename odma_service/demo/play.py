@@ -59,6 +59,8 @@ def open_pool(service: Client, policy: str, setting: Setting) -> PoolClient:
         copies_may_overlap=kind.copies_may_overlap,
         policy=PolicyChange(name=policy),
         max_regions=max(LEAST_REGIONS, setting.batch_cap),
+        granule_tokens=kind.granule_tokens,
+        reads_two_runs=kind.reads_two_runs,
     )
 
 
@@ -81,6 +83,7 @@ def play(
             may_overlap=kind.copies_may_overlap,
             drop_copy=setting.drop_copy,
         )
+        kind = replace(kind, granule_tokens=pool.response.granule_tokens)  # 0: it knows none
         record = named(policy, limits.model_length_tokens, limits.capacity_tokens)
         memory = RemoteMemory(pool, device, record, kind, block_tokens=load.block_tokens)
         loop = Loop(load, memory, STEPS, setting.batch_cap, overtake=setting.overtake)

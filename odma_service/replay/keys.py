@@ -7,7 +7,7 @@ shorter than granules; only whole blocks have ids, so only what lies in them has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from struct import pack
 
@@ -30,7 +30,8 @@ def granule_for(block_tokens: int) -> int:
     return min(max(block_tokens - block_tokens % BLOCK_TOKENS, least), most)
 
 
-def keys_of(block_ids: Sequence[int], block_tokens: int, granule_tokens: int) -> bytes:
+@lru_cache(maxsize=1_024)  # who is refused asks again
+def keys_of(block_ids: tuple[int, ...], block_tokens: int, granule_tokens: int) -> bytes:
     """Return the keys of all whole granules in blocks with these ids."""
     keys = [b""]
     for index in range(len(block_ids) * block_tokens // granule_tokens):

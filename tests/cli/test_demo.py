@@ -26,7 +26,7 @@ from odma_service.replay.loop import serve
 from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Serving
-from odma_service.traces import generate
+from odma_service.traces import generate, write_trace
 from odma_service.values import Copy, Moves
 
 KEYS = {
@@ -215,6 +215,18 @@ def test_every_kind_of_engine_keeps_every_token(
     assert outcome.flaws() == []
     assert outcome.refusals > 0
     assert outcome.copies == 0 or moves is not Moves.NONE
+
+
+@pytest.mark.parametrize("streams", ["single", "several"])
+def test_what_is_reused_is_checked_as_what_is_written(target, tmp_path, streams):
+    path = tmp_path / "conversations.parquet"
+    write_trace(conversations(10, 6, 2, common_blocks=4), path)
+    options = ("--trace", path, "--target", target, "--policy", "elastic", "--json", *FLAGS)
+    several = ("--streams", streams, "--no-overlap", "--model-length", "4096")
+    outcome = outcome_of(run(*options, *several, "--granule-tokens", "64"))
+    assert (outcome["violations"], outcome["balanced"]) == (0, True)
+    assert 0 < outcome["reused_tokens"] < outcome["prompt_tokens"]
+    assert outcome_of(run(*options, *several))["reused_tokens"] == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
