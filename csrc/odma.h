@@ -404,7 +404,8 @@ typedef enum odma_rule {
     ODMA_RULE_KEEP_TOKENS,        /* at most the larger of used and reused */
     ODMA_RULE_FREE_KEYS,          /* whole keys, at most the granules of keep_tokens left */
     ODMA_RULE_BATCH_KEYS,         /* of a batch: at most ODMA_MAX_BATCH_KEYS */
-    ODMA_RULE_SHAREABLE_TOKENS    /* at most used_tokens, in a pool with granules */
+    ODMA_RULE_SHAREABLE_TOKENS,   /* at most used_tokens, in a pool with granules */
+    ODMA_RULE_PADDING             /* ids and names end with zero bytes only */
 } odma_rule;
 
 typedef struct odma_result {
@@ -614,7 +615,7 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
                                uint32_t room, uint32_t *count);
 
 /* Whether the books keep every rule, memory and file alike: ODMA_OK, or
- * ODMA_CORRUPT with the broken rule in `reason`. */
+ * ODMA_CORRUPT with the broken rule in `reason`; ODMA_IO: the file cannot be read. */
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]);
 
 /* A word for a status, never NULL. */

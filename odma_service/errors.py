@@ -4,11 +4,12 @@ OdmaError
 ├── InvalidError         a value breaks a rule; `field` names it
 ├── PoolNotFoundError    no pool has this name
 ├── PoolOwnedError       another owner has the pool
+├── PoolOpenError        the pool is open; close it first
 ├── EpochError           the epoch is over
 ├── FencedError          another instance owns the pool; stop
 ├── UnfencedError        a call without an owner number, in an epoch that has one
 ├── LateError            a message whose number was passed; nothing was changed
-├── StaleOpenError       an OpenPool that is no newer than one seen before
+├── StaleOpenError       an OpenPool that is no newer than one before, or of another's pool
 ├── NotCompletedError    copies of the last answer are not promised; `last_seq` is its seq
 ├── SeqChangedError      the last seq, but with another body
 ├── SeqOldError          a seq older than the last
@@ -17,8 +18,10 @@ OdmaError
 ├── NothingLearntError   too few completions to recalibrate
 ├── RefusedError         a unary call was refused; `refusal` gives the reason
 ├── HandleError          a handle that names no live region
-├── PoolLimitError       no more pools, or no room for the books
+├── PoolLimitError       no more pools, or their files would be too large
+│   └── BooksSpaceError      no room on the disk for the books of one more
 ├── ModelError           a model directory that cannot be served; `file` is the bad file
+├── UnfitModelError      an engine cannot serve a model of this kind
 ├── StreamLimitError     too many streams are open
 ├── StreamReplacedError  the pool has a newer stream
 ├── IdentityError        no token or certificate, or an unknown one
@@ -99,6 +102,17 @@ class PoolOwnedError(OdmaError):
         self.idle_seconds = idle_seconds
 
 
+class PoolOpenError(OdmaError):
+    """The pool is open, so it cannot be forgotten."""
+
+    reason = "POOL_OPEN"
+    fields = (("name", str),)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"pool {name!r} is open; close it first")
+        self.name = name
+
+
 class EpochError(OdmaError):
     """The epoch is over: its places mean nothing any more."""
 
@@ -151,16 +165,23 @@ class LateError(OdmaError):
 
 
 class StaleOpenError(OdmaError):
-    """The pool has seen this attempt of the instance, or a later one. Nothing was changed."""
+    """The pool has seen this attempt, or a later one, or is not as the sender saw it.
+
+    Nothing was changed. `last` is the highest attempt, `seen` is how the pool is now.
+    """
 
     reason = "OPEN_STALE"
-    fields = (("name", str), ("attempt", int), ("last", int))
+    fields = (("name", str), ("attempt", int), ("last", int), ("seen", str))
 
-    def __init__(self, name: str, attempt: int, last: int) -> None:
-        super().__init__(f"attempt {attempt} to open pool {name!r} is late, the last was {last}")
+    def __init__(self, name: str, attempt: int, last: int, seen: str) -> None:
+        super().__init__(
+            f"attempt {attempt} to open pool {name!r} is late: the last was {last}, and the pool "
+            f"is as {seen!r}; ask with the next attempt and this as seen"
+        )
         self.name = name
         self.attempt = attempt
         self.last = last
+        self.seen = seen
 
 
 class NotCompletedError(OdmaError):
@@ -255,9 +276,15 @@ class HandleError(OdmaError):
 
 
 class PoolLimitError(OdmaError):
-    """No more pools, or no room for the books of one more."""
+    """No more pools, or their files would be larger than they may be."""
 
     reason = "POOL_LIMIT"
+
+
+class BooksSpaceError(PoolLimitError):
+    """The disk of the pool directory has no room for the books of one more pool."""
+
+    reason = "BOOKS_SPACE"
 
 
 class ModelError(OdmaError):
@@ -266,6 +293,15 @@ class ModelError(OdmaError):
     def __init__(self, file: Path, rule: str) -> None:
         super().__init__(f"model {file}: {rule}")
         self.file = file
+        self.rule = rule
+
+
+class UnfitModelError(OdmaError):
+    """An engine cannot serve a model of this `kind`: `rule` says why."""
+
+    def __init__(self, kind: str, rule: str) -> None:
+        super().__init__(f"a model of kind {kind!r} cannot be served: {rule}")
+        self.kind = kind
         self.rule = rule
 
 

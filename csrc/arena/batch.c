@@ -143,12 +143,6 @@ static bool stops_allocates(const odma_result *result) {
            result->reason != ODMA_REASON_SKIPPED;
 }
 
-/* Whether an earlier allocate of the batch was given a new region under this request id. */
-static bool is_taken(const odma_arena *arena, const odma_op *op, uint32_t hash) {
-    uint32_t slot = find_id(arena, op->request_id, hash);
-    return slot != NONE && arena->cells[slot].request.birth > arena->step.first_birth;
-}
-
 static bool changes(const odma_result *result) {
     return result->outcome == ODMA_PLACED || result->outcome == ODMA_FREED;
 }
@@ -205,10 +199,7 @@ static void run_batch(odma_arena *arena, const odma_batch *batch) {
         const odma_op *op = &batch->ops[i];
         if (large && i + AHEAD < batch->op_count) fetch_around(arena, &batch->ops[i + AHEAD]);
         odma_result *result = &arena->step.results[i];
-        if (op->kind == ODMA_OP_ALLOCATE && is_taken(arena, op, arena->step.hashes[i]))
-            invalid(arena, ODMA_RULE_REQUEST_ID_TWICE, result);
-        else
-            do_op(arena, op, arena->step.hashes[i], result);
+        do_op(arena, op, arena->step.hashes[i], result);
         arena->step.stopped |= stops_allocates(result) && op->kind >= ODMA_OP_EXTEND;
         changed |= changes(result);
     }

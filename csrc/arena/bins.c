@@ -15,7 +15,7 @@ static uint32_t bin_of(uint32_t length) {
     return EXACT_BINS + (log - 10) * SUB_BINS + ((length >> (log - 6)) & (SUB_BINS - 1));
 }
 
-static void bin_add(odma_arena *arena, uint32_t id) {
+static inline void bin_add(odma_arena *arena, uint32_t id) {
     struct run *run = &arena->runs[id];
     uint32_t bin = bin_of(run->length);
     run->bin_prev = NONE;
@@ -27,7 +27,7 @@ static void bin_add(odma_arena *arena, uint32_t id) {
     arena->free_blocks += run->length;
 }
 
-static void bin_remove(odma_arena *arena, uint32_t id) {
+static inline void bin_remove(odma_arena *arena, uint32_t id) {
     struct run *run = &arena->runs[id];
     uint32_t bin = bin_of(run->length);
     if (run->bin_prev != NONE)

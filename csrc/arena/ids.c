@@ -2,7 +2,7 @@
 #include <string.h>
 
 /* Of the words up to the first that is all padding. */
-static uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
+static inline uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
     uint64_t hash = 0, word;
     for (size_t i = 0; i < ODMA_ID_BYTES; i += sizeof word) {
         memcpy(&word, id + i, sizeof word);
@@ -13,7 +13,8 @@ static uint32_t id_hash(const char id[ODMA_ID_BYTES]) {
 }
 
 /* The live region of a request id, or NONE. */
-static uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES], uint32_t hash) {
+static inline uint32_t find_id(const odma_arena *arena, const char id[ODMA_ID_BYTES],
+                               uint32_t hash) {
     for (uint32_t i = hash & arena->ids_mask;; i = (i + 1) & arena->ids_mask) {
         struct entry entry = arena->ids[i];
         if (entry.slot == NONE ||

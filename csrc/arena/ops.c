@@ -9,7 +9,7 @@
 
 /* A result that says where a region lies. It is looked at again once the batch
  * is done if an earlier result of the batch said it too. */
-static void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
+static inline void placed(odma_arena *arena, uint32_t slot, odma_result *result) {
     note_of(arena, slot)->placed = true;
     *result = (odma_result){.outcome = ODMA_PLACED,
                             .handle = handle_of(arena, slot),
@@ -190,9 +190,15 @@ static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
     return longest < capacity ? longest : (uint32_t)capacity;
 }
 
+static bool has_padded_names(const odma_op *op) {
+    return is_padded(op->request_id, sizeof op->request_id) &&
+           is_padded_name(op->request_class) && is_padded_name(op->tenant);
+}
+
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {
     uint64_t capacity = (uint64_t)arena->geometry.blocks * arena->geometry.block_tokens;
     if (op->request_id[0] == 0) return ODMA_RULE_REQUEST_ID;
+    if (!has_padded_names(op)) return ODMA_RULE_PADDING;
     if (max_total < 1 || max_total > capacity) return ODMA_RULE_MAX_TOTAL_TOKENS;
     if (op->prompt_tokens < 1 || (uint64_t)op->prompt_tokens + op->generated_tokens > max_total)
         return ODMA_RULE_PROMPT_TOKENS;
@@ -286,8 +292,10 @@ static void do_allocate(odma_arena *arena, const odma_op *op, uint32_t hash,
                         odma_result *result) {
     uint32_t max_total = max_total_of(arena, op);
     uint32_t rule = allocate_rule(arena, op, max_total);
-    uint32_t alive = rule == ODMA_RULE_NONE ? find_id(arena, op->request_id, hash) : NONE;
-    if (alive != NONE) {
+    uint32_t alive = find_id(arena, op->request_id, hash);
+    if (alive != NONE && arena->cells[alive].request.birth > arena->step.first_birth) {
+        rule = ODMA_RULE_REQUEST_ID_TWICE;
+    } else if (alive != NONE && rule == ODMA_RULE_NONE) {
         const struct request *request = &arena->cells[alive].request;
         if (request->prompt_tokens == op->prompt_tokens &&
             request->generated_tokens == op->generated_tokens &&

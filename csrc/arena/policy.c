@@ -37,7 +37,7 @@ static double output_at(const float quantiles[ODMA_QUANTILES], double risk, doub
 }
 
 /* Limit, else multiple of the step, never above the maximum; in blocks. */
-static uint32_t rounded(const odma_arena *arena, double start, uint32_t max_total) {
+static inline uint32_t rounded(const odma_arena *arena, double start, uint32_t max_total) {
     const odma_policy *policy = &arena->books->policy;
     if (start >= max_total) return blocks_of(arena, max_total);
     uint64_t tokens = (uint64_t)ceil(start);
@@ -90,7 +90,7 @@ static uint32_t growth_blocks(const odma_arena *arena, uint32_t slot, uint32_t l
 }
 
 /* Whether these are finite, at least 0 and ascending. */
-static bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
+static inline bool are_quantiles(const float quantiles[ODMA_QUANTILES]) {
     if (!are_set(quantiles)) return true;
     bool ascend = quantiles[0] >= 0 && isfinite(quantiles[ODMA_QUANTILES - 1]);
     for (uint32_t i = 1; i < ODMA_QUANTILES; i++)

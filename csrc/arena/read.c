@@ -136,14 +136,29 @@ odma_status odma_arena_regions(odma_arena *arena, uint32_t from, odma_region *re
     return leave(arena, ODMA_OK);
 }
 
+/* Whether the file has the books as memory has them. It is read, not looked at through the map:
+ * where it cannot be, that is a status and no signal. */
+static odma_status compare_file(const odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
+    uint8_t part[16 * 1024];
+    const uint8_t *books = (const uint8_t *)arena->books;
+    uint64_t end = arena->layout.books_bytes;
+    for (uint64_t at = 0; at < end; at += sizeof part) {
+        uint64_t bytes = end - at < sizeof part ? end - at : sizeof part;
+        odma_status status = read_at(arena, part, bytes, arena->layout.books_offset + at, reason);
+        if (status != ODMA_OK) return status;
+        if (memcmp(part, books + at, bytes) != 0)
+            return refuse(reason, ODMA_CORRUPT, "the file and the memory disagree");
+    }
+    return ODMA_OK;
+}
+
 odma_status odma_arena_check(odma_arena *arena, char reason[ODMA_REASON_BYTES]) {
     odma_status status = enter(arena);
     if (status != ODMA_OK) return refuse(reason, status, "%s", odma_status_name(status));
+    status = compare_file(arena, reason);
+    if (status != ODMA_OK) return leave(arena, status);
     char room[ODMA_REASON_BYTES];
-    const char *fault = NULL;
-    if (memcmp(arena->map + arena->layout.books_offset, arena->books, arena->layout.books_bytes))
-        fault = "the file and the memory disagree";
-    if (fault == NULL) fault = books_fault(arena, room);
+    const char *fault = books_fault(arena, room);
     if (fault == NULL) fault = runs_fault(arena);
     if (fault == NULL) fault = bins_fault(arena);
     if (fault == NULL) fault = accounts_fault(arena);

@@ -40,7 +40,7 @@ static uint32_t share_of(const odma_arena *arena, double share) {
 
 /* Names come from outside, so each epoch has a key of its own for their hashes. An
  * epoch that an older version began has none, and keeps the hashes it has. */
-static uint64_t tenant_hash(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
+static inline uint64_t tenant_hash(const odma_arena *arena, const char name[ODMA_NAME_BYTES]) {
     const uint64_t *key = arena->books->stats[ODMA_CLASS_POOL].key;
     if (name[0] == 0) return 0;
     return key[0] == 0 && key[1] == 0 ? hash_bytes(name, ODMA_NAME_BYTES)
@@ -155,7 +155,7 @@ static struct standing stands(const odma_arena *arena, const struct account *acc
 }
 
 /* Where the policy limits nobody a tenant holds nothing and may hold all. */
-static struct standing standing_of(const odma_arena *arena, uint64_t tenant) {
+static inline struct standing standing_of(const odma_arena *arena, uint64_t tenant) {
     if (!arena->limits)
         return (struct standing){.index = NONE, .maximum = arena->geometry.blocks};
     struct standing standing = stands(arena, account_of(arena, tenant));

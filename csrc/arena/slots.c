@@ -29,7 +29,7 @@ static uint64_t handle_of(const odma_arena *arena, uint32_t slot) {
 }
 
 /* The slot of a live region, or NONE with the rule that the handle breaks. */
-static uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
+static inline uint32_t slot_of(const odma_arena *arena, uint64_t handle, uint32_t *rule) {
     uint64_t slot = handle & HANDLE_SLOT, generation = handle >> SLOT_BITS;
     *rule = ODMA_RULE_HANDLE_UNKNOWN;
     if (slot >= arena->layout.table_size || generation == 0 ||
@@ -99,13 +99,13 @@ static void give_slot(odma_arena *arena, uint32_t slot) {
         arena->spare_slots[arena->spare_slot_count++] = slot;
 }
 
-static void set_place(odma_arena *arena, uint32_t slot) {
+static inline void set_place(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot.start = arena->runs[slot].start;
     arena->cells[slot].slot.length = arena->runs[slot].length;
     mark_slot(arena, slot);
 }
 
-static void clear_slot(odma_arena *arena, uint32_t slot) {
+static inline void clear_slot(odma_arena *arena, uint32_t slot) {
     arena->cells[slot].slot = (struct slot){.generation = arena->cells[slot].slot.generation};
     mark_slot(arena, slot);
     if (arena->granule_blocks > 0) end_mark(arena, slot);

@@ -57,12 +57,16 @@ Error::Error(const grpc::Status &status)
     for (const google::protobuf::Any &detail : parsed.details()) {
         details::ErrorInfo info;
         details::BadRequest bad;
+        details::RetryInfo retry;
         v1::Refusal why;
         if (unpack(detail, "google.rpc.ErrorInfo", &info)) {
             reason = info.reason();
             metadata = {info.metadata().begin(), info.metadata().end()};
         } else if (unpack(detail, "google.rpc.BadRequest", &bad)) {
             if (bad.field_violations_size() > 0) field = bad.field_violations(0).field();
+        } else if (unpack(detail, "google.rpc.RetryInfo", &retry)) {
+            const google::protobuf::Duration &delay = retry.retry_delay();
+            retry_after = milliseconds(delay.seconds() * 1000 + delay.nanos() / 1'000'000);
         } else if (unpack(detail, "odma.v1.Refusal", &why)) {
             refusal = why;
         }
@@ -71,6 +75,10 @@ Error::Error(const grpc::Status &status)
 
 bool Error::perhaps_done() const {
     return no_answer(code) || code == grpc::INTERNAL || code == grpc::UNKNOWN;
+}
+
+bool Error::not_begun() const {
+    return reason == "BUSY" || reason == "CALLER_LIMIT" || reason == "STREAM_LIMIT";
 }
 
 static std::string random_bytes(size_t count) {
@@ -107,9 +115,10 @@ void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext
         const grpc::Status status = attempt(&context);
         if (status.ok()) return;
         const Error error(status);
-        const bool again = no_answer(error.code) || error.reason == "OPEN_STALE";
-        if (!again || steady_clock::now() + pause > give_up) throw error;
-        std::this_thread::sleep_for(pause);
+        const bool again = no_answer(error.code) || error.not_begun();
+        const milliseconds wait = std::max(pause, error.retry_after);
+        if (!again || steady_clock::now() + wait > give_up) throw error;
+        std::this_thread::sleep_for(wait);
         connect();
     }
 }
@@ -117,11 +126,51 @@ void Client::until_answered(const std::function<grpc::Status(grpc::ClientContext
 Pool Client::open_pool(v1::OpenPoolRequest request) {
     v1::OpenPoolResponse opened;
     request.set_instance(instance_);
-    until_answered([&](grpc::ClientContext *context) {
-        request.set_attempt(++attempts_);
-        return v1::MemoryService::Stub(channel_).OpenPool(context, request, &opened);
-    });
-    return Pool(*this, std::move(opened));
+    request.set_seen("");
+    for (;;) {
+        try {
+            until_answered([&](grpc::ClientContext *context) {
+                request.set_attempt(++attempts_);
+                return v1::MemoryService::Stub(channel_).OpenPool(context, request, &opened);
+            });
+            return Pool(*this, std::move(opened));
+        } catch (const Error &error) { /* the pool was not as seen, or an answer was lost */
+            if (error.reason != "OPEN_STALE") throw;
+            const auto seen = error.metadata.find("seen");
+            request.set_seen(seen == error.metadata.end() ? "" : seen->second);
+        }
+    }
+}
+
+void Client::close_pool(const v1::PoolRef &pool) {
+    v1::ClosePoolRequest request;
+    *request.mutable_pool() = pool;
+    request.set_by_operator(true);
+    call(&v1::MemoryService::Stub::ClosePool, request);
+}
+
+void Client::forget_pool(const v1::PoolRef &pool) {
+    v1::ForgetPoolRequest request;
+    *request.mutable_pool() = pool;
+    call(&v1::PoolService::Stub::ForgetPool, request);
+}
+
+v1::Policy Client::set_policy(const v1::PoolRef &pool, const v1::PolicyChange &change,
+                              uint32_t expected_version) {
+    v1::SetPolicyRequest request;
+    *request.mutable_pool() = pool;
+    *request.mutable_policy() = change;
+    request.set_expected_version(expected_version);
+    return call(&v1::MemoryService::Stub::SetPolicy, request).policy();
+}
+
+v1::RecalibrateResponse Client::recalibrate(const v1::PoolRef &pool, uint32_t expected_version,
+                                            bool dry_run) {
+    v1::RecalibrateRequest request;
+    *request.mutable_pool() = pool;
+    request.set_expected_version(expected_version);
+    request.set_dry_run(dry_run);
+    return call(&v1::MemoryService::Stub::Recalibrate, request);
 }
 
 Stream::~Stream() {
@@ -220,7 +269,7 @@ v1::ApplyResponse Pool::resume() {
         pending_.reset();
         return answer;
     } catch (const Error &error) {
-        if (!error.perhaps_done()) pending_.reset();
+        if (!error.perhaps_done() && !error.not_begun()) pending_.reset();
         throw;
     }
 }

@@ -40,6 +40,8 @@ class Error : public std::runtime_error {
 
     /* Whether nobody knows if the call was done. */
     bool perhaps_done() const;
+    /* Whether there was no room for the call, which was not begun. */
+    bool not_begun() const;
     /* Whether another process owns the pool: stop using its memory, and do not open it again. */
     bool fenced() const { return reason == "FENCED"; }
 
@@ -48,6 +50,7 @@ class Error : public std::runtime_error {
     std::map<std::string, std::string> metadata; /* of the ErrorInfo */
     std::string field;                           /* the first that breaks a rule, "" if none */
     std::optional<v1::Refusal> refusal;          /* why a unary call was refused */
+    std::chrono::milliseconds retry_after{0};    /* to wait before the next try */
 };
 
 struct Options {
@@ -66,11 +69,22 @@ class Client {
     /* target   "127.0.0.1:50051" or "unix:/run/odma.sock" */
     explicit Client(std::string target, Options options = {});
 
-    /* Start an epoch of a pool, or go on with that of the same open_id as its owner. instance
-     * and attempt are put in here. */
+    /* Start an epoch of a pool, or go on with that of the same open_id as its owner. instance,
+     * attempt and seen are put in here. */
     Pool open_pool(v1::OpenPoolRequest request);
 
-    /* Make a unary call, the same message again while the service is away:
+    /* For operators, of a pool that somebody else may own: `pool` as GetPool and ListPools tell
+     * it. Close one, when nothing is enqueued that uses its memory. Remove a closed one and what
+     * it has learnt; one that is gone stays gone. Change a policy, or find its limits anew, in
+     * place of the version that was read: after a lost answer VERSION may be one's own change. */
+    void close_pool(const v1::PoolRef &pool);
+    void forget_pool(const v1::PoolRef &pool);
+    v1::Policy set_policy(const v1::PoolRef &pool, const v1::PolicyChange &change,
+                          uint32_t expected_version);
+    v1::RecalibrateResponse recalibrate(const v1::PoolRef &pool, uint32_t expected_version,
+                                        bool dry_run = false);
+
+    /* Make a unary call, the same message again while the service is away or has no room:
      *
      *     client.call(&v1::PoolService::Stub::GetPool, request)
      */
@@ -137,7 +151,7 @@ class Pool {
 
     /* Do the operations of one decode step. `batch` has used, ops, and what else is not the
      * default; pool and seq are put in here. completed_seq 0: as in the batch before. After an
-     * error that is perhaps_done() resume().
+     * error that is perhaps_done() or not_begun() resume().
      */
     v1::ApplyResponse apply(v1::ApplyRequest batch);
     /* Have the batch answered that has no answer. */

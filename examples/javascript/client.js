@@ -35,6 +35,8 @@ const googleRpc = protoLoader.fromJSON({
     ErrorInfo: {
       fields: { reason: text(1), domain: text(2), metadata: { keyType: 'string', ...text(3) } },
     },
+    RetryInfo: { fields: { retry_delay: { type: 'Duration', id: 1 } } },
+    Duration: { fields: { seconds: { type: 'int64', id: 1 }, nanos: { type: 'int32', id: 2 } } },
     BadRequest: {
       fields: { field_violations: { rule: 'repeated', type: 'FieldViolation', id: 1 } },
       nested: { FieldViolation: { fields: { field: text(1), description: text(2) } } },
@@ -47,18 +49,22 @@ const RETRIED = new Set([
   grpc.status.DEADLINE_EXCEEDED,
   grpc.status.CANCELLED, // by a service that shuts down
 ]);
+const PERHAPS_DONE = new Set([...RETRIED, grpc.status.INTERNAL, grpc.status.UNKNOWN]);
+const NOT_BEGUN = new Set(['BUSY', 'CALLER_LIMIT', 'STREAM_LIMIT']); // there was no room for it
 const MOST_NUMBERS = 16; // of one message
 const BACKOFF_SECONDS = { first: 0.05, most: 2 };
 
 /**
- * @typedef {{handle: number, start_token: number, length_tokens: number}} Place
+ * @typedef {{handle: number, start_token: number, length_tokens: number,
+ *   reused_tokens: number, shared_start_token: number, shared_tokens: number}} Place
  * @typedef {{handle: number, from_token: number, to_token: number, tokens: number,
  *   overlaps: boolean}} Copy
  * @typedef {{reason: string, free_tokens: number, largest_run_tokens: number,
  *   awaiting_completion_tokens: number, copy_tokens_needed: number,
  *   preempt_handle: number, retry_after_ms: number, field: string}} Refusal
  * @typedef {{place?: Place, refusal?: Refusal, freed?: {}, already_free?: {}}} Result
- * @typedef {{handle: number, used_tokens: number, pinned?: boolean}} Used
+ * @typedef {{handle: number, used_tokens: number, pinned?: boolean,
+ *   shareable_tokens?: number}} Used
  * @typedef {{free: object} | {trim: object} | {extend: object} | {allocate: object}} Op
  * @typedef {{seq: number, replayed: boolean, results: Result[], copies: Copy[],
  *   moved: Place[], policy_version: number}} Answer
@@ -79,6 +85,8 @@ export class OdmaError extends Error {
     this.fields = [];
     /** @type {Refusal | null} why a unary call was refused */
     this.refusal = null;
+    /** @type {number} how long to wait before the next try, in milliseconds */
+    this.retryAfterMs = 0;
     for (const bytes of cause.metadata?.get('grpc-status-details-bin') ?? []) this.#read(bytes);
   }
 
@@ -90,6 +98,9 @@ export class OdmaError extends Error {
           googleRpc.ErrorInfo.deserialize(value));
       } else if (type === 'google.rpc.BadRequest') {
         this.fields = googleRpc.BadRequest.deserialize(value).field_violations;
+      } else if (type === 'google.rpc.RetryInfo') {
+        const delay = googleRpc.RetryInfo.deserialize(value).retry_delay;
+        this.retryAfterMs = delay.seconds * 1000 + delay.nanos / 1e6;
       } else if (type === 'odma.v1.Refusal') {
         this.refusal = definition[type].deserialize(value);
       }
@@ -136,7 +147,7 @@ export class Client {
   }
 
   /**
-   * Call an rpc by its name, the same message again while the service is away.
+   * Call an rpc by its name, the same message again while the service is away or has no room.
    * @param {string} rpc as "Apply"
    * @param {object} message
    * @param {ApplyStream} [stream] to send an Apply over
@@ -150,26 +161,75 @@ export class Client {
   async #untilAnswered(attempt) {
     const giveUp = Date.now() + this.#retryMs;
     for (let wait = BACKOFF_SECONDS.first; ; wait = Math.min(2 * wait, BACKOFF_SECONDS.most)) {
+      let pause = wait * 1000;
       try {
         return await attempt();
       } catch (cause) {
         const error = failure(cause);
-        const again = RETRIED.has(cause.code) || error.reason === 'OPEN_STALE';
-        if (!again || Date.now() + wait * 1000 > giveUp) throw error;
+        pause = Math.max(pause, error.retryAfterMs ?? 0);
+        const again = RETRIED.has(cause.code) || NOT_BEGUN.has(error.reason);
+        if (!again || Date.now() + pause > giveUp) throw error;
       }
-      await sleep(wait * 1000);
+      await sleep(pause);
       this.#connect();
     }
   }
 
   /**
    * Start an epoch of a pool, or go on with that of the same open_id as its owner.
-   * @param {object} message an OpenPoolRequest; instance and attempt are put in here
+   * @param {object} message an OpenPoolRequest; instance, attempt and seen are put in here
    * @returns {Promise<Pool>}
    */
   async openPool(message) {
-    const asked = () => ({ ...message, instance: this.#instance, attempt: ++this.#attempts });
-    return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
+    for (let seen = ''; ;) {
+      const asked = () => (
+        { ...message, instance: this.#instance, attempt: ++this.#attempts, seen });
+      try {
+        return new Pool(this, await this.#untilAnswered(() => this.#attempt('OpenPool', asked())));
+      } catch (error) { // the pool was not as seen, or an answer was lost
+        if (error.reason !== 'OPEN_STALE') throw error;
+        seen = error.metadata.seen ?? '';
+      }
+    }
+  }
+
+  /**
+   * Close a pool as an operator, whoever owns it. Nothing may be enqueued that uses its memory.
+   * @param {{name: string, epoch: number}} pool as GetPool and ListPools tell it
+   */
+  async closePool({ name, epoch }) {
+    await this.call('ClosePool', { pool: { name, epoch }, by_operator: true });
+  }
+
+  /**
+   * Remove a closed pool and what it has learnt; one that is gone stays gone.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   */
+  async forgetPool({ name, epoch }) {
+    await this.call('ForgetPool', { pool: { name, epoch } });
+  }
+
+  /**
+   * Change the policy of an open pool as an operator. If it throws VERSION, read the pool: after
+   * a lost answer that may be its own change.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {object} policy a PolicyChange
+   * @param {number} expected_version that of the policy which was read
+   * @returns {Promise<object>} the Policy in force
+   */
+  async setPolicy({ name, epoch }, policy, expected_version) {
+    const message = { pool: { name, epoch }, policy, expected_version };
+    return (await this.call('SetPolicy', message)).policy;
+  }
+
+  /**
+   * Find bucket limits anew, as an operator. VERSION means what it does for setPolicy.
+   * @param {{name: string, epoch: number}} pool as for closePool
+   * @param {{expected_version: number, dry_run?: boolean, limits?: number}} how
+   * @returns {Promise<object>} the RecalibrateResponse
+   */
+  async recalibrate({ name, epoch }, how) {
+    return this.call('Recalibrate', { pool: { name, epoch }, ...how });
   }
 
   /** @returns {ApplyStream} which is opened when it is first used */
@@ -289,7 +349,7 @@ export class Pool {
 
   /**
    * Do the operations of one decode step. If it throws UNAVAILABLE nobody knows whether the
-   * batch was done: resume().
+   * batch was done, if BUSY, CALLER_LIMIT or STREAM_LIMIT there was no room for it: resume().
    * @param {{used?: Used[], ops?: Op[], completedSeq?: number, maxCopyTokens?: number,
    *   passRefused?: boolean}} batch completedSeq unset: as in the batch before;
    *   maxCopyTokens unset: the policy's
@@ -330,8 +390,8 @@ export class Pool {
       this.pending = null;
       return answer;
     } catch (error) {
-      const known = error instanceof OdmaError && !RETRIED.has(grpc.status[error.code]);
-      if (known) this.pending = null; // it was not done
+      const kept = PERHAPS_DONE.has(grpc.status[error.code]) || NOT_BEGUN.has(error.reason);
+      if (error instanceof OdmaError && !kept) this.pending = null; // it was answered
       throw error;
     }
   }

@@ -5,11 +5,15 @@
 The device memory is a list of token ids. The engine executes every copy it is
 told, and before each step it looks whether each token of each request lies
 where the books say. It exits with 1 if one does not.
+
+The requests are turns of conversations: each begins with all that was said
+before, and computes only what is not kept any more.
 """
 
 from __future__ import annotations
 
 import random
+import secrets
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -28,25 +32,31 @@ from odma_service.client import (
     Reason,
     Refusal,
     Used,
+    chained_keys,
 )
 
 CAPACITY = 4096
 MODEL_LENGTH = 1024
-REQUESTS = 100
+TALKS = 25
+TURNS = 4
 BATCH_CAP = 32
+GRANULE = 64
+SALT = secrets.token_bytes(32)
 FULL = (Reason.NO_SPACE, Reason.FRAGMENTED)
 
 
 @dataclass(eq=False)
 class Request:
-    """One request: its cache has a place while it runs."""
+    """One turn of a conversation: its cache has a place while it runs."""
 
-    number: int
+    talk: int
     prompt: int
     output: int
+    following: Request | None
     generated: int = 0
     place: Place | None = None
     preempt: bool = False
+    keys: bytes = b""  # as the Allocate had them
 
     @property
     def total(self) -> int:
@@ -60,8 +70,11 @@ class Request:
     def full(self) -> bool:
         return self.total == self.place.length_tokens
 
-    def token(self, position: int) -> tuple[int, int]:
-        return self.number, position
+    def token(self, position: int) -> int:
+        return self.talk * MODEL_LENGTH + position
+
+    def keys_now(self) -> bytes:
+        return chained_keys(map(self.token, range(self.total)), GRANULE, SALT)
 
 
 class Violation(Exception):
@@ -75,14 +88,17 @@ class Engine:
         self.pool = pool
         self.queue = deque(requests)
         self.running: list[Request] = []
-        self.memory: list[tuple[int, int] | None] = [None] * CAPACITY
+        self.memory: list[int | None] = [None] * CAPACITY
         self.count: Counter[str] = Counter()
 
     def step(self) -> None:
         asked = self.plan()
         by_handle = {request.place.handle: request for request in self.running}
         answer = self.pool.apply(
-            used=[Used(handle, request.total) for handle, request in by_handle.items()],
+            used=[
+                Used(handle, request.total, shareable_tokens=request.total)
+                for handle, request in by_handle.items()
+            ],
             ops=[op for op, _ in asked],
             # This device has done all it was told before we ask again.
             completed_seq=self.pool.seq,
@@ -113,15 +129,19 @@ class Engine:
             handle = request.place.handle
             if request.finished or request.preempt:
                 end = End.FINISHED if request.finished else End.PREEMPTED
-                asked.append((Free(handle, end, request.generated), request))
+                more = request.keys_now()[len(request.keys) :]
+                op = Free(handle, end, request.generated, request.total, more)
+                asked.append((op, request))
             elif request.full:
                 asked.append((Extend(handle, request.total + 1), request))
         for request in list(self.queue)[: BATCH_CAP - len(self.running)]:
+            request.keys = request.keys_now()
             op = Allocate(
-                f"request-{request.number}",
+                f"talk-{request.talk}",
                 request.prompt,
                 generated_tokens=request.generated,
                 max_total_tokens=MODEL_LENGTH,
+                keys=request.keys,
             )
             asked.append((op, request))
         return asked
@@ -133,11 +153,12 @@ class Engine:
         match result:
             case Place() if request.place:
                 request.place = result
-            case Place():  # admitted: the prefill computes all its tokens at once
+            case Place():  # admitted: the prefill computes at once all that is not there yet
                 self.queue.remove(request)
                 self.running.append(request)
                 request.place = result
-                self.write(request, 0)
+                self.count.update(prefilled=request.total, reused=result.reused_tokens)
+                self.write(request, result.reused_tokens)
             case Refusal(reason=reason):
                 self.count["refusals"] += reason is not Reason.SKIPPED
                 victim = by_handle.get(result.preempt_handle)
@@ -147,6 +168,8 @@ class Engine:
                 request.place, request.preempt = None, False
                 if request.finished:
                     self.count["finished"] += 1
+                    if request.following:  # first, while what it continues is kept
+                        self.queue.appendleft(request.following)
                 else:
                     self.count["preempted"] += 1
                     self.queue.appendleft(request)
@@ -158,16 +181,26 @@ class Engine:
     def verify(self, request: Request) -> None:
         for i in range(request.total):
             if self.memory[request.place.start_token + i] != request.token(i):
-                raise Violation(f"token {i} of request {request.number}")
+                raise Violation(f"token {i} of conversation {request.talk}")
         self.count["checked"] += request.total
+
+
+def conversation(talk: int, rng: random.Random) -> Request:
+    """The first turn of a conversation, with those that follow it."""
+    total, turns, following = 0, [], None
+    for _ in range(TURNS):
+        prompt = total + rng.randrange(16, 100)
+        output = min(1 + int(rng.paretovariate(1.1) * 30), 150)
+        total = prompt + output
+        turns.append((prompt, output))
+    for prompt, output in reversed(turns):
+        following = Request(talk, prompt, output, following)
+    return following
 
 
 def main() -> None:
     rng = random.Random(7)
-    requests = [
-        Request(i, rng.randrange(16, 216), min(1 + int(rng.paretovariate(1.1) * 30), 800))
-        for i in range(REQUESTS)
-    ]
+    requests = [conversation(talk, rng) for talk in range(TALKS)]
     target = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
     with Client(target) as service:
         pool = service.open_pool(
@@ -178,6 +211,7 @@ def main() -> None:
             moves=Moves.ANY,
             single_ordered_stream=True,
             copies_may_overlap=True,
+            granule_tokens=GRANULE,
             take_over=True,  # the memory of an earlier run is gone, and so is its owner
         )
         engine = Engine(pool, requests)

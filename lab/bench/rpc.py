@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lab.bench.decode_step import COPIES, PLANES, USED, DecodeStep
+from lab.bench.keyed_step import KEYS, REQUESTS, KeyedStep
 from lab.robustness.servers import Server, certificate, echo_of, resident_bytes, service_of
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import show
@@ -31,7 +32,7 @@ from odma_service.values import End, Free, Moves
 
 OPERATIONS = (1, 16, 64)
 USUAL_OPERATIONS = 16
-GOALS = {"p50_ratio_16": 1.3, "p50_ratio_64": 2.0}
+GOALS = {"p50_ratio_16": 1.3, "p50_ratio_64": 2.0, "p50_ratio_keyed": 1.5}
 STYLES = ("threads", "asyncio", "executor")
 WARM_UP = 50
 TIMEOUT_SECONDS = 30.0
@@ -75,6 +76,13 @@ def measure(directory: Path, steps: int, repeats: int, watch: Callable[[], None]
             "predicted": {
                 n: runs.of_apply(service, echo, n, predicted=True) for n in OPERATIONS[1:]
             },
+            "keys_of_a_request": KEYS,
+            "keyed": {
+                name: runs.of_step(
+                    service, echo, KeyedStep(service.client, f"keyed-{name}", known=name == "known")
+                )
+                for name in ("known", "new")
+            },
             "allocate": runs.of_allocate(service, echo),
             "styles": runs.of_styles(echoes),
             "resident_bytes": {
@@ -107,10 +115,14 @@ class Runs:
     def of_apply(
         self, service: Server, echo: Server, operations: int, *, predicted: bool = False
     ) -> Figures:
-        """Time a decode step, by calls and over a stream."""
+        """Time a decode step of so many operations."""
         self._pools += 1
         name = f"step-{self._pools}"
         step = DecodeStep(service.client, name, operations, predicted=predicted)
+        return self.of_step(service, echo, step)
+
+    def of_step(self, service: Server, echo: Server, step: DecodeStep | KeyedStep) -> Figures:
+        """Time a step, by calls and over a stream."""
 
         def turn(send: Send, send_echo: Send) -> tuple[float, float]:
             ahead = step.ahead()
@@ -254,6 +266,10 @@ def _picture(figures: Figures) -> RenderableType:
             for way, call in (("unary", "Apply"), ("stream", "Stream")):
                 goal = GOALS.get(f"p50_ratio_{operations}", "")
                 table.add_row(f"{call}{title}", str(operations), *_row(ways[way], str(goal)))
+    for title, ways in figures["keyed"].items():
+        for way, call in (("unary", "Apply"), ("stream", "Stream")):
+            row = _row(ways[way], str(GOALS["p50_ratio_keyed"]))
+            table.add_row(f"{call}, {title} keys", str(REQUESTS), *row)
     table.add_row("Allocate", "1", *_row(figures["allocate"], ""))
     styles = Table("style of the echo", "unary p50", "p99", "stream p50", "p99")
     for style, told in figures["styles"].items():

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, Self
 
 import grpc
 
+from odma_service import errors
 from odma_service.client.channel import CHANNEL_OPTIONS
+from odma_service.service.rpc.statuses import abort, status_of
 
 THREADS = 64
 TIMEOUT_SECONDS = 5.0  # of what is delivered late
@@ -36,6 +38,16 @@ class Fate(Enum):
     PASS = "pass"
     HOLD = "hold"  # the caller is told UNAVAILABLE, the message may come later
     LOSE_ANSWER = "lose_answer"  # it is done, the caller is told UNAVAILABLE
+    BUSY = "busy"  # it is lost, the caller is told that there is no room: so are the next two
+    CALLER_LIMIT = "caller_limit"
+    STREAM_LIMIT = "stream_limit"
+
+
+NO_ROOM = {
+    Fate.BUSY: errors.BusyError("too many calls at once"),
+    Fate.CALLER_LIMIT: errors.CallerLimitError("too many calls of this caller"),
+    Fate.STREAM_LIMIT: errors.StreamLimitError("too many streams"),
+}
 
 
 class Message(NamedTuple):
@@ -76,6 +88,7 @@ class Proxy(grpc.GenericRpcHandler):
         self._choose = choose or self._told
         self._orders: dict[str, list[Fate]] = defaultdict(list)
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self.sent: list[Message] = []
         self.held: list[Message] = []
         self.passed: list[Message] = []
         self._server = grpc.server(
@@ -107,7 +120,9 @@ class Proxy(grpc.GenericRpcHandler):
     def _told(self, message: Message) -> Fate:
         orders = self._orders[message.rpc]
         fate = orders.pop(0) if orders else Fate.PASS
-        (self.held if fate is Fate.HOLD else self.passed).append(message)
+        self.sent.append(message)
+        if fate not in NO_ROOM:
+            (self.held if fate is Fate.HOLD else self.passed).append(message)
         return fate
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -133,8 +148,7 @@ class Proxy(grpc.GenericRpcHandler):
     def _unary(self, method: str, call: Any, body: bytes, context: grpc.ServicerContext) -> bytes:
         message = Message(method, body, _headers(context), call)
         fate = self._fate(message)
-        if fate is Fate.HOLD:
-            _lose(context)
+        _refuse(context, fate)
         try:
             answer: bytes = call(body, timeout=_left(context), metadata=message.headers)
         except grpc.RpcError as error:
@@ -154,8 +168,7 @@ class Proxy(grpc.GenericRpcHandler):
         try:
             for body in bodies:
                 fate = self._fate(Message(STREAM, body, headers, call))
-                if fate is Fate.HOLD:
-                    _lose(context)
+                _refuse(context, fate)
                 queue.put(body)
                 answer = next(answers)
                 if fate is Fate.LOSE_ANSWER:
@@ -233,6 +246,14 @@ def _all(call: Any, body: bytes, context: grpc.ServicerContext) -> Iterator[byte
         yield from answers
     except grpc.RpcError as error:
         _fail(context, error)
+
+
+def _refuse(context: grpc.ServicerContext, fate: Fate) -> None:
+    """End a call whose message does not get to the service."""
+    if fate is Fate.HOLD:
+        _lose(context)
+    if fate in NO_ROOM:
+        abort(context, status_of(NO_ROOM[fate]))
 
 
 def _lose(context: grpc.ServicerContext) -> None:

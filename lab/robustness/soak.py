@@ -1,37 +1,39 @@
 """`odma bench soak`: engines work for as long as one likes, and everything may fail.
 
-With faults engines crash, forget, hang, send garbage and break their streams, the server is
-killed, ended and stopped, and the network delays, repeats and reorders messages. Every engine
-holds the books against its twin again and again.
+With faults engines crash, forget, hang, send garbage and break their streams, one is a process that
+is stopped; the server is killed, ended and stopped, its disk is full and another wants its
+directory; and the network delays, repeats and reorders messages. Every engine holds the books
+against its twin again and again.
 """
 
 from __future__ import annotations
 
-import signal
+import json
+import subprocess
+import sys
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from threading import Event, Lock
+from threading import Event, Thread, Timer
 from typing import Annotated, Any
 
 import grpc
 import typer
-from google.protobuf.message import Message
 
+from lab.robustness.counting import TIMEOUT_SECONDS, CallCounts, CountingClient
 from lab.robustness.engine import Engine
+from lab.robustness.host import Host, stop_for_a_while
 from lab.robustness.proxy import Proxy, Weather
-from lab.robustness.servers import resident_bytes
 from lab.robustness.twin import Findings
 from odma_service.cli.failures import BadResultError
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import show
 from odma_service.client import Client
-from odma_service.client.local import start, stop
 from odma_service.errors import OdmaError
 from odma_service.replay.workplace import workplace
 from odma_service.rpc.v1 import memory_service_pb2 as pb
@@ -42,11 +44,8 @@ TTL_SECONDS = 1
 HANG_SECONDS = 1.2  # longer than the ttl
 STEPS_BETWEEN_LOOKS = (10, 60)
 STEPS_A_CALL = 10
-TIMEOUT_SECONDS = 1.0
-PATIENCE_SECONDS = 60.0
+END_SECONDS = 120
 LIFE_SECONDS = (1.5, 4.0)
-STOPPED_SECONDS = 1.5  # longer than the timeout
-SAMPLE_SECONDS = 0.25
 KINDS = ("lost", "doubled", "leaked", "wrong_replays")
 BUGS = ("INTERNAL", "UNKNOWN")
 RPCS = ("OpenPool", "ClosePool", "Apply", "Allocate", "Free", "Reconcile", "SetPolicy")
@@ -80,54 +79,6 @@ def command(
     ]
     if findings.words or bugs:
         raise BadResultError(*findings.words, *bugs)
-
-
-class CallCounts:
-    """What the calls of all engines came to."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self.calls = 0
-        self.errors: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.seconds = array("d")
-
-    def called(self, seconds: float | None, code: str | None) -> None:
-        """Count one attempt: how long it took, or the status that it ended with."""
-        with self._lock:
-            self.calls += 1
-            if code is not None:
-                self.errors[code] += 1
-            elif seconds is not None:
-                self.seconds.append(seconds)
-
-    def failed(self, what: str) -> None:
-        """Count one fault of an engine or of the server."""
-        with self._lock:
-            self.faults[what] += 1
-
-
-class CountingClient(Client):
-    """A client whose every attempt is counted."""
-
-    def __init__(self, target: str, tally: CallCounts) -> None:
-        super().__init__(target, timeout_seconds=TIMEOUT_SECONDS, retry_seconds=PATIENCE_SECONDS)
-        self._tally = tally
-
-    def call(self, method: Callable[..., Any], request: Message, *, retry: bool = True) -> Any:
-        """Do as Client does, and count."""
-
-        def counted(request: Message, **how: Any) -> Any:
-            begun = time.monotonic()
-            try:
-                answer = method(request, **how)
-            except grpc.RpcError as error:
-                self._tally.called(None, error.code().name)
-                raise
-            self._tally.called(time.monotonic() - begun, None)
-            return answer
-
-        return super().call(counted, request, retry=retry)
 
 
 class Subject:
@@ -260,52 +211,58 @@ def _with_a_gap(good: pb.ApplyRequest) -> pb.ApplyRequest:
     return gap
 
 
-class Host:
-    """The server process, what is done to it, and how much memory each life of it takes.
+class Apart:
+    """An engine in a process of its own: it can be stopped."""
 
-    A life's first half warms up: threads come with the first busy moments, and stay.
-    """
-
-    def __init__(self, directory: Path, seed: int, tally: CallCounts) -> None:
-        self._directory = directory
-        self._random = Random(seed)
+    def __init__(self, number: int, target: str, seed: int, tally: CallCounts) -> None:
         self._tally = tally
-        self._process, self.target = start(directory)
-        self._samples: list[int] = []
-        self.most_bytes = 0
-        self.growth_bytes: list[int] = []  # of each life, in its second half
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lab.robustness.soak", str(number), target, str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
-    def serve(self, seconds: float) -> None:
-        """Let it serve for so long."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            time.sleep(SAMPLE_SECONDS)
-            self._samples.append(resident_bytes(self._process.pid))
-            self.most_bytes = max(self.most_bytes, self._samples[-1])
+    def stop(self) -> None:
+        """Stop it for a while."""
+        self._tally.failed("engine stop")
+        stop_for_a_while(self._process)
 
-    def fail(self) -> None:
-        """Kill it, end it or stop it, and have it serve again."""
-        how = self._random.choice(("kill", "end", "stop"))
-        self._tally.failed(f"server {how}")
-        if how == "stop":
-            self._process.send_signal(signal.SIGSTOP)
-            time.sleep(STOPPED_SECONDS)
-            self._process.send_signal(signal.SIGCONT)
-            return
-        self._process.send_signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
-        self._process.communicate()
-        self._end_life()
-        self._process, _ = start(self._directory, self.target)
+    def end(self, findings: Findings) -> int:
+        """End it, take over what it found, and return how many batches it acknowledged."""
+        end = Timer(END_SECONDS, self._process.kill)
+        end.start()
+        told, _ = self._process.communicate()
+        end.cancel()
+        if self._process.returncode != 0:
+            findings.note("lost", f"the engine apart ended with {self._process.returncode}")
+            return 0
+        said = json.loads(told)
+        self._tally.add(said["calls"], said["errors"], said["seconds"])
+        for kind in KINDS:
+            setattr(findings, kind, getattr(findings, kind) + said["findings"][kind])
+        findings.words += said["findings"]["words"]
+        return int(said["acknowledged"])
 
-    def close(self) -> None:
-        """End it for good."""
-        self._end_life()
-        stop(self._process)
 
-    def _end_life(self) -> None:
-        if len(self._samples) > 1:
-            self.growth_bytes.append(self._samples[-1] - self._samples[len(self._samples) // 2])
-        self._samples = []
+def _live_apart(number: int, target: str, seed: int) -> None:
+    """Be an engine apart: work until stdin ends, and say on stdout what came of it."""
+    findings, tally, over = Findings(), CallCounts(), Event()
+    subject = Subject(number, target, seed, findings, tally)
+    work = Thread(target=subject.live, args=(over,), kwargs={"faults": False})
+    work.start()
+    sys.stdin.read()
+    over.set()
+    work.join()
+    said = {
+        "acknowledged": subject.acknowledged,
+        "calls": tally.calls,
+        "errors": tally.errors,
+        "seconds": list(tally.seconds),
+        "findings": asdict(findings),
+    }
+    print(json.dumps(said))  # noqa: T201
 
 
 def soak(
@@ -314,7 +271,7 @@ def soak(
     """Run it, and return what came of it."""
     findings, tally, over = Findings(), CallCounts(), Event()
     random = Random(seed)
-    host = Host(directory, random.randrange(2**32), tally)
+    host = Host(directory, random.randrange(2**32), tally, findings)
     weather = Weather(random.randrange(2**32))
     proxy = Proxy(host.target, weather.choose)
     target = proxy.target if faults else host.target
@@ -323,26 +280,31 @@ def soak(
         Subject(number, target, random.randrange(2**32), findings, tally)
         for number in range(ENGINES)
     ]
+    apart = Apart(ENGINES, target, random.randrange(2**32), tally) if faults else None
+    befalls = [*host.befalls, apart.stop] if apart else []
+    acknowledged = 0
     try:
         with ThreadPoolExecutor(ENGINES) as threads:
             work = [threads.submit(subject.live, over, faults=faults) for subject in subjects]
             try:
                 while (left := begun + 60 * minutes - time.monotonic()) > 0 and not over.is_set():
                     host.serve(min(random.uniform(*LIFE_SECONDS), left))
-                    if faults and left > LIFE_SECONDS[1]:
-                        host.fail()
+                    if befalls and left > LIFE_SECONDS[1]:
+                        random.choice(befalls)()
             finally:
                 over.set()
             for done in work:
                 done.result()
     finally:
+        if apart:
+            acknowledged = apart.end(findings)
         weather.close()
         proxy.close()
         host.close()
     return {
         "minutes": round((time.monotonic() - begun) / 60, 2),
         "calls": tally.calls,
-        "batches": sum(subject.acknowledged for subject in subjects),
+        "batches": acknowledged + sum(subject.acknowledged for subject in subjects),
         "errors": dict(tally.errors),
         "faults": dict(tally.faults),
         "messages": dict(weather.counts),
@@ -361,3 +323,7 @@ def _percentile_ms(seconds: array[float], percent: int) -> float | None:
     if not seconds:
         return None
     return round(sorted(seconds)[len(seconds) * percent // 100] * 1e3, 3)
+
+
+if __name__ == "__main__":
+    _live_apart(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     def _words(self) -> Iterable[int]:
         for result in self.results:
             if isinstance(result, Place):
-                yield from result
+                yield from result[:3]
             elif isinstance(result, Refusal):
                 yield result.reason
                 yield result.copy_tokens_needed
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
         for copy in self.copies:
             yield from copy
         for place in self.moved:
-            yield from place
+            yield from place[:3]
 
 
 class Twin:

@@ -1,7 +1,8 @@
 """One arena: a pool's books, in tokens.
 
 A wrapper turns a status into Python and adds nothing else. An Arena belongs to one thread
-at a time, and to the process that made it: a forked child has to attach for itself.
+at a time, but for its readings: until it is closed any thread may read. It belongs to the process
+that made it: a forked child has to attach for itself.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from odma_service.errors import (
     BooksForeignError,
     BooksLockedError,
     BooksMismatchError,
+    BooksSpaceError,
     BooksUnavailableError,
     EpochError,
     FencedError,
     InvalidError,
     LateError,
     OdmaError,
-    PoolLimitError,
     PoolNotFoundError,
     SeqChangedError,
     SeqGapError,
@@ -146,7 +147,7 @@ class Arena:
     def create(cls, path: Path, geometry: ArenaGeometry) -> Self:
         """Make the file at `path`, with no epoch running, and attach it.
 
-        Raises InvalidError for a bad geometry, PoolLimitError without room, BooksError.
+        Raises InvalidError for a bad geometry, BooksSpaceError without room, BooksError.
         """
         geometry.check()
         arena, reason = ffi.new("odma_arena **"), new_reason()
@@ -469,14 +470,15 @@ class Arena:
     def class_names(self) -> list[str]:
         """Return the names of the request classes, by index."""
         name = ffi.new("char[]", lib.ODMA_NAME_BYTES)
-        names = self._class_names  # classes are added, never renamed
+        names = self._class_names.copy()  # another thread may do the same
         while len(names) < lib.ODMA_CLASSES:
             status = lib.odma_arena_class(self._arena, len(names), name)
             if status == lib.ODMA_NOT_FOUND:
                 break
             self._insist(status)
             names.append(_text(name))
-        return list(names)
+        self._class_names = names  # classes are added, never renamed
+        return names.copy()
 
     def class_index(self, name: str) -> int:
         """Return the index a class has or would share: CLASS_POOL if it is new.
@@ -683,7 +685,7 @@ def _file_error(status: int, path: Path, reason: Any) -> OdmaError:
     if not sentence:
         sentence = ffi.string(lib.odma_status_name(status)).decode()
     if status == lib.ODMA_NO_SPACE:
-        return PoolLimitError(f"{path}: {sentence}")
+        return BooksSpaceError(f"{path}: {sentence}")
     return _BOOKS_ERRORS.get(status, BooksError)(f"{path}: {sentence}")
 
 

@@ -114,6 +114,7 @@ RULES: dict[int, tuple[str, str]] = {
         "shareable_tokens",
         "at most used_tokens, and 0 in a pool without granule_tokens",
     ),
+    lib.ODMA_RULE_PADDING: ("request_id", "like all names it must end with zero bytes only"),
 }
 """Field and sentence of each odma_rule."""
 

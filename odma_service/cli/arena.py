@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 
 from odma_service._native import CLASS_OTHER, CLASS_POOL, Arena
 from odma_service.cli import view
-from odma_service.cli.failures import bad_result
+from odma_service.cli.failures import BadResultError, bad_result
 from odma_service.cli.lazy import Commands
 from odma_service.cli.options import AsJson
 from odma_service.cli.output import Facts, show
@@ -26,18 +26,29 @@ app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Check a pool's file, or show what is in it."
 )
 
-File = Annotated[
-    Path, typer.Argument(help="NAME.pool of a pool directory, or a file that was set aside.")
-]
+FILES = "NAME.pool of a pool directory, or a file that was set aside."
+File = Annotated[Path, typer.Argument(help=FILES)]
 
 
 @app.command()
-def check(file: File) -> None:
-    """Say whether the books keep every rule. Exit code 1: they break one."""
-    with bad_result(BooksCorruptError), copied(file) as copy:
+def check(files: Annotated[list[Path], typer.Argument(help=FILES)]) -> None:
+    """Say whether books keep every rule. Exit code 1: some break one."""
+    broken = []
+    for file in files:
+        try:
+            _check(file, f"{file}: " if len(files) > 1 else "")
+        except BooksCorruptError as error:
+            broken.append(str(error))
+    if broken:
+        raise BadResultError(*broken)
+
+
+def _check(file: Path, whose: str) -> None:
+    with copied(file) as copy:
         copy.arena.check()
         report = copy.arena.report()
-        told = f"ok: {report.live:,} regions, epoch {report.epoch}, seq {report.seq}"
+        life = f"epoch {report.epoch}" if report.epoch else f"closed, epoch {report.last_epoch}"
+        told = f"{whose}ok: {report.live:,} regions, {life}, seq {report.seq}"
         typer.echo(told + IN_USE * copy.in_use)
         if report.recovery:
             word = report.recovery.name.lower()
@@ -102,7 +113,9 @@ def _classes(arena: Arena) -> list[dict[str, Any]]:
 def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
     """Return a pool as the service would report it, as far as a file tells."""
     report, geometry = arena.report(), arena.geometry
-    engine = arena.engine if report.epoch else None
+    engine, spec = arena.engine if report.epoch else None, _spec(arena)
+    if engine is None and spec is not None:
+        engine = spec.engine()
     return pb.GetPoolResponse(
         summary=pb.PoolSummary(
             pool=types.PoolRef(name=file.name, epoch=report.last_epoch),
@@ -112,7 +125,7 @@ def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
             regions=report.live,
         ),
         block_tokens=geometry.block_tokens,
-        bytes_per_token=_bytes_per_token(arena),
+        bytes_per_token=spec.geometry.bytes_per_token if spec else 0,
         moves=cast("types.Moves.ValueType", int(engine.moves) if engine else 0),
         single_ordered_stream=bool(engine and engine.single_ordered_stream),
         copies_may_overlap=bool(engine and engine.copies_may_overlap),
@@ -137,9 +150,9 @@ def _as_message(file: Path, arena: Arena) -> pb.GetPoolResponse:
     )
 
 
-def _bytes_per_token(arena: Arena) -> int:
-    """Return the service's own note, or 0: an engine's own file need not have it."""
+def _spec(arena: Arena) -> PoolSpec | None:
+    """Return the service's own note of the last owner, which an engine's own file need not have."""
     try:
-        return PoolSpec.from_json(arena.description()).geometry.bytes_per_token
+        return PoolSpec.from_json(arena.description())
     except BooksMismatchError:
-        return 0
+        return None

@@ -9,6 +9,7 @@ from odma_service.cli.lazy import lazily
 COMMANDS = {
     "arena": "lab.bench.arena",
     "rpc": "lab.bench.rpc",
+    "engine": "lab.bench.engine",
     "predictor": "lab.bench.predictor",
     "readers": "lab.bench.readers",
     "replay": "lab.bench.replay",

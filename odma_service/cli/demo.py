@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from odma_service.cli.failures import BadResultError, bad_result
-from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, TraceFormat
+from odma_service.cli.options import AsJson, Ca, Cert, Connection, Key, MovesChoice, TraceFormat
 from odma_service.cli.output import progress_bar, show
 from odma_service.client import Client
 from odma_service.client.local import own_server
@@ -42,14 +42,6 @@ BAR_DECISIONS = 64  # the progress bar moves once in so many
 
 USUAL = Setting()
 USUAL_SIZE = USUAL.limits, USUAL.batch_cap
-
-
-class MovesChoice(StrEnum):
-    """Moves, as a word on the command line."""
-
-    ANY = "any"
-    OWN_GROWTH = "own-growth"
-    NONE = "none"
 
 
 class StreamsChoice(StrEnum):
@@ -104,6 +96,10 @@ def command(
         int,
         typer.Option(min=0, max=256, help="Requests that may pass one that waits. 0: none."),
     ] = USUAL.overtake,
+    granule_tokens: Annotated[
+        int,
+        typer.Option(min=0, max=512, help="What a trace with hash_ids reuses by. 0: nothing."),
+    ] = 0,
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
@@ -112,7 +108,8 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Play an engine against a real server, over gRPC, and check every token it keeps."""
-    kind = EngineKind(Moves[moves.name], streams is StreamsChoice.SINGLE, overlap)
+    single = streams is StreamsChoice.SINGLE
+    kind = EngineKind(Moves[moves.name], single, overlap, granule_tokens)
     limits = Limits(max_output, model_length, capacity_tokens)
     setting = Setting(limits, kind, batch_cap, overtake, drop_copy)
     policies = _policies(policy)

@@ -84,10 +84,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise InvalidError("pipeline_layers", f"whole numbers, not {text!r}") from None
 
 
-def _bytes_of(text: str) -> int:
+def bytes_of(text: str) -> int:
     """Return the bytes of a size.
 
-    >>> _bytes_of("24GB"), _bytes_of("1.5 GiB"), _bytes_of("1024")
+    >>> bytes_of("24GB"), bytes_of("1.5 GiB"), bytes_of("1024")
     (24000000000, 1610612736, 1024)
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text.strip())
@@ -120,8 +120,8 @@ def _fitting(model: ModelGeometry, memory: str, requests: int) -> Facts:
         if requests:
             raise InvalidError("memory", "is needed to say what fits")
         return {}
-    tokens = model.geometry.tokens_in(_bytes_of(memory)) // BLOCK_TOKENS * BLOCK_TOKENS
-    fitting: Facts = {"memory_bytes": _bytes_of(memory), "capacity_tokens": tokens}
+    tokens = model.geometry.tokens_in(bytes_of(memory)) // BLOCK_TOKENS * BLOCK_TOKENS
+    fitting: Facts = {"memory_bytes": bytes_of(memory), "capacity_tokens": tokens}
     if model.model_length_tokens:
         fitting["longest_requests"] = tokens // model.model_length_tokens
     if requests:

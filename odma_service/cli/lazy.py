@@ -29,15 +29,22 @@ class Commands(TyperGroup):
 
     table: ClassVar[Mapping[str, str]] = {}
 
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.rich_markup_mode = None
+
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *self.table]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.table:
-            return super().get_command(ctx, cmd_name)
-        command: Any = get_command(_app_of(self.table[cmd_name]))
-        command.name = cmd_name
-        command.params = [each for each in command.params if each.name not in COMPLETION]
+        command: Any = super().get_command(ctx, cmd_name)
+        if cmd_name in self.table:
+            command = get_command(_app_of(self.table[cmd_name]))
+            command.name = cmd_name
+            command.params = [each for each in command.params if each.name not in COMPLETION]
+        if command is not None:
+            command.rich_markup_mode = None  # its tables cut the names of flags
+            command.short_help = (command.help or "").partition("\n\n")[0]
         return command
 
     def invoke(self, ctx: Any) -> Any:

@@ -14,14 +14,13 @@ from rich.text import Text
 
 from odma_service import replay, traces
 from odma_service.cli.geometry import text_of
-from odma_service.cli.options import AsJson, TraceFormat
+from odma_service.cli.options import AsJson, MovesChoice, Tenants, TraceFormat, tenant_of
 from odma_service.cli.output import Facts, SafeConsole, progress_bar, show
-from odma_service.errors import InvalidError
+from odma_service.pool.geometry import Geometry
 from odma_service.pool.models import from_model_config
 from odma_service.replay.workplace import workplace
-from odma_service.values import TenantShare
+from odma_service.values import Moves
 
-TABLE_WIDTH = 165  # a narrower terminal folds lines rather than losing figures
 DEFAULT_POLICIES = "static,s3,odma,elastic,oracle,paged-16,paged-64,ideal-best"
 
 
@@ -32,7 +31,12 @@ app = typer.Typer()
 def command(
     trace: Annotated[list[Path], typer.Argument(help=f"Traces: {', '.join(traces.FORMATS)}.")],
     policy: Annotated[
-        str, typer.Option(help=f"Some of {', '.join(replay.NAMES)}, divided by commas.")
+        str,
+        typer.Option(
+            help=f"Some of {', '.join(replay.NAMES)}, divided by commas. "
+            f"Default: {DEFAULT_POLICIES.replace(',', ', ')}.",
+            show_default=False,
+        ),
     ] = DEFAULT_POLICIES,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows of the file only.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Requests to leave out at the beginning.")] = 0,
@@ -83,11 +87,14 @@ def command(
         str | None,
         typer.Option(help="For every policy: live, history, model, exact or lognormal:SIGMA."),
     ] = None,
-    tenant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A tenant's shares of the pool, NAME=GUARANTEED[:MAXIMUM]; may be repeated."
-        ),
+    tenant: Tenants = None,
+    moves: Annotated[
+        MovesChoice | None,
+        typer.Option(help="What the engine lets ours move. Default: what each policy is for."),
+    ] = None,
+    granule_tokens: Annotated[
+        int | None,
+        typer.Option(min=64, max=512, help="What is reused by. Default: the trace's blocks."),
     ] = None,
     parameters: Annotated[
         Path | None, typer.Option(help="File of tuned parameters. Default: the shipped one.")
@@ -101,15 +108,15 @@ def command(
     """Serve traces in simulated time under every policy, and compare what they give."""
     names = policies_of(policy)
     shares = tuple(map(tenant_of, tenant or ()))
-    serving = _of_model(
-        replay.Serving(
-            device,
-            peak_flops_per_second=peak_tflops * 1e12,
-            swap_bytes_per_second=swap_gbytes * 1e9,
-        ),
-        model,
-        weights_gbytes,
+    serving = replay.Serving(
+        device,
+        peak_flops_per_second=peak_tflops * 1e12,
+        swap_bytes_per_second=swap_gbytes * 1e9,
     )
+    if model is not None:
+        serving = of_model(serving, model, from_model_config(text_of(str(model))).geometry)
+    if weights_gbytes is not None:
+        serving = of_weights(serving, weights_gbytes * 1e9)
     tuning = replay.read_tuning(parameters) if parameters else replay.read_tuning()
     compared = []
     with workplace() as directory:
@@ -124,9 +131,11 @@ def command(
                 predictor=predictor,
                 seeds=seeds,
                 tenants=shares,
+                moves=Moves[moves.name] if moves else None,
+                granule_tokens=granule_tokens or 0,
             )
             with progress_bar(as_json) as progress:
-                watch = _watch(progress, len(load))
+                watch = following(progress, len(load))
                 comparison = replay.compare(load, names, setting, tuning, directory, watch)
             compared.append(comparison)
             if not as_json:
@@ -138,22 +147,19 @@ def command(
         show(_object(compared), as_json)
 
 
-def _of_model(
-    serving: replay.Serving, config: Path | None, weights_gbytes: float | None
-) -> replay.Serving:
-    """Return the prices of another model. Two operations a token and weight are assumed."""
-    if config is not None:
-        geometry = from_model_config(text_of(str(config))).geometry
-        serving = replace(
-            serving,
-            model=str(config),
-            kv_bytes_per_token=geometry.bytes_per_token,
-            planes=geometry.plane_count,
-        )
-    if weights_gbytes is not None:
-        weight_bytes = weights_gbytes * 1e9
-        serving = replace(serving, weight_bytes=weight_bytes, flops_per_token=weight_bytes)
-    return serving
+def of_model(serving: replay.Serving, config: Path, geometry: Geometry) -> replay.Serving:
+    """Return the prices of another model's KV."""
+    return replace(
+        serving,
+        model=str(config),
+        kv_bytes_per_token=geometry.bytes_per_token,
+        planes=geometry.plane_count,
+    )
+
+
+def of_weights(serving: replay.Serving, weight_bytes: float) -> replay.Serving:
+    """Return the prices of other weights, of 2 bytes and 2 operations a token each."""
+    return replace(serving, weight_bytes=weight_bytes, flops_per_token=weight_bytes)
 
 
 def policies_of(names: str) -> list[str]:
@@ -161,21 +167,8 @@ def policies_of(names: str) -> list[str]:
     return [replay.check_name(name.strip()) for name in names.split(",")]
 
 
-def tenant_of(text: str) -> TenantShare:
-    """Return the shares that an option gives. Raises InvalidError.
-
-    >>> tenant_of("chat=0.4")
-    TenantShare(name='chat', guaranteed_share=0.4, maximum_share=1.0)
-    """
-    name, _, shares = text.rpartition("=")
-    guaranteed, _, maximum = shares.partition(":")
-    try:
-        return TenantShare(name, float(guaranteed), float(maximum or 1))
-    except ValueError:
-        raise InvalidError("tenant", f"NAME=GUARANTEED[:MAXIMUM], not {text!r}") from None
-
-
-def _watch(progress: Progress, total: int) -> replay.Progress:
+def following(progress: Progress, total: int) -> replay.Progress:
+    """Return what shows, in a bar, how many requests each run has finished."""
     tasks: dict[str, TaskID] = {}
 
     def watch(policy: str, seed: int, finished: int) -> None:
@@ -198,7 +191,6 @@ def show_comparison(comparison: replay.Comparison) -> None:
     """Print a comparison: the class of the load first, then the policies side by side."""
     facts = replay.as_object(comparison)
     console = SafeConsole()
-    console = SafeConsole(width=max(console.width, TABLE_WIDTH))
     ratio = facts["unlimited_over_ideal_paging"]
     console.print(Text(f"{facts['trace']}: {facts['load_class']}", style="bold"))
     lines = [

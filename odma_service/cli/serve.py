@@ -28,7 +28,11 @@ def _flag(name: str, field: FieldInfo) -> Parameter:
     """Return the option of a setting, described where the setting is; None: it is not given."""
     default = field.get_default(call_default_factory=True, validated_data={})
     shown = ", ".join(default) if isinstance(default, tuple) else default
-    option = typer.Option(help=field.description, show_default=shown and str(shown))
+    told = f"{field.description} Default: {shown}." if shown not in (None, "", False) else None
+    several = isinstance(default, tuple)
+    option = typer.Option(
+        help=told or field.description, show_default=False, metavar="<str>" if several else None
+    )
     given: Any = Annotated[_parsed(field.annotation) | None, option]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=given)
 

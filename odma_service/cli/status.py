@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from odma_service.cli import view
 from odma_service.cli.options import AsJson, Connection, connecting
 from odma_service.cli.output import object_of, show
+from odma_service.client import Client
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 
 app = typer.Typer()
@@ -26,10 +27,20 @@ def command(
     """List the pools, or show one as a picture."""
     with connection.client() as service:
         if pool is None:
-            pools = service.list_pools()
-            show(object_of(pools), as_json, lambda _: view.list_of(pools.pools))
-            return
-        report, books = service.get_pool(pool), service.list_regions(pool)
+            list_pools(service, as_json)
+        else:
+            show_pool(service, pool, as_json, regions=regions)
+
+
+def list_pools(service: Client, as_json: bool) -> None:
+    """Print a line about each pool."""
+    pools = service.list_pools()
+    show(object_of(pools), as_json, lambda _: view.list_of(pools.pools))
+
+
+def show_pool(service: Client, pool: str, as_json: bool, *, regions: bool = False) -> None:
+    """Print all about a pool, with its regions if they are wanted. Raises PoolNotFoundError."""
+    report, books = service.get_pool(pool), service.list_regions(pool)
     listed = {"regions": [object_of(region) for region in books]} if regions else {}
     show(object_of(report) | listed, as_json, lambda _: _picture(report, books, regions))
 

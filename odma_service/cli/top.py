@@ -46,6 +46,19 @@ RATES = (
     ("refuse/s", ("refused_allocates", "refused_extends")),
     ("preempt/s", ("preempted",)),
 )
+LEFT = ("pool", "state", "policy", "memory")
+LEAST_FIRST = (
+    "scattered",
+    "policy",
+    "reused",
+    "preempt/s",
+    "copy/s",
+    "refuse/s",
+    "reserved",
+    "grant/s",
+)
+"""Columns in the order in which a narrow terminal does without them. Scattered: the share of the
+memory that is free, but outside of the longest run."""
 
 
 class Look(NamedTuple):
@@ -56,6 +69,10 @@ class Look(NamedTuple):
     regions: list[pool_pb.Region]
     apply_seconds: dict[float, float]
 
+    def pool_of(self, name: str) -> pool_pb.GetPoolResponse | None:
+        """Return a pool as it was at this look."""
+        return next((pool for pool in self.pools if pool.summary.pool.name == name), None)
+
 
 app = typer.Typer()
 
@@ -64,7 +81,9 @@ app = typer.Typer()
 @connecting
 def command(
     connection: Connection,
-    pool: Annotated[str, typer.Argument(help="The pool to map. Without it: the first.")] = "",
+    pool: Annotated[
+        str, typer.Argument(help="The pool to map. Without it: the open one with most batches.")
+    ] = "",
     metrics: Annotated[
         str, typer.Option(help="The metrics, host:port, for the time of an Apply. Empty: none.")
     ] = "127.0.0.1:9464",
@@ -81,7 +100,7 @@ def command(
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 try:
-                    now = look(service, pool, metrics)
+                    now = look(service, pool, metrics, before)
                     shown = picture(now, before, list(events), connection.target, console.width)
                     before = now
                 except UnavailableError as error:
@@ -92,23 +111,31 @@ def command(
                     return
 
 
-def look(service: Client, mapped: str, metrics: str) -> Look:
-    """Look at every pool once, and at the regions of the one to map."""
+def look(service: Client, mapped: str, metrics: str, before: Look | None) -> Look:
+    """Look at every pool once, and at the regions of the one to map, which is the first."""
     pools = []
     for summary in service.list_pools().pools:
         try:
             pools.append(service.get_pool(summary.pool.name))
         except PoolNotFoundError:
             continue  # gone since
-    names = [pool.summary.pool.name for pool in pools]
-    if mapped in names:
-        first = names.index(mapped)
-        pools.insert(0, pools.pop(first))
+    pools.sort(key=lambda pool: _importance(pool, mapped, before), reverse=True)
     try:
         regions = service.list_regions(pools[0].summary.pool.name) if pools else []
     except PoolNotFoundError:
         regions = []
     return Look(time.monotonic(), pools, regions, _apply_seconds(metrics))
+
+
+def _importance(
+    pool: pool_pb.GetPoolResponse, mapped: str, before: Look | None
+) -> tuple[bool, bool, int, int]:
+    """Return what pools are sorted by: asked for, open, batches since the look before, regions."""
+    name = pool.summary.pool.name
+    then = before.pool_of(name) if before else None
+    batches = pool.counters.batches - then.counters.batches if then else 0
+    is_open = pool.summary.state != pool_pb.POOL_STATE_CLOSED
+    return name == mapped, is_open, batches, pool.summary.regions
 
 
 def picture(
@@ -122,7 +149,7 @@ def picture(
         f"Apply p99 {_p99(now, before)}   ",
         ("q quits", "dim"),
     )
-    parts: list[RenderableType] = [headline, _pools(now, before)]
+    parts: list[RenderableType] = [headline, _pools(now, before, width)]
     if now.pools:
         first = now.pools[0]
         title = f"{first.summary.pool.name}: {first.free_runs} free runs"
@@ -133,31 +160,46 @@ def picture(
     return Group(*parts)
 
 
-def _pools(now: Look, before: Look | None) -> Table:
-    table = Table("pool", "state", "policy", expand=True, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("memory", no_wrap=True, min_width=BAR_CELLS)
-    for name in ("written", "reserved", "fragm.", *(name for name, _ in RATES)):
-        table.add_column(name, justify="right")
-    earlier = {pool.summary.pool.name: pool for pool in before.pools} if before else {}
-    for pool in now.pools[:POOLS_SHOWN]:
-        summary = pool.summary
-        capacity, free = summary.capacity_tokens, summary.free_tokens
-        written, reserved = pool.used_tokens / capacity, pool.reserved_tokens / capacity
-        then = earlier.get(summary.pool.name)
-        seconds = now.at - before.at if before else 0.0
-        table.add_row(
-            Text(summary.pool.name),
-            view.state(summary),
-            Text(summary.policy),
-            _filled(written, reserved),
-            f"{written:.0%}",
-            f"{reserved:.0%}",
-            f"{1 - pool.largest_run_tokens / free if free else 0:.0%}",
-            *(_rate(pool, then, seconds, fields) for _, fields in RATES),
-        )
+def _pools(now: Look, before: Look | None, width: int) -> Table:
+    """Return the table of pools, without the columns that are worth least where it is narrow."""
+    seconds = now.at - before.at if before else 0.0
+    shown = [_row(pool, before, seconds) for pool in now.pools[:POOLS_SHOWN]]
+    names = list(shown[0]) if shown else ["pool"]
+    for least in LEAST_FIRST:
+        widths = (max(len(name), *(len(row[name]) for row in shown)) + 1 for name in names)
+        if not shown or sum(widths) <= width:
+            break
+        names.remove(least)
+    table = Table(expand=True, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        left = name in LEFT
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in shown:
+        table.add_row(*(row[name] for name in names))
     if len(now.pools) > POOLS_SHOWN:
         table.add_row(f"and {len(now.pools) - POOLS_SHOWN} more")
     return table
+
+
+def _row(pool: pool_pb.GetPoolResponse, before: Look | None, seconds: float) -> dict[str, Text]:
+    """Return the cells of a pool by their columns."""
+    summary = pool.summary
+    capacity = summary.capacity_tokens
+    written, reserved = pool.used_tokens / capacity, pool.reserved_tokens / capacity
+    then = before.pool_of(summary.pool.name) if before else None
+    scattered = (summary.free_tokens - pool.largest_run_tokens) / capacity
+    cells: dict[str, str | Text] = {
+        "pool": summary.pool.name,
+        "state": view.state(summary),
+        "policy": summary.policy,
+        "memory": _filled(written, reserved),
+        "written": f"{written:.0%}",
+        "reserved": f"{reserved:.0%}",
+        "scattered": f"{scattered:.0%}",
+        "reused": _reused(pool, then),
+        **{name: _rate(pool, then, seconds, fields) for name, fields in RATES},
+    }
+    return {name: cell if isinstance(cell, Text) else Text(cell) for name, cell in cells.items()}
 
 
 def _filled(written: float, reserved: float) -> Text:
@@ -167,15 +209,24 @@ def _filled(written: float, reserved: float) -> Text:
 
 
 def _rate(
-    pool: pool_pb.GetPoolResponse,
+    now: pool_pb.GetPoolResponse,
     then: pool_pb.GetPoolResponse | None,
     seconds: float,
     fields: tuple[str, ...],
 ) -> str:
     if then is None:
         return "-"
-    done = sum(getattr(pool.counters, field) - getattr(then.counters, field) for field in fields)
+    done = sum(getattr(now.counters, field) - getattr(then.counters, field) for field in fields)
     return f"{max(done, 0) / seconds:,.0f}"  # the books of a pool that was made anew begin at 0
+
+
+def _reused(now: pool_pb.GetPoolResponse, then: pool_pb.GetPoolResponse | None) -> str:
+    """Return the share of the prompts since the look before that needed no prefill."""
+    if then is None:
+        return "-"
+    prompts = now.reuse.prompt_tokens - then.reuse.prompt_tokens
+    reused = now.reuse.reused_tokens - then.reuse.reused_tokens
+    return f"{max(reused, 0) / prompts:.0%}" if prompts > 0 else "-"
 
 
 def _apply_seconds(metrics: str) -> dict[float, float]:

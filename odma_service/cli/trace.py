@@ -102,6 +102,10 @@ def _facts(description: traces.Description) -> Iterator[tuple[str, str]]:
     yield "requests", f"{description.requests:,}"
     for name, requests in (description.requests_by_class or {}).items():
         yield f"  of class {name}", f"{requests:,}"
+    if description.waiting_requests:
+        waiting, sessions = description.waiting_requests, description.sessions
+        of = "" if sessions is None else f", in {sessions:,} sessions"
+        yield "wait for an answer", f"{waiting:,}{of}"
     yield "duration", f"{description.duration_seconds:,.1f} s"
     if description.requests_per_second is not None:
         yield "rate", f"{description.requests_per_second:,.3g} requests/s"

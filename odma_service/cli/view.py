@@ -21,6 +21,7 @@ LOOKS = {
     "used": ("█", "green"),
     "reserved, unused": ("▒", "yellow"),
     "waiting": ("░", "magenta"),
+    "kept": ("▪", "cyan"),
     "free": ("·", "dim"),
 }
 """Kinds of tokens. Where a cell of the bar holds several kinds, the most frequent shows."""
@@ -48,7 +49,9 @@ def picture(
     pool: pool_pb.GetPoolResponse, regions: list[pool_pb.Region], width: int
 ) -> RenderableType:
     """Return one pool as a bar over its addresses and tables below it."""
-    tables = [_memory(pool), _policy(pool.policy), _counters(pool)]
+    tables = [_memory(pool), policy(pool.policy), _counters(pool)]
+    if pool.granule_tokens:
+        tables.append(_reuse(pool.reuse))
     if pool.buckets:
         tables.append(_buckets(pool))
     if pool.tenants:
@@ -67,7 +70,7 @@ def picture(
 def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
     """Return a table of the books."""
     table = Table("request", "class", title="regions", title_justify="left")
-    for name in ("handle", "start", "length", "used", "maximum", "awaits"):
+    for name in ("handle", "start", "length", "used", "reusable", "maximum", "awaits"):
         table.add_column(name, justify="right")
     for region in regions:
         live = region.state == pool_pb.REGION_STATE_LIVE
@@ -78,8 +81,9 @@ def list_of_regions(regions: Iterable[pool_pb.Region]) -> RenderableType:
             f"{region.place.start_token:,}",
             f"{region.place.length_tokens:,}",
             f"{region.used_tokens:,}" if live else "",
+            f"{region.shareable_tokens:,}",
             f"{region.max_total_tokens:,}" if live else "",
-            "" if live else f"seq {region.awaits_seq}",
+            f"seq {region.awaits_seq}" if region.awaits_seq else "",
         )
     return table
 
@@ -114,7 +118,8 @@ def _headline(pool: pool_pb.GetPoolResponse) -> Text:
         f"{pool.bytes_per_token:,} bytes a token: {size:,.1f} GB a rank\n"
         f"moves {moves}, "
         f"{'one ordered stream' if pool.single_ordered_stream else 'several streams'}, "
-        f"copies {'may' if pool.copies_may_overlap else 'may not'} overlap",
+        f"copies {'may' if pool.copies_may_overlap else 'may not'} overlap"
+        + (f", reuse in granules of {pool.granule_tokens}" if pool.granule_tokens else ""),
     )
 
 
@@ -154,13 +159,13 @@ def _runs(regions: Iterable[pool_pb.Region]) -> Iterator[tuple[int, int, str]]:
             yield start, start + region.used_tokens, "used"
             yield start + region.used_tokens, end, "reserved, unused"
         else:
-            yield start, end, "waiting"
+            kept = region.state == pool_pb.REGION_STATE_KEPT
+            yield start, end, "kept" if kept else "waiting"
 
 
 def _memory(pool: pool_pb.GetPoolResponse) -> Table:
     free = pool.summary.free_tokens
     open_to_admission = max(free - pool.safety_tokens, 0)
-    fragmentation = 1 - pool.largest_run_tokens / free if free else 0.0
     table = _facts_table("memory", "tokens", "share")
     for name, tokens in (
         ("used", pool.used_tokens),
@@ -169,16 +174,18 @@ def _memory(pool: pool_pb.GetPoolResponse) -> Table:
         ("free", free),
         ("  open to admission", open_to_admission),
         ("  largest run", pool.largest_run_tokens),
+        ("  in other runs", free - pool.largest_run_tokens),
+        ("  kept", pool.reuse.kept_tokens),
         ("safety pool", pool.safety_tokens),
     ):
         share = tokens / pool.summary.capacity_tokens
         table.add_row(Text(name), f"{tokens:,}", f"{share:.1%}")
-    runs = "run" if pool.free_runs == 1 else "runs"
-    table.add_row("fragmentation", f"{pool.free_runs:,} free {runs}", f"{fragmentation:.1%}")
+    table.add_row("free runs", f"{pool.free_runs:,}", "")
     return table
 
 
-def _policy(policy: types.Policy) -> Table:
+def policy(policy: types.Policy) -> Table:
+    """Return a table of a policy record."""
     table = _facts_table("policy", f"{policy.name}, version {policy.version}")
     table.add_row("start", types.Start.Name(policy.start).removeprefix("START_").lower())
     overflow = types.Overflow.Name(policy.overflow).removeprefix("OVERFLOW_").lower()
@@ -189,6 +196,9 @@ def _policy(policy: types.Policy) -> Table:
         table.add_row(name, f"{getattr(policy, name):,}")
     for name in ("overflow_risk", "safety_share", "unsure_ratio", "growth", "tenant_share"):
         table.add_row(name, f"{getattr(policy, name):g}")
+    for tenant in policy.tenants:
+        share = f"{tenant.guaranteed_share:g} to {tenant.maximum_share:g}"
+        table.add_row(Text(f"tenant {tenant.name}"), share)
     return table
 
 
@@ -197,6 +207,16 @@ def _counters(pool: pool_pb.GetPoolResponse) -> Table:
     for field in pool_pb.Counters.DESCRIPTOR.fields:
         count = getattr(pool.counters, field.name)
         table.add_row(field.name.replace("_", " "), f"{count:,}")
+    return table
+
+
+def _reuse(reuse: pool_pb.ReuseReport) -> Table:
+    table = _facts_table("reuse since it was made", "tokens", "of prompts")
+    for how in ("prompt", "reused", "adopted", "gathered", "shared", "given_up"):
+        tokens = getattr(reuse, f"{how}_tokens")
+        table.add_row(
+            how.replace("_", " "), f"{tokens:,}", f"{tokens / max(reuse.prompt_tokens, 1):.1%}"
+        )
     return table
 
 
@@ -222,7 +242,7 @@ def _classes(pool: pool_pb.GetPoolResponse) -> Table:
         quantiles = list(known.output_quantiles_tokens)
         shown = [f"{quantiles[i]:,.0f}" for i in (2, 4, 6)] if quantiles else ["-"] * 3
         name = known.request_class or "(none)"
-        table.add_row(Text(name), f"{known.finished:,.1f}", f"{known.hit_limit:,.1f}", *shown)
+        table.add_row(Text(name), f"{known.finished:,.0f}", f"{known.hit_limit:,.0f}", *shown)
     return table
 
 

@@ -9,9 +9,10 @@ An engine asks and is answered in the values of `odma_service.values`, as with a
 What only reports (the response to OpenPool, GetPool, ListPools, ListRegions, Predict, Watch,
 KeepAlive, Recalibrate, the policy after a change) is a message of the service.
 
-A call that gets no answer (the service restarts, the network hangs) is sent again, unchanged,
-until `retry_seconds` are over. The service recognises it, so its work is done once. All other
-failures are raised at once, as the errors of `odma_service.errors`.
+A call that gets no answer (the service restarts, the network hangs), or for which there is no room
+(BusyError, CallerLimitError, StreamLimitError), is sent again, unchanged, until `retry_seconds` are
+over. The service recognises it, so its work is done once. All other failures are raised at once, as
+the errors of `odma_service.errors`.
 
 A Client may be shared between threads. A PoolClient speaks for the pool's owner and belongs to
 one thread.
@@ -29,6 +30,7 @@ from odma_service.client.aio import AsyncClient, AsyncPoolClient
 from odma_service.client.channel import Tls
 from odma_service.client.owner import open_request
 from odma_service.client.sync import Client, PoolClient
+from odma_service.keys import KeyChain, chained_keys
 from odma_service.values import (
     Allocate,
     Answer,
@@ -59,6 +61,7 @@ __all__ = [
     "Extend",
     "Free",
     "Freed",
+    "KeyChain",
     "Moves",
     "Place",
     "PlaneGroup",
@@ -70,5 +73,6 @@ __all__ = [
     "Tls",
     "Trim",
     "Used",
+    "chained_keys",
     "open_request",
 ]

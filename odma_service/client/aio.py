@@ -4,15 +4,14 @@
         pool = await service.open_pool("main", moves=Moves.ANY, planes=..., capacity_tokens=...)
         answer = await pool.apply(ops=[Allocate("request-1", prompt_tokens=700)])
 
-A batch that is cancelled while it waits has no answer yet: resume() it. What only operators need
-is with the synchronous client.
+A batch that is cancelled while it waits has no answer yet: resume() it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,11 +25,24 @@ from odma_service.client.stream import AsyncApplyStream
 from odma_service.errors import StaleOpenError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
-from odma_service.values import Allocate, Answer, Extend, Free, Freed, Op, Place, Reconciled, Used
+from odma_service.values import (
+    Allocate,
+    Answer,
+    Extend,
+    Free,
+    Freed,
+    Op,
+    Place,
+    PolicyChange,
+    Reconciled,
+    Used,
+)
 from odma_service.wire import (
     answer_from,
+    change_to,
     op_to,
     place_from,
     reconciled_from,
@@ -75,15 +87,56 @@ class AsyncClient:
     async def open_pool(self, name: str, **fields: Any) -> AsyncPoolClient:
         """As Client.open_pool."""
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return AsyncPoolClient(self, await self.call(ask, request))
+            except StaleOpenError as stale:  # as in Client.open_pool
+                request.seen = stale.seen
 
     async def get_pool(self, name: str) -> pool_pb.GetPoolResponse:
         """As Client.get_pool."""
         answer: pool_pb.GetPoolResponse = await self.call(
             self._pools.GetPool, pool_pb.GetPoolRequest(name=name)
+        )
+        return answer
+
+    async def list_pools(self) -> pool_pb.ListPoolsResponse:
+        """As Client.list_pools."""
+        answer: pool_pb.ListPoolsResponse = await self.call(
+            self._pools.ListPools, pool_pb.ListPoolsRequest()
+        )
+        return answer
+
+    async def close_pool(self, ref: types.PoolRef) -> None:
+        """As Client.close_pool, for operators."""
+        request = pb.ClosePoolRequest(pool=ref, by_operator=True)
+        await self.call(self.memory.ClosePool, request)
+
+    async def forget_pool(self, ref: types.PoolRef) -> None:
+        """As Client.forget_pool."""
+        await self.call(self._pools.ForgetPool, pool_pb.ForgetPoolRequest(pool=ref))
+
+    async def set_policy(
+        self, ref: types.PoolRef, change: PolicyChange, *, expected_version: int
+    ) -> types.Policy:
+        """As Client.set_policy, for operators."""
+        request = pb.SetPolicyRequest(
+            pool=ref, policy=change_to(change), expected_version=expected_version
+        )
+        answer: pb.SetPolicyResponse = await self.call(self.memory.SetPolicy, request, retry=False)
+        return answer.policy
+
+    async def recalibrate(
+        self, ref: types.PoolRef, *, expected_version: int, dry_run: bool = False, limits: int = 0
+    ) -> pb.RecalibrateResponse:
+        """As Client.recalibrate, for operators."""
+        request = pb.RecalibrateRequest(
+            pool=ref, dry_run=dry_run, expected_version=expected_version, limits=limits
+        )
+        answer: pb.RecalibrateResponse = await self.call(
+            self.memory.Recalibrate, request, retry=False
         )
         return answer
 
@@ -109,9 +162,11 @@ class AsyncClient:
             finally:
                 stream.cancel()
 
-    async def call(self, method: Callable[..., Any], request: Message) -> Any:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
-        patience = Patience(self._retry_seconds)
+    async def call(
+        self, method: Callable[..., Any], request: Message, *, retry: bool = True
+    ) -> Any:
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
+        patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
                 return await method(
@@ -139,7 +194,7 @@ class AsyncPoolClient(Owner):
         max_copy_tokens: int | None = None,
         pass_refused: bool = False,
     ) -> Answer:
-        """As PoolClient.apply. After an UnavailableError or a cancellation call resume()."""
+        """As PoolClient.apply, after whose errors, or a cancellation, call resume()."""
         async with self._turn:
             self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
             return await self._resume()

@@ -15,9 +15,12 @@ from grpc_status import rpc_status
 from odma_service.errors import (
     BooksLockedError,
     BooksUnavailableError,
+    BusyError,
+    CallerLimitError,
     OdmaError,
     RefusedError,
     ServiceError,
+    StreamLimitError,
     UnavailableError,
 )
 from odma_service.rpc.v1 import types_pb2 as types
@@ -31,11 +34,13 @@ NO_ANSWER = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,  # by a service that stopped waiting for it at shutdown
 }
+NOT_BEGUN = (BusyError, CallerLimitError, StreamLimitError)
+"""There was no room for a call: it was not begun, and may be sent again."""
 PERHAPS_DONE = NO_ANSWER | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
 class Patience:
-    """For how long something is asked again while nobody answers, and after what pauses.
+    """For how long something is asked again while nobody answers or has room, and how often.
 
     The `retry_seconds` begin now. The longest pause doubles, up to half a second; each is drawn
     between half of it and all of it, so that many clients do not come back at once. A service
@@ -53,8 +58,10 @@ class Patience:
         """
         told_seconds = _retry_delay_seconds(error)
         pause_seconds = max(told_seconds, self._pause_seconds * random.uniform(0.5, 1))
-        if error.code() not in NO_ANSWER or time.monotonic() + pause_seconds > self._give_up:
-            raise error_from(error) from None
+        failed = error_from(error)
+        again = error.code() in NO_ANSWER or isinstance(failed, NOT_BEGUN)
+        if not again or time.monotonic() + pause_seconds > self._give_up:
+            raise failed from None
         self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
         return pause_seconds
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar, cast
 
+from odma_service.client.failures import NOT_BEGUN
 from odma_service.errors import FencedError, LateError, OdmaError, UnavailableError
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -44,6 +45,8 @@ def open_request(
     policy: PolicyChange | None = None,
     take_over: bool = False,
     max_regions: int = 0,
+    granule_tokens: int = 0,
+    reads_two_runs: bool = False,
     open_id: str | None = None,
 ) -> pb.OpenPoolRequest:
     """Return what opens a pool. Zeros and None mean the defaults of OpenPoolRequest.
@@ -82,6 +85,8 @@ def open_request(
         policy=None if policy is None else change_to(policy),
         take_over=take_over,
         max_regions=max_regions,
+        granule_tokens=granule_tokens,
+        reads_two_runs=reads_two_runs,
     )
     if capacity_tokens is not None:
         request.capacity_tokens = capacity_tokens
@@ -122,7 +127,7 @@ class Owner:
         self.completed_seq = 0
         """As the last batch promised."""
         self.pending: pb.ApplyRequest | None = None
-        """A batch without an answer: the service may or may not have done it."""
+        """A batch without an answer: it was done, or not, or there was no room for the call."""
 
     def prepare(
         self,
@@ -190,15 +195,15 @@ class Owner:
     def waiting(self) -> Iterator[pb.ApplyRequest]:
         """Yield the batch without an answer; it has one when the context ends without an error.
 
-        An error that says that the batch was not done makes room for another. Raises OdmaError
-        if there is no such batch.
+        An error that is an answer to the batch makes room for another. Raises OdmaError if there
+        is no such batch.
         """
         request = self.pending
         if request is None:
             raise OdmaError(f"batch {self.seq} was answered; there is nothing to resume")
         try:
             yield request
-        except UnavailableError:
+        except (UnavailableError, *NOT_BEGUN):
             raise
         except OdmaError:
             self.pending = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -110,10 +110,13 @@ class Client:
         FencedError if another Client has taken the pool from this one before.
         """
         request = open_request(name, **fields)
+        request.seen = ""
         ask = self._instance.asks(self.memory.OpenPool)
         while True:
-            with suppress(StaleOpenError):  # the answer to this attempt was lost
+            try:
                 return PoolClient(self, self.call(ask, request))
+            except StaleOpenError as stale:  # it was not as seen, or an answer was lost
+                request.seen = stale.seen
 
     def list_pools(self) -> pool_pb.ListPoolsResponse:
         """Return one line about each pool."""
@@ -167,6 +170,41 @@ class Client:
             finally:
                 cast("grpc.Call", stream).cancel()
 
+    # --- for operators: of a pool that somebody else may own, named by `ref` as list_pools() and
+    # get_pool() tell it
+
+    def close_pool(self, ref: types.PoolRef) -> None:
+        """End the pool's epoch, whoever owns it. Nothing may be enqueued that uses its memory.
+
+        Raises EpochError if the pool was opened anew meanwhile, RoleError.
+        """
+        self.call(self.memory.ClosePool, pb.ClosePoolRequest(pool=ref, by_operator=True))
+
+    def forget_pool(self, ref: types.PoolRef) -> None:
+        """Remove a closed pool and what it has learnt; one that is gone stays gone.
+
+        Raises PoolOpenError, and EpochError if the pool was opened anew meanwhile.
+        """
+        self.call(self._pools.ForgetPool, pool_pb.ForgetPoolRequest(pool=ref))
+
+    def set_policy(
+        self, ref: types.PoolRef, change: PolicyChange, *, expected_version: int
+    ) -> types.Policy:
+        """Change the policy record of a running epoch. Sent once, as PoolClient.set_policy()."""
+        request = pb.SetPolicyRequest(
+            pool=ref, policy=change_to(change), expected_version=expected_version
+        )
+        return self.call(self.memory.SetPolicy, request, retry=False).policy
+
+    def recalibrate(
+        self, ref: types.PoolRef, *, expected_version: int, dry_run: bool = False, limits: int = 0
+    ) -> pb.RecalibrateResponse:
+        """As PoolClient.recalibrate()."""
+        request = pb.RecalibrateRequest(
+            pool=ref, dry_run=dry_run, expected_version=expected_version, limits=limits
+        )
+        return self.call(self.memory.Recalibrate, request, retry=False)
+
     def is_serving(self, service: str = "") -> bool:
         """Ask the standard health service once. Raises UnavailableError."""
         request = health_pb2.HealthCheckRequest(service=service)
@@ -176,7 +214,7 @@ class Client:
     def call(
         self, method: Callable[..., Response], request: Message, *, retry: bool = True
     ) -> Response:
-        """Return the answer to `request`, sent again unchanged while nobody answers."""
+        """Return the answer to `request`, sent again unchanged while nobody answers or has room."""
         patience = Patience(self._retry_seconds if retry else 0.0)
         while True:
             try:
@@ -205,7 +243,8 @@ class PoolClient(Owner):
         """Do one decode step's operations, once. completed_seq None: as the last batch said.
 
         Raises EpochError if the epoch is over and InvalidError for a bad batch, which is then
-        not done. After an UnavailableError call resume(), not apply().
+        not done. After an UnavailableError, BusyError, CallerLimitError or StreamLimitError the
+        batch waits: call resume(), not apply().
         """
         self.prepare(used, ops, completed_seq, max_copy_tokens, pass_refused=pass_refused)
         return self.resume()

@@ -7,7 +7,12 @@ as a difference between the two.
 
 With several streams the device is as unruly as an engine with several streams may be: an
 answer's copies end in the reverse of their order, and what was vacated is still being read
-until the completion of the answer that vacated it is reported, so it must stay as it was.
+until the completion of the answer that vacated it is reported, so it must stay as it was; and
+so must what was copied from.
+
+A token that requests have in common has one id, and may lie where several of them read it. The
+memory of what ended stays as it is until somebody writes there, whoever keeps it or gives it up:
+what is reused is promised, never written, so it shows whether it is still what it was.
 """
 
 from __future__ import annotations
@@ -22,17 +27,21 @@ from odma_service.values import Copy
 
 FREE = -1
 REQUEST_SHIFT = 28  # positions stay below 2^28, the largest capacity of a pool
+FIRST_BLOCK = 2**30  # numbers of blocks that requests have in common lie above those of requests
 
 Ids = NDArray[np.int64]
 
+NO_BLOCKS = np.zeros(0, np.int64), 1
+
 
 class Move(NamedTuple):
-    """The written part of a region whose start changed."""
+    """Written tokens of a request, from `first` on, that lie elsewhere now."""
 
     request: int
     from_token: int
     to_token: int
     tokens: int
+    first: int = 0
 
 
 class _Vacated(NamedTuple):
@@ -59,7 +68,9 @@ class Device:
         self._drop_copy = drop_copy
         self._memory = np.full(capacity_tokens, FREE, np.int64)
         self._books = np.full(capacity_tokens, FREE, np.int64)
-        self._live = np.zeros(capacity_tokens, np.bool_)
+        self._live = np.zeros(capacity_tokens, np.int32)  # so many requests have it
+        self._blocks: dict[int, int] = {}  # numbers of what requests have in common, by id
+        self._begins: dict[int, tuple[Ids, int]] = {}  # by request: numbers, and tokens of each
         self._wrong = np.zeros(capacity_tokens, np.bool_)
         self._positions = np.arange(capacity_tokens)
         self._vacated: list[_Vacated] = []
@@ -70,8 +81,20 @@ class Device:
         self.violations += int(np.count_nonzero(self._live[run]))
         self._memory[run] = self._enter(request, run, written)
 
-    def run(self, copies: Sequence[Copy], movable: Container[int]) -> None:
-        """Execute the copies of one answer; only regions with these handles may move."""
+    def begin(self, request: int, block_ids: Sequence[int], block_tokens: int) -> None:
+        """Take a request's first tokens for those of these blocks, whosever they are."""
+        numbers = [self._blocks.setdefault(id_, len(self._blocks)) for id_ in block_ids]
+        self._begins[request] = np.array(numbers, np.int64) + FIRST_BLOCK, block_tokens
+
+    def promise(self, request: int, start_token: int, first: int, tokens: int) -> None:
+        """Enter in the books that so many tokens of a request from `first` on lie there already."""
+        run = slice(start_token, start_token + tokens)
+        others = np.where(self._live[run], self._books[run], FREE)
+        ids = self._enter(request, run, first)
+        self.violations += int(np.count_nonzero((others != FREE) & (others != ids)))
+
+    def run(self, seq: int, copies: Sequence[Copy], movable: Container[int]) -> None:
+        """Execute the copies of answer `seq`; only regions with these handles may move."""
         numbered = list(enumerate(copies, self.copies + 1))
         for number, copy in numbered if self._ordered else reversed(numbered):
             shared = abs(copy.from_token - copy.to_token) < copy.tokens
@@ -83,6 +106,8 @@ class Device:
                 self.violations += 1
             elif number != self._drop_copy:
                 source = self._memory[copy.from_token : copy.from_token + copy.tokens]
+                if not self._ordered:
+                    self._vacated.append(_Vacated(seq, copy.from_token, source.copy()))
                 self._memory[copy.to_token : copy.to_token + copy.tokens] = source
             self.copied_tokens += copy.tokens
         self.copies += len(numbered)
@@ -92,15 +117,15 @@ class Device:
         for move in moves:
             self.vacate(seq, move.from_token, move.tokens)
         for move in moves:
-            self._enter(move.request, slice(move.to_token, move.to_token + move.tokens))
+            self.promise(move.request, move.to_token, move.first, move.tokens)
 
     def vacate(self, seq: int, start_token: int, tokens: int) -> None:
         """Strike a run from the books: answer `seq` gave it back."""
         run = slice(start_token, start_token + tokens)
         if not self._ordered:
             self._vacated.append(_Vacated(seq, start_token, self._books[run].copy()))
-        self._books[run] = FREE
-        self._live[run] = False
+        self._live[run] -= 1
+        self._books[run][self._live[run] == 0] = FREE
 
     def complete(self, completed_seq: int) -> None:
         """Let go of the runs that no enqueued work can read any more."""
@@ -116,7 +141,7 @@ class Device:
     def check(self) -> None:
         """Look at every live token, and at every vacated one that may still be read."""
         np.not_equal(self._memory, self._books, out=self._wrong)
-        np.logical_and(self._wrong, self._live, out=self._wrong)
+        np.logical_and(self._wrong, self._live > 0, out=self._wrong)
         self.violations += int(np.count_nonzero(self._wrong))
         self.tokens_checked += int(np.count_nonzero(self._live))
         for run in self._vacated:
@@ -124,7 +149,11 @@ class Device:
             self.violations += int(np.count_nonzero(now != run.ids))
 
     def _enter(self, request: int, run: slice, first: int = 0) -> Ids:
-        ids = self._positions[first : first + run.stop - run.start] + (request << REQUEST_SHIFT)
+        positions = self._positions[first : first + run.stop - run.start]
+        ids = positions + (request << REQUEST_SHIFT)
+        blocks, block_tokens = self._begins.get(request, NO_BLOCKS)
+        common = positions[: max(blocks.size * block_tokens - first, 0)]
+        ids[: common.size] = common + (blocks[common // block_tokens] << REQUEST_SHIFT)
         self._books[run] = ids
-        self._live[run] = True
+        self._live[run] += 1
         return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from odma_service.client import Client, PoolClient
 from odma_service.demo.device import Device
 from odma_service.demo.remote import RemoteMemory
 from odma_service.demo.report import Outcome
+from odma_service.errors import UnimplementedError
 from odma_service.pool.policy import named
 from odma_service.replay.load import Limits, Load, load_of
 from odma_service.replay.loop import History, Loop
@@ -28,8 +30,8 @@ PLANES = PlaneGroup(count=56, bytes_per_token=1_024)
 PRESET = "mlu370-x4"
 LEAST_REGIONS = 1_024
 USUAL_LIMITS = Limits(4_096, 16_384, 111_000)
-STEPS = Prices(1, 0, 0, 0, 0, 0)
-"""Time is counted in decode steps."""
+STEPS = Prices(60 * 10**9, 0, 0, 0, 0, 0)
+"""Every decode step takes as long, 60 ms: which matters where requests wait for answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ def open_pool(service: Client, policy: str, setting: Setting) -> PoolClient:
         copies_may_overlap=kind.copies_may_overlap,
         policy=PolicyChange(name=policy),
         max_regions=max(LEAST_REGIONS, setting.batch_cap),
+        granule_tokens=kind.granule_tokens,
+        reads_two_runs=kind.reads_two_runs,
     )
 
 
@@ -79,8 +83,9 @@ def play(
             may_overlap=kind.copies_may_overlap,
             drop_copy=setting.drop_copy,
         )
+        kind = replace(kind, granule_tokens=pool.response.granule_tokens)  # 0: it knows none
         record = named(policy, limits.model_length_tokens, limits.capacity_tokens)
-        memory = RemoteMemory(pool, device, record, kind)
+        memory = RemoteMemory(pool, device, record, kind, block_tokens=load.block_tokens)
         loop = Loop(load, memory, STEPS, setting.batch_cap, overtake=setting.overtake)
         while loop.advance():
             watch(loop.history)
@@ -89,6 +94,8 @@ def play(
         books = service.get_pool(pool.ref.name)
     finally:
         pool.close_pool()
+        with suppress(UnimplementedError):  # of a service that is older
+            service.forget_pool(pool.ref)
     seconds = time.monotonic() - started
     return _outcome(trace, policy, load, loop.history, memory, device, books, seconds)
 
@@ -117,6 +124,8 @@ def _outcome(
         tokens_generated=memory.tokens_generated,
         tokens_expected=sum(outputs),
         tokens_checked=device.tokens_checked,
+        prompt_tokens=history.prompt_tokens,
+        reused_tokens=history.reused_tokens,
         violations=device.violations,
         utilisation_written_over_capacity=_share(measures.utilisation_written_over_capacity, short),
         utilisation_written_over_reserved=_share(measures.utilisation_written_over_reserved, short),

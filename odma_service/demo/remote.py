@@ -1,163 +1,37 @@
-"""The memory of a pool behind a server, for the replay's loop, on a device that checks itself.
-
-The loop takes all steps up to its next decision at once. What they wrote is written when that
-decision comes, and every live token is looked at; again after the batch, if it moved anything.
-"""
+"""The checked memory of a pool behind a server."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-
 from odma_service.client import PoolClient
-from odma_service.demo.device import Device, Move
-from odma_service.errors import OdmaError
+from odma_service.demo.checked import CheckedMemory
+from odma_service.demo.device import Device
 from odma_service.pool.policy import PolicyRecord
-from odma_service.replay.memory import Step
-from odma_service.replay.pooled import EngineKind, PoolMemory, parts
-from odma_service.values import Answer, Batch, Freed, Moves, Place, Reason, Refusal, Result
-
-BUGS = {Reason.INVALID, Reason.NOT_FOUND}
+from odma_service.replay.pooled import EngineKind
+from odma_service.traces.trace import PREFIX_TOKENS
+from odma_service.values import Answer, Batch
 
 
-class BrokenAnswerError(OdmaError):
-    """An answer breaks the contract."""
-
-
-@dataclass(slots=True)
-class Region:
-    """A region as the last answer says, and how many tokens of which request are in it."""
-
-    request: int
-    start_token: int
-    length_tokens: int
-    written: int = 0
-
-
-class RemoteMemory(PoolMemory):
-    """A pool's owner. It counts refusals, the tokens that steps wrote, and how long calls took."""
+class RemoteMemory(CheckedMemory):
+    """An owner over gRPC, whose client numbers the batches."""
 
     def __init__(
-        self, pool: PoolClient, device: Device, policy: PolicyRecord, kind: EngineKind
+        self,
+        pool: PoolClient,
+        device: Device,
+        policy: PolicyRecord,
+        kind: EngineKind,
+        *,
+        block_tokens: int = PREFIX_TOKENS,
     ) -> None:
-        super().__init__(policy, kind)
+        version = pool.response.policy_version
+        super().__init__(device, policy, kind, version=version, block_tokens=block_tokens)
         self.max_ops = pool.response.max_ops
-        self.refusals = 0
-        self.tokens_generated = 0
-        self.apply_ns: list[int] = []
         self._pool = pool
-        self._device = device
-        self._version = pool.response.policy_version
-        self._regions: dict[int, Region] = {}  # by handle
-
-    def complete(self) -> None:
-        """Say that all work is done; with several streams the pool waits for it."""
-        if not self._kind.single_stream:
-            self._pool.apply(completed_seq=self._pool.seq)
-
-    def _apply(self, step: Step, batch: Batch) -> tuple[Answer, bool]:
-        self._write_steps(step)
-        self._device.check()
-        answer = self._call(batch)
-        self._device.complete(batch.completed_seq)
-        self._check_refusals(step, answer)
-        freed, grown, asked = parts(step, answer.results)
-        self._give_back(step, answer.seq, freed)
-        self._device.run(answer.copies, self._movable(step))
-        places = [*answer.moved, *(result for result in grown if isinstance(result, Place))]
-        moves = self._moves(places)
-        self._device.move(answer.seq, moves)
-        if answer.copies or moves:
-            self._device.check()
-        fresh = self._enter(step, asked)
-        self._check_regions()
-        for region, tokens in fresh:
-            self._write(region, tokens)
-        changed = answer.policy_version != self._version
-        self._version = answer.policy_version
-        return answer, changed
 
     def _call(self, batch: Batch) -> Answer:
-        started_ns = time.perf_counter_ns()
-        answer = self._pool.apply(
+        return self._pool.apply(
             batch.used,
             batch.ops,
             completed_seq=batch.completed_seq,
             pass_refused=batch.pass_refused,
         )
-        self.apply_ns.append(time.perf_counter_ns() - started_ns)
-        return answer
-
-    # On the device
-
-    def _write_steps(self, step: Step) -> None:
-        """Write the tokens of all steps since the last decision."""
-        held = {run.handle: run.lead + step.tick for run in step.running.values()}
-        for run, _, output_tokens in step.ended:
-            held[run.handle] = run.request.prompt_tokens + output_tokens
-        for handle, region in self._regions.items():
-            self.tokens_generated += held[handle] - region.written
-            self._write(region, held[handle])
-
-    def _write(self, region: Region, until: int) -> None:
-        self._device.violations += until > region.length_tokens
-        self._device.write(region.request, region.start_token, region.written, until)
-        region.written = until
-
-    def _check_regions(self) -> None:
-        places = [(r.start_token, r.length_tokens) for r in self._regions.values()]
-        starts, lengths = np.array(places, np.int64).reshape(-1, 2).T
-        self._device.check_regions(starts, lengths)
-
-    # What an answer says
-
-    def _check_refusals(self, step: Step, answer: Answer) -> None:
-        oldest = next((run.handle for run in step.running.values()), 0)
-        for result in answer.results:
-            if not isinstance(result, Refusal):
-                continue
-            if result.reason in BUGS:
-                raise BrokenAnswerError(f"refused as {result.reason.name}: {result.field}")
-            if oldest and result.preempt_handle == oldest and len(step.running) > 1:
-                raise BrokenAnswerError("the oldest request was named for preemption")
-            self.refusals += result.reason is not Reason.SKIPPED
-
-    def _give_back(self, step: Step, seq: int, results: Sequence[Result]) -> None:
-        for ended, result in zip(step.ended, results, strict=True):
-            if result != Freed():
-                raise BrokenAnswerError(f"a free of a live region was answered with {result}")
-            region = self._regions.pop(ended.run.handle)
-            self._device.vacate(seq, region.start_token, region.written)
-
-    def _movable(self, step: Step) -> set[int]:
-        """Return the handles of the regions that this engine lets the service move."""
-        match self._kind.moves:
-            case Moves.ANY:
-                return set(self._regions)
-            case Moves.OWN_GROWTH:
-                return {run.handle for run in step.full}
-            case Moves.NONE:
-                return set()
-
-    def _moves(self, places: Iterable[Place]) -> list[Move]:
-        """Note where regions lie now, and return the moves of what is written in them."""
-        moves = []
-        for handle, start, length, *_ in places:
-            region = self._regions[handle]
-            if start != region.start_token:
-                moves.append(Move(region.request, region.start_token, start, region.written))
-            region.start_token, region.length_tokens = start, length
-        return moves
-
-    def _enter(self, step: Step, results: Sequence[Result]) -> list[tuple[Region, int]]:
-        """Return the regions of new requests, and how long their prefill is."""
-        fresh = []
-        for (number, request, generated), result in zip(step.asked, results, strict=True):
-            if isinstance(result, Place):
-                region = Region(number, result.start_token, result.length_tokens)
-                self._regions[result.handle] = region
-                fresh.append((region, request.prompt_tokens + generated))
-        return fresh

@@ -23,6 +23,8 @@ class Outcome:
     tokens_generated: int
     tokens_expected: int
     tokens_checked: int
+    prompt_tokens: int
+    reused_tokens: int
     violations: int
     utilisation_written_over_capacity: float | None
     utilisation_written_over_reserved: float | None

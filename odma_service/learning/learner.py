@@ -139,10 +139,10 @@ class Learner:
         return self._told(op, None, lambda: self.pool.free(epoch, op))
 
     def reconcile(
-        self, epoch: Caller | int, handles: Sequence[int]
+        self, epoch: Caller | int, handles: Sequence[int], completed_seq: int = 0
     ) -> tuple[list[Place], list[int]]:
         """Free what is not listed as Pool.reconcile does."""
-        places, freed = self.pool.reconcile(epoch, handles)
+        places, freed = self.pool.reconcile(epoch, handles, completed_seq)
         if self._observer is not None:
             self._observer.reconciled(freed)
         return places, freed

@@ -2,7 +2,8 @@
 
 An instance is a process, an attempt one OpenPool that it sent. Of each instance the highest
 attempt counts. One that another succeeded while its epoch ran is out: it opens the pool no more.
-Whoever is older than the last MOST_REMEMBERED others is a stranger again.
+Whoever is older than the last MOST_REMEMBERED others is a stranger again. All but the owner say
+how they saw the pool, and open it only if it still is so: what is late, of strangers too, is not.
 """
 
 from __future__ import annotations
@@ -38,20 +39,21 @@ class Openers:
     owner: Opening = NO_INSTANCE
     others: tuple[Opening, ...] = ()
 
-    def check(self, opening: Opening, name: str, owner: int) -> None:
-        """Raise FencedError for an instance that is out, StaleOpenError for an old attempt.
+    def check(self, opening: Opening, seen: str | None, *, name: str, owner: int, now: str) -> None:
+        """Raise FencedError for an instance that is out, StaleOpenError for an old OpenPool.
 
-        `name` and `owner` are the pool's name and owner number.
+        `seen` is how its sender saw the pool, `now` how it is; `name` and `owner` are its name and
+        owner number.
         """
         if not opening.instance:
             return
-        for seen in (self.owner, *self.others):
-            if seen.instance != opening.instance:
-                continue
-            if seen.attempt == OUT:
-                raise FencedError(name, owner)
-            if opening.attempt <= seen.attempt:
-                raise StaleOpenError(name, opening.attempt, seen.attempt)
+        known = {one.instance: one.attempt for one in (*self.others, self.owner)}
+        last = known.get(opening.instance, 0)
+        if last == OUT and opening.instance in known:
+            raise FencedError(name, owner)
+        is_owner = opening.instance == self.owner.instance
+        if opening.attempt <= last or (seen not in (None, now) and not is_owner):
+            raise StaleOpenError(name, opening.attempt, last, now)
 
     def owned_by(self, opening: Opening, *, ends_another: bool) -> Openers:
         """Return these with another owner. ends_another: the epoch of the one before runs."""

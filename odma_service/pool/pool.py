@@ -1,8 +1,9 @@
 """Pool: one device allocation, its owner's epochs and its books.
 
 The domain's door, for the service and for an engine that embeds a pool without one. A pool
-belongs to one thread at a time and to the process that made it. It knows neither clocks nor
-names of files: paths, epochs, boot ids and predictions come in as arguments.
+belongs to the process that made it and to one thread at a time; until it is closed any thread may
+read it meanwhile. It knows neither clocks nor names of files: paths, epochs, boot ids and
+predictions come in as arguments.
 """
 
 from __future__ import annotations
@@ -131,6 +132,12 @@ class PoolSpec:
         if not isinstance(value, int) or not least <= value <= most:
             raise InvalidError(field, f"{least:,} to {most:,}, not {value!r}")
 
+    @property
+    def engine_kind(self) -> tuple[bool, bool]:
+        """What a policy has to fit: may every region move, and on one ordered stream."""
+        any_moves = self.moves == Moves.ANY
+        return any_moves, any_moves and self.single_ordered_stream
+
     def arena_geometry(self) -> ArenaGeometry:
         """Return what has to be the same for books to be used again."""
         return self._arena_geometry(self.capacity_tokens // self.block_tokens)
@@ -215,7 +222,7 @@ class Pool:
     ) -> Self:
         """Make books at `path` and begin an epoch. With an owner among `openers` it is fenced.
 
-        Raises BooksError if there is a file already, PoolLimitError without room for one,
+        Raises BooksError if there is a file already, BooksSpaceError without room for one,
         InvalidError for an epoch that is not 1 to 2^53 - 1. Then no file was made.
         """
         _insist_next(epoch, 0)
@@ -282,6 +289,15 @@ class Pool:
     def openers(self) -> Openers:
         """Who has opened the pool."""
         return self._openers
+
+    def insist_new(self, opening: Opening, seen: str | None) -> None:
+        """Raise StaleOpenError or FencedError for an OpenPool that is late.
+
+        What is `seen` of a pool differs before and after each start and end of an epoch, and
+        with each owner number.
+        """
+        now = f"{self._epoch}.{self._owner}" if self._epoch else f"{self.report().last_epoch}"
+        self._openers.check(opening, seen, name=self._spec.name, owner=self._owner, now=now)
 
     def insist(self, caller: Caller) -> None:
         """Raise EpochError, FencedError or UnfencedError unless `caller` is the owner."""
@@ -455,10 +471,10 @@ class Pool:
         """Return what each tenant of the policy holds, in the policy's order."""
         return self._arena.tenants()
 
-    def bucket_regions(self) -> list[int]:
-        """Count the live regions under each limit of the policy, rounded up to blocks."""
+    def bucket_regions(self, limits_tokens: Sequence[int]) -> list[int]:
+        """Count the live regions under each of these limits, rounded up to blocks."""
         block_tokens, lengths = self._spec.block_tokens, self._arena.lengths()
-        limits = [-(-limit // block_tokens) * block_tokens for limit in self._policy.limits_tokens]
+        limits = [-(-limit // block_tokens) * block_tokens for limit in limits_tokens]
         return [int(((lengths > a) & (lengths <= b)).sum()) for a, b in pairwise((0, *limits))]
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ loop      continuous batching over any memory
 policies  every policy by name, with its tuned parameters
 measure   a window, and what is measured in it
 compare   all policies on one load
+plan      how a device's memory divides, and what to expect of it
 """
 
 from odma_service.replay.compare import (

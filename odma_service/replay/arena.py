@@ -18,6 +18,7 @@ from odma_service.replay.memory import Step
 from odma_service.replay.pooled import EngineKind, PoolMemory
 from odma_service.replay.predict import Predictor
 from odma_service.replay.prices import Serving
+from odma_service.traces.trace import PREFIX_TOKENS
 from odma_service.values import Answer, Batch, PlaneGroup, Quantiles
 
 EPOCH = 1
@@ -45,8 +46,9 @@ class ArenaMemory(PoolMemory):
         *,
         exact_lengths: bool = False,
         batch_cap: int = 256,
+        block_tokens: int = PREFIX_TOKENS,
     ) -> None:
-        super().__init__(policy, kind, exact_lengths=exact_lengths)
+        super().__init__(policy, kind, exact_lengths=exact_lengths, block_tokens=block_tokens)
         self._path = directory / "replay.arena"
         spec = PoolSpec(
             name="replay",
@@ -61,6 +63,8 @@ class ArenaMemory(PoolMemory):
             block_tokens=BLOCK_TOKENS,
             max_regions=max(1024, batch_cap),
             max_ops=self.max_ops,
+            granule_tokens=kind.granule_tokens,
+            reads_two_runs=kind.reads_two_runs,
         )
         self._pool = Pool.create(self._path, spec, EPOCH, "replay", policy)
         self._step = 0

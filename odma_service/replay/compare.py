@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from odma_service._native import Reuse
 from odma_service.replay.arena import ArenaMemory, PolicyEvent
 from odma_service.replay.load import Limits, Load, load_of, shuffled
 from odma_service.replay.loop import History, serve
@@ -34,16 +35,18 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGES,
     PREFIX_POLICIES,
+    REUSE_POLICIES,
     UNLIMITED,
     Tuning,
     memory_of,
 )
 from odma_service.replay.prices import Serving
 from odma_service.traces import Trace
-from odma_service.values import TenantShare
+from odma_service.values import Moves, TenantShare
 
 NO_PREFIX_REUSE = "no prefix reuse"
-PREFIX_REUSE = "whole blocks of prompts, the least recently used evicted"
+PREFIX_REUSE = "whole blocks, the least recently used evicted"
+RUN_REUSE = "runs with granules, given up by the arena"
 Progress = Callable[[str, int, int], None]
 """Takes a policy, a seed, and the number of requests that have finished."""
 
@@ -60,6 +63,8 @@ class Setting:
     predictor: str | None = None
     seeds: int = 1
     tenants: tuple[TenantShare, ...] = ()
+    moves: Moves | None = None  # None: as each policy is for
+    granule_tokens: int = 0  # 0: the blocks of the trace
 
 
 class Safety(NamedTuple):
@@ -79,6 +84,7 @@ class Outcome:
     history: History
     safety: Safety
     events: list[PolicyEvent] = field(default_factory=list)
+    reuse: Reuse = field(default_factory=Reuse)
     measures: Measures | None = None
     tenants: dict[str, TenantMeasures] = field(default_factory=dict)  # where there are several
 
@@ -103,6 +109,7 @@ class Comparison:
     label: str
     requests: int
     dropped: int
+    waiting: int
     setting: Setting
     tuning: Tuning
     load_class: LoadClass
@@ -157,6 +164,7 @@ def compare(
         trace.label,
         len(load),
         load.dropped,
+        sum(after >= 0 for after in load.after),
         setting,
         tuning,
         LoadClass(mean >= MEMORY_BOUND_RATIO, mean),
@@ -186,6 +194,8 @@ def run_policy(
         seed=seed,
         batch_cap=setting.batch_cap,
         tenants=setting.tenants,
+        moves=setting.moves,
+        granule_tokens=setting.granule_tokens,
     ) as memory:
         history = serve(
             load,
@@ -197,11 +207,12 @@ def run_policy(
         )
         if not isinstance(memory, ArenaMemory):
             return Outcome(name, seed, history, Safety())
-        counters = memory.pool.report().counters
+        report = memory.pool.report()
+        counters = report.counters
         safety = Safety(
             counters.safety_hits_growth, counters.safety_hits_unsure, memory.recalibrations
         )
-        return Outcome(name, seed, history, safety, memory.events)
+        return Outcome(name, seed, history, safety, memory.events, report.reuse)
 
 
 def _best_in_hindsight(
@@ -232,10 +243,11 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
         "load_class": comparison.load_class.name,
         "unlimited_over_ideal_paging": round(comparison.load_class.unlimited_over_ideal, 4),
         "device": str(setting.serving.device),
-        "assumptions": assumptions(setting),
+        "assumptions": assumptions(setting, waits=comparison.waiting > 0),
         "parameter_hash": comparison.tuning.digest,
         "requests": comparison.requests,
         "dropped": comparison.dropped,
+        "waiting_requests": comparison.waiting,
         "notes": list(comparison.notes),
         "capacity_tokens": limits.capacity_tokens,
         "max_output_tokens": limits.max_output_tokens,
@@ -256,9 +268,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def assumptions(setting: Setting) -> dict[str, Any]:
-    """Return what the figures rest on besides the trace."""
+def assumptions(setting: Setting, *, waits: bool) -> dict[str, Any]:
+    """Return what the figures rest on besides the trace; `waits`: requests wait for answers."""
     serving = setting.serving
+    loop = "closed" if setting.closed else f"open, arrivals x {setting.rate:g}"
+    if waits:
+        loop = f"after answers, waits x {1 / setting.rate:g}"
     return {
         **asdict(serving),
         "device": str(serving.device),
@@ -270,11 +285,13 @@ def assumptions(setting: Setting) -> dict[str, Any]:
         "descriptor_seconds": serving.copying.descriptor_seconds,
         "paged_bandwidth_shares": {str(page): round(serving.page_share(page), 4) for page in PAGES},
         "batch_cap": setting.batch_cap,
-        "loop": "closed" if setting.closed else f"open, arrivals x {setting.rate:g}",
+        "loop": loop,
         "prefill": "whole prompts",
         "preemption": "by swap" if serving.swap_bytes_per_second else "by recompute",
         "prefix_cache": NO_PREFIX_REUSE,
+        "granule_tokens": setting.granule_tokens or "as the blocks of the trace",
         "tenants": [tenant._asdict() for tenant in setting.tenants],
+        "moves": "as each policy is for" if setting.moves is None else setting.moves.name,
         "predictor": setting.predictor or "odma: live histograms, s3: lognormal:0.5",
     }
 
@@ -294,6 +311,7 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         "over_ideal_paging_ci95": ratio.half and round(ratio.half, 4),
     }
     for field_name, digits in (
+        ("tokens_per_s_whole_run", 3),
         ("requests_per_s", 5),
         ("utilisation_written_over_capacity", 4),
         ("utilisation_written_over_reserved", 4),
@@ -301,7 +319,8 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
         ("preemptions", 1),
         ("recomputed_tokens", 1),
         ("swapped_tokens", 1),
-        ("cached_tokens", 1),
+        ("prompt_tokens", 1),
+        ("reused_tokens", 1),
         ("copies", 1),
         ("copied_tokens", 1),
         ("copy_share_of_time", 5),
@@ -316,7 +335,15 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     shown["safety_hits_growth"] = _whole(sum(s.growth for s in hits) / len(hits))
     shown["safety_hits_unsure"] = _whole(sum(s.unsure for s in hits) / len(hits))
     shown["recalibrations"] = _whole(sum(s.recalibrations for s in hits) / len(hits))
-    shown["prefix_cache"] = PREFIX_REUSE if name in PREFIX_POLICIES else NO_PREFIX_REUSE
+    for part in ("adopted_tokens", "gathered_tokens", "shared_tokens", "given_up_tokens"):
+        shown[part] = _whole(sum(getattr(run.reuse, part) for run in runs) / len(runs))
+    shown["prefix_cache"] = (
+        PREFIX_REUSE
+        if name in PREFIX_POLICIES
+        else RUN_REUSE
+        if name in REUSE_POLICIES
+        else NO_PREFIX_REUSE
+    )
     if runs[0].tenants:
         shown["tenants"] = {tenant: _tenant_object(runs, tenant) for tenant in runs[0].tenants}
     shown["parameters"] = dict(comparison.tuning.of(name))

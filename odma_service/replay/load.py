@@ -42,7 +42,7 @@ class Request(NamedTuple):
     maximum_tokens: int
     limited: bool
     request_class: str
-    prefix_ids: tuple[int, ...] = ()
+    block_ids: tuple[int, ...] = ()  # of whole blocks of prompt and answer, as far as known
     text: Text | None = None
     tenant: str = ""
 
@@ -54,14 +54,20 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests in arrival order, and how many of the trace are not among them."""
+    """Requests in arrival order, and how many of the trace are not among them.
+
+    A request whose `after` is not -1 comes its gap after that request's answer; the others, and
+    all where it is empty, when they arrive.
+    """
 
     label: str
     limits: Limits
     requests: tuple[Request, ...]
     arrivals_seconds: tuple[float, ...]
     dropped: int
-    block_tokens: int = PREFIX_TOKENS  # of prefix_ids
+    block_tokens: int = PREFIX_TOKENS  # of block_ids
+    after: tuple[int, ...] = ()
+    gaps_seconds: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -87,7 +93,7 @@ def limits_for(
 
 
 def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
-    """Return what is to be served; arrivals come `rate` times as fast as in the trace.
+    """Return what is to be served; arrivals and waits are `rate` times as fast as in the trace.
 
     Raises InvalidError if nothing fits.
     """
@@ -107,43 +113,68 @@ def load_of(trace: Trace, limits: Limits, *, rate: float = 1.0) -> Load:
         )
     limited = wanted >= prompts + limits.max_output_tokens
     limited |= wanted > maxima
+    left_out = len(trace) - len(kept)
+    trace = trace.part(kept)
     classes = trace.request_class or ("",) * len(trace)
-    prefixes = trace.prefix_ids or ((),) * len(trace)
     texts = tuple(map(Text.of, trace.texts)) if trace.texts else (None,) * len(trace)
     tenants = trace.tenant or ("",) * len(trace)
     requests = tuple(
-        Request(
-            prompt,
-            total,
-            maximum,
-            at_limit,
-            classes[row],
-            prefixes[row],
-            texts[row],
-            tenants[row],
-        )
-        for row, prompt, total, maximum, at_limit in zip(
-            kept.tolist(),
-            prompts[kept].tolist(),
+        map(
+            Request,
+            trace.input_tokens.tolist(),
             totals[kept].tolist(),
             maxima[kept].tolist(),
             limited[kept].tolist(),
-            strict=True,
+            classes,
+            _block_ids(trace, totals[kept].tolist()),
+            texts,
+            tenants,
         )
     )
-    arrivals = tuple((trace.t_seconds[kept] / rate).tolist())
-    left_out = len(trace) - len(requests)
-    return Load(trace.label, limits, requests, arrivals, left_out, trace.block_tokens)
+    arrivals = tuple((trace.t_seconds / rate).tolist())
+    waits = trace.waits
+    return Load(
+        trace.label,
+        limits,
+        requests,
+        arrivals,
+        left_out,
+        trace.block_tokens,
+        () if waits is None else tuple(waits.after_row.tolist()),
+        () if waits is None else tuple((waits.gap_seconds / rate).tolist()),
+    )
+
+
+def _block_ids(trace: Trace, totals: list[int]) -> list[tuple[int, ...]]:
+    """Return the ids of whole blocks of each prompt and its answer, as far as they are known.
+
+    Who waits for an answer and begins as that prompt, and is long enough, has the answer next.
+    """
+    prefixes, prompts = trace.prefix_ids, trace.input_tokens.tolist()
+    if prefixes is None:
+        return [()] * len(trace)
+    size = trace.block_tokens
+    known = [ids[: tokens // size] for ids, tokens in zip(prefixes, prompts, strict=True)]
+    for row, after in enumerate(() if trace.waits is None else trace.waits.after_row.tolist()):
+        asked = prefixes[after][: prompts[after] // size]
+        begins_so = prefixes[row][: len(asked)] == asked
+        if after >= 0 and begins_so and prompts[row] >= totals[after]:
+            known[after] = prefixes[row][: totals[after] // size]
+    return known
 
 
 def shuffled(trace: Trace, seed: int) -> Trace:
     """Return the trace with its rows in another order, in blocks of 64; seed 0 is as it is.
+
+    Raises InvalidError for another seed where requests wait for answers: they have one order.
 
     A block keeps its order and its gaps between arrivals, so what changes fast in a trace
     stays and what changes slowly is mixed.
     """
     if seed == 0:
         return trace
+    if trace.waits is not None:
+        raise InvalidError("seeds", f"1: {trace.label} has requests that wait for answers")
     order = _block_order(len(trace), np.random.default_rng(seed))
     gaps = np.diff(trace.t_seconds, prepend=trace.t_seconds[0])
     return trace.part(order, np.cumsum(gaps[order]))

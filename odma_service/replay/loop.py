@@ -4,7 +4,8 @@
     copy; prefill the admitted; a token of every request that has room     the step
 
 Nothing has to be decided in most steps: the next event is the earliest of a region full, a
-request finished and, in the open loop, an arrival that could be admitted. The steps before it
+request finished and an arrival that could be admitted. In the closed loop all arrive at once;
+in the open one, and where requests wait for answers, when they come. The steps before it
 are taken at once. A preempted request goes back to the front of the queue with what it had
 generated, and its next prefill computes that again; or, where preempted ones are swapped, all
 that it had written is copied to the host and back.
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, merge
+from heapq import heapify, heappop, heappush, merge
 from itertools import islice
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class History:
 
     sums        one entry for each request that finished, in that order
     finished    their numbers
-    arrived_ps  by request: its arrival; in the closed loop when it came to the queue's head
+    arrived_ps  by request: when it came; where all arrive at once, to the queue's head
     first_ps    by request: its first token
     finished_ps by request
     emptied     how many had finished when nobody was waiting, or would come, for the first time
@@ -72,7 +73,8 @@ class History:
     preempted: list[int] = field(default_factory=list)  # their numbers
     recomputed_tokens: int = 0
     swapped_tokens: int = 0  # out and in
-    cached_tokens: int = 0  # of prompts that were not prefilled
+    prompt_tokens: int = 0  # of those let in, with what they had generated; not of the swapped
+    reused_tokens: int = 0  # of these: not prefilled
     copies: int = 0
     copied_tokens: int = 0
 
@@ -99,10 +101,6 @@ class Queue:
     def line(self, number: int) -> deque[int]:
         """Return the line that a request stands in."""
         return self._lines[self._requests[number].tenant]
-
-    def fronts(self) -> list[int]:
-        """Return the head of each line."""
-        return [line[0] for line in self._lines.values() if line]
 
     def heads(self) -> Iterator[int]:
         """Return those who may ask: the first of each line, the earliest of two heads first."""
@@ -157,18 +155,12 @@ class Loop:
         self._memory = memory
         self._prices = prices
         self._cap = batch_cap
-        self._closed = closed
+        self._closed = closed and not load.after  # all arrive at once
         self._overtakes = overtake > 0
         self._queue = Queue(load, overtake)
-        self._arrivals = [round(s * PICOSECONDS) for s in load.arrivals_seconds]
-        self._next = count if closed else 0  # the next to arrive
-        if closed:
-            for number in range(count):
-                self._queue.line(number).append(number)
-            for number in self._queue.fronts():
-                self.history.arrived_ps[number] = 0
-        else:
-            self.history.arrived_ps = self._arrivals
+        self._coming = arrivals(load, closed=self._closed)
+        self._to_come = count
+        self._followers = followers(load)
         self._generated: dict[int, int] = {}
         self._running: dict[int, Run] = {}
         self._heap: list[tuple[int, int, Run]] = []
@@ -180,6 +172,7 @@ class Loop:
         self._tick = 0
         self._written = 0  # of the running, as the reserved
         self._reserved = 0
+        self._unread = 0
         self._sums = Sums()
         self._idle_steps = 0
 
@@ -187,9 +180,9 @@ class Loop:
         """Decide, and take steps up to the next event; False when all is done."""
         self._arrive()
         if not self._running and not self._queue:
-            if self._next == len(self._load):
+            if not self._to_come:
                 return False
-            self._sums = self._sums._replace(now_ps=self._arrivals[self._next])
+            self._sums = self._sums._replace(now_ps=self._coming[0][0])
             self._arrive()
         prefill_ps = copy_ps = 0
         fresh: list[Run] = []
@@ -220,9 +213,15 @@ class Loop:
     # What there is to decide
 
     def _arrive(self) -> None:
-        while self._next < len(self._arrivals) and self._arrivals[self._next] <= self._sums.now_ps:
-            self._queue.line(self._next).append(self._next)
-            self._next += 1
+        coming, arrived = self._coming, self.history.arrived_ps
+        while coming and coming[0][0] <= self._sums.now_ps:
+            at_ps, number = heappop(coming)
+            line = self._queue.line(number)
+            if not (self._closed and line):
+                arrived[number] = at_ps
+            line.append(number)
+            self._to_come -= 1
+            self._blocked &= not self._overtakes
 
     def _full(self) -> list[Run]:
         """Return the runs without room for a token, the oldest first."""
@@ -253,6 +252,7 @@ class Loop:
         decision = self._ask(full, asked)
         self._reserved += sum(run.room for run in full) - reserved
         self._stalled = decision.stalled
+        self._unread = decision.unread_tokens
         if decision.victims:
             self._preempt(decision.victims)
         if len(full) > len(self._stalled):
@@ -299,13 +299,14 @@ class Loop:
         for placed, (number, request, generated) in zip(decision.placed, asked, strict=False):
             if placed is None:
                 continue
-            handle, room, cached = placed
+            handle, room, reused = placed
             held = request.prompt_tokens + generated
             if prices.swapped_token_ps and number in self._generated:
                 self.history.swapped_tokens += held
             else:
-                prefill_ps += prices.prefill_ps(held) - prices.prefill_ps(cached)
-                self.history.cached_tokens += cached
+                prefill_ps += prices.prefill_ps(held) - prices.prefill_ps(reused)
+                self.history.prompt_tokens += held
+                self.history.reused_tokens += reused
             self._births += 1
             run = Run(number, request, self._births)
             run.handle, run.room = handle, room
@@ -329,7 +330,7 @@ class Loop:
     # The step
 
     def _note_empty(self) -> None:
-        if self.history.emptied is None and not self._queue and self._next == len(self._load):
+        if self.history.emptied is None and not self._queue and not self._to_come:
             self.history.emptied = len(self.history.finished)
 
     def _quiet_steps(self, copy_ps: int) -> int:
@@ -338,15 +339,17 @@ class Loop:
         while heap[0][0] != heap[0][2].due:
             heappop(heap)
         steps = heap[0][0] - self._tick
-        if not self._queue and self._next < len(self._load) and self._room():
-            wait_ps = self._arrivals[self._next] - self._sums.now_ps - copy_ps
-            steps = self._prices.steps_until(len(self._running), self._written, steps, wait_ps)
+        if (self._overtakes or not self._queue) and self._coming and self._room():
+            wait_ps = self._coming[0][0] - self._sums.now_ps - copy_ps
+            steps = self._prices.steps_until(
+                len(self._running), self._written, steps, wait_ps, self._unread
+            )
         return steps
 
     def _take_steps(self, steps: int, prefill_ps: int, copy_ps: int) -> None:
         running = len(self._running) - len(self._stalled)
         idle = sum(run.lead + self._tick for run in self._stalled)
-        decode = self._prices.decode(running, self._written - idle, steps)
+        decode = self._prices.decode(running, self._written - idle, steps, self._unread)
         apart_ps = prefill_ps + copy_ps
         ps = decode.ps + apart_ps
         sums = self._sums
@@ -388,12 +391,34 @@ class Loop:
             history.finished.append(run.number)
             history.sums.append(self._sums)
             history.finished_ps[run.number] = self._sums.now_ps
+            for follower, gap_ps in self._followers.get(run.number, ()):
+                heappush(self._coming, (self._sums.now_ps + gap_ps, follower))
 
     def _remove(self, run: Run) -> None:
         del self._running[run.birth]
         run.due = -1
         self._written -= run.lead + self._tick
         self._reserved -= run.room
+
+
+def arrivals(load: Load, *, closed: bool) -> list[tuple[int, int]]:
+    """Return when who comes who waits for nobody's answer, as a heap of picoseconds."""
+    coming = [
+        (0 if closed else round(seconds * PICOSECONDS), number)
+        for number, seconds in enumerate(load.arrivals_seconds)
+        if not load.after or load.after[number] < 0
+    ]
+    heapify(coming)
+    return coming
+
+
+def followers(load: Load) -> dict[int, list[tuple[int, int]]]:
+    """Return by request who waits for its answer, and how long after it he comes."""
+    waiting: dict[int, list[tuple[int, int]]] = {}
+    for number, (after, gap) in enumerate(zip(load.after, load.gaps_seconds, strict=True)):
+        if after >= 0:
+            waiting.setdefault(after, []).append((number, round(gap * PICOSECONDS)))
+    return waiting
 
 
 def _birth(run: Run) -> int:

@@ -67,6 +67,7 @@ class Measures:
     """What one policy gave on one load."""
 
     tokens_per_s: float
+    tokens_per_s_whole_run: float
     requests_per_s: float
     utilisation_written_over_capacity: float
     utilisation_written_over_reserved: float
@@ -78,7 +79,8 @@ class Measures:
     preemptions: int
     recomputed_tokens: int
     swapped_tokens: int
-    cached_tokens: int
+    prompt_tokens: int
+    reused_tokens: int
     copies: int
     copied_tokens: int
     steps: int
@@ -105,6 +107,7 @@ def measure(
     seconds = total / PICOSECONDS
     return Measures(
         tokens_per_s=tokens / seconds,
+        tokens_per_s_whole_run=sums[-1].tokens * PICOSECONDS / sums[-1].now_ps,
         requests_per_s=len(finished) / seconds,
         utilisation_written_over_capacity=written / total / capacity_tokens,
         utilisation_written_over_reserved=written / reserved,
@@ -116,7 +119,8 @@ def measure(
         preemptions=history.preemptions,
         recomputed_tokens=history.recomputed_tokens,
         swapped_tokens=history.swapped_tokens,
-        cached_tokens=history.cached_tokens,
+        prompt_tokens=history.prompt_tokens,
+        reused_tokens=history.reused_tokens,
         copies=history.copies,
         copied_tokens=history.copied_tokens,
         steps=history.steps,

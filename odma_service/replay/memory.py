@@ -61,11 +61,11 @@ class Step(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An admitted request's region. `cached_tokens` of its prompt need no prefill."""
+    """An admitted request's region. `reused_tokens` of its prompt need no prefill."""
 
     handle: int
     room: int
-    cached_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -76,6 +76,7 @@ class Decision:
               admitted in their order
     victims   runs to preempt; their memory is given back as that of ended ones
     again     the next step may bring what was refused now, though nothing is freed in it
+    unread    tokens that running ones have and a step need not read for each: it reads them once
     """
 
     placed: list[Placed | None] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Decision:
     again: bool = False
     copies: int = 0
     copied_tokens: int = 0
+    unread_tokens: int = 0
 
 
 class Memory(Protocol):

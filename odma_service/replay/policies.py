@@ -5,6 +5,8 @@
     odma              the paper's: predicted quantile, learnt limits, overflow copies
     elastic           grow in place, by relocation, by compaction; one ordered stream
     elastic-streams   the same on several streams: disjoint copies, completion a step late
+    elastic-reuse     elastic, with beginnings adopted or gathered, where a trace has their ids
+    elastic-shared    the same for kernels that read a beginning in one run, the rest in another
     grow-copy         grow in place or by copying to a hole; nobody else moves
     oracle            the exact total is reserved; nothing moves
     extents-K         at most K runs for each request, and no block table
@@ -12,7 +14,9 @@
     ideal-best        ideal-16 with the headroom that turns out best on the very load,
                       in the window that is reported
     paged-N           pages of N tokens at the bandwidth that the LPDDR emulation gives them
-    paged-16-prefix   paged-16 with a cache of prompt blocks, where a trace has their ids
+    ideal-16-prefix   ideal-16 with a cache of blocks, where a trace has their ids
+    ideal-16-prefix-once  the same with kernels that read a shared page once a step for all
+    paged-16-prefix   paged-16 with such a cache
 
 No other policy reuses prefixes. Their free parameters are in tuned.json, set by one rule on
 training traces (tune.py); a report names the hash of that file.
@@ -36,6 +40,7 @@ from odma_service.pool.policy import (
     rising_limits,
 )
 from odma_service.replay.arena import ArenaMemory
+from odma_service.replay.keys import granule_for
 from odma_service.replay.load import BLOCK_TOKENS, LARGEST_PAGE_TOKENS, Limits, Load
 from odma_service.replay.memory import Memory
 from odma_service.replay.pooled import EngineKind
@@ -75,13 +80,16 @@ ARENA_POLICIES = {
     "elastic-streams": ArenaPolicy(
         "elastic", EngineKind(Moves.ANY, single_stream=False, copies_may_overlap=False)
     ),
+    "elastic-reuse": ArenaPolicy("elastic", EngineKind(Moves.ANY)),
+    "elastic-shared": ArenaPolicy("elastic", EngineKind(Moves.ANY, reads_two_runs=True)),
     "grow-copy": ArenaPolicy("elastic", EngineKind(Moves.OWN_GROWTH)),
     "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
 }
 PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
 EXTENT_POLICIES = {"extents-2": 2, "extents-4": 4}
-PREFIX_POLICIES = ("paged-16-prefix",)
+PREFIX_POLICIES = ("ideal-16-prefix", "ideal-16-prefix-once", "paged-16-prefix")
 NAMES = (*ARENA_POLICIES, *EXTENT_POLICIES, *PAGED_POLICIES, *PREFIX_POLICIES, IDEAL_BEST)
+REUSE_POLICIES = ("elastic-reuse", "elastic-shared")
 PREDICTING = ("s3", "odma")
 
 
@@ -154,10 +162,13 @@ def memory_of(
     seed: int = 0,
     batch_cap: int = 256,
     tenants: tuple[TenantShare, ...] = (),
+    moves: Moves | None = None,
+    granule_tokens: int = 0,
 ) -> Iterator[Memory]:
     """Give the memory of a policy for one run; an arena's file lies in `directory`.
 
-    Only policies over an arena know of tenants' shares.
+    Only policies over an arena know of tenants' shares, and of an engine whose `moves` are others
+    than those that the policy is for. granule_tokens 0: the trace's blocks.
     """
     capacity = load.limits.capacity_tokens
     if name == UNLIMITED:
@@ -168,7 +179,10 @@ def memory_of(
         kind, page = name.split("-")[:2]
         share = serving.page_share(int(page)) if kind == "paged" else 1.0
         if name in PREFIX_POLICIES:
-            yield PrefixMemory(capacity, int(page), headroom, share, load.block_tokens)
+            once = name.endswith("-once")
+            yield PrefixMemory(
+                capacity, int(page), headroom, share, load.block_tokens, reads_once=once
+            )
         else:
             yield PagedMemory(capacity, int(page), headroom, share)
         return
@@ -177,15 +191,22 @@ def memory_of(
         yield ExtentMemory(capacity, EXTENT_POLICIES[name], step_tokens, headroom)
         return
     policy = ARENA_POLICIES[name]
+    engine = policy.kind
+    if name in REUSE_POLICIES:
+        granule = granule_tokens or granule_for(load.block_tokens)
+        engine = replace(
+            engine, granule_tokens=granule, second_run_tokens=serving.second_run_tokens
+        )
     chosen = predictor_name if predictor_name and name in PREDICTING else policy.predictor
     with ArenaMemory(
         directory,
         load.limits,
         serving,
         replace(record_of(name, load.limits, parameters), tenants=tenants),
-        policy.kind,
+        engine if moves is None else replace(engine, moves=moves),
         predictor(chosen, load, seed),
         exact_lengths=policy.exact_lengths,
         batch_cap=batch_cap,
+        block_tokens=load.block_tokens,
     ) as memory:
         yield memory

@@ -42,6 +42,7 @@ class Serving:
     kv_bytes_per_token: int = 57_344
     planes: int = 56
     pages_in_flight: int = 16
+    second_run_tokens: int = 64  # read by a request whose beginning is shared, for the second run
     swap_bytes_per_second: float = 0.0  # to the host's memory and back; 0: recompute instead
 
     @property
@@ -120,13 +121,16 @@ class Prices(NamedTuple):
         """Return the time of so many copies with so many tokens together."""
         return pieces * self.copy_ps + tokens * self.copied_token_ps
 
-    def decode(self, running: int, written: int, steps: int) -> Segment:
+    def decode(self, running: int, written: int, steps: int, unread: int = 0) -> Segment:
         """Return `steps` steps of `running` requests with `written` tokens at the first.
+
+        Memory reads `unread` tokens less than that.
 
         >>> Prices(100, 2, 1, 0, 0, 0).decode(running=3, written=10, steps=2)
         Segment(ps=246, token_ps=2838)
         """
-        memory = self.weights_ps + self.kv_token_ps * written, self.kv_token_ps * running
+        read_ps = self.kv_token_ps * (written - unread)
+        memory = self.weights_ps + read_ps, self.kv_token_ps * running
         compute = self.token_ps * running + self.pair_ps * written, self.pair_ps * running
         lead, slope = memory[0] - compute[0], memory[1] - compute[1]
         last = lead + slope * (steps - 1)
@@ -141,14 +145,14 @@ class Prices(NamedTuple):
         b = _integral(later, running, written + running * split, steps - split)
         return Segment(a.ps + b.ps, a.token_ps + b.token_ps)
 
-    def steps_until(self, running: int, written: int, most: int, ps: int) -> int:
+    def steps_until(self, running: int, written: int, most: int, ps: int, unread: int = 0) -> int:
         """Return the fewest steps, at most `most`, that take at least `ps`."""
-        if self.decode(running, written, most).ps < ps:
+        if self.decode(running, written, most, unread).ps < ps:
             return most
         low, high = 1, most
         while low < high:
             middle = (low + high) // 2
-            if self.decode(running, written, middle).ps >= ps:
+            if self.decode(running, written, middle, unread).ps >= ps:
                 high = middle
             else:
                 low = middle + 1

@@ -15,7 +15,10 @@ from odma_service.replay.loop import History
 from odma_service.replay.policies import IDEAL, IDEAL_BEST
 from odma_service.replay.prices import PICOSECONDS
 
+CURE = "pip install 'odma-service[plots]'"
+
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+REUSE_RIVALS = {"elastic-reuse": "ideal-16-prefix", "elastic-shared": "ideal-16-prefix-once"}
 Cell = Callable[[str, dict[str, Any]], str]
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("policy", lambda name, _: name),
@@ -29,6 +32,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("written/res", lambda _, row: f"{row['utilisation_written_over_reserved']:.1%}"),
     ("preempted", lambda _, row: f"{row['preemptions']:,.0f}"),
     ("recomputed", lambda _, row: f"{row['recomputed_tokens']:,.0f}"),
+    ("reused", lambda _, row: f"{row['reused_tokens'] / max(row['prompt_tokens'], 1):.1%}"),
     ("copies", lambda _, row: f"{row['copies']:,.0f}"),
     ("copy time", lambda _, row: f"{row['copy_share_of_time']:.2%}"),
     ("TTFT p50/p99 s", lambda _, row: f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.1f}"),
@@ -73,6 +77,9 @@ def remarks(comparison: Comparison) -> list[str]:
         if "elastic" in rates and ideal in rates:
             ratio = comparison.ratio("elastic", ideal).mean
             said.append(f"elastic gives {ratio:.3f} of {ideal}")
+    for ours, rival in REUSE_RIVALS.items():
+        if ours in rates and rival in rates:
+            said.append(f"{ours} gives {comparison.ratio(ours, rival).mean:.3f} of {rival}")
     return said
 
 
@@ -100,7 +107,7 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
     try:
         plots: Any = import_module("matplotlib.pyplot")
     except ImportError:
-        missing.append("no plots without matplotlib")
+        missing.append(f"no plots without matplotlib: {CURE}")
     else:
         for number, comparison in enumerate(compared):
             path = directory / f"{number:02d}-{_file_name(comparison.label)}.png"
@@ -109,7 +116,7 @@ def write_report(compared: Sequence[Comparison], directory: Path) -> list[str]:
     try:
         template = import_module("jinja2").Template(TEMPLATE.read_text(), autoescape=True)
     except ImportError:
-        return [*missing, "no report.html without jinja2"]
+        return [*missing, f"no report.html without jinja2: {CURE}"]
     loads = [
         {"facts": facts, "remarks": remarks(comparison), "picture": b64encode(picture).decode()}
         for facts, comparison, picture in zip(objects, compared, pictures, strict=True)

@@ -24,9 +24,10 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGED_POLICIES,
     PREFIX_POLICIES,
+    REUSE_POLICIES,
     Tuning,
 )
-from odma_service.traces import Trace, TraceError, generate, read_trace, sample_servegen
+from odma_service.traces import Trace, generate, read_trace, sample_servegen
 
 ROUNDS = 2
 TRAINED_ON = {"mooncake_conversation_first2thirds": 700}
@@ -46,7 +47,10 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
         "unsure_ratio": (4.0, 8.0, 16.0),
         "growth": (1.0, 1.1, 1.25, 1.5),
     },
-    "elastic": {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)},
+    **{
+        name: {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)}
+        for name in ("elastic", *REUSE_POLICIES)
+    },
     "elastic-streams": {
         "safety_share": (0.08, 0.12, 0.15, 0.2),
         "step_tokens": (48, 64, 80, 128),
@@ -71,21 +75,24 @@ Say = Callable[[str], None]
 
 
 def training_traces(data: Path) -> list[Trace]:
-    """Return what is tuned on, from a folder with the public traces; what is absent is left out."""
+    """Return what is tuned on, from a folder with the public traces.
+
+    Raises TraceError if one of them is not there.
+    """
     servegen = data / "servegen"
     mooncake, rows = next(iter(TRAINED_ON.items()))
-    makers: list[Callable[[], Trace]] = [
-        lambda: reasoning_like(700, 101),
-        lambda: generate(700, 102),
-        lambda: read_trace(data / "traces" / f"{mooncake}.parquet", rows),
-        lambda: sample_servegen(
+    return [
+        reasoning_like(700, 101),
+        generate(700, 102),
+        read_trace(data / "traces" / f"{mooncake}.parquet", rows),
+        sample_servegen(
             servegen / "deepseek_r1_rates_first18h.parquet",
             servegen / "deepseek_r1_hist_first18h.parquet",
             rows=500,
             seed=103,
             hours=4,
         ),
-        lambda: sample_servegen(
+        sample_servegen(
             servegen / "m_large_rates.parquet",
             servegen / "m_large_hist.parquet",
             rows=900,
@@ -94,13 +101,6 @@ def training_traces(data: Path) -> list[Trace]:
             hours=6,
         ),
     ]
-    found = []
-    for make in makers:
-        try:
-            found.append(make())
-        except TraceError:
-            continue
-    return found
 
 
 def marked(trace: Trace, skip: int) -> Trace:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -44,7 +44,9 @@ from odma_service.service.door.calls import sweeping
 from odma_service.service.door.guard import GUARD_OPTIONS, Guard, Pools
 from odma_service.service.door.health import Health
 from odma_service.service.door.private import insist_trusted
-from odma_service.service.door.tls import credentials_of
+from odma_service.service.door.tls import certificates_of, credentials_of
+from odma_service.service.door.watched import Watched
+from odma_service.service.manager import tell_manager
 from odma_service.service.pools.directory import DirectoryTakenError, PoolDirectory
 from odma_service.service.pools.models import Models
 from odma_service.service.pools.reaper import reaping
@@ -55,7 +57,13 @@ from odma_service.service.rpc.pools import PoolService
 from odma_service.service.rpc.predictor import PredictorService
 from odma_service.service.watch.decisions import DecisionLog
 from odma_service.service.watch.lines import Lines, standard_error
-from odma_service.service.watch.metrics import SILENT, RpcMetrics, metrics_of, serving_metrics
+from odma_service.service.watch.metrics import (
+    SILENT,
+    FileCollector,
+    RpcMetrics,
+    metrics_of,
+    serving_metrics,
+)
 from odma_service.service.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -162,7 +170,11 @@ def _run(settings: Settings, lines: Lines) -> None:
 def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> None:
     threads = Pools.of(settings.workers)
     identities = Access(settings.token_file) if settings.token_file else None
+    certificates = certificates_of(settings, identities)
+    files = {"tokens": identities and identities.file, "tls": certificates}
+    watched = Watched({name: file for name, file in files.items() if file}, certificates)
     metrics = metrics_of(registry)
+    metrics.register(FileCollector(watched))
     most_streams = ("grpc.max_concurrent_streams", max(settings.workers // 2, 16))
     rpc_metrics = RpcMetrics(metrics)
     refused = rpc_metrics.refused
@@ -193,8 +205,12 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         reflection.enable_server_reflection((*_names(), reflection.SERVICE_NAME), server)
 
     with (
-        _listening(server, settings.listen, credentials_of(settings, identities)) as addresses,
-        serving_metrics(settings.metrics_listen, metrics) as metrics_address,
+        closing(threads),
+        closing(pools.watchers),
+        closing(memory.streams),
+        _listening(server, settings.listen, credentials_of(certificates, settings)) as addresses,
+        serving_metrics(settings.metrics_listen, metrics, health.serves) as metrics_address,
+        watched.looking(),
         sweeping(
             threads.sweep,
             memory.streams.sweep,
@@ -210,7 +226,9 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
             pool_dir=str(settings.pool_dir),
         )
         _print(f"odma ready on {', '.join(addresses)}")
+        tell_manager("READY=1")
         _wait_for_stop()
+        tell_manager("STOPPING=1")
         log.info("draining", seconds=settings.drain_seconds)
         health.drain()
         notice_seconds = min(NOTICE_SECONDS, settings.drain_seconds)
@@ -223,9 +241,6 @@ def _serve(settings: Settings, registry: Registry, spans: OtelSpans | None) -> N
         under_way = threads.calls.under_way() | threads.reading.under_way()
         wait(under_way, max(deadline - time.monotonic(), 0))
         server.stop(notice_seconds).wait()
-    memory.streams.close()
-    pools.watchers.close()
-    threads.close()
 
 
 def _names() -> list[str]:

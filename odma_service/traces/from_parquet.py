@@ -11,10 +11,12 @@ import numpy as np
 from odma_service._native import NAME_BYTES
 from odma_service.traces.source import Source, unusable
 from odma_service.traces.table import PREFIX_COLUMN, Names, Table, ids_of, place
-from odma_service.traces.trace import PREFIX_TOKENS, Trace, TraceError
+from odma_service.traces.trace import PREFIX_TOKENS, Trace, TraceError, Waits
 
 PARQUET: Names = ("t_seconds", "input_tokens", "output_tokens")
 TEXT_COLUMNS = ("request_class", "tenant")
+WAIT_COLUMNS = ("after_row", "gap_seconds")
+SESSION = "session"
 PROMPTS: Names = ("prompt", "prompt_tokens", "output_tokens")
 UNTRAINED = "val"
 END_CHARACTERS = 1_024
@@ -35,6 +37,10 @@ def write_trace(trace: Trace, path: str | Path) -> None:
     for name in TEXT_COLUMNS:
         if getattr(trace, name) is not None:
             columns[name] = arrow.array(getattr(trace, name), type=arrow.string())
+    if trace.waits is not None:
+        columns |= {name: getattr(trace.waits, name) for name in WAIT_COLUMNS}
+        if trace.waits.session is not None:
+            columns[SESSION] = trace.waits.session
     metadata = {LABEL_KEY: trace.label.encode("utf-8", errors="replace")}
     if trace.prefix_ids is not None:
         columns[PREFIX_COLUMN] = arrow.array(trace.prefix_ids, type=arrow.list_(arrow.int64()))
@@ -55,7 +61,11 @@ def read_parquet(source: Source, rows: int | None) -> Table:
             if set(PROMPTS) <= set(names):
                 return _prompts_of(_Columns(source, file.read()), rows)
             optional = {"t_seconds", *TEXT_COLUMNS, "output_recorded", PREFIX_COLUMN}
-            wanted = sorted({"input_tokens", "output_tokens"} | optional & set(names))
+            required = {"input_tokens", "output_tokens"}
+            if WAIT_COLUMNS[0] in names:
+                required |= set(WAIT_COLUMNS)
+                optional.add(SESSION)
+            wanted = sorted(required | optional & set(names))
             for name in wanted:
                 place(source, names, name)
             return _trace_of(_Columns(source, file.read(columns=wanted).slice(0, rows)))
@@ -89,6 +99,9 @@ class _Columns:
     def numbers(self, name: str) -> Any:
         return self.array(name, "iuf", "numbers")
 
+    def whole(self, name: str) -> Any:
+        return self.array(name, "iu", "whole numbers")
+
     def texts(self, name: str) -> Any:
         return self.array(name, "O", "text in every row")
 
@@ -103,6 +116,7 @@ def _trace_of(columns: _Columns) -> Table:
     block = metadata.get(BLOCK_KEY, str(PREFIX_TOKENS).encode())
     if prefixes and not (block.isdigit() and 0 < int(block[:10]) == int(block[:11])):
         raise source.wrong(f"metadata '{BLOCK_KEY.decode()}': {block!r:.60} is no number of tokens")
+    after = columns.whole(WAIT_COLUMNS[0])
     return Table(
         metadata.get(LABEL_KEY, b"").decode("utf-8", errors="replace") or source.label,
         PARQUET,
@@ -114,6 +128,9 @@ def _trace_of(columns: _Columns) -> Table:
         prefixes and [ids_of(source, row, ids) for row, ids in enumerate(prefixes, 1)],
         tenant=columns.texts("tenant"),
         block_tokens=int(block) if prefixes else PREFIX_TOKENS,
+        waits=None
+        if after is None
+        else Waits(after, columns.numbers(WAIT_COLUMNS[1]), columns.whole(SESSION)),
     )
 
 

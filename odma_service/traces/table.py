@@ -21,9 +21,11 @@ from odma_service.traces.trace import (
     PREFIX_TOKENS,
     Trace,
     TraceError,
+    Waits,
     check_names,
     check_seconds,
     check_tokens,
+    check_waits,
 )
 
 PREFIX_COLUMN = "hash_ids"
@@ -59,6 +61,7 @@ class Table:
     per_second: float = 1.0
     from_first: bool = False
     block_tokens: int = PREFIX_TOKENS
+    waits: Waits | None = None
 
 
 def trace_of(source: Source, table: Table) -> Trace:
@@ -75,6 +78,8 @@ def trace_of(source: Source, table: Table) -> Trace:
         check_names(path, name, getattr(table, name))
     if table.prefix_ids is not None:
         _check_prefixes(path, table)
+    if table.waits is not None:
+        check_waits(path, table.waits)
 
     order, notes = _replayable(table)
     if not order.size:
@@ -97,6 +102,7 @@ def trace_of(source: Source, table: Table) -> Trace:
         None if table.texts is None else tuple(table.texts[row] for row in in_time),
         None if table.tenant is None else tuple(table.tenant[in_time].tolist()),
         table.block_tokens,
+        None if table.waits is None else table.waits.part(in_time),
     )
 
 

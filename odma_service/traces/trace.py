@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,37 @@ class TraceError(OdmaError, ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
+class Waits(NamedTuple):
+    """Whose answer each request waits for, because its prompt was made of it.
+
+    after_row    that request, int64, an earlier one; -1: nobody's, it comes at its own time
+    gap_seconds  how long after that answer's end it comes, float64
+    session      whose request it is, int64, where the trace knows
+    """
+
+    after_row: NDArray[np.int64]
+    gap_seconds: NDArray[np.float64]
+    session: NDArray[np.int64] | None = None
+
+    def part(self, rows: NDArray[np.int64]) -> Waits:
+        """Return the waits of these rows in this order.
+
+        Who waited for one that is left out waits for what that one waited for, after both gaps.
+        """
+        places = dict(zip(rows.tolist(), range(len(rows)), strict=True))
+        after: list[int] = []
+        gaps: list[float] = []
+        for row, gap in zip(self.after_row.tolist(), self.gap_seconds.tolist(), strict=True):
+            kept = row < 0 or row in places
+            after.append(row if kept else after[row])
+            gaps.append(gap if kept else gap + gaps[row])
+        return Waits(
+            np.array([places.get(after[row], -1) for row in rows.tolist()], np.int64),
+            np.array(gaps, np.float64)[rows],
+            None if self.session is None else self.session[rows],
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
     """Requests in arrival order, one array element each.
@@ -50,6 +81,7 @@ class Trace:
     prefix_ids     of each prompt, the ids of its blocks of block_tokens tokens from the start
                    on, where the trace has them: same id, same tokens up to there
     notes          what reading it dropped or changed, one sentence each
+    waits          which requests wait for the answers of others, where the trace knows
     """
 
     t_seconds: NDArray[np.float64]
@@ -62,6 +94,7 @@ class Trace:
     texts: tuple[str, ...] | None = None
     tenant: tuple[str, ...] | None = None
     block_tokens: int = PREFIX_TOKENS
+    waits: Waits | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMN_TYPES.items():
@@ -84,6 +117,10 @@ class Trace:
             raise TraceError(f"{self.label}: blocks have at least 1 token, not {self.block_tokens}")
         if self.prefix_ids is not None and len(self.prefix_ids) != len(self):
             raise TraceError(f"{self.label}: column 'hash_ids' must be {len(self)} lists")
+        if self.waits is not None:
+            if len(self.waits.after_row) != len(self):
+                raise TraceError(f"{self.label}: column 'after_row' must be {len(self)} values")
+            check_waits(self.label, self.waits)
         check_seconds(self.label, "t_seconds", self.t_seconds)
         check_tokens(self.label, "input_tokens", self.input_tokens, least=1)
         check_tokens(self.label, "output_tokens", self.output_tokens, least=1)
@@ -125,6 +162,7 @@ class Trace:
             None if texts is None else tuple(texts[row] for row in picked),
             None if tenants is None else tuple(tenants[row] for row in picked),
             self.block_tokens,
+            None if self.waits is None else self.waits.part(rows),
         )
 
 
@@ -139,6 +177,14 @@ def check_tokens(source: str, column: str, values: NDArray[Any], *, least: int) 
     good = (values >= least) & (values <= LARGEST_TOKENS) & (values == np.floor(values))
     rule = f"a whole number from {least} to {LARGEST_TOKENS}"
     _refuse_first(source, column, values, good, rule)
+
+
+def check_waits(source: str, waits: Waits) -> None:
+    """Raise TraceError for the first request that waits for none before it, or for no time."""
+    after, rows = waits.after_row, np.arange(len(waits.after_row))
+    rule = "a row before it, counted from 0, or -1 for none"
+    _refuse_first(source, "after_row", after, (after >= -1) & (after < rows), rule)
+    check_seconds(source, "gap_seconds", waits.gap_seconds)
 
 
 def check_names(source: str, column: str, values: Iterable[str] | None) -> None:
@@ -182,6 +228,7 @@ class Spread:
 class Description:
     """A trace in numbers.
 
+    waiting_requests wait for the answers of others, sessions is None where it is not known.
     Rate and variation are None where the arrivals span no time. An interarrival_cv of 1 is
     a Poisson process, above 1 is bursty. A share of outputs at the maximum that one request
     cannot explain is a cap, and the requests there are censored: they say "at least".
@@ -190,6 +237,8 @@ class Description:
     label: str
     requests: int
     requests_by_class: dict[str, int] | None
+    waiting_requests: int
+    sessions: int | None
     duration_seconds: float
     requests_per_second: float | None
     interarrival_cv: float | None
@@ -207,11 +256,13 @@ def describe(trace: Trace) -> Description:
     duration_seconds = float(trace.t_seconds[-1] - trace.t_seconds[0])
     timed = duration_seconds > 1e-9  # less would make the rate overflow
     at_maximum = int(np.count_nonzero(trace.output_tokens == trace.output_tokens.max()))
-    classes = trace.request_class
+    classes, waits = trace.request_class, trace.waits
     return Description(
         label=trace.label,
         requests=len(trace),
         requests_by_class=None if classes is None else dict(sorted(Counter(classes).items())),
+        waiting_requests=0 if waits is None else int(np.count_nonzero(waits.after_row >= 0)),
+        sessions=None if waits is None or waits.session is None else len(set(waits.session)),
         duration_seconds=duration_seconds,
         requests_per_second=len(gaps_seconds) / duration_seconds if timed else None,
         interarrival_cv=float(gaps_seconds.std() / gaps_seconds.mean()) if timed else None,

@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from registries import Clock, open_in, registry_of
 from running import odma
 
 from odma_service._native import Arena, ArenaGeometry, EngineRecord, PolicyRecord
@@ -41,6 +42,29 @@ def file(tmp_path):
 
 def test_good_books_are_ok(file):
     assert odma_arena("check", file) == "ok: 2 regions, epoch 5, seq 2\n"
+
+
+def test_several_files_are_checked_and_a_broken_one_hides_none(file):
+    good = file.with_name("good.pool")
+    good.write_bytes(file.read_bytes())
+    good.chmod(0o600)
+    content = bytearray(file.read_bytes())
+    content[content.rindex(b"chat")] ^= 1
+    file.write_bytes(content)
+    ran = odma("arena", "check", file, good)
+    assert (ran.returncode, ran.stdout) == (1, f"{good}: ok: 2 regions, epoch 5, seq 2\n")
+    assert str(file) in ran.stderr
+
+
+def test_a_closed_pool_is_said_to_be_closed_and_what_its_owner_could(tmp_path):
+    registry = registry_of(tmp_path, Clock())
+    epoch = open_in(registry, "p", single_ordered_stream=True).epoch
+    registry.close_epoch("p", epoch)
+    registry.close()
+    assert (
+        odma_arena("check", tmp_path / "p.pool") == f"ok: 0 regions, closed, epoch {epoch}, seq 0\n"
+    )
+    assert "moves any, one ordered stream" in odma_arena("dump", tmp_path / "p.pool")
 
 
 def test_a_file_that_is_open_is_checked_too_and_said_to_be(file):

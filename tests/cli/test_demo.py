@@ -10,6 +10,7 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 from running import odma
+from talking import conversations
 from typer.testing import CliRunner
 
 from odma_service.cli import app, demo
@@ -25,7 +26,7 @@ from odma_service.replay.loop import serve
 from odma_service.replay.pooled import EngineKind
 from odma_service.replay.predict import predictor
 from odma_service.replay.prices import Serving
-from odma_service.traces import generate
+from odma_service.traces import generate, write_trace
 from odma_service.values import Copy, Moves
 
 KEYS = {
@@ -38,6 +39,8 @@ KEYS = {
     "tokens_generated",
     "tokens_expected",
     "tokens_checked",
+    "prompt_tokens",
+    "reused_tokens",
     "violations",
     "utilisation_written_over_capacity",
     "utilisation_written_over_reserved",
@@ -67,7 +70,7 @@ def copy(from_token, to_token, tokens, handle=0, overlaps=False):
 
 def one_move(memory, copies, to_token):
     memory.write(7, 0, 0, 8)
-    memory.run(copies, {0})
+    memory.run(1, copies, {0})
     memory.move(1, [Move(7, 0, to_token, 8)])
     memory.check()
     return memory.violations
@@ -109,7 +112,7 @@ def test_a_copy_that_leaves_the_memory_is_a_violation():
 def test_a_token_that_another_request_overwrites_is_missed():
     memory = device()
     memory.write(7, 0, 0, 8)
-    memory.run([copy(40, 4, 2)], {0})
+    memory.run(1, [copy(40, 4, 2)], {0})
     memory.check()
     assert memory.violations == 2
 
@@ -128,7 +131,7 @@ def test_tokens_of_decode_steps_are_checked_like_those_of_a_prefill():
     memory.write(2, 16, 0, 4)
     memory.write(1, 0, 4, 6)
     memory.write(2, 16, 4, 5)
-    memory.run([copy(16, 32, 5)], {0})
+    memory.run(1, [copy(16, 32, 5)], {0})
     memory.move(1, [Move(2, 16, 32, 5)])
     memory.check()
     assert (memory.violations, memory.tokens_checked) == (0, 11)
@@ -214,6 +217,18 @@ def test_every_kind_of_engine_keeps_every_token(
     assert outcome.copies == 0 or moves is not Moves.NONE
 
 
+@pytest.mark.parametrize("streams", ["single", "several"])
+def test_what_is_reused_is_checked_as_what_is_written(target, tmp_path, streams):
+    path = tmp_path / "conversations.parquet"
+    write_trace(conversations(10, 6, 2, common_blocks=4), path)
+    options = ("--trace", path, "--target", target, "--policy", "elastic", "--json", *FLAGS)
+    several = ("--streams", streams, "--no-overlap", "--model-length", "4096")
+    outcome = outcome_of(run(*options, *several, "--granule-tokens", "64"))
+    assert (outcome["violations"], outcome["balanced"]) == (0, True)
+    assert 0 < outcome["reused_tokens"] < outcome["prompt_tokens"]
+    assert outcome_of(run(*options, *several))["reused_tokens"] == 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("single_stream", [True, False])
 def test_a_pool_behind_a_server_gives_what_the_replay_says(
@@ -235,6 +250,18 @@ def test_a_pool_behind_a_server_gives_what_the_replay_says(
     # Another policy in force is seen by the batch after it only, which may ask once more.
     assert replace(served, decisions=0) == replace(replayed, decisions=0)
     assert device.violations == 0
+
+
+def test_requests_that_wait_for_answers_come_after_them(target):
+    trace = conversations(8, 5, 2)
+    setting = Setting(Limits(300, 4_096, 4_096))
+    with Client(target) as service:
+        outcome = play(service, trace, "elastic", setting, lambda history: None)
+    assert outcome.flaws() == []
+    assert (outcome.finished, outcome.reused_tokens) == (40, 0)
+    at_once = replace(trace, waits=None)
+    with Client(target) as service:
+        assert play(service, at_once, "elastic", setting, lambda _: None).steps < outcome.steps
 
 
 def test_a_lone_request_that_cannot_grow_starts_again_elsewhere(target):

@@ -9,22 +9,36 @@ import pytest
 from servers import CAPACITY_TOKENS, PATIENCE_SECONDS, PLANES, open_pool, places_of, wait_for
 from watching import kinds, small_service
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.client.aio import AsyncClient, AsyncPoolClient
 from odma_service.errors import (
     EpochError,
     HandleError,
     InvalidError,
+    NothingLearntError,
     OdmaError,
+    PoolOpenError,
     PoolOwnedError,
     RefusedError,
     StreamLimitError,
     StreamReplacedError,
     UnavailableError,
 )
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.door.watchers import MOST_WATCHERS
 from odma_service.service.watch.events import EventKind
-from odma_service.values import Allocate, End, Extend, Free, Freed, Moves, Place, Used
+from odma_service.values import (
+    Allocate,
+    Copy,
+    End,
+    Extend,
+    Free,
+    Freed,
+    Moves,
+    Place,
+    PolicyChange,
+    Used,
+)
 
 POOL = {
     "planes": PLANES,
@@ -123,6 +137,28 @@ def test_batches_over_a_stream_are_done_in_order(server, service, name):
     assert asyncio.run(send()) == {p.handle for p in places_of(service, name).values()}
 
 
+def test_what_ended_is_used_again_by_calls_and_over_a_stream(server, service, name):
+    keys = chained_keys(range(128), 64, b"")
+
+    async def go():
+        async with AsyncClient(server.target) as client:
+            pool = await client.open_pool(name, **POOL, granule_tokens=64)
+            first = await pool.allocate(Allocate("first", 130, keys=keys))
+            await pool.free(Free(first.handle, End.FINISHED, 1, keep_tokens=130))
+            async with pool.stream():
+                asked = [Allocate("again", 130, keys=keys)]
+                again = (await pool.apply(ops=asked)).results[0]
+                used = [Used(again.handle, 130, shareable_tokens=130)]
+                copied = await pool.apply(used, [Allocate("more", 130, keys=keys)])
+            return first, again, copied
+
+    first, again, copied = asyncio.run(go())
+    assert (again.start_token, again.reused_tokens) == (first.start_token, 128)
+    more = copied.results[0]
+    assert more.reused_tokens == 128
+    assert copied.copies == [Copy(more.handle, again.start_token, more.start_token, 128, False)]
+
+
 def test_an_engine_loses_no_step_while_the_server_is_killed_in_mid_stream(servers):
     server, steps, kills = servers(), 120, 3
 
@@ -202,7 +238,7 @@ def test_a_batch_cancelled_in_mid_stream_is_resumed_over_another(wire, service, 
 
 def test_a_late_answer_is_given_up_and_can_be_had_without_the_stream(wire, service, name):
     async def wait():
-        async with AsyncClient(wire.target, timeout_seconds=0.2, retry_seconds=0) as client:
+        async with AsyncClient(wire.target, timeout_seconds=2, retry_seconds=0) as client:
             pool = await client.open_pool(name, **POOL)
             async with pool.stream():
                 await pool.apply()
@@ -365,3 +401,25 @@ def test_a_watch_of_nobody_ends_in_time():
                 await anext(client.watch())
 
     asyncio.run(watch())
+
+
+def test_an_operator_steers_closes_and_forgets_a_pool(server, service, name):
+    pool = open_pool(service, name)
+    ref = types.PoolRef(name=name, epoch=pool.ref.epoch)
+
+    async def steer():
+        async with AsyncClient(server.target) as operator:
+            version = (await operator.get_pool(name)).policy.version
+            change = PolicyChange(safety_share=0.1)
+            policy = await operator.set_policy(ref, change, expected_version=version)
+            assert policy.safety_share == 0.1
+            with pytest.raises(NothingLearntError):
+                await operator.recalibrate(ref, expected_version=policy.version)
+            with pytest.raises(PoolOpenError):
+                await operator.forget_pool(ref)
+            await operator.close_pool(ref)
+            await operator.forget_pool(ref)
+            pools = (await operator.list_pools()).pools
+            assert name not in [summary.pool.name for summary in pools]
+
+    asyncio.run(steer())

@@ -45,7 +45,8 @@ OPS = [
     Trim(1, 2),
     Extend(1, 2, 3),
     Allocate("r", 5),
-    Allocate("s", 5, 6, 7, "class", "tenant", 0.0, 8, Text.of("¿")),
+    Allocate("s", 5, 6, 7, "class", "tenant", 0.0, 8, Text.of("¿"), bytes(range(32))),
+    Free(3, End.PREEMPTED, 4, 5, b"k" * 16),
 ]
 
 
@@ -53,7 +54,14 @@ OPS = [
     "batch",
     [
         Batch(1, 0, [], []),
-        Batch(9, 7, [Used(1, 2), Used(3, 4, pinned=True)], OPS, 0, pass_refused=True),
+        Batch(
+            9,
+            7,
+            [Used(1, 2), Used(3, 4, pinned=True), Used(5, 6, False, 6)],
+            OPS,
+            0,
+            pass_refused=True,
+        ),
     ],
 )
 def test_a_batch_arrives_as_it_was_asked(batch):
@@ -66,13 +74,15 @@ def test_a_batch_arrives_as_it_was_asked(batch):
 def test_an_answer_arrives_as_it_was_given():
     results = [
         Place(1, 2, 3),
+        Place(4, 5, 6, 7),
+        Place(4, 5, 6, 7, 0, 7),
         Freed(),
         Freed(already_free=True),
         Refusal(Reason.INVALID, field="end: is required"),
         Refusal(Reason.COPY_BUDGET, 1, 2, 3, 4, 2**52),
     ]
     copies = [Copy(1, 2, 3, 4, overlaps=True), Copy(5, 6, 7, 8, overlaps=False)]
-    answer = Answer(9, True, results, copies, [Place(5, 6, 7)], 2)
+    answer = Answer(9, True, results, copies, [Place(5, 6, 7, 8, 9, 8)], 2)
     response = pb.ApplyResponse.FromString(answer_to(answer).SerializeToString())
     assert answer_from(response) == answer
 

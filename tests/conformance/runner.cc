@@ -12,6 +12,7 @@
 #include <random>
 #include <set>
 
+#include <absl/strings/escaping.h>
 #include <google/protobuf/util/json_util.h>
 #include <nlohmann/json.hpp>
 
@@ -33,6 +34,8 @@ struct Failure : std::runtime_error {
 static void insist(bool fact, const string &message) {
     if (!fact) throw Failure(message);
 }
+
+static const size_t KEY_BYTES = 16;
 
 /* --- messages and patterns --- */
 
@@ -66,6 +69,11 @@ static json fill(const json &value, const Names &names) {
         string text;
         for (size_t i = 0; i < times; i++) text += given[1].get_ref<const string &>();
         return text;
+    }
+    if (value.contains("$keys")) {
+        string keys;
+        for (const char letter : fill(value["$keys"], names).get<string>()) keys += string(KEY_BYTES, letter);
+        return absl::Base64Escape(keys);
     }
     json filled = value;
     for (json &item : filled) item = fill(item, names);
@@ -228,6 +236,7 @@ static const std::map<string, Rpc> RPCS = {
     {"ListPools", rpc(&Pools::ListPools)},
     {"GetPool", rpc(&Pools::GetPool)},
     {"ListRegions", rpc(&Pools::ListRegions)},
+    {"ForgetPool", rpc(&Pools::ForgetPool)},
     {"Predict", rpc(&odma::v1::PredictorService::Stub::Predict)},
     {"EstimateAccess", rpc(&odma::v1::EmulatorService::Stub::EstimateAccess)},
 };
@@ -244,10 +253,24 @@ static const Rpc &find_rpc(const string &name) {
 
 /* --- the engine --- */
 
-/* A region as the engine sees it. */
+/* A region as the engine sees it, and the keys of its granules. */
 struct Held {
-    uint32_t start, length, written;
+    uint32_t start, length, written, reused, shared_start, shared;
+    std::vector<string> keys;
+
+    uint32_t end() const { return start + length - shared; }
+    /* Where a token lies. */
+    uint32_t at(uint32_t token) const {
+        return token < shared ? shared_start + token : start + token - shared;
+    }
 };
+
+/* Add the keys that an Alloc or a Freeing brings. */
+static void add_keys(std::vector<string> &keys, const json &op) {
+    string data;
+    absl::Base64Unescape(op.value("keys", string()), &data);
+    for (size_t i = 0; i < data.size(); i += KEY_BYTES) keys.push_back(data.substr(i, KEY_BYTES));
+}
 
 /* What an engine knows of one epoch, and the memory that it writes. */
 class Engine {
@@ -255,8 +278,9 @@ class Engine {
     Engine(odma::Client &client, json opening, const json &answer)
         : pool(client, parsed<odma::v1::OpenPoolResponse>(answer)), opened(answer),
           capacity(answer["capacity_tokens"]), request_(std::move(opening)),
-          ordered_(request_.value("single_ordered_stream", false)), memory_(capacity),
-          vacated_by_(capacity, 0) {}
+          ordered_(request_.value("single_ordered_stream", false)),
+          granule_(answer["granule_tokens"]), memory_(capacity), vacated_by_(capacity, 0),
+          read_by_(capacity, 0) {}
 
     /* Take an answer of Apply: copies first, then places. */
     void applied(const json &batch, const json &answer) {
@@ -264,25 +288,43 @@ class Engine {
         for (const json &one : batch["used"]) used[one["handle"]] = one;
         for (auto &[handle, held] : regions)
             if (used.count(handle)) write(handle, held, used[handle].value("used_tokens", 0U));
+        for (const json &op : batch["ops"])
+            if (op.contains("free")) name(op["free"]);
         const std::vector<uint64_t> before = owners();
         copy(batch, answer, used, before);
         for (size_t i = 0; i < batch["ops"].size(); i++) {
             const json &op = batch["ops"][i], &result = answer["results"][i];
-            if (!result["place"].is_null()) placed(result["place"]);
+            if (!result["place"].is_null())
+                placed(result["place"], op.value("allocate", json::object()));
             else if (op.contains("free") && result["refusal"].is_null())
                 regions.erase(op["free"]["handle"].get<uint64_t>());
         }
-        for (const json &place : answer["moved"]) placed(place);
+        for (const json &place : answer["moved"]) placed(place, json::object());
         vacate(before, batch);
         seq = answer["seq"];
     }
 
-    /* Take a place; its region may be new. */
-    void placed(const json &place) {
-        const uint32_t start = place["start_token"], length = place["length_tokens"];
+    /* Take a place; its region may be new, then `asked` is its Alloc. */
+    void placed(const json &place, const json &asked) {
+        const uint32_t length = place["length_tokens"], reused = place["reused_tokens"];
         if (length == 0) return;
-        Held &held = regions.emplace(place["handle"], Held{}).first->second;
-        held = {start, length, std::min(held.written, length)};
+        const auto [found, is_new] = regions.try_emplace(place["handle"].get<uint64_t>());
+        Held &held = found->second;
+        if (is_new) {
+            held.written = held.reused = reused;
+            add_keys(held.keys, asked);
+        }
+        held.start = place["start_token"];
+        held.length = length;
+        held.written = std::min(held.written, length);
+        held.shared_start = place["shared_start_token"];
+        held.shared = place["shared_tokens"];
+    }
+
+    /* A region is no more, by a unary Free. */
+    void freed(const json &free) {
+        name(free);
+        regions.erase(free["handle"].get<uint64_t>());
     }
 
     /* Only these regions are left, and nothing waits. */
@@ -292,6 +334,7 @@ class Engine {
             it = keep ? std::next(it) : regions.erase(it);
         }
         std::fill(vacated_by_.begin(), vacated_by_.end(), 0);
+        std::fill(read_by_.begin(), read_by_.end(), 0);
     }
 
     /* The rules that hold between calls. */
@@ -302,9 +345,9 @@ class Engine {
             const string who = std::to_string(handle);
             insist(held.start % block == 0 && held.length % block == 0,
                    who + " is not whole blocks");
-            insist(held.start + held.length <= capacity, who + " ends beyond the capacity");
+            insist(held.end() <= capacity, who + " ends beyond the capacity");
             for (uint32_t i = 0; i < held.written; i++)
-                insist(memory_[held.start + i] == Token{handle, i},
+                insist(memory_[held.at(i)] == token(handle, i),
                        "token " + std::to_string(i) + " of " + who + " is lost");
         }
     }
@@ -316,18 +359,34 @@ class Engine {
     std::map<uint64_t, Held> regions;
 
   private:
-    using Token = std::pair<uint64_t, uint32_t>; /* handle, position */
+    using Token = std::pair<string, uint32_t>; /* key of its granule or handle, position */
+
+    /* What a written token is: the same in all requests whose granule has this key. */
+    Token token(uint64_t handle, uint32_t i) const {
+        const Held &held = regions.at(handle);
+        const bool keyed = granule_ != 0 && i / granule_ < held.keys.size();
+        return {keyed ? held.keys[i / granule_] : std::to_string(handle), i};
+    }
 
     void write(uint64_t handle, Held &held, uint32_t tokens) {
         for (; held.written < tokens; held.written++)
-            memory_.at(held.start + held.written) = {handle, held.written};
+            memory_.at(held.at(held.written)) = token(handle, held.written);
+    }
+
+    /* Give what a region has written the keys that its Free brings. */
+    void name(const json &free) {
+        const auto found = regions.find(free["handle"].get<uint64_t>());
+        if (found == regions.end()) return;
+        Held &held = found->second;
+        add_keys(held.keys, free);
+        for (uint32_t i = 0; i < held.written; i++) memory_[held.at(i)] = token(found->first, i);
     }
 
     /* The handle that holds each token, or 0. */
     std::vector<uint64_t> owners() const {
         std::vector<uint64_t> found(capacity, 0);
         for (const auto &[handle, held] : regions)
-            for (uint32_t i = held.start; i < std::min(held.start + held.length, capacity); i++) {
+            for (uint32_t i = held.start; i < std::min(held.end(), capacity); i++) {
                 insist(!found[i], std::to_string(handle) + " and " + std::to_string(found[i]) +
                                       " both hold token " + std::to_string(i));
                 found[i] = handle;
@@ -348,22 +407,29 @@ class Engine {
               const std::vector<uint64_t> &before) {
         std::map<uint64_t, std::vector<uint32_t>> at; /* where each token is now */
         for (const auto &[handle, held] : regions)
-            for (uint32_t i = 0; i < held.written; i++) at[handle].push_back(held.start + i);
+            for (uint32_t i = 0; i < held.written; i++) at[handle].push_back(held.at(i));
         for (const json &op : batch["ops"])
             if (op.contains("free")) at.erase(op["free"]["handle"].get<uint64_t>());
 
+        std::map<uint64_t, uint32_t> admitted; /* what new regions reuse */
+        for (size_t i = 0; i < batch["ops"].size(); i++) {
+            const json &place = answer["results"][i]["place"];
+            if (batch["ops"][i].contains("allocate") && !place.is_null() &&
+                regions.count(place["handle"]) == 0)
+                admitted[place["handle"]] = place["reused_tokens"];
+        }
         uint64_t carried = 0;
         std::set<uint32_t> targets;
         for (const json &one : answer["copies"]) {
             const string what = "copy " + one.dump();
             const uint64_t handle = one["handle"];
             const uint32_t from = one["from_token"], to = one["to_token"], tokens = one["tokens"];
-            insist(regions.count(handle) > 0, what + " is of no live region");
-            insist(may_move(handle, batch), what + " is against moves");
+            const bool gathers = admitted.count(handle) > 0;
+            insist(gathers || may_move(handle, batch), what + " is against moves");
             const json said = used.count(handle) ? used.at(handle) : json::object();
             insist(!said.value("pinned", false), what + " is of a pinned region");
             const uint32_t most =
-                used.count(handle) ? said.value("used_tokens", 0U) : regions[handle].length;
+                gathers ? admitted[handle] : most_copied(handle, used, what);
             insist(1 <= tokens && tokens <= most, what + " carries too much");
             const bool overlaps = (from < to ? to - from : from - to) < tokens;
             insist(one["overlaps"] == overlaps, what + ": overlaps is wrong");
@@ -372,14 +438,18 @@ class Engine {
             insist(uint64_t{std::max(from, to)} + tokens <= capacity,
                    what + " ends beyond the capacity");
             for (uint32_t i = to; i < to + tokens && !ordered_; i++) {
-                insist(!before[i] && vacated_by_[i] <= batch["completed_seq"].get<uint64_t>() &&
+                insist(!before[i] &&
+                           std::max(vacated_by_[i], read_by_[i]) <=
+                               batch["completed_seq"].get<uint64_t>() &&
                            targets.insert(i).second,
                        what + " writes where something may still read");
             }
+            if (gathers)
+                std::fill_n(read_by_.begin() + from, tokens, batch["seq"].get<uint64_t>());
             move(from, to, tokens, at[handle]);
             for (const auto &[owner, places] : at)
                 for (uint32_t i = 0; i < places.size(); i++)
-                    insist(memory_[places[i]] == Token{owner, i},
+                    insist(memory_[places[i]] == token(owner, i),
                            what + " loses a token of " + std::to_string(owner));
             carried += tokens;
         }
@@ -394,22 +464,39 @@ class Engine {
             if (from <= place && place < from + tokens) place = place - from + to;
     }
 
+    /* The most that a copy of a region that is there, or of a kept run, may carry. */
+    uint32_t most_copied(uint64_t handle, const std::map<uint64_t, json> &used,
+                         const string &what) const {
+        if (handle == 0 && granule_ != 0) return capacity;
+        insist(regions.count(handle) > 0, what + " is of no live region");
+        const Held &held = regions.at(handle);
+        const uint32_t said = used.count(handle) ? used.at(handle).value("used_tokens", 0U)
+                                                 : held.length;
+        return std::max({said, held.reused, static_cast<uint32_t>(held.keys.size()) * granule_});
+    }
+
     void vacate(const std::vector<uint64_t> &before, const json &batch) {
         const std::vector<uint64_t> after = owners();
         for (uint32_t i = 0; i < capacity; i++) {
             if (before[i] == after[i]) continue;
-            const bool done =
-                !before[i] && vacated_by_[i] <= batch["completed_seq"].get<uint64_t>();
-            insist(!after[i] || ordered_ || done,
-                   "token " + std::to_string(i) + " is given out before its completion");
+            if (after[i] && !ordered_) {
+                const Held &held = regions.at(after[i]);
+                /* An adopted token is read, and not written. */
+                const bool adopted = i - held.start + held.shared < held.reused;
+                const uint64_t last = std::max(vacated_by_[i], adopted ? 0 : read_by_[i]);
+                insist(!before[i] && last <= batch["completed_seq"].get<uint64_t>(),
+                       "token " + std::to_string(i) + " is given out before its completion");
+            }
             if (before[i]) vacated_by_[i] = batch["seq"];
         }
     }
 
     json request_;
     bool ordered_;
+    uint32_t granule_;
     std::vector<Token> memory_;
     std::vector<uint64_t> vacated_by_; /* seq of the batch that left it */
+    std::vector<uint64_t> read_by_;    /* seq of the batch that gathered from it */
 };
 
 /* --- playing --- */
@@ -565,14 +652,16 @@ class Player {
             engines_.try_emplace(pool, client_, sent, answer);
         } else if (name == "ClosePool") {
             engines_.erase(sent["pool"]["name"].get<string>());
+        } else if (name == "ForgetPool") {
+            names_.erase("$pool");
         } else if (name == "Apply" && !answer["replayed"]) {
             insist(answer["seq"] == sent["seq"], "the answer is of another seq");
             insist(answer["results"].size() == sent["ops"].size(), "a result for each operation");
             engine().applied(sent, answer);
         } else if (name == "Allocate" || name == "Extend") {
-            engine().placed(answer["place"]);
+            engine().placed(answer["place"], sent.value("allocate", json::object()));
         } else if (name == "Free") {
-            engine().regions.erase(sent["free"]["handle"].get<uint64_t>());
+            engine().freed(sent["free"]);
         } else if (name == "Reconcile") {
             engine().kept(sent["handles"]);
         }
@@ -602,12 +691,17 @@ class Player {
             uint64_t held = 0, waiting = 0;
             for (const json &region : listed["regions"]) {
                 const json &place = region["place"];
-                const bool lives = region["state"] == "REGION_STATE_LIVE";
-                (lives ? held : waiting) += place["length_tokens"].get<uint64_t>();
-                if (lives) live[place["handle"]] = {place["start_token"], place["length_tokens"]};
+                const bool kept_waits = region["state"] == "REGION_STATE_KEPT" &&
+                                        region["awaits_seq"] > told["completed_seq"];
+                if (region["state"] == "REGION_STATE_LIVE")
+                    live[place["handle"]] = {place["start_token"], place["length_tokens"]};
+                else if (kept_waits || region["state"] == "REGION_STATE_AWAITING_COMPLETION")
+                    waiting += place["length_tokens"].get<uint64_t>();
             }
-            for (const auto &[handle, one] : engine.regions)
+            for (const auto &[handle, one] : engine.regions) {
                 believed[handle] = {one.start, one.length};
+                held += one.length - one.shared;
+            }
             insist(live == believed, "the books have other places than the engine");
             insist(told["awaiting_completion_tokens"] == waiting,
                    "the books contradict themselves about what waits");

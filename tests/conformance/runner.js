@@ -10,6 +10,7 @@ import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
 import { Client, OdmaError } from '../../examples/javascript/client.js';
 
+const KEY_BYTES = 16;
 const FILE = new URL('scenarios.json', import.meta.url);
 const BY_NAME = new Set(['GetPool', 'ListRegions']);
 const WITHOUT_POOL = new Set([...BY_NAME, 'OpenPool', 'ListPools', 'Predict', 'EstimateAccess']);
@@ -38,6 +39,10 @@ function fill(value, names) {
   if ('$times' in value) {
     const [times, item] = fill(value.$times, names);
     return typeof item === 'string' ? item.repeat(times) : Array(times).fill(item);
+  }
+  if ('$keys' in value) {
+    const keys = [...fill(value.$keys, names)].map((letter) => letter.repeat(KEY_BYTES));
+    return Buffer.from(keys.join('')).toString('base64');
   }
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, fill(item, names)]));
 }
@@ -102,15 +107,30 @@ function inSomeOrder(patterns, values, names, path) {
 
 // --- the engine ---
 
+/** The keys that an Alloc or a Freeing brings, each in base64. */
+function keysIn({ keys = '' } = {}) {
+  const data = Buffer.from(keys, 'base64');
+  const count = Math.ceil(data.length / KEY_BYTES);
+  return Array.from({ length: count }, (_, i) => (
+    data.subarray(i * KEY_BYTES, (i + 1) * KEY_BYTES).toString('base64')));
+}
+
+/** Where a token of a region lies. */
+function at({ start, sharedStart, shared }, token) {
+  return token < shared ? sharedStart + token : start + token - shared;
+}
+
 /** What an engine knows of one epoch, and the memory that it writes. */
 class Engine {
   constructor(request, opened) {
     this.request = request;
     this.opened = opened;
     this.seq = 0;
-    this.regions = new Map(); // handle -> {start, length, written}
+    // handle -> {start, length, written, reused, sharedStart, shared, keys of its granules}
+    this.regions = new Map();
     this.memory = Array(opened.capacity_tokens).fill('');
     this.vacatedBy = Array(opened.capacity_tokens).fill(0); // seq of the batch that left it
+    this.readBy = Array(opened.capacity_tokens).fill(0); // seq of the batch that gathered from it
   }
 
   get ordered() {
@@ -123,59 +143,86 @@ class Engine {
     for (const [handle, region] of this.regions) {
       this.#write(handle, region, used.get(handle)?.used_tokens ?? 0);
     }
+    for (const { free } of batch.ops) if (free) this.#name(free);
     const owners = this.#owners();
     this.#copy(batch, answer, used, owners);
     batch.ops.forEach((op, i) => {
       const { place, refusal } = answer.results[i];
-      if (place) this.#put(place);
+      if (place) this.placed(place, op.allocate);
       else if (!refusal && op.free) this.regions.delete(op.free.handle);
     });
-    answer.moved.forEach((place) => this.#put(place));
+    answer.moved.forEach((place) => this.placed(place));
     this.#vacate(owners, batch);
     this.seq = answer.seq;
   }
 
-  /** Take a place of a unary call. */
-  placed(place) {
-    this.#put(place);
+  /** Take a place; its region may be new, then `asked` is its Alloc. */
+  placed(place, asked) {
+    const { handle, start_token: start, length_tokens: length, reused_tokens: reused } = place;
+    const { shared_start_token: sharedStart, shared_tokens: shared } = place;
+    if (length === 0) return;
+    const before = this.regions.get(handle) ?? { written: reused, keys: keysIn(asked) };
+    const written = Math.min(before.written, length);
+    this.regions.set(handle,
+      { start, length, written, reused, sharedStart, shared, keys: before.keys });
   }
 
-  freed(handle) {
-    this.regions.delete(handle);
+  /** A region is no more, by a unary Free. */
+  freed(free) {
+    this.#name(free);
+    this.regions.delete(free.handle);
   }
 
   kept(handles) {
-    for (const handle of this.regions.keys()) if (!handles.includes(handle)) this.freed(handle);
+    for (const handle of this.regions.keys()) {
+      if (!handles.includes(handle)) this.regions.delete(handle);
+    }
     this.vacatedBy.fill(0);
+    this.readBy.fill(0);
   }
 
   /** The rules that hold between calls. */
   check() {
     const { block_tokens: block, capacity_tokens: capacity } = this.opened;
     this.#owners();
-    for (const [handle, { start, length, written }] of this.regions) {
+    for (const [handle, region] of this.regions) {
+      const { start, length, shared, written } = region;
       insist(start % block === 0 && length % block === 0, `${handle} is not whole blocks`);
-      insist(start + length <= capacity, `${handle} ends beyond the capacity`);
+      insist(start + length - shared <= capacity, `${handle} ends beyond the capacity`);
       for (let i = 0; i < written; i++) {
-        insist(this.memory[start + i] === `${handle}:${i}`, `token ${i} of ${handle} is lost`);
+        insist(this.memory[at(region, i)] === this.#token(handle, i),
+          `token ${i} of ${handle} is lost`);
       }
     }
   }
 
-  #put({ handle, start_token: start, length_tokens: length }) {
-    const written = Math.min(this.regions.get(handle)?.written ?? 0, length);
-    if (length > 0) this.regions.set(handle, { start, length, written });
+  /** What a written token is: the same in all requests whose granule has this key. */
+  #token(handle, i) {
+    const granule = Math.floor(i / this.opened.granule_tokens); // Infinity or NaN without granules
+    return `${this.regions.get(handle).keys[granule] ?? handle}:${i}`;
   }
 
   #write(handle, region, tokens) {
-    for (let i = region.written; i < tokens; i++) this.memory[region.start + i] = `${handle}:${i}`;
+    for (let i = region.written; i < tokens; i++) {
+      this.memory[at(region, i)] = this.#token(handle, i);
+    }
     region.written = Math.max(region.written, tokens);
+  }
+
+  /** Give what a region has written the keys that its Free brings. */
+  #name(free) {
+    const region = this.regions.get(free.handle);
+    if (!region) return;
+    region.keys = [...region.keys, ...keysIn(free)];
+    for (let i = 0; i < region.written; i++) {
+      this.memory[at(region, i)] = this.#token(free.handle, i);
+    }
   }
 
   #owners() {
     const owners = Array(this.opened.capacity_tokens).fill(0);
-    for (const [handle, { start, length }] of this.regions) {
-      for (let i = start; i < start + length; i++) {
+    for (const [handle, { start, length, shared }] of this.regions) {
+      for (let i = start; i < start + length - shared; i++) {
         insist(!owners[i], `${handle} and ${owners[i]} both hold token ${i}`);
         owners[i] = handle;
       }
@@ -186,37 +233,45 @@ class Engine {
   #copy(batch, answer, used, owners) {
     const { moves, copies_may_overlap: mayOverlap } = this.request;
     const growing = new Set(batch.ops.filter((op) => op.extend).map((op) => op.extend.handle));
-    const at = new Map(); // handle -> where each of its tokens is now
+    const lies = new Map(); // handle -> where each of its tokens is now
     const ended = new Set(batch.ops.filter((op) => op.free).map((op) => op.free.handle));
-    for (const [handle, { start, written }] of this.regions) {
-      if (!ended.has(handle)) at.set(handle, Array.from({ length: written }, (_, i) => start + i));
+    for (const [handle, region] of this.regions) {
+      if (ended.has(handle)) continue;
+      lies.set(handle, Array.from({ length: region.written }, (_, i) => at(region, i)));
     }
+    const admitted = new Map(); // handle -> what a new region reuses
+    answer.results.forEach(({ place }, i) => {
+      if (batch.ops[i].allocate && place && !this.regions.has(place.handle)) {
+        admitted.set(place.handle, place.reused_tokens);
+      }
+    });
     let carried = 0;
     const targets = new Set();
     for (const copy of answer.copies) {
       const { handle, from_token: from, to_token: to, tokens, overlaps } = copy;
       const what = `copy ${show(copy)}`;
-      const region = this.regions.get(handle);
-      insist(region, `${what} is of no live region`);
-      insist(moves === 'MOVES_ANY' || (moves === 'MOVES_OWN_GROWTH' && growing.has(handle)),
-        `${what} is against ${moves}`);
+      const gathers = admitted.has(handle);
+      insist(gathers || moves === 'MOVES_ANY'
+        || (moves === 'MOVES_OWN_GROWTH' && growing.has(handle)), `${what} is against ${moves}`);
       insist(!used.get(handle)?.pinned, `${what} is of a pinned region`);
-      const most = used.get(handle)?.used_tokens ?? region.length;
+      const most = gathers ? admitted.get(handle) : this.#mostCopied(handle, used, what);
       insist(tokens >= 1 && tokens <= most, `${what} carries more than ${most}`);
       insist(overlaps === Math.abs(from - to) < tokens, `${what}: overlaps is wrong`);
       insist(!overlaps || mayOverlap, `${what} may not overlap`);
       for (let i = to; i < to + tokens && !this.ordered; i++) {
-        insist(!owners[i] && !targets.has(i) && this.vacatedBy[i] <= (batch.completed_seq ?? 0),
-          `${what} writes where something may still read`);
+        insist(!owners[i] && !targets.has(i)
+          && Math.max(this.vacatedBy[i], this.readBy[i]) <= (batch.completed_seq ?? 0),
+        `${what} writes where something may still read`);
         targets.add(i);
       }
+      if (gathers) this.readBy.fill(batch.seq, from, from + tokens);
       const data = this.memory.slice(from, from + tokens);
       this.memory.splice(to, tokens, ...data);
-      const moved = (at.get(handle) ?? []).map((i) => (
+      const moved = (lies.get(handle) ?? []).map((i) => (
         i >= from && i < from + tokens ? i - from + to : i));
-      at.set(handle, moved);
-      for (const [one, places] of at) {
-        places.forEach((place, i) => insist(this.memory[place] === `${one}:${i}`,
+      lies.set(handle, moved);
+      for (const [one, places] of lies) {
+        places.forEach((place, i) => insist(this.memory[place] === this.#token(one, i),
           `${what} loses token ${i} of ${one}`));
       }
       carried += tokens;
@@ -224,11 +279,24 @@ class Engine {
     insist(carried <= (batch.max_copy_tokens ?? Infinity), `copies carry ${carried} tokens`);
   }
 
+  /** The most that a copy of a region that is there, or of a kept run, may carry. */
+  #mostCopied(handle, used, what) {
+    const { capacity_tokens: capacity, granule_tokens: granule } = this.opened;
+    if (!handle && granule) return capacity;
+    const region = this.regions.get(handle);
+    insist(region, `${what} is of no live region`);
+    const { length, reused, keys } = region;
+    return Math.max(used.get(handle)?.used_tokens ?? length, reused, keys.length * granule);
+  }
+
   #vacate(before, batch) {
     const after = this.#owners();
     for (let i = 0; i < after.length; i++) {
       if (after[i] && after[i] !== before[i] && !this.ordered) {
-        insist(!before[i] && this.vacatedBy[i] <= batch.completed_seq,
+        const { start, shared, reused } = this.regions.get(after[i]);
+        const adopted = i - start + shared < reused; // read, and not written
+        const last = Math.max(this.vacatedBy[i], adopted ? 0 : this.readBy[i]);
+        insist(!before[i] && last <= batch.completed_seq,
           `token ${i} is given out before its completion`);
       }
       if (before[i] && after[i] !== before[i]) this.vacatedBy[i] = batch.seq;
@@ -350,14 +418,16 @@ class Player {
       }
     } else if (rpc === 'ClosePool') {
       this.engines.delete(message.pool.name);
+    } else if (rpc === 'ForgetPool') {
+      this.names.delete('$pool');
     } else if (rpc === 'Apply' && !answer.replayed) {
       insist(answer.seq === message.seq, `the answer is of seq ${answer.seq}`);
       insist(answer.results.length === message.ops.length, 'a result for each operation');
       engine.applied(message, answer);
     } else if (rpc === 'Allocate' || rpc === 'Extend') {
-      engine.placed(answer.place);
+      engine.placed(answer.place, message.allocate);
     } else if (rpc === 'Free') {
-      engine.freed(message.free.handle);
+      engine.freed(message.free);
     } else if (rpc === 'Reconcile') {
       engine.kept(message.handles);
     }
@@ -376,20 +446,23 @@ class Player {
   async agree() {
     for (const [name, engine] of this.engines) {
       engine.check();
-      const { summary, awaiting_completion_tokens: awaiting } =
+      const { summary, awaiting_completion_tokens: awaiting, completed_seq: completed } =
         await this.client.call('GetPool', { name });
       const { regions } = await this.client.call('ListRegions', { name });
       const live = regions.filter((region) => region.state === 'REGION_STATE_LIVE');
       const sum = (list) => list.reduce((all, { place }) => all + place.length_tokens, 0);
+      const held = [...engine.regions.values()].reduce((all, one) => all + one.length - one.shared, 0);
       insist(live.length === engine.regions.size, 'the books list other regions');
       for (const { place } of live) {
         const { start, length } = engine.regions.get(place.handle) ?? {};
         insist(start === place.start_token && length === place.length_tokens,
           `the books have ${show(place)}, the engine ${start} + ${length}`);
       }
-      const waiting = sum(regions.filter((region) => !live.includes(region)));
+      const waiting = sum(regions.filter(({ state, awaits_seq: seq }) => (
+        state === 'REGION_STATE_AWAITING_COMPLETION'
+        || (state === 'REGION_STATE_KEPT' && seq > completed))));
       insist(waiting === awaiting, 'the books contradict themselves about what waits');
-      insist(summary.free_tokens === engine.opened.capacity_tokens - sum(live) - waiting,
+      insist(summary.free_tokens === engine.opened.capacity_tokens - held - waiting,
         'the books do not balance');
     }
   }

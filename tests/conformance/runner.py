@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from odma_service.rpc.v1 import (
     predictor_service_pb2_grpc,
     types_pb2,
 )
+from odma_service.values import KEY_BYTES
 from odma_service.wire import answer_to, batch_from
 
 FILE = Path(__file__).with_name("scenarios.json")
@@ -86,6 +88,9 @@ def fill(value: Any, names: Names) -> Any:
     if "$times" in value:
         times, item = fill(value["$times"], names)
         return item * times if isinstance(item, str) else [item] * times
+    if "$keys" in value:
+        keys = "".join(letter * KEY_BYTES for letter in fill(value["$keys"], names))
+        return b64encode(keys.encode()).decode()
     return {key: fill(item, names) for key, item in value.items()}
 
 
@@ -182,11 +187,31 @@ def plain(message: Message) -> dict[str, Any]:
 
 @dataclass
 class Held:
-    """A region as the engine sees it."""
+    """A region as the engine sees it, and the keys of its granules."""
 
     start: int
     length: int
     written: int = 0
+    reused: int = 0
+    shared_start: int = 0
+    shared: int = 0
+    keys: tuple[bytes, ...] = ()
+
+    @property
+    def own(self) -> range:
+        """The tokens that nobody else holds."""
+        return range(self.start, self.start + self.length - self.shared)
+
+    def at(self, token: int) -> int:
+        """Where a token lies."""
+        shared = token < self.shared
+        return self.shared_start + token if shared else self.start + token - self.shared
+
+
+def keys_in(op: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """Return the keys that an Alloc or a Freeing brings."""
+    data = b64decode(op.get("keys", ""))
+    return tuple(data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES))
 
 
 class Engine:
@@ -199,44 +224,58 @@ class Engine:
         self.seq = 0
         self.capacity = opened["capacity_tokens"]
         self.ordered = request.get("single_ordered_stream", False)
+        self.granule = opened["granule_tokens"]
         self.regions: dict[int, Held] = {}
-        self.memory: list[tuple[int, int] | None] = [None] * self.capacity
+        self.memory: list[tuple[int | bytes, int] | None] = [None] * self.capacity
         self.vacated_by = [0] * self.capacity  # seq of the batch that left it
+        self.read_by = [0] * self.capacity  # seq of the batch that gathered from it
 
     def applied(self, batch: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Take an answer of Apply: copies first, then places."""
         used = {one["handle"]: one for one in batch["used"]}
         for handle, held in self.regions.items():
             self._write(handle, held, used.get(handle, {}).get("used_tokens", 0))
+        for op in batch["ops"]:
+            if "free" in op:
+                self._name(op["free"])
         owners = self._owners()
         self._copy(batch, answer, used, owners)
         for op, result in zip(batch["ops"], answer["results"], strict=True):
             if result["place"]:
-                self.placed(result["place"])
+                self.placed(result["place"], op.get("allocate", {}))
             elif "free" in op and not result["refusal"]:
-                self.freed(op["free"]["handle"])
+                self.regions.pop(op["free"]["handle"], None)
         for place in answer["moved"]:
-            self.placed(place)
+            self.placed(place, {})
         self._vacate(owners, batch)
         self.seq = answer["seq"]
 
-    def placed(self, place: Mapping[str, int]) -> None:
-        """Take a place; its region may be new."""
+    def placed(self, place: Mapping[str, int], asked: Mapping[str, Any]) -> None:
+        """Take a place; its region may be new, then `asked` is its Alloc."""
         if place["length_tokens"] == 0:
             return
-        before = self.regions.get(place["handle"])
-        written = min(before.written, place["length_tokens"]) if before else 0
-        held = Held(place["start_token"], place["length_tokens"], written)
-        self.regions[place["handle"]] = held
+        reused = place["reused_tokens"]
+        before = self.regions.get(place["handle"]) or Held(0, 0, reused, keys=keys_in(asked))
+        self.regions[place["handle"]] = Held(
+            place["start_token"],
+            place["length_tokens"],
+            min(before.written, place["length_tokens"]),
+            reused,
+            place["shared_start_token"],
+            place["shared_tokens"],
+            before.keys,
+        )
 
-    def freed(self, handle: int) -> None:
-        """A region is no more."""
-        self.regions.pop(handle, None)
+    def freed(self, free: Mapping[str, Any]) -> None:
+        """A region is no more, by a unary Free."""
+        self._name(free)
+        self.regions.pop(free["handle"], None)
 
     def kept(self, handles: Sequence[int]) -> None:
         """Only these regions are left, and nothing waits."""
         self.regions = {h: held for h, held in self.regions.items() if h in handles}
         self.vacated_by = [0] * self.capacity
+        self.read_by = [0] * self.capacity
 
     def check(self) -> None:
         """The rules that hold between calls."""
@@ -245,20 +284,34 @@ class Engine:
         for handle, held in self.regions.items():
             whole = held.start % block == 0 and held.length % block == 0
             insist(whole, f"{handle} is not whole blocks")
-            insist(held.start + held.length <= self.capacity, f"{handle} ends beyond the capacity")
+            insist(held.own.stop <= self.capacity, f"{handle} ends beyond the capacity")
             for i in range(held.written):
-                here = self.memory[held.start + i] == (handle, i)
+                here = self.memory[held.at(i)] == self._token(handle, i)
                 insist(here, f"token {i} of {handle} is lost")
+
+    def _token(self, handle: int, i: int) -> tuple[int | bytes, int]:
+        """Return what a written token is: the same in all requests whose granule has this key."""
+        keys = self.regions[handle].keys
+        keyed = self.granule and i // self.granule < len(keys)
+        return (keys[i // self.granule] if keyed else handle), i
 
     def _write(self, handle: int, held: Held, tokens: int) -> None:
         for i in range(held.written, tokens):
-            self.memory[held.start + i] = (handle, i)
+            self.memory[held.at(i)] = self._token(handle, i)
         held.written = max(held.written, tokens)
+
+    def _name(self, free: Mapping[str, Any]) -> None:
+        """Give what a region has written the keys that its Free brings."""
+        if free["handle"] in self.regions:
+            held = self.regions[free["handle"]]
+            held.keys += keys_in(free)
+            for i in range(held.written):
+                self.memory[held.at(i)] = self._token(free["handle"], i)
 
     def _owners(self) -> list[int]:
         owners = [0] * self.capacity
         for handle, held in self.regions.items():
-            for i in range(held.start, min(held.start + held.length, self.capacity)):
+            for i in held.own[: self.capacity]:
                 insist(not owners[i], f"{handle} and {owners[i]} both hold token {i}")
                 owners[i] = handle
         return owners
@@ -276,8 +329,13 @@ class Engine:
         owners: Sequence[int],
     ) -> None:
         ended = {op["free"]["handle"] for op in batch["ops"] if "free" in op}
+        new = {
+            result["place"]["handle"]: result["place"]["reused_tokens"]
+            for op, result in zip(batch["ops"], answer["results"], strict=True)
+            if "allocate" in op and result["place"]
+        }
         at = {
-            handle: [held.start + i for i in range(held.written)]
+            handle: [held.at(i) for i in range(held.written)]
             for handle, held in self.regions.items()
             if handle not in ended
         }
@@ -286,11 +344,21 @@ class Engine:
             what = f"copy {copy}"
             handle, tokens = copy["handle"], copy["tokens"]
             source, target = copy["from_token"], copy["to_token"]
-            insist(handle in self.regions, f"{what} is of no live region")
-            insist(self._may_move(handle, batch), f"{what} is against {self.request['moves']}")
+            gathers = handle in new and handle not in self.regions
+            if not gathers:
+                insist(self._may_move(handle, batch), f"{what} is against {self.request['moves']}")
             said = used.get(handle, {})
             insist(not said.get("pinned"), f"{what} is of a pinned region")
-            most = said.get("used_tokens", 0) if said else self.regions[handle].length
+            if gathers:
+                most = new[handle]
+            elif handle:
+                insist(handle in self.regions, f"{what} is of no live region")
+                held = self.regions[handle]
+                most = said.get("used_tokens", 0) if said else held.length
+                most = max(most, held.reused, len(held.keys) * self.granule)
+            else:
+                insist(self.granule, f"{what} is of a kept run, and none is kept")
+                most = self.capacity
             insist(1 <= tokens <= most, f"{what} carries more than {most}")
             overlaps = abs(source - target) < tokens
             insist(copy["overlaps"] == overlaps, f"{what}: overlaps is wrong")
@@ -301,17 +369,23 @@ class Engine:
             if not self.ordered:
                 done = batch["completed_seq"]
                 safe = all(
-                    not owners[i] and i not in targets and self.vacated_by[i] <= done for i in span
+                    not owners[i]
+                    and i not in targets
+                    and max(self.vacated_by[i], self.read_by[i]) <= done
+                    for i in span
                 )
                 insist(safe, f"{what} writes where something may still read")
                 targets.update(span)
+                if gathers:
+                    self.read_by[source : source + tokens] = [batch["seq"]] * tokens
             self.memory[target : target + tokens] = self.memory[source : source + tokens]
             places = at.get(handle, [])
             moved = [i - source + target if source <= i < source + tokens else i for i in places]
             at[handle] = moved
             for one, places in at.items():
                 for i, place in enumerate(places):
-                    insist(self.memory[place] == (one, i), f"{what} loses token {i} of {one}")
+                    here = self.memory[place] == self._token(one, i)
+                    insist(here, f"{what} loses token {i} of {one}")
         carried = sum(copy["tokens"] for copy in answer["copies"])
         most = batch.get("max_copy_tokens", carried)
         insist(carried <= most, f"copies carry {carried} tokens, not {most}")
@@ -319,7 +393,10 @@ class Engine:
     def _vacate(self, before: Sequence[int], batch: Mapping[str, Any]) -> None:
         for i, (old, new) in enumerate(zip(before, self._owners(), strict=True)):
             if new and new != old and not self.ordered:
-                done = not old and self.vacated_by[i] <= batch["completed_seq"]
+                held = self.regions[new]
+                adopted = i - held.start + held.shared < held.reused  # read, and not written
+                last = max(self.vacated_by[i], 0 if adopted else self.read_by[i])
+                done = not old and last <= batch["completed_seq"]
                 insist(done, f"token {i} is given out before its completion")
             if old and new != old:
                 self.vacated_by[i] = batch["seq"]
@@ -467,6 +544,8 @@ class Player:
                 known.client.ref.CopyFrom(response.pool)
         elif rpc == "ClosePool":
             self.engines.pop(message["pool"]["name"], None)
+        elif rpc == "ForgetPool":
+            self.names.pop("$pool", None)
         elif rpc == "Apply" and not answer["replayed"]:
             insist(answer["seq"] == message["seq"], f"the answer is of seq {answer['seq']}")
             counts = len(answer["results"]) == len(message["ops"])
@@ -474,9 +553,9 @@ class Player:
             self.engine.applied(message, answer)
             self.engine.client.seq = answer["seq"]
         elif rpc in ("Allocate", "Extend"):
-            self.engine.placed(answer["place"])
+            self.engine.placed(answer["place"], message.get("allocate", {}))
         elif rpc == "Free":
-            self.engine.freed(message["free"]["handle"])
+            self.engine.freed(message["free"])
         elif rpc == "Reconcile":
             self.engine.kept(message["handles"])
 
@@ -504,8 +583,16 @@ class Player:
             }
             believed = {h: (held.start, held.length) for h, held in engine.regions.items()}
             insist(live == believed, f"the books have {live}, the engine {believed}")
-            held = sum(length for _, length in live.values())
-            waiting = sum(r.place.length_tokens for r in regions) - held
+            held = sum(len(one.own) for one in engine.regions.values())
+            waits = {
+                pool_service_pb2.REGION_STATE_LIVE: False,
+                pool_service_pb2.REGION_STATE_AWAITING_COMPLETION: True,
+            }
+            waiting = sum(
+                region.place.length_tokens
+                for region in regions
+                if waits.get(region.state, region.awaits_seq > pool.completed_seq)
+            )
             said = pool.awaiting_completion_tokens
             insist(waiting == said, f"{waiting} tokens wait in the list, {said} in the report")
             free = pool.summary.free_tokens

@@ -33,12 +33,15 @@ def test_the_python_engine_runs(server):
     told = run(sys.executable, ROOT / "examples" / "python" / "engine.py", server.target)
     assert "finished 100" in told
     assert "copies" in told
+    assert "reused" in told
+    assert "reused 0" not in told
 
 
 def test_the_javascript_engine_runs(server):
     told = run(need_node(), JAVASCRIPT / "engine.js", server.target)
     assert "finished 100" in told
     assert "copies 0" not in told
+    assert "reused 0" not in told
 
 
 @pytest.mark.timeout(BUILD_SECONDS + 100)

@@ -22,11 +22,12 @@ SAMPLES = (
     errors.PoolNotFoundError("main"),
     errors.PoolOwnedError("main", 1.5),
     errors.PoolForeignError("main"),
+    errors.PoolOpenError("main"),
     errors.EpochError("main", 7),
     errors.FencedError("main", 3),
     errors.UnfencedError("main", 1),
     errors.LateError(3, 5),
-    errors.StaleOpenError("main", 1, 2),
+    errors.StaleOpenError("main", 1, 2, "7.3"),
     errors.NotCompletedError(1, 2),
     errors.SeqChangedError(3),
     errors.SeqOldError(3, 5),
@@ -36,6 +37,7 @@ SAMPLES = (
     errors.RefusedError(Refusal(Reason.NO_SPACE, free_tokens=16)),
     errors.HandleError(5, "it is dead"),
     errors.PoolLimitError("all 64 pools are open"),
+    errors.BooksSpaceError("no room for 6,103,040 bytes"),
     errors.StreamLimitError("all streams are open"),
     errors.CallerLimitError("512 calls of this caller are being answered already"),
     errors.StreamReplacedError("main"),
@@ -54,8 +56,8 @@ SAMPLES = (
 )
 STATUSES = [INTERNAL, *map(status_of, SAMPLES)]
 
-NOT_TOLD = {OdmaError, errors.ModelError, errors.ServiceError}
-"""A base; what only who runs the server or a command sees; a client's own."""
+NOT_TOLD = {OdmaError, errors.ModelError, errors.ServiceError, errors.UnfitModelError}
+"""A base; what only who runs a server, a command or an engine sees; a client's own."""
 
 
 def subclasses(kind: type) -> set[type]:

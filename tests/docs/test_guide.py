@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 from paths import DOCS
 
 from odma_service.rpc.v1 import memory_service_pb2, pool_service_pb2, types_pb2
@@ -35,6 +36,24 @@ def test_the_guide_says_what_to_do_on_every_status():
     }
     rules = statuses._CODES.items()
     assert {(code.name, error.reason) for error, code in rules} <= told
+
+
+def test_the_guides_merge_of_two_runs_is_attention_over_both():
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "exp" in block
+    )
+    names = {"np": np}
+    exec(code, names)
+    rng = np.random.default_rng(7)
+    q, k, v = (rng.normal(scale=3, size=(tokens, 2, 8)) for tokens in (5, 40, 40))
+
+    def attend(first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.einsum("qhd,khd->qhk", q, k[first:end])
+        lse = np.logaddexp.reduce(scores, axis=-1)
+        return np.einsum("qhk,khd->qhd", np.exp(scores - lse[..., None]), v[first:end]), lse
+
+    both = names["merged"](*attend(0, 25), *attend(25, 40))
+    np.testing.assert_allclose(both, attend(0, 40)[0], rtol=1e-9)
 
 
 def test_the_guide_names_nothing_that_the_proto_does_not_have():

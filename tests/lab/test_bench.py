@@ -60,11 +60,13 @@ def test_a_decode_step_is_measured_beside_an_echo():
     assert len(measured) == 7
     assert isinstance(told["tls"], dict) == bool(shutil.which("openssl"))
     measured += told["tls"].values() if shutil.which("openssl") else []
+    assert set(told["keyed"]) == {"known", "new"}
+    measured += told["keyed"].values()
     for ways in [*measured, {"unary": told["allocate"]}]:
         for way in ways.values():
             assert min(way.values()) > 0
     assert set(told["styles"]) == {"threads", "asyncio", "executor"}
-    assert told["goals"] == {"p50_ratio_16": 1.3, "p50_ratio_64": 2.0}
+    assert told["goals"] == {"p50_ratio_16": 1.3, "p50_ratio_64": 2.0, "p50_ratio_keyed": 1.5}
 
 
 def test_without_a_source_tree_it_says_so(tmp_path, monkeypatch, capsys):

@@ -73,6 +73,33 @@ def test_a_key_about_the_cache_that_no_rule_reads_refuses_any_family(name, key):
     assert caught.value.field == f"config_json.{key}"
 
 
+LLAMA = next(case for case in RIGHT if case["name"] == "llama-2-7b")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope_parameters"),
+        ({"use_dynamic_ntk": True}, "use_dynamic_ntk"),
+    ],
+)
+def test_a_rope_that_follows_the_length_is_no_function_of_the_prefix(keys, named):
+    assert named in read(LLAMA | {"config": LLAMA["config"] | keys}).not_of_prefix
+
+
+@pytest.mark.parametrize("scaling", [None, 7, {}, {"rope_type": "llama3"}, {"type": "yarn"}])
+def test_a_fixed_rope_is_a_function_of_the_prefix(scaling):
+    fixed = LLAMA["config"] | {"rope_scaling": scaling, "use_dynamic_ntk": False}
+    assert not read(LLAMA | {"config": fixed}).not_of_prefix
+
+
+def test_layers_with_states_are_no_function_of_the_prefix():
+    states = next(case for case in RIGHT if case["name"] == "jamba-mini")
+    assert "states" in read(states).not_of_prefix
+
+
 def test_a_key_without_a_value_changes_nothing():
     for value in (None, False, 0, [], {}, ""):
         assert read(RIGHT[0] | {"config": RIGHT[0]["config"] | {"num_loops": value}})

@@ -291,9 +291,9 @@ def prefixed(prompts, ids):
 def test_a_shared_prefix_is_prefilled_once_and_only_in_whole_blocks():
     load = prefixed([1_100, 1_100, 600], [(1, 2, 3), (1, 2, 4), (1, 5)])
     cached = serve(load, PrefixMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1)
-    assert cached.cached_tokens == 1_024 + 512
+    assert cached.reused_tokens == 1_024 + 512
     plain = serve(load, PagedMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1)
-    assert plain.cached_tokens == 0
+    assert plain.reused_tokens == 0
     assert cached.sums[-1].prefill_ps < plain.sums[-1].prefill_ps
 
 
@@ -302,7 +302,7 @@ def test_the_least_recently_used_prefix_makes_room():
     history = serve(
         prefixed(prompts, ids), PrefixMemory(4_096, 16, 0.0), SERVING.prices(), batch_cap=1
     )
-    assert history.cached_tokens < 1_536, "it was evicted, at least from its end"
+    assert history.reused_tokens < 1_536, "it was evicted, at least from its end"
     assert len(history.finished) == 4
 
 
@@ -449,7 +449,7 @@ def test_a_prefix_cache_has_blocks_of_the_trace(tmp_path):
     limits = limits_for(trace, SMALL)
     setting = replay.Setting(limits, batch_cap=1)
     run = replay.run_policy("paged-16-prefix", load_of(trace, limits), setting, TUNING, tmp_path)
-    assert run.history.cached_tokens == 48
+    assert run.history.reused_tokens == 48
 
 
 def test_a_load_with_room_is_not_memory_bound(tmp_path):

@@ -56,6 +56,22 @@ def test_another_model_is_priced(trace, tmp_path):
     assert odma("replay", trace, *options, "--model", config).exit_code == 2
 
 
+def test_an_engine_that_moves_less_gets_fewer_copies(trace):
+    def copies(*more):
+        ran = odma(
+            *("replay", trace, "--policy", "elastic,odma", "--capacity-tokens", 12_000, "--json"),
+            *more,
+        )
+        policies = json.loads(ran.stdout.splitlines()[-1])["policies"]
+        return [policies[name]["copies"] for name in ("elastic", "odma")]
+
+    elastic, odma_own = copies()
+    own_growth = copies("--moves", "own-growth")
+    assert 0 < own_growth[0] < elastic
+    assert own_growth[1] == odma_own > 0  # what it is for
+    assert copies("--moves", "none") == [0, 0]
+
+
 def test_replay_ends_with_one_json_object(trace):
     ran = odma("replay", trace, "--policy", "elastic,paged", "--capacity-tokens", 12_000, "--json")
     assert ran.exit_code == 0

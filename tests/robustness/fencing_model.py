@@ -5,10 +5,10 @@ delivered at any time, any number of times, in any order, and each answer may be
 way (no numbers) and the new way (instance, try, owner, number) are two services and two clients
 in one frame. `search` visits every state within the budgets and returns the shortest way to each
 harm. Each commit is there or not after a crash of the service, so that a crash is a lost answer,
-except where a rule says otherwise.
+except where a rule says otherwise. A batch on a stream that its client has left is a late message.
 
-Not in the model: learning, tenants, lengths, several streams, vacated runs, operators' calls that
-carry expected_version. A process that was succeeded does nothing to the device.
+Not in the model: learning, tenants, several streams of a device, vacated runs, operators' calls
+that carry expected_version. A process that was succeeded does nothing to the device.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ RULES = frozenset(
         "refused number",  # is used up
         "same commit",  # holds the number and its effect
         "new try",  # must be above the highest
+        "seen",  # only the owner's instance opens a pool that is not as its sender saw it
         "succeeded instance",  # stays out, if its epoch ran when another came
         "refused try",  # of OpenPool is used up
         "outlives the epoch",  # what is known of instances
         "no fingerprint",  # holds the owner and the number
         "unfenced",  # calls are refused after an instance was answered
         "promise",  # of Reconcile is a number
+        "replayed",  # answers do not make a stream that of its pool
     }
 )
-
-# What the new way does not have: an instance stays out, too, if it had closed the pool.
-CLOSED_TOO = "closed instance"
 
 SHARED = "two living requests share a place"
 TAKEN = "a region was freed or moved without asking"
@@ -50,7 +49,16 @@ LEAKED = "a region lives that nobody owns"
 UNCOPIED = "a place without its data is taken as valid"
 REVIVED = "a closed pool lives again"
 REFUSED = "wanted work is refused for ever"
-HARMS = (SHARED, TAKEN, LEAKED, UNCOPIED, REVIVED, REFUSED)
+CHANGED = "a policy is in force that was given up"
+KEPT_ALIVE = "who has a successor keeps its pool alive"
+HARMS = (SHARED, TAKEN, LEAKED, UNCOPIED, REVIVED, REFUSED, CHANGED, KEPT_ALIVE)
+
+LEARNT = -1  # the policy that Recalibrate sets
+UNKNOWN = -2  # the policy, to who has no answer
+UNSEEN = (0, 0)  # what is said of a pool that was not seen
+BATCHES = ("Apply", "Stream")
+SUCCEEDED = ("opened", "ready", "closed")  # a second process that was let in
+ASKED_AGAIN = ("KeepAlive", "SetPolicy", "Recalibrate")  # or given up, with nothing to find out
 
 
 class Message(NamedTuple):
@@ -64,24 +72,33 @@ class Message(NamedTuple):
     body: Any = None
     seq: int = 0
     attempt: int = 0
+    seen: tuple[int, int] = UNSEEN
+    stream: int = 0
 
 
 class Event(NamedTuple):
     """What happens between two states: a message is sent, or delivered, or something else."""
 
-    what: str  # sent, done (its answer is lost), answered, torn, room
+    what: str  # sent, done (its answer is lost), answered, torn, room, others
     message: Message = Message("", 0)
     answer: Any = None
     late: bool = False  # nobody waits for it
 
     def __str__(self) -> str:
         message = self.message
-        numbers = {"try": message.attempt, "owner": message.owner, "number": message.number}
+        numbers = {
+            "try": message.attempt,
+            "owner": message.owner,
+            "number": message.number,
+            "stream": message.stream,
+        }
         told = [f"{key} {value}" for key, value in numbers.items() if value]
         body = [] if message.body is None else [str(message.body)]
         words = [f"{'AB'[message.sender]}'s", message.rpc, *body, *told, "is", self.what]
         if self.what == "room":
             return "the operator makes room"
+        if self.what == "others":
+            return "other instances open the pool and close it"
         return (
             " ".join(words)
             + (" late" if self.late else "")
@@ -106,10 +123,13 @@ class Service(NamedTuple):
     number: int = 0
     number_refused: bool = False
     fenced: bool = False
+    policy: int = 0
+    stream: int = 0  # that of the pool
+    replaced: frozenset[int] = frozenset()  # streams
 
 
 class Process(NamedTuple):
-    """An engine and its client. `view` is what it holds: (handle, place)."""
+    """An engine and its client. `view` is what it holds: (handle, place), one for each place."""
 
     stage: str = "down"  # opening, opened, ready, closed, stopped
     waits: Message | None = None
@@ -121,6 +141,9 @@ class Process(NamedTuple):
     seq: int = 0
     attempt: int = 0
     closing: bool = False  # gave up a ClosePool
+    seen: tuple[int, int] = UNSEEN
+    policy: int = 0
+    stream: int = 0
     requests: int = 0
     left: int = 0
 
@@ -146,7 +169,9 @@ class Frame(NamedTuple):
     choices: frozenset[str] | None = None  # what engines do; None: all
     limited: bool = False  # room for one region until an operator changes the policy
     answered_first: bool = True  # the second starts when the first has opened
+    first_dies: bool = False  # when the second starts; what it sent is left
     opens_after_closing: bool = False  # the first of two, without an answer to its ClosePool
+    others: bool = False  # come and go when the pool is closed, as many as the service remembers
     harms: tuple[str, ...] = HARMS
 
 
@@ -223,6 +248,8 @@ def _harm(frame: Frame, state: State) -> str | None:
     books = {(handle, place) for handle, place, _ in service.regions}
     if not service.is_open or service.epoch != owner.epoch or owner.view - books:
         return TAKEN
+    if owner.policy not in (service.policy, UNKNOWN):
+        return CHANGED
     return LEAKED if books - owner.view else None
 
 
@@ -236,9 +263,16 @@ def _next(frame: Frame, state: State) -> Iterator[Step]:
     if not state.service.roomy:
         service = state.service._replace(roomy=True)
         yield Event("room"), state._replace(service=service), None
+    if frame.others and state.service.epoch and not state.service.is_open:
+        service = _new_epoch(state.service, 0)._replace(is_open=False, instance=-1, attempts=(0, 0))
+        yield Event("others"), state._replace(service=service), None
 
 
 # What processes do.
+
+
+def _first_is_dead(frame: Frame, state: State) -> bool:
+    return frame.first_dies and state.second.stage != "down"
 
 
 def _is_new(frame: Frame, who: int) -> bool:
@@ -247,6 +281,8 @@ def _is_new(frame: Frame, who: int) -> bool:
 
 def _acts(frame: Frame, state: State) -> Iterator[Step]:
     for who in (0, 1):
+        if who == 0 and _first_is_dead(frame, state):
+            continue
         process = state[1 + who]
         for after in _choices(frame, state, who, process):
             assert after.waits is not None
@@ -274,6 +310,11 @@ def _allowed(frame: Frame, what: str) -> bool:
     return frame.choices is None or what in frame.choices
 
 
+def _asked_for(frame: Frame, what: str) -> bool:
+    """Return whether engines do what is only done in frames that name it."""
+    return frame.choices is not None and what in frame.choices
+
+
 def _start(frame: Frame, state: State, who: int, process: Process) -> Iterator[Process]:
     if who == 1:
         if frame.second == "none" or state.first.stage == "down":
@@ -291,7 +332,7 @@ def _opening(frame: Frame, who: int, process: Process) -> Process:
     attempt = process.attempt + 1 if _is_new(frame, who) else 0
     others = who == 1 and frame.second != "same"
     body = (1 + others, frame.second == "other")
-    message = Message("OpenPool", who, body=body, attempt=attempt)
+    message = Message("OpenPool", who, body=body, attempt=attempt, seen=process.seen)
     return process._replace(stage="opening", waits=message, attempt=attempt)
 
 
@@ -306,22 +347,28 @@ def _impatience(frame: Frame, who: int, process: Process, new: bool) -> Iterator
     if not process.left or not _allowed(frame, "give up"):
         return
     rest = process._replace(waits=None, left=process.left - 1)
-    if rpc in ("Allocate", "Free"):
+    if rpc in ASKED_AGAIN:
+        policy = process.policy if rpc == "KeepAlive" else UNKNOWN
+        yield from _wishes(frame, who, rest._replace(policy=policy), new)
+    if rpc == "Stream":  # the same batch over another one
+        stream = process.stream + 1
+        yield rest._replace(waits=process.waits._replace(stream=stream), stream=stream)
+    if rpc in ("Allocate", "Extend", "Free"):
         yield _reconcile(who, rest, new, process.view)
-    if rpc == "Apply":
+    if rpc in BATCHES:
         dropped = rest._replace(batch=None)
         if new:  # the client raises if handles are listed
             yield _reconcile(who, dropped, new, frozenset())
         else:
             yield _reconcile(who, dropped, new, process.view)
-    may_open = rpc == "Apply" or frame.second == "none" or frame.opens_after_closing
-    if rpc in ("ClosePool", "Apply") and may_open:
-        yield _opening(frame, who, rest._replace(closing=rpc == "ClosePool"))
+    may_open = rpc in BATCHES or frame.second == "none" or frame.opens_after_closing
+    if rpc in ("ClosePool", *BATCHES) and may_open:
+        yield _opening(frame, who, rest._replace(closing=rpc == "ClosePool", seen=UNSEEN))
 
 
 def _begin(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Process]:
     if process.batch is not None:
-        yield _apply(who, process, new, process.batch)
+        yield _apply(frame, who, process, new, process.batch)
     else:
         yield _reconcile(who, process, new, process.view)
         if process.view:
@@ -334,12 +381,14 @@ def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Pro
     if _allowed(frame, "Allocate"):
         yield _numbered(who, more, new, "Allocate", request)
     if _allowed(frame, "Apply"):
-        yield _apply(who, more, new, ("place", request))
-    for handle, _ in process.view:
+        yield _apply(frame, who, more, new, ("place", request))
+    for handle in {handle for handle, _ in process.view}:
         if _allowed(frame, "Apply"):
-            yield _apply(who, process, new, ("move", handle))
+            yield _apply(frame, who, process, new, ("move", handle))
         if _allowed(frame, "Free"):
             yield _numbered(who, process, new, "Free", handle)
+        if _asked_for(frame, "Extend"):
+            yield _numbered(who, process, new, "Extend", handle)
     if _allowed(frame, "Reconcile"):
         yield _reconcile(who, process, new, process.view)
         if process.view:
@@ -347,7 +396,14 @@ def _wishes(frame: Frame, who: int, process: Process, new: bool) -> Iterator[Pro
     if _allowed(frame, "ClosePool"):
         yield _numbered(who, process, new, "ClosePool", None)
     if _allowed(frame, "reopen"):
-        yield _opening(frame, who, process)
+        yield _opening(frame, who, process._replace(seen=UNSEEN))
+    if _asked_for(frame, "SetPolicy"):
+        yield _numbered(who, more, new, "SetPolicy", request)
+    if _asked_for(frame, "Recalibrate"):
+        yield _numbered(who, process, new, "Recalibrate", LEARNT)
+    if _asked_for(frame, "KeepAlive"):
+        message = Message("KeepAlive", who, process.epoch, process.owner)
+        yield process._replace(waits=message)
 
 
 def _numbered(who: int, process: Process, new: bool, rpc: str, body: Any, seq: int = 0) -> Process:
@@ -356,13 +412,18 @@ def _numbered(who: int, process: Process, new: bool, rpc: str, body: Any, seq: i
     return process._replace(waits=message, number=number)
 
 
-def _apply(who: int, process: Process, new: bool, batch: Any) -> Process:
+def _apply(frame: Frame, who: int, process: Process, new: bool, batch: Any) -> Process:
     after = _numbered(who, process, new, "Apply", batch, process.seq + 1)
+    assert after.waits is not None
+    if _asked_for(frame, "Stream"):
+        stream = process.stream or 10 * who + 1
+        over = after.waits._replace(rpc="Stream", stream=stream)
+        after = after._replace(waits=over, stream=stream)
     return after._replace(batch=batch)
 
 
 def _reconcile(who: int, process: Process, new: bool, keep: frozenset[tuple[int, int]]) -> Process:
-    handles = tuple(sorted(handle for handle, _ in keep))
+    handles = tuple(sorted({handle for handle, _ in keep}))
     # What is promised is what was answered.
     after = _numbered(who, process, new, "Reconcile", handles, process.seq)
     return after._replace(view=keep, stage="opened")
@@ -373,12 +434,15 @@ def _reconcile(who: int, process: Process, new: bool, keep: frozenset[tuple[int,
 
 def _deliveries(frame: Frame, state: State, message: Message) -> Iterator[Step]:
     process = state[1 + message.sender]
-    waited = process.waits == message
+    dead = message.sender == 0 and _first_is_dead(frame, state)
+    waited = process.waits == message and not dead
     if frame.late is not None and message.rpc not in frame.late and not waited:
         return
     late = not waited
     serve = _serve_new if frame.new else _serve_old
     service, answer = serve(frame, state.service, message)
+    if message.sender == 0 and answer == ("alive",) and state.second.stage in SUCCEEDED:
+        yield Event("done", message, late=late), state, KEPT_ALIVE
     if service != state.service:
         yield Event("done", message, late=late), state._replace(service=service), None
         if frame.new and "same commit" not in frame.rules and message.rpc != "OpenPool":
@@ -392,6 +456,8 @@ def _deliveries(frame: Frame, state: State, message: Message) -> Iterator[Step]:
         if not present or not _counts(frame, state):
             harm = None
         changed = state._replace(service=service, **{("first", "second")[message.sender]: after})
+        if after.waits is not None:  # what it asks instead
+            changed = changed._replace(sent=state.sent | {after.waits})
         yield Event("answered", message, answer), changed, harm
 
 
@@ -401,12 +467,17 @@ def _hear(
     kind, *facts = answer
     idle = process._replace(waits=None)
     view = process.view
-    if message.rpc == "Apply" and kind != "refused":
+    if message.rpc in BATCHES and kind != "refused":
         idle = idle._replace(seq=message.seq, batch=None)
     if kind == "used up":  # by a refusal whose answer was lost: ask under a new number
+        if not process.left:
+            return idle, None
+        idle = idle._replace(left=process.left - 1)
         return _numbered(message.sender, idle, True, message.rpc, message.body), None
     if kind == "promise":  # the copies of some answer are not done: keep nothing
         return idle._replace(view=frozenset(), seq=facts[0]), None
+    if kind == "unseen":
+        return _opening(frame, message.sender, process._replace(seen=facts[0])), None
     if answer == ("refused", "OPEN_STALE"):  # a repeated delivery was first: ask with the next try
         return process, None
     if answer == ("refused", "POOL_OWNED"):
@@ -414,8 +485,10 @@ def _hear(
     if kind == "refused":
         return idle._replace(stage="stopped"), REFUSED
     if kind == "opened":
-        epoch, owner = facts
-        idle = idle._replace(stage="opened", epoch=epoch, owner=owner, number=0, closing=False)
+        epoch, owner, policy = facts
+        idle = idle._replace(
+            stage="opened", epoch=epoch, owner=owner, number=0, closing=False, policy=policy
+        )
         if epoch == process.epoch:
             return idle, None
         # A successor's predecessor may have closed the pool, or the process itself, late.
@@ -426,9 +499,13 @@ def _hear(
         return idle._replace(stage="closed", view=frozenset()), None
     if kind == "kept":
         places, seq = facts
-        moved = places - view
+        moved = _starts(places) - _starts(view)
         after = idle._replace(stage="ready", view=places, seq=seq)
         return after, (UNCOPIED if moved else None)
+    if kind == "grown":
+        return idle._replace(view=view | {facts[0]}), None
+    if kind == "set":
+        return idle._replace(policy=facts[0]), None
     if kind == "freed":
         return idle._replace(view=frozenset(one for one in view if one[0] != facts[0])), None
     if kind == "placed":
@@ -436,7 +513,12 @@ def _hear(
         others = frozenset(one for one in view if one[0] != handle)
         harm = SHARED if any(place == other for _, other in others) else None
         return idle._replace(view=others | {(handle, place)}), harm
-    return idle, None  # full, or nothing to move
+    return idle, None  # full, nothing to move, or alive
+
+
+def _starts(view: frozenset[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Return where regions begin: what is behind has no data yet."""
+    return {(handle, min(place for h, place in view if h == handle)) for handle, _ in view}
 
 
 # What the service does.
@@ -449,12 +531,12 @@ def _serve_old(frame: Frame, service: Service, message: Message) -> tuple[Servic
             return service, ("refused", "POOL_OWNED")
         if not service.is_open or service.open_id != open_id:
             service = _new_epoch(service, open_id)
-        return service, ("opened", service.epoch, 0)
+        return service, ("opened", service.epoch, 0, service.policy)
     if message.rpc == "ClosePool" and (not service.is_open or message.epoch < service.epoch):
         return service, ("closed",)
     if not service.is_open or message.epoch != service.epoch:
         return service, ("refused", "EPOCH_OVER")
-    return _do(service, message, (message.body, message.seq))
+    return _do(frame, service, message, (message.body, message.seq))
 
 
 def _serve_new(frame: Frame, service: Service, message: Message) -> tuple[Service, tuple[Any, ...]]:
@@ -475,6 +557,8 @@ def _serve_new(frame: Frame, service: Service, message: Message) -> tuple[Servic
         return _serve_old(frame, service, message)
     if message.owner < service.owner and "smaller owner" in rules:
         return service, ("refused", "FENCED")
+    if message.rpc == "KeepAlive":
+        return service, ("alive",)
     if message.number < service.number and "smaller number" in rules:
         return service, ("refused", "LATE")
     if message.number == service.number:
@@ -488,12 +572,12 @@ def _serve_new(frame: Frame, service: Service, message: Message) -> tuple[Servic
     fingerprint = (message.body, message.seq)
     if "no fingerprint" not in rules:
         fingerprint += (message.owner, message.number)
-    done, answer = _do(service, message, fingerprint)
+    done, answer = _do(frame, service, message, fingerprint)
     if answer[0] == "refused":
         return service, answer
     if message.rpc == "ClosePool" and "outlives the epoch" not in rules:
         done = done._replace(instance=-1, attempts=(0, 0))
-    refused = answer[0] == "full" and message.rpc != "Apply"
+    refused = answer[0] == "full" and message.rpc not in BATCHES
     return done._replace(number=message.number, number_refused=refused), answer
 
 
@@ -507,6 +591,9 @@ def _become_owner(
         return service, ("refused", "FENCED")
     if message.attempt <= highest and "new try" in frame.rules:
         return service, ("refused", "OPEN_STALE")
+    now = (service.epoch, service.owner * service.is_open)
+    if instance != service.instance and message.seen != now and "seen" in frame.rules:
+        return service, ("unseen", now)
     attempts = list(service.attempts)
     attempts[instance] = message.attempt
     if service.is_open and service.open_id != open_id and not take_over:
@@ -514,10 +601,9 @@ def _become_owner(
             service = service._replace(attempts=tuple(attempts))
         return service, ("refused", "POOL_OWNED")
     before = service.instance
-    if before not in (-1, instance):
-        ran = service.is_open and "succeeded instance" in frame.rules
-        if ran or CLOSED_TOO in frame.rules:
-            attempts[before] = OUT
+    succeeds = service.is_open and before not in (-1, instance)
+    if succeeds and "succeeded instance" in frame.rules:
+        attempts[before] = OUT
     if not service.is_open or service.open_id != open_id:
         service = _new_epoch(service, open_id)
     service = service._replace(
@@ -528,7 +614,7 @@ def _become_owner(
         number_refused=False,
         fenced=True,
     )
-    return service, ("opened", service.epoch, service.owner)
+    return service, ("opened", service.epoch, service.owner, service.policy)
 
 
 def _new_epoch(service: Service, open_id: int) -> Service:
@@ -543,11 +629,21 @@ def _new_epoch(service: Service, open_id: int) -> Service:
     )
 
 
-def _do(service: Service, message: Message, body: Any) -> tuple[Service, tuple[Any, ...]]:
+def _do(
+    frame: Frame, service: Service, message: Message, body: Any
+) -> tuple[Service, tuple[Any, ...]]:
     if message.rpc == "ClosePool":
         return service._replace(is_open=False, regions=frozenset()), ("closed",)
     if message.rpc == "Apply":
         return _do_batch(service, message, body)
+    if message.rpc == "Stream":
+        return _do_streamed(frame, service, message, body)
+    if message.rpc == "Extend":
+        return _grow(service, message.body)
+    if message.rpc in ("SetPolicy", "Recalibrate"):
+        return service._replace(policy=message.body), ("set", message.body)
+    if message.rpc == "KeepAlive":
+        return service, ("alive",)
     if message.rpc == "Reconcile":
         kept = frozenset(one for one in service.regions if one[0] in message.body)
         places = frozenset((handle, place) for handle, place, _ in kept)
@@ -572,13 +668,26 @@ def _do_batch(service: Service, message: Message, body: Any) -> tuple[Service, t
     return done._replace(seq=message.seq, stored=(body, answer)), answer
 
 
+def _do_streamed(
+    frame: Frame, service: Service, message: Message, body: Any
+) -> tuple[Service, tuple[Any, ...]]:
+    if message.stream in service.replaced:
+        return service, ("refused", "STREAM_REPLACED")
+    done, answer = _do_batch(service, message, body)
+    replayed = done.seq == service.seq and "replayed" in frame.rules
+    if answer[0] == "refused" or replayed or service.stream == message.stream:
+        return done, answer
+    replaced = service.replaced | {service.stream}
+    return done._replace(stream=message.stream, replaced=replaced - {0}), answer
+
+
 def _free_places(service: Service) -> list[int]:
     taken = {place for _, place, _ in service.regions}
     return [place for place in range(PLACES if service.roomy else 1) if place not in taken]
 
 
 def _place(service: Service, request: int) -> tuple[Service, tuple[Any, ...]]:
-    for handle, place, other in service.regions:
+    for handle, place, other in sorted(service.regions):
         if other == request:
             return service, ("placed", handle, place)
     places = _free_places(service)
@@ -587,6 +696,18 @@ def _place(service: Service, request: int) -> tuple[Service, tuple[Any, ...]]:
     handle = service.handles + 1
     regions = service.regions | {(handle, places[0], request)}
     return service._replace(regions=regions, handles=handle), ("placed", handle, places[0])
+
+
+def _grow(service: Service, handle: int) -> tuple[Service, tuple[Any, ...]]:
+    """Give a region the place behind it, if it has not got it."""
+    held = sorted(one for one in service.regions if one[0] == handle)
+    if not held:
+        return service, ("nothing",)
+    _, place, request = held[0]
+    if len(held) == 1 and place + 1 not in _free_places(service):
+        return service, ("full",)
+    regions = service.regions | {(handle, place + 1, request)}
+    return service._replace(regions=regions), ("grown", (handle, place + 1))
 
 
 def _move(service: Service, handle: int) -> tuple[Service, tuple[Any, ...]]:

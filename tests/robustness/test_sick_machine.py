@@ -32,6 +32,7 @@ from odma_service._native import Arena, ArenaGeometry
 from odma_service.client import Client
 from odma_service.client.local import ODMA, READY
 from odma_service.errors import (
+    BooksSpaceError,
     OdmaError,
     PoolLimitError,
     PoolOwnedError,
@@ -464,8 +465,12 @@ def no_room():
 def test_an_open_that_fails_forgets_no_pool(registry, tmp_path):
     for name in "abc":  # as many as the registry takes
         registry.close_epoch(name, open_in(registry, name).epoch)
-    with no_room(), pytest.raises(PoolLimitError):
+    with no_room(), pytest.raises(BooksSpaceError) as raised:
         open_in(registry, "d")
+    assert str(tmp_path) not in str(raised.value)
+    told = registry.telemetry.events.after(0).events[-1]
+    assert told.kind == EventKind.NO_ROOM
+    assert str(tmp_path) in told.reason
     assert sorted(registry.names()) == ["a", "b", "c"]
     assert (tmp_path / "a.pool").exists()
     assert registry.telemetry.events.counts()[EventKind.FORGOTTEN] == 0

@@ -71,6 +71,7 @@ NAMES = ("a", "b", "c", "d.e", "f-g_h", "I")
 NUMBERS = (0, 1, 2, 15, 16, 17, 255, 1024, 4096, 65_537, 2**24, 2**28, 2**31, 2**32 - 1)
 NUMBERS_64 = (*NUMBERS, 2**53 - 1, 2**53, 2**63, 2**64 - 1)
 REALS = (0.0, -0.0, 0.05, 0.5, 0.9, 1.0, 1.5, 4.0, 1e9, -1.0, 1e308, 5e-324, math.nan, math.inf)
+KEY = b"of one granule.."
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "ttl_seconds": (0, 1),
     "retention_seconds": (0, 60),
@@ -82,6 +83,11 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "limits": (0, 1, 5),
     "clear_limits": (False,),
     "max_copy_tokens": (0, 64, 4096),
+    "granule_tokens": (0, 64, 64),
+    "reads_two_runs": (False,),
+    "keys": (b"", b"", KEY, KEY, KEY + KEY[::-1], KEY[::-1]),
+    "keep_tokens": (0, 64, 128),
+    "shareable_tokens": (0, 0, 0, 64),
     "capacity_bytes": (2**20, 2**22),
     "tensor_parallel": (0, 1, 2),
     "element_bytes": (0, 2),
@@ -249,6 +255,8 @@ class Maker:
                 return random.choice((0, 8, 64))
             case "max_total_tokens" | "least_tokens" | "model_length_tokens":
                 return random.randrange(1, 400)
+            case "prompt_tokens" | "used_tokens":
+                return random.randrange(1, 160)
             case name if name.endswith("_tokens"):
                 return random.randrange(1, 60)
         if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:

@@ -21,6 +21,7 @@ from odma_service.client import Client
 from odma_service.errors import (
     BusyError,
     IdentityError,
+    NothingLearntError,
     OdmaError,
     PoolForeignError,
     PoolLimitError,
@@ -28,13 +29,14 @@ from odma_service.errors import (
     PoolOwnedError,
     RoleError,
     UnfencedError,
+    VersionError,
 )
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.door.access import ROLES, Access, Role
-from odma_service.values import Allocate, End, Free, Freed
+from odma_service.values import Allocate, End, Free, Freed, PolicyChange
 
 Code = grpc.StatusCode
 
@@ -173,8 +175,8 @@ def test_a_pool_is_seen_by_its_owner_and_by_operators_alone(callers, name):
         callers["bob"].get_pool(name)
 
 
-NAMES_OPEN = {"OpenPool", "Watch"}
-"""Rpcs that answer about names that no pool has: a new one, and one to come."""
+NAMES_OPEN = {"OpenPool", "Watch", "ForgetPool"}
+"""Rpcs that answer about names that no pool has: a new one, one to come, one that is gone."""
 
 
 def names(client):
@@ -195,6 +197,19 @@ def test_another_engine_is_told_that_there_is_no_such_pool(guarded, callers, nam
         guarded.target, rpc, authorization=f"Bearer {token_of('bob')}", pool=pool.numbered()
     )
     assert error_info(error).reason in {"POOL_NOT_FOUND", "UNIMPLEMENTED"}
+
+
+def test_another_engine_forgets_nothing_and_is_told_nothing(callers, name):
+    pool = open_pool(callers["alice"], name)
+    callers["bob"].forget_pool(pool.ref)
+    pool.close_pool()
+    callers["bob"].forget_pool(pool.ref)
+    with pytest.raises(RoleError):
+        callers["alice-looks"].forget_pool(pool.ref)
+    assert callers["alice"].get_pool(name).summary.state == pool_pb.POOL_STATE_CLOSED
+    callers["alice"].forget_pool(pool.ref)
+    with pytest.raises(PoolNotFoundError):
+        callers["alice"].get_pool(name)
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -225,10 +240,16 @@ def test_an_operator_steers_and_closes_the_pools_of_others(callers, name):
     change = pb.SetPolicyRequest(pool=ref, policy=types.PolicyChange(growth=2))
     with pytest.raises(UnfencedError):
         ops.call(ops.memory.SetPolicy, change)
-    change.expected_version = pool.response.policy_version
-    assert ops.call(ops.memory.SetPolicy, change).policy.growth == 2
-    ops.call(ops.memory.ClosePool, pb.ClosePoolRequest(pool=ref))
+    version = pool.response.policy_version
+    assert ops.set_policy(ref, PolicyChange(growth=2), expected_version=version).growth == 2
+    with pytest.raises(VersionError):
+        ops.set_policy(ref, PolicyChange(growth=3), expected_version=version)
+    with pytest.raises(NothingLearntError):
+        ops.recalibrate(ref, dry_run=True, expected_version=version + 1)
+    ops.close_pool(ref)
     assert callers["alice"].get_pool(name).summary.state == pool_pb.POOL_STATE_CLOSED
+    ops.forget_pool(ref)
+    assert name not in names(callers["alice"])
 
 
 def test_an_engine_works_with_its_token(callers, name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import DOCS
@@ -18,20 +19,23 @@ from odma_service.pool import Pool, PoolSpec
 from odma_service.pool.geometry import Geometry
 from odma_service.pool.policy import named
 from odma_service.service.watch import decisions
-from odma_service.service.watch.decisions import DecisionLog, RotatedFile
+from odma_service.service.watch.decisions import REQUEST_START, DecisionLog, RotatedFile
 from odma_service.traces import TraceError, read_trace
 from odma_service.values import (
     Allocate,
     End,
     Extend,
     Free,
+    Freed,
     Moves,
+    Place,
     PlaneGroup,
     PolicyChange,
     Refusal,
 )
 
 PAGE = DOCS / "reference" / "decision-log.md"
+KEYS = b"one granule long"
 SECRET = "my mother's maiden name is Szymborska"
 
 
@@ -101,6 +105,30 @@ def test_a_preempted_request_is_one_record_that_counts_from_its_first_asking(
     [record] = records(log, 1)
     assert (record["preemptions"], record["output_tokens"]) == (1, 50)
     assert record["generated_before_tokens"] == 0
+
+
+def test_what_a_request_reused_is_in_its_record_and_its_keys_are_not_even_noted(
+    logging_server, log, name
+):
+    with Client(logging_server.target) as service:
+        pool = open_pool(service, name, granule_tokens=64)
+        for request in ("first", "again", "other"):
+            keys = KEYS if request != "other" else KEYS[::-1]
+            place = pool.allocate(Allocate(request, 100, keys=keys))
+            pool.free(Free(place.handle, End.FINISHED, 28, keep_tokens=128, keys=KEYS))
+    found = {record["request_id"]: record["reused_tokens"] for record in records(log, 3)}
+    assert found == {"first": 0, "again": 64, "other": 0}
+    assert KEYS.decode() not in log.read_text()
+
+
+def test_a_waiting_note_holds_no_keys(tmp_path):
+    notes = DecisionLog(tmp_path / "log", 1 << 20)
+    notes.close()  # nothing is read any more
+    pool = SimpleNamespace(spec=SimpleNamespace(name="p"), epoch=1)
+    ops = [Allocate("r", 100, keys=KEYS), Free(1, End.FINISHED, keep_tokens=64, keys=KEYS)]
+    notes.decided(pool, ops, None, [Place(1, 0, 128), Freed()], [])
+    [noted] = notes._noted
+    assert [op.keys for op in noted.ops] == [b"", b""]
 
 
 def test_what_was_predicted_is_in_the_record(logging_server, log, name):
@@ -183,12 +211,42 @@ def test_a_full_file_is_rotated_and_the_oldest_is_removed(log):
     assert set(log.parent.iterdir()) == set(kept)
 
 
-def test_a_torn_last_line_is_cut_off(log):
-    log.write_text('{"whole":1}\n{"torn":')
-    file = RotatedFile(log, 100)
+WHOLE = f"{REQUEST_START}...}}\n"
+
+
+@pytest.mark.parametrize(
+    ("whole", "torn"),
+    [
+        ("", ""),
+        ("", WHOLE[:1]),
+        ("", WHOLE[:-1]),
+        (WHOLE, ""),
+        (WHOLE * 2, WHOLE[:-1]),
+        (WHOLE * 100_000, "\0" * 100),
+    ],
+)
+def test_a_torn_last_line_is_cut_off(log, whole, torn):
+    log.write_text(whole + torn)
+    file = RotatedFile(log, len(whole) + 100)
     file.write(["{}\n"])
     file.close()
-    assert log.read_text() == '{"whole":1}\n{}\n'
+    assert log.read_text() == f"{whole}{{}}\n"
+
+
+@pytest.mark.parametrize("content", ["x" * 5_004, '{"a": 1}', "a\n\nb", f"{WHOLE}x\n", "\n"])
+def test_a_file_that_is_no_log_stays_as_it_is(log, content):
+    log.write_text(content)
+    log.chmod(0o644)
+    with pytest.raises(OdmaError, match="no decision log"):
+        RotatedFile(log, 100)
+    assert (log.read_text(), stat.S_IMODE(log.stat().st_mode)) == (content, 0o644)
+
+
+def test_a_log_that_others_could_read_is_closed_to_them(log):
+    log.write_text(WHOLE)
+    log.chmod(0o644)
+    RotatedFile(log, 100).close()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_a_symbolic_link_is_not_followed(log, tmp_path):

@@ -24,9 +24,9 @@ from odma_service.errors import (
     RefusedError,
     StaleOpenError,
     UnavailableError,
-    UnfencedError,
     VersionError,
 )
+from odma_service.pool.openers import MOST_REMEMBERED
 from odma_service.rpc.v1 import memory_service_pb2 as pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
@@ -63,10 +63,12 @@ def late(service, rpc, request):
     assert books(service, name) == before
 
 
-def opening(name, instance, attempt, **fields):
+def opening(name, instance, attempt, *, seen=None, **fields):
     """Return an OpenPool as an instance sends it."""
     request = open_request(name, **{**FIELDS, "open_id": "mine", **fields})
     request.instance, request.attempt = instance, attempt
+    if seen is not None:
+        request.seen = seen
     return request
 
 
@@ -255,6 +257,51 @@ def test_an_instance_that_closed_its_pool_may_open_it_after_another(service, oth
     assert open_pool(service, name).apply().seq == 1
 
 
+def test_an_open_that_is_late_after_anothers_opens_nothing(service, other, name):
+    """Be it of an instance that had closed the pool, or of one that the pool never met."""
+    known, stranger = secrets.token_bytes(16), secrets.token_bytes(16)
+    opened = service.call(service.memory.OpenPool, opening(name, known, 1, take_over=True))
+    opened.pool.number = 1
+    service.call(service.memory.ClosePool, pb.ClosePoolRequest(pool=opened.pool))
+    with pytest.raises(StaleOpenError) as caught:
+        service.call(service.memory.OpenPool, opening(name, stranger, 1, seen=""))
+    held_back = [
+        opening(name, instance, 2, seen=caught.value.seen, take_over=True)
+        for instance in (known, stranger)
+    ]
+    owner = open_pool(other, name)
+    for close in (False, True):
+        if close:
+            owner.close_pool()
+        before = books(other, name)
+        for message in held_back:
+            with pytest.raises(StaleOpenError):
+                service.call(service.memory.OpenPool, message)
+        assert books(other, name) == before
+
+
+def test_who_is_forgotten_opens_nothing_late(servers):
+    server = servers()
+    with Client(server.target) as service:
+        instance = secrets.token_bytes(16)
+        opened = service.call(service.memory.OpenPool, opening("p", instance, 1))
+        opened.pool.number = 1
+        service.call(service.memory.ClosePool, pb.ClosePoolRequest(pool=opened.pool))
+        with pytest.raises(StaleOpenError) as caught:
+            service.call(service.memory.OpenPool, opening("p", instance, 1, seen=""))
+        for _ in range(MOST_REMEMBERED + 1):
+            other = opening("p", secrets.token_bytes(16), 1)
+            opened = service.call(service.memory.OpenPool, other)
+            opened.pool.number = 1
+            service.call(service.memory.ClosePool, pb.ClosePoolRequest(pool=opened.pool))
+        for attempt in (1, 2):
+            held_back = opening("p", instance, attempt, seen=caught.value.seen)
+            with pytest.raises(StaleOpenError):
+                service.call(service.memory.OpenPool, held_back)
+        # What is not promised: one that does not say what it saw is a stranger now.
+        assert service.call(service.memory.OpenPool, opening("p", instance, 1)).pool.owner == 1
+
+
 @pytest.mark.parametrize(
     ("instance", "attempt", "field"),
     [(b"short", 1, "instance"), (b"", 1, "attempt"), (bytes(16), 0, "attempt")],
@@ -339,37 +386,7 @@ def test_a_late_batch_is_not_done_after_what_came_instead(service, pool, name):
     assert pool.apply().seq == 1
 
 
-# --- callers without an owner number ---
-
-
-def test_todays_clients_are_served_until_an_instance_opens_the_pool(service, other, name):
-    request = open_request(name, open_id="mine", **FIELDS)
-    opened = service.call(service.memory.OpenPool, request)
-    assert opened.pool.owner == 0
-    old = opened.pool
-    place = service.call(
-        service.memory.Allocate,
-        pb.AllocateRequest(pool=old, allocate=pb.Alloc(request_id="r", prompt_tokens=10)),
-    ).place
-    service.call(service.memory.Apply, pb.ApplyRequest(pool=old, seq=1))
-    kept = service.call(
-        service.memory.Reconcile, pb.ReconcileRequest(pool=old, handles=[place.handle])
-    )
-    assert kept.last_seq == 1
-    open_pool(other, name, open_id="mine")
-    before = books(service, name)
-    for rpc, message in (
-        ("Apply", pb.ApplyRequest(pool=old, seq=2, completed_seq=1)),
-        ("KeepAlive", pb.KeepAliveRequest(pool=old)),
-        ("Reconcile", pb.ReconcileRequest(pool=old)),
-        ("ClosePool", pb.ClosePoolRequest(pool=old)),
-        ("SetPolicy", pb.SetPolicyRequest(pool=old, policy=types.PolicyChange(growth=2))),
-        ("Recalibrate", pb.RecalibrateRequest(pool=old)),
-        ("OpenPool", request),
-    ):
-        with pytest.raises(UnfencedError):
-            service.call(getattr(service.memory, rpc), message)
-    assert books(service, name) == before
+# --- operators, who have no owner number ---
 
 
 def test_an_operator_is_fenced_by_epoch_and_version(service, pool, name):

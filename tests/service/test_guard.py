@@ -20,6 +20,7 @@ from odma_service.rpc.v1 import emulator_service_pb2 as emulator_pb
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
+from odma_service.service.door.calls import Calls, Pace
 from odma_service.service.door.guard import STRANGERS
 
 Code = grpc.StatusCode
@@ -140,8 +141,17 @@ def test_a_call_that_ends_without_its_message_is_refused_by_grpc(server):
 def test_calls_beyond_a_connections_share_wait_in_the_client(servers):
     server, stop = servers("--workers", "2"), threading.Event()
     with grpc.insecure_channel(server.target) as channel, Client(server.target) as other:
+        grpc.channel_ready_future(channel).result(timeout=30)  # it knows its share
         hung = silent(channel, "/odma.v1.MemoryService/Stream", stop, 16)
         list_pools = PoolServiceStub(channel).ListPools
+
+        def waits():  # once the others have been sent
+            with suppress(grpc.RpcError):
+                list_pools(pool_pb.ListPoolsRequest(), timeout=0.3)
+                return False
+            return True
+
+        wait_for(waits, "a call without a place")
         code, _ = refused_by_grpc(lambda: list_pools(pool_pb.ListPoolsRequest(), timeout=0.3))
         assert code == Code.DEADLINE_EXCEEDED
         waiting = list_pools.future(pool_pb.ListPoolsRequest(), timeout=30)
@@ -150,6 +160,22 @@ def test_calls_beyond_a_connections_share_wait_in_the_client(servers):
         hung[0].cancel()
         assert list(waiting.result().pools) == []
         stop.set()
+
+
+def test_a_caller_that_reads_while_others_work_has_few_calls_at_once_and_alone_has_all():
+    others, done = threading.Event(), []
+    others.set()
+    pace = Pace(share=1e-9, burst_seconds=0.1, call_seconds=0.04, busy=lambda _: others.is_set())
+    with Calls(16, pace=pace) as calls:
+        for _ in range(20):
+            calls.submit(done.append, 1)
+        wait_for(lambda: calls.count == 20 - 3, "the first")
+        calls.sweep()
+        assert len(done) == 3
+        others.clear()
+        calls.sweep()
+        wait_for(lambda: calls.count == 0, "the rest")
+    assert len(done) == 20
 
 
 def test_an_error_is_short_whatever_was_sent(server):

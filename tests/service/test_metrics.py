@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import urllib.error
 import urllib.request
 from array import array
 from ipaddress import ip_address
@@ -21,14 +22,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import fail_to_serve
 from servers import Server, metrics_address, open_pool, wait_for
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.errors import InvalidError, RefusedError
 from odma_service.service import config
+from odma_service.service.door.health import Health
 from odma_service.service.watch import metrics
 from odma_service.values import Allocate, End, Extend, Free, PolicyChange, TenantShare, Used
 
 PAGE = DOCS / "reference" / "observability.md"
 QUANTILES = 7
+OF_FILES = {"odma_files_refused", "odma_tls_certificate_not_after_seconds"}
+"""Without tokens and TLS there are none of these: see test_tls."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,34 @@ def test_a_scrape_tells_what_the_books_say(scraped, service, name):
         assert value(samples, f"odma_pool_{metric}", pool=name) == pytest.approx(expected), metric
     assert value(samples, "odma_pool_policy_info", pool=name, policy="elastic") == 1
     assert value(samples, "odma_pool_completions_total", pool=name, end="finished") == 1
+
+
+def test_a_scrape_tells_what_is_kept_and_reused(scraped, service, name):
+    policy = PolicyChange(step_tokens=16, safety_share=0)
+    pool = open_pool(service, name, granule_tokens=64, capacity_tokens=512, policy=policy)
+    keys = chained_keys(range(192), 64, b"")
+    first = pool.allocate(Allocate("first", 200, keys=keys))
+    pool.free(Free(first.handle, End.FINISHED, 1, keep_tokens=200))
+    kept = scrape(scraped)
+    again = pool.apply(ops=[Allocate("again", 200, keys=keys)]).results[0].handle
+    used = [Used(again, 200, shareable_tokens=200)]
+    pool.apply(used, [Allocate("more", 130, keys=keys[:32])])  # of 160
+    pool.free(Free(again, End.FINISHED, 1, keep_tokens=128))
+    pool.apply(ops=[Allocate("rest", 336)])
+    samples = scrape(scraped)
+    for metric, expected in (
+        ("kept_runs", 0),
+        ("kept_tokens", 0),
+        ("prompt_tokens_total", 200 + 200 + 130 + 336),
+        ("given_up_tokens_total", 128),
+    ):
+        assert value(samples, f"odma_pool_{metric}", pool=name) == expected, metric
+    for by, expected in (("adopted", 192), ("gathered", 128), ("shared", 0)):
+        assert value(samples, "odma_pool_reused_tokens_total", pool=name, by=by) == expected, by
+    assert value(kept, "odma_pool_kept_runs", pool=name) == 1
+    assert value(kept, "odma_pool_kept_tokens", pool=name) == 192
+    reuse = service.get_pool(name).reuse
+    assert (reuse.reused_tokens, reuse.given_up_tokens) == (320, 128)
 
 
 def test_a_refusal_is_counted_once_by_operation_and_reason_though_it_is_told_again(
@@ -288,7 +320,7 @@ def test_the_page_lists_what_there_is_and_nothing_else(scraped, service, name):
         for s in scrape(scraped)
         if s.name.startswith("odma_")
     }
-    assert documented() == told
+    assert documented() == told | OF_FILES
 
 
 def needed(tool: str) -> str:
@@ -356,11 +388,11 @@ tests:
         values: '0x5 0+100x30'
     alert_rule_test:
       - {eval_time: 22m, alertname: OdmaBooksSetAside, exp_alerts: [
-          {exp_labels: {kind: set_aside, instance: a}}]}
+          {exp_labels: {severity: critical, kind: set_aside, instance: a}}]}
       - {eval_time: 22m, alertname: OdmaFailsInside, exp_alerts: [
-          {exp_labels: {rpc: odma.v1.MemoryService.Stream, code: INTERNAL}}]}
+          {exp_labels: {severity: critical, rpc: odma.v1.MemoryService.Stream, code: INTERNAL}}]}
       - {eval_time: 30m, alertname: OdmaSlow, exp_alerts: [
-          {exp_labels: {rpc: odma.v1.MemoryService.Stream}}]}
+          {exp_labels: {severity: warning, rpc: odma.v1.MemoryService.Stream}}]}
       - {eval_time: 10m, alertname: OdmaBooksSetAside, exp_alerts: []}
 """
 
@@ -379,6 +411,17 @@ def test_alerts_fire_at_the_first_event_and_for_streams(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_severity_and_a_runbook_that_is_there():
+    sections = set(re.findall(r"^#### (\w+)$", PAGE.read_text(), re.MULTILINE))
+    rules = (ROOT / "deploy" / "alerts.yml").read_text().split("      - alert: ")[1:]
+    for rule in rules:
+        name = rule.splitlines()[0]
+        assert re.search(r"labels: {severity: (critical|warning)}", rule), name
+        assert f"runbook: docs/reference/observability.md#{name.lower()}\n" in rule
+        assert name in sections
+    assert len(sections) == len(rules)
 
 
 def test_promtool_finds_no_fault_with_names_queries_and_configuration(scraped, tmp_path):
@@ -415,8 +458,8 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_and_labels_that_there_are(
     place = pool.allocate(Allocate("r", 16, predicted_output_tokens=10))
     pool.free(Free(place.handle, End.FINISHED, 5))
     samples = scrape(scraped)
-    told = {sample.name for sample in samples}
-    labels = {"le", "instance", "job", *(label for s in samples for label in s.labels)}
+    told = {sample.name for sample in samples} | OF_FILES
+    labels = {"le", "instance", "job", "files", *(label for s in samples for label in s.labels)}
     found = queries()
     assert len(found) > 20
     for query in found:
@@ -425,3 +468,45 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_and_labels_that_there_are(
         for group in re.findall(r"by \(([^)]*)\)", query):
             used |= set(group.split(", "))
         assert used <= labels, query
+
+
+# --- health over HTTP, and what systemd is told ---
+
+
+def asked_over_http(server, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{metrics_address(server)}{path}", timeout=10) as page:
+            return page.status, page.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode()
+
+
+def test_a_service_is_live_and_ready_over_http_until_it_drains(servers, name):
+    server = servers("--metrics-listen", "127.0.0.1:0", "--log-format", "json")
+    for path in ("/healthz", "/readyz"):
+        assert asked_over_http(server, path) == (200, "serving\n")
+    assert asked_over_http(server, "/metrics")[0] == 200
+    assert asked_over_http(server, "/healthzz")[0] == 404
+
+
+def test_while_it_drains_it_is_live_and_not_ready():
+    health = Health([])
+    with metrics.serving_metrics("127.0.0.1:0", CollectorRegistry(), health.serves) as address:
+        health.drain()
+        with urllib.request.urlopen(f"http://{address}/healthz") as page:
+            assert page.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://{address}/readyz")
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_when_the_service_is_ready_and_when_it_stops(servers, tmp_path, abstract):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + path if abstract else path)
+        manager.settimeout(30)
+        address = "@" + path if abstract else path
+        server = servers(environment={"NOTIFY_SOCKET": address})
+        assert manager.recv(64) == b"READY=1"
+        assert server.terminate() == 0
+        assert manager.recv(64) == b"STOPPING=1"

@@ -12,14 +12,22 @@ from pathlib import Path
 
 import grpc
 import pytest
-from registries import open_in, registry_of, state
+from registries import Clock, open_in, registry_of, state
 from servers import open_pool, wait_for
 
 from odma_service.client import Client
-from odma_service.errors import EpochError, OdmaError, PoolNotFoundError, UnavailableError
+from odma_service.errors import (
+    EpochError,
+    OdmaError,
+    PoolNotFoundError,
+    PoolOpenError,
+    UnavailableError,
+)
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
+from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.service.rpc.reports import summary_to
-from odma_service.values import Allocate, Batch, End, Free, PolicyChange, Used
+from odma_service.service.watch.events import EventKind
+from odma_service.values import Allocate, Batch, End, Free, PolicyChange, TenantShare, Used
 
 OPEN, STALE, CLOSED = (
     pool_pb.POOL_STATE_OPEN,
@@ -341,3 +349,69 @@ def test_a_closing_registry_leaves_a_pool_in_use_alone(registry):
         assert learner.apply(epoch, Batch(1, 0, [], [Allocate("r", 10)])).seq == 1
     with pytest.raises(UnavailableError), registry.owned("held", epoch):
         pass
+
+
+# --- what is forgotten, and what a name keeps ---
+
+
+def test_a_forgotten_pool_leaves_no_file_and_its_name_begins_anew(tmp_path):
+    registry = registry_of(tmp_path, Clock())
+    opened = open_in(registry, "a")
+    with pytest.raises(PoolOpenError):
+        registry.forget("a", opened.epoch)
+    registry.close_epoch("a", opened.epoch)
+    registry.forget("a", opened.epoch)
+    registry.forget("a", opened.epoch)
+    assert list(tmp_path.glob("a*")) == []
+    assert registry.names() == []
+    told = registry.telemetry.events.after(0).events[-1]
+    assert (told.kind, told.reason) == (EventKind.FORGOTTEN, "by request")
+    assert open_in(registry, "a").epoch > opened.epoch
+    registry.close()
+
+
+def test_a_late_wish_to_forget_does_not_meet_a_later_life(tmp_path):
+    registry = registry_of(tmp_path, Clock())
+    first = open_in(registry, "a")
+    registry.close_epoch("a", first.epoch)
+    second = open_in(registry, "a")
+    registry.close_epoch("a", second.epoch)
+    with pytest.raises(EpochError):
+        registry.forget("a", first.epoch)
+    assert registry.names() == ["a"]
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ({}, {}, True),
+        ({}, {"moves": types.MOVES_NONE}, False),
+        ({"moves": types.MOVES_NONE}, {"moves": types.MOVES_OWN_GROWTH}, True),
+        ({"moves": types.MOVES_NONE}, {}, False),
+        ({"single_ordered_stream": True}, {}, False),
+        ({}, {"ttl_seconds": 5}, True),
+    ],
+)
+def test_a_policy_outlives_its_epoch_for_an_engine_of_its_kind(tmp_path, before, after, kept):
+    registry = registry_of(tmp_path, Clock())
+    share = TenantShare("chat", 0.9, 1.0)
+    first = open_in(registry, "a", **before)
+    with registry.steered("a", first.epoch) as learner:
+        learner.set_policy(
+            learner.pool.policy().with_changes(growth=3.5, safety_share=0.02, tenants=[share]),
+            None,
+            None,
+        )
+    registry.close_epoch("a", first.epoch)
+    second = open_in(registry, "a", **after)
+    with registry.viewed("a") as view:
+        policy = view.pool.policy()
+    assert (policy.growth == 3.5) == kept
+    assert policy.name == second.policy_name
+    assert policy.tenants == (share,)
+    assert policy.safety_share <= 0.11
+    told = registry.telemetry.events.after(0).events[-1]
+    assert ("goes on" in told.reason) == kept
+    assert ("of another kind" in told.reason) != kept
+    registry.close()

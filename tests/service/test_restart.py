@@ -16,12 +16,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from running import fail_to_serve, odma
 from servers import books, open_pool, places_of, wait_for
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.errors import EpochError, PoolOwnedError, SeqChangedError, UnavailableError
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.server import NOTICE_SECONDS
-from odma_service.values import Allocate, Batch, End, Extend, Free, Place, PolicyChange, Trim, Used
+from odma_service.values import (
+    Allocate,
+    Batch,
+    End,
+    Extend,
+    Free,
+    Place,
+    PolicyChange,
+    Refusal,
+    Trim,
+    Used,
+)
 from odma_service.wire import batch_to
 
 
@@ -50,6 +61,31 @@ def test_everything_is_found_again_after_a_kill(restarted, service):
     before = books(service, "p")
     restarted.restart()
     assert books(service, "p") == before
+
+
+def test_what_is_kept_is_found_again_after_a_kill(restarted, service):
+    pool = open_pool(service, "p", granule_tokens=64)
+    keys = chained_keys(range(256), 64, b"")
+    runs, ended = (
+        place.handle
+        for place in pool.apply(
+            ops=[Allocate("runs", 200, keys=keys[:48]), Allocate("ended", 300, keys=keys)]
+        ).results
+    )
+    pool.apply(
+        [Used(runs, 200, shareable_tokens=130), Used(ended, 300)],
+        [Free(ended, End.FINISHED, 1, keep_tokens=260)],
+    )
+    restarted.restart()
+    answer = pool.apply(
+        [Used(runs, 200)],
+        [Allocate("again", 300, keys=keys), Allocate("half", 140, keys=keys[:32])],
+    )
+    assert [place.reused_tokens for place in answer.results] == [256, 128]
+    restarted.restart()
+    pool.reconcile([runs], completed_seq=pool.seq)
+    assert pool.allocate(Allocate("half", 140, keys=keys[:32])).reused_tokens == 0
+    assert pool.apply([], [Allocate("more", 140, keys=keys[:32])]).results[0].reused_tokens == 128
 
 
 def test_an_engine_goes_on_as_if_nothing_had_happened(restarted, service):
@@ -279,6 +315,54 @@ def test_calls_under_way_are_answered_before_it_ends(restarted):
     with Client(restarted.target) as service:
         for pool in pools:
             assert service.get_pool(pool.ref.name).last_seq == pool.seq
+
+
+REGIONS, DRAIN_SECONDS = 65_536, 2.0
+
+
+@pytest.mark.timeout(300)
+def test_a_drain_ends_in_time_while_a_pool_plans_as_long_as_it_may(servers):
+    """The largest table, full of holes; each batch asks in vain until its search is cut."""
+    server = servers("--drain-seconds", str(DRAIN_SECONDS))
+    with Client(server.target, timeout_seconds=100) as service:
+        pool = open_pool(
+            service,
+            "p",
+            capacity_tokens=16 * REGIONS,
+            max_regions=REGIONS,
+            policy=PolicyChange(name="elastic", step_tokens=1, safety_share=0.0),
+        )
+        handles = []
+        for first in range(0, REGIONS, 1024):
+            ops = [Allocate(f"r{first + i}", 15) for i in range(1024)]
+            handles += [place.handle for place in pool.apply(ops=ops).results]
+        for first in range(1, REGIONS, 2048):
+            pool.apply(ops=[Free(one, End.ABORTED) for one in handles[first : first + 2048 : 2]])
+    kept = handles[::2]
+    used = [Used(handle, 16, pinned=True) for handle in kept]
+    ops = [Extend(handle, 40 * 16) for handle in kept[:1024]]
+    answered = []
+
+    def work():
+        with Client(server.target, timeout_seconds=100, retry_seconds=0) as service:
+            pool._client = service
+            try:
+                while True:
+                    begun = time.monotonic()
+                    results = pool.apply(ops=ops, used=used, pass_refused=True).results
+                    assert all(isinstance(result, Refusal) for result in results)
+                    answered.append(time.monotonic() - begun)
+            except UnavailableError as error:
+                return error
+
+    with ThreadPoolExecutor(1) as engine:
+        ended = engine.submit(work)
+        wait_for(lambda: answered, "a batch", 100)
+        begun = time.monotonic()
+        assert server.terminate() == 0
+        seconds = time.monotonic() - begun
+        assert type(ended.result()) is UnavailableError
+    assert seconds < DRAIN_SECONDS + 1, answered
 
 
 # --- where it listens ---

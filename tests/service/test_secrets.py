@@ -1,4 +1,4 @@
-"""Prompts and tokens go nowhere but where they are meant to: no log line holds one."""
+"""Prompts, their keys and tokens go nowhere but where they are meant to: no log line holds one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from base64 import b64encode
 
 import grpc
 import pytest
@@ -19,7 +20,8 @@ from odma_service.rpc.v1 import types_pb2 as types
 
 PROMPT = "the-prompt-that-nobody-may-read"
 TOKEN = "the-token-that-nobody-may-read"
-MARKERS = (PROMPT, TOKEN)
+KEY = b"the-hidden-key-1"
+MARKERS = (PROMPT, TOKEN, KEY.decode(), KEY.hex(), b64encode(KEY).decode()[:20])
 
 NAMED = {"name", "pool_name", "open_id", "preset", "request_id", "request_class", "tenant"}
 """Texts that are names and may be logged."""
@@ -38,6 +40,8 @@ def marked(message: Message, tail: str = "") -> Message:
         elif field.type == FieldDescriptor.TYPE_STRING and field.name not in NAMED:
             assert not field.is_repeated
             setattr(message, field.name, PROMPT + tail)
+        elif field.name == "keys":
+            message.keys = KEY + tail.encode()
     return message
 
 
@@ -47,7 +51,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
+def test_no_log_line_holds_a_prompt_a_key_or_a_token(servers, tmp_path, form):
     authority = Authority(tmp_path)
     own = authority.sign("server", *LOCAL)
     tokens = tmp_path / "tokens.toml"
@@ -72,6 +76,7 @@ def test_no_log_line_holds_a_prompt_or_a_token(servers, tmp_path, form):
             geometry=types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)]),
             capacity_tokens=4096,
             moves=types.MOVES_ANY,
+            granule_tokens=64,
         )
         open_pool = "/odma.v1.MemoryService/OpenPool"
         call(open_pool, opening)
@@ -106,6 +111,7 @@ def batches(channel, call):
         geometry=types.Geometry(planes=[types.PlaneGroup(count=2, bytes_per_token=64)]),
         capacity_tokens=256,
         moves=types.MOVES_ANY,
+        granule_tokens=64,
     )
     open_pool = channel.unary_unary(
         "/odma.v1.MemoryService/OpenPool",
@@ -114,8 +120,8 @@ def batches(channel, call):
     )
     ref = open_pool(opened, metadata=[("authorization", f"Bearer {TOKEN}")]).pool
     apply = "/odma.v1.MemoryService/Apply"
-    alloc = pb.Alloc(request_id="r", prompt_tokens=10, request_class="chat", text=PROMPT)
-    full = pb.Alloc(request_id="full", prompt_tokens=250, text=PROMPT)
+    alloc = pb.Alloc(request_id="r", prompt_tokens=80, request_class="chat", text=PROMPT, keys=KEY)
+    full = pb.Alloc(request_id="full", prompt_tokens=250, text=PROMPT, keys=3 * KEY)
     request = pb.ApplyRequest(
         pool=ref, seq=1, ops=[pb.Op(allocate=alloc), pb.Op(allocate=full), pb.Op(allocate=full)]
     )
@@ -124,6 +130,8 @@ def batches(channel, call):
     request.ops[0].allocate.text += "-changed"
     call(apply, request)
     call("/odma.v1.MemoryService/Allocate", pb.AllocateRequest(pool=ref, allocate=full))
+    free = pb.Freeing(handle=2**32, end=pb.END_FINISHED, keep_tokens=130, keys=KEY)
+    call("/odma.v1.MemoryService/Free", pb.FreeRequest(pool=ref, free=free))
     call("/odma.v1.MemoryService/ClosePool", pb.ClosePoolRequest(pool=ref))
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,8 @@ from servers import CAPACITY_TOKENS, books, open_pool, places_of
 
 from odma_service.client import Client
 from odma_service.errors import (
+    BooksCorruptError,
+    BooksUnavailableError,
     EpochError,
     HandleError,
     InvalidError,
@@ -37,6 +40,7 @@ from odma_service.rpc.v1 import (
 )
 from odma_service.rpc.v1 import types_pb2 as types
 from odma_service.rpc.v1.memory_service_pb2_grpc import MemoryServiceStub
+from odma_service.service.rpc.pools import PoolService
 from odma_service.values import (
     Allocate,
     Batch,
@@ -616,3 +620,54 @@ def test_a_slow_call_holds_up_nobody_of_another_pool(registry):
     with registry.owned("a", epochs["a"]):
         threading.Thread(target=use_the_other).start()
         assert done.wait(30)
+
+
+def test_readers_wait_for_no_call_of_the_owner_and_it_for_none_of_them(registry):
+    epoch = open_in(registry, "p").epoch
+    service = PoolService(registry)
+
+    def read():
+        [summary] = service.ListPools(pool_pb.ListPoolsRequest(), None).pools
+        facts = service.GetPool(pool_pb.GetPoolRequest(name="p"), None)
+        page = service.ListRegions(pool_pb.ListRegionsRequest(name="p"), None)
+        return summary.regions, facts.last_seq, len(page.regions)
+
+    def work(seq):
+        with registry.owned("p", epoch) as learner:
+            learner.apply(epoch, Batch(seq, 0, [], [Allocate(f"r{seq}", 10)]))
+
+    with ThreadPoolExecutor(1) as another:
+        with registry.owned("p", epoch):
+            assert another.submit(read).result(timeout=30) == (0, 0, 0)
+        with registry.viewed("p"):
+            another.submit(work, 1).result(timeout=30)
+    assert read() == (1, 1, 1)  # what was answered is seen
+
+
+def test_readers_see_a_pool_at_all_times_though_its_books_are_made_anew(registry):
+    service, over = PoolService(registry), threading.Event()
+    open_in(registry, "p")
+
+    def read():
+        looks = 0
+        while not over.is_set():
+            facts = service.GetPool(pool_pb.GetPoolRequest(name="p"), None)
+            assert facts.summary.free_tokens == facts.summary.capacity_tokens == 1024
+            looks += 1
+        return looks
+
+    with ThreadPoolExecutor(3) as readers:
+        reading = [readers.submit(read) for _ in range(3)]
+        for block_tokens in [32, 16] * 20:
+            open_in(
+                registry, "p", open_id=str(block_tokens), block_tokens=block_tokens, take_over=True
+            )
+        over.set()
+        assert all(done.result(timeout=30) for done in reading)
+
+
+def test_books_that_fail_a_reader_are_read_again(registry):
+    epoch = open_in(registry, "p").epoch
+    with pytest.raises(BooksUnavailableError, match="read again"), registry.viewed("p"):
+        raise BooksCorruptError("a page of them failed")
+    assert state(registry, "p")[0] == epoch

@@ -121,9 +121,12 @@ def test_streams_without_a_batch_make_way_for_new_ones(servers):
             with pool.stream():
                 for _ in range(3):
                     assert pool.apply().seq == pool.seq
-            refused = [stream for stream in streams if not stream.is_active()]
-            assert len(refused) >= len(streams) - 17
-            for stream in refused:
+
+            def refused():
+                return [stream for stream in streams if not stream.is_active()]
+
+            wait_for(lambda: len(refused()) >= len(streams) - 17, "room")
+            for stream in refused():
                 assert end_of(stream) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT", True)
         finally:
             for stream in streams:
@@ -230,6 +233,21 @@ def test_draining_lets_the_batch_under_way_be_answered_first(registry):
         drained.result()
         assert end_of(call) == (grpc.StatusCode.UNAVAILABLE, "DRAINING", True)
         stop.set()
+
+
+def test_a_batch_that_nobody_waits_for_is_not_done_once_it_has_the_pool(registry):
+    epoch = open_in(registry, "p").epoch
+    ref = types.PoolRef(name="p", epoch=epoch)
+    with serving(registry) as (memory, stub):
+        with registry.owned("p", epoch):
+            call = stub.Stream(iter([pb.StreamRequest(apply=pb.ApplyRequest(pool=ref, seq=1))]))
+            [stream] = wait_for_streams(memory)
+            wait_for(stream.lock.locked, "the batch")
+            call.cancel()
+            wait_for(stream.gone.is_set, "the end of the call")
+        wait_for(lambda: not memory.streams._open, "the end of the stream")
+        with registry.viewed("p") as view:
+            assert view.pool.last_seq == 0
 
 
 def wait_for_streams(memory):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 
 import pytest
 from certificates import DAY, LOCAL, Authority, write_key
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from prometheus_client.parser import text_string_to_metric_families
 from running import odma
-from servers import Server, open_pool, wait_for
+from servers import Server, metrics_address, open_pool, wait_for
 
 from odma_service.client import Client, Tls
 from odma_service.errors import OdmaError, UnavailableError
 from odma_service.service.config import load
-from odma_service.service.door.tls import credentials_of
+from odma_service.service.door.tls import certificates_of
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,7 @@ def complaint(*flags, listen=("127.0.0.1:0",)):
     fields = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
     settings = load({"listen": listen, **dict(zip(fields, flags[1::2], strict=True))})
     with pytest.raises(OdmaError) as caught:
-        credentials_of(settings, None)
+        certificates_of(settings, None)
     return str(caught.value)
 
 
@@ -301,3 +304,48 @@ def test_a_server_that_is_not_there_is_unavailable(authority):
         pytest.raises(UnavailableError),
     ):
         client.list_pools()
+
+
+# --- trouble that is coming ---
+
+
+def test_the_end_of_a_certificate_is_a_metric_and_told_in_the_log(servers, authority, tmp_path):
+    over = authority.sign("over", *LOCAL, lasts=-DAY)
+    server = servers(*tls_flags(over), "--metrics-listen", "127.0.0.1:0", "--log-format", "json")
+    wait_for(lambda: "the TLS certificate is over" in server.log.read_text(), "a line")
+    [told] = [m for m in metrics_of(server) if m.name == "odma_tls_certificate_not_after_seconds"]
+    ends = x509.load_pem_x509_certificate(over.cert.read_bytes()).not_valid_after_utc.timestamp()
+    assert told.samples[0].value == ends
+
+
+def test_the_end_of_a_far_or_an_old_certificate_is_read(authority, own):
+    for days in (-20_000, 20_000, 1):
+        name = f"ends-{days}"
+        pair = authority.sign(name, *LOCAL, lasts=days * DAY, since=-25_000 * DAY)
+        certificate = x509.load_pem_x509_certificate(pair.cert.read_bytes())
+        settings = load({"tls_cert": pair.cert, "tls_key": pair.key})
+        ends = certificates_of(settings, None).get().not_after_unix_seconds
+        assert ends == certificate.not_valid_after_utc.timestamp()
+
+
+def test_a_broken_file_is_told_while_nobody_calls_and_is_over_when_it_is_mended(servers, own):
+    server = servers(*tls_flags(own), "--metrics-listen", "127.0.0.1:0", "--log-format", "json")
+
+    def refused():
+        [told] = [m for m in metrics_of(server) if m.name == "odma_files_refused"]
+        return {sample.labels["files"]: sample.value for sample in told.samples}
+
+    good = own.cert.read_bytes()
+    assert refused() == {"tls": 0}
+    try:
+        own.cert.write_text("nonsense")
+        wait_for(lambda: refused() == {"tls": 1}, "a refusal")
+        assert "changed files refused" in server.log.read_text()
+    finally:
+        own.cert.write_bytes(good)
+    wait_for(lambda: refused() == {"tls": 0}, "the end of the refusal")
+
+
+def metrics_of(server):
+    with urllib.request.urlopen(f"http://{metrics_address(server)}/metrics", timeout=10) as page:
+        return list(text_string_to_metric_families(page.read().decode()))

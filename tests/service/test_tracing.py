@@ -31,6 +31,7 @@ from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
 SERVER, ERROR = trace_pb2.Span.SPAN_KIND_SERVER, trace_pb2.Status.STATUS_CODE_ERROR
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MEMORY = "odma.v1.MemoryService"
+KEY = b"of one granule.."
 
 
 class Collector(collector_grpc.TraceServiceServicer):
@@ -111,9 +112,12 @@ def traced(servers, collector):
 
 def test_a_call_is_a_span_with_the_outcome_of_its_operations(traced, collector, name):
     with Client(traced.target) as client:
-        pool = open_pool(client, name, capacity_tokens=1024)
+        pool = open_pool(client, name, capacity_tokens=1024, granule_tokens=64)
+        place = pool.allocate(Allocate("first", 100, keys=KEY))
+        pool.free(Free(place.handle, End.FINISHED, keep_tokens=100))
         pool.apply(
-            ops=[Allocate("a", 100), Allocate("b", 2000), Allocate("c", 100)], pass_refused=True
+            ops=[Allocate("a", 100, keys=KEY), Allocate("b", 2000), Allocate("c", 100)],
+            pass_refused=True,
         )
     [span] = collector.of_pool("Apply", name)
     assert span.kind == SERVER
@@ -126,6 +130,7 @@ def test_a_call_is_a_span_with_the_outcome_of_its_operations(traced, collector, 
     assert found["odma.epoch"] == pool.ref.epoch
     assert found["odma.operations.allocate"] == 3
     assert found["odma.refusals"] == ["allocate INVALID 1"]
+    assert found["odma.reused_tokens"] == 64
     assert found["odma.copies"] == found["odma.copied_tokens"] == 0
     assert 0 < span.end_time_unix_nano - span.start_time_unix_nano < 60e9
     resource = collector.resources[0]
@@ -264,23 +269,22 @@ def test_the_wait_for_a_pool_is_a_part(tmp_path):
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
     spans, lock = OtelSpans(provider), threading.Lock()
-    with spans.waiting(lock):
-        assert lock.locked()
+    spans.take(lock)
+    assert lock.locked()
     assert not kept.get_finished_spans()
-    lock.acquire()
     entered = threading.Event()
 
     def enter() -> None:
-        with spans.waiting(lock):
-            entered.set()
+        spans.take(lock)
+        entered.set()
 
     waiter = threading.Thread(target=enter)
     waiter.start()
     assert not entered.wait(0.05)
     lock.release()
     waiter.join()
+    assert entered.is_set()
     assert [span.name for span in kept.get_finished_spans()] == ["wait for pool"]
-    assert not lock.locked()
 
 
 # --- when there is no collector, or a bad one ---

@@ -153,7 +153,7 @@ def test_watchers_are_bounded_and_take_no_thread_from_calls(servers, name):
     assert len(streams) == MOST_WATCHERS
     for stream in streams:
         next(stream)
-    with Client(server.target) as service:
+    with Client(server.target, retry_seconds=1) as service:
         assert open_pool(service, name).apply().seq == 1
         with pytest.raises(StreamLimitError):
             next(service.watch())

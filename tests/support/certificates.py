@@ -48,10 +48,16 @@ class Authority:
         self.cert = directory / f"{name}.pem"
         self.cert.write_bytes(made.public_bytes(Encoding.PEM))
 
-    def sign(self, name: str, *names: x509.GeneralName, lasts: timedelta = DAY) -> Pair:
+    def sign(
+        self,
+        name: str,
+        *names: x509.GeneralName,
+        lasts: timedelta = DAY,
+        since: timedelta = -2 * DAY,
+    ) -> Pair:
         """Return a certificate for `name` and other names, over by now if `lasts` is negative."""
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = self._builder(_name(name), key, lasts)
+        builder = self._builder(_name(name), key, lasts, since)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         pair = Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
@@ -60,7 +66,11 @@ class Authority:
         return pair
 
     def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, lasts: timedelta
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        lasts: timedelta,
+        since: timedelta = -2 * DAY,
     ) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
@@ -69,7 +79,7 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - 2 * DAY)
+            .not_valid_before(now + since)
             .not_valid_after(now + lasts)
         )
 

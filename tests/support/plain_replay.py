@@ -9,21 +9,27 @@ from odma_service.values import End
 
 def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=0):
     """Serve a load step by step; the History has no decisions and no window."""
+    closed = closed and not load.after
+    waits = list(load.after) or [-1] * len(load)
     arrivals = [0 if closed else round(s * 10**12) for s in load.arrivals_seconds]
     history = History([-1] * len(load), [-1] * len(load), [-1] * len(load))
     queue, running, ended, stalled, generated = [], [], [], [], {}
-    to_come = list(range(len(load)))
+    to_come = set(range(len(load)))
     now = tokens = written_ps = reserved_ps = copy_ps = prefill_ps = running_ps = 0
-    births = passed = 0
+    births = passed = unread = 0
 
     def written(run):
         return run.lead
 
     while to_come or queue or running:
+        known = sorted((arrivals[n], n) for n in to_come if waits[n] < 0)
         if not queue and not running:
-            now = max(now, arrivals[to_come[0]])
-        while to_come and arrivals[to_come[0]] <= now:
-            queue.append(to_come.pop(0))
+            now = max(now, known[0][0])
+        for at, number in known:
+            if at <= now:
+                queue.append(number)
+                to_come.remove(number)
+                history.arrived_ps[number] = -1 if closed else at
         deep = max(ADMISSIONS, 1 + overtake) if passed < MOST_PASSED else 1
         full = [r for r in running if written(r) == r.room]
         asked = [
@@ -37,7 +43,7 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
                 history.steps, 0, ended, full, asked, {r.birth: r for r in running}, overtake > 0
             )
             decision = memory.decide(step)
-            ended, stalled = [], list(decision.stalled)
+            ended, stalled, unread = [], list(decision.stalled), decision.unread_tokens
             for run in sorted(decision.victims, key=lambda r: -r.birth):
                 running.remove(run)
                 generated[run.number] = written(run) - run.request.prompt_tokens
@@ -54,7 +60,7 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
                     continue
                 births += 1
                 run = Run(entry.number, entry.request, births)
-                run.handle, run.room, cached = placed
+                run.handle, run.room, reused = placed
                 run.lead = entry.request.prompt_tokens + entry.generated_tokens
                 running.append(run)
                 passed = 0 if queue[0] == entry.number else passed + 1
@@ -63,7 +69,9 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
                 if prices.swapped_token_ps and entry.number in generated:
                     step_copies += run.lead * prices.swapped_token_ps
                 else:
-                    step_prefill += prices.prefill_ps(run.lead) - prices.prefill_ps(cached)
+                    step_prefill += prices.prefill_ps(run.lead) - prices.prefill_ps(reused)
+                    history.prompt_tokens += run.lead
+                    history.reused_tokens += reused
             step_copies += prices.copies_ps(decision.copies, decision.copied_tokens)
             history.copies += decision.copies
             history.copied_tokens += decision.copied_tokens
@@ -72,7 +80,7 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
         decoding = [r for r in running if r not in stalled]
         held = sum(written(r) for r in decoding)
         decode = max(
-            prices.weights_ps + prices.kv_token_ps * held,
+            prices.weights_ps + prices.kv_token_ps * (held - unread),
             prices.token_ps * len(decoding) + prices.pair_ps * held,
         )
         ps = decode + step_prefill + step_copies
@@ -95,6 +103,10 @@ def serve_plainly(load, memory, prices, *, batch_cap=256, closed=True, overtake=
             ended.append(Ended(run, end, run.request.output_tokens))
             history.finished.append(run.number)
             history.finished_ps[run.number] = now
+            for number, after in enumerate(waits):
+                if after == run.number:
+                    waits[number] = -1
+                    arrivals[number] = now + round(load.gaps_seconds[number] * 10**12)
             history.sums.append(
                 Sums(now, tokens, written_ps, reserved_ps, copy_ps, prefill_ps, running_ps)
             )

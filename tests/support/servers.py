@@ -103,8 +103,12 @@ def books(service: Client, name: str) -> tuple[str, list[str]]:
 
 def metrics_address(server: Server) -> str:
     """Return where the log says that metrics are."""
-    lines = map(json.loads, server.log.read_text().splitlines())
-    return [line["metrics"] for line in lines if line["event"] == "serving"][-1]
+
+    def told() -> list[str]:
+        whole = [line for line in server.log.read_text().splitlines(True) if line.endswith("}\n")]
+        return [line["metrics"] for line in map(json.loads, whole) if line["event"] == "serving"]
+
+    return wait_for(told, "a line about the metrics")[-1]
 
 
 def wait_for(condition: Callable[[], Held], what: str, seconds: float = PATIENCE_SECONDS) -> Held:

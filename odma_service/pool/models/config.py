@@ -53,6 +53,9 @@ CACHE_WORDS = re.compile(
 Keys of experts, predictions, positions and other senses do not.
 """
 
+GROWING_ROPES = {"dynamic", "longrope", "su"}
+"""Scalings of RoPE by which a token's K depends on how long its request is or may get."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -190,6 +193,17 @@ class Config:
     def model_length_tokens(self) -> int | None:
         key = "max_position_embeddings"
         return self.count(key, MOST_MODEL_LENGTH_TOKENS) if self.has(key) else None
+
+    def growing_rope(self) -> str:
+        """Return the name of what scales RoPE with the length of the request, "" if none does."""
+        for key in ("rope_scaling", "rope_parameters"):
+            said = self._values.get(key)
+            for scaling in (said, *said.values()) if isinstance(said, dict) else ():
+                if isinstance(scaling, dict) and GROWING_ROPES.intersection(
+                    str(scaling.get(name)) for name in ("rope_type", "type")
+                ):
+                    return self.field(key)
+        return self.field("use_dynamic_ntk") if self._values.get("use_dynamic_ntk") else ""
 
     def element_bytes(self) -> int:
         """Return the bytes of one element of the cache.

@@ -65,6 +65,7 @@ class ModelGeometry(NamedTuple):
     model_length_tokens: int | None
     why: tuple[str, ...] = ()
     has_states: bool = False
+    not_of_prefix: str = ""  # why equal prefixes may have unequal KV; "": they never do
 
 
 def from_model_config(
@@ -92,8 +93,21 @@ def from_model_config(
         Geometry(groups),
         config.model_length_tokens,
         tuple(_why(config, layers, part.tensor or 1, element)),
-        any(layer.kind in (Kind.STATE, Kind.CROSS) or layer.has_state for layer in layers),
+        _has_states(layers),
+        _not_of_prefix(config, layers),
     )
+
+
+def _has_states(layers: list[Layer]) -> bool:
+    return any(layer.kind in (Kind.STATE, Kind.CROSS) or layer.has_state for layer in layers)
+
+
+def _not_of_prefix(config: Config, layers: list[Layer]) -> str:
+    if _has_states(layers):
+        return "its layers keep states, which are not in the planes"
+    if key := config.growing_rope():
+        return f"{key} follows the length of the request"
+    return ""
 
 
 def _of_rank(config: Config, model: list[Layer], part: Parallel) -> list[Layer]:

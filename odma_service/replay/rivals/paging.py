@@ -39,9 +39,9 @@ class PagedMemory:
     def decide(self, step: Step) -> Decision:
         """Give back, grow and admit, in this order."""
         decision = Decision()
-        for run, end, _ in step.ended:
+        for run, end, output_tokens in step.ended:
             if end is not End.PREEMPTED:
-                self._release(run)
+                self._release(run, run.request.prompt_tokens + output_tokens)
         self._grow(step, decision)
         if not decision.victims:
             self._admit(step, decision)
@@ -54,7 +54,7 @@ class PagedMemory:
         self._free -= pages
         return True
 
-    def _release(self, run: Run) -> None:
+    def _release(self, run: Run, written_tokens: int) -> None:
         self._free += run.room // self._page_tokens
 
     def _grow(self, step: Step, decision: Decision) -> None:
@@ -66,7 +66,7 @@ class PagedMemory:
             while run not in preempted and not self._take(1):
                 victim = youngest_last.pop()
                 preempted.add(victim)
-                self._release(victim)
+                self._release(victim, victim.lead + step.tick)
             if run not in preempted:
                 run.room += self._page_tokens
         decision.victims.extend(preempted)

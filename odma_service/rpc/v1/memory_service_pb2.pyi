@@ -77,6 +77,7 @@ class OpenPoolRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
     READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
     open_id: _builtins.str
     """Makes a retry safe: unique for each attempt to own the pool. 1 to 64 bytes."""
     name: _builtins.str
@@ -127,6 +128,10 @@ class OpenPoolRequest(_message.Message):
     """The engine's attention can read the beginning of a request in one run and the
     rest in another: Place.shared_tokens. Needs granule_tokens.
     """
+    seen: _builtins.str
+    """How the pool was: `seen` in the metadata of the last OPEN_STALE for this
+    call, as it is; empty at first. Unset, or without an instance: not compared.
+    """
     @_builtins.property
     def device(self) -> _types_pb2.Device: ...
     @_builtins.property
@@ -159,15 +164,20 @@ class OpenPoolRequest(_message.Message):
         attempt: _builtins.int = ...,
         granule_tokens: _builtins.int = ...,
         reads_two_runs: _builtins.bool = ...,
+        seen: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "device", b"device", "geometry", b"geometry", "layout", b"layout", "model", b"model", "policy", b"policy", "seen", b"seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "granule_tokens", b"granule_tokens", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "reads_two_runs", b"reads_two_runs", "retention_seconds", b"retention_seconds", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seen", b"_seen", "attempt", b"attempt", "block_tokens", b"block_tokens", "capacity", b"capacity", "capacity_bytes", b"capacity_bytes", "capacity_tokens", b"capacity_tokens", "copies_may_overlap", b"copies_may_overlap", "device", b"device", "geometry", b"geometry", "granule_tokens", b"granule_tokens", "instance", b"instance", "layout", b"layout", "max_regions", b"max_regions", "model", b"model", "model_length_tokens", b"model_length_tokens", "moves", b"moves", "name", b"name", "open_id", b"open_id", "policy", b"policy", "reads_two_runs", b"reads_two_runs", "retention_seconds", b"retention_seconds", "seen", b"seen", "single_ordered_stream", b"single_ordered_stream", "take_over", b"take_over", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seen: _TypeAlias = _typing.Literal["seen"]  # noqa: Y015
+    _WhichOneofArgType__seen: _TypeAlias = _typing.Literal["_seen", b"_seen"]  # noqa: Y015
     _WhichOneofReturnType_capacity: _TypeAlias = _typing.Literal["capacity_tokens", "capacity_bytes"]  # noqa: Y015
     _WhichOneofArgType_capacity: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
     _WhichOneofReturnType_layout: _TypeAlias = _typing.Literal["geometry", "model"]  # noqa: Y015
     _WhichOneofArgType_layout: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seen) -> _WhichOneofReturnType__seen | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_capacity) -> _WhichOneofReturnType_capacity | None: ...
     @_typing.overload
@@ -191,6 +201,7 @@ class OpenPoolResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     GRANULE_TOKENS_FIELD_NUMBER: _builtins.int
     READS_TWO_RUNS_FIELD_NUMBER: _builtins.int
+    POLICY_NAME_FIELD_NUMBER: _builtins.int
     capacity_tokens: _builtins.int
     block_tokens: _builtins.int
     bytes_per_token: _builtins.int
@@ -206,6 +217,8 @@ class OpenPoolResponse(_message.Message):
     keys.
     """
     reads_two_runs: _builtins.bool
+    policy_name: _builtins.str
+    """The record in force, as Policy.name."""
     @_builtins.property
     def pool(self) -> _types_pb2.PoolRef:
         """Its `owner` is the owner number of this answer, 0 without an instance. All
@@ -231,10 +244,11 @@ class OpenPoolResponse(_message.Message):
         policy_version: _builtins.int = ...,
         granule_tokens: _builtins.int = ...,
         reads_two_runs: _builtins.bool = ...,
+        policy_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "granule_tokens", b"granule_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_version", b"policy_version", "pool", b"pool", "reads_two_runs", b"reads_two_runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_per_token", b"bytes_per_token", "capacity_tokens", b"capacity_tokens", "granule_tokens", b"granule_tokens", "max_copies", b"max_copies", "max_ops", b"max_ops", "max_regions", b"max_regions", "model_length_tokens", b"model_length_tokens", "planes", b"planes", "policy_name", b"policy_name", "policy_version", b"policy_version", "pool", b"pool", "reads_two_runs", b"reads_two_runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -222,8 +222,11 @@ class MemoryServiceServicer:
 
     def OpenPool(self, request, context):
         """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-        What the pool has learnt (policy, histograms, history) outlives the epoch
-        where the geometry stays the same.
+        What the pool has learnt (histograms, history) outlives the epoch where the
+        geometry stays the same. So does its policy, unless the request has one, or
+        this engine and the one before differ in that every region may move, or in
+        that copies have one ordered stream: then it gets the record for an engine
+        of its kind, with the tenants as they were. policy_name tells which it is.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
         answer but for the owner number, after a restart of the service too. An
@@ -232,10 +235,13 @@ class MemoryServiceServicer:
 
         attempt has to be larger than any that the pool has seen of this instance:
         so an OpenPool that is late does not open a pool again. The pool remembers
-        this of its last 64 instances, for as long as its books are kept.
+        this of its last 64 instances, for as long as its books are kept. And an
+        instance that is not the owner's opens the pool only as it saw it (seen): so
+        one that is late after another's has no effect, whoever sent it.
 
-        ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
-        this answer asks again with the next attempt.
+        ABORTED             the attempt is not larger, or the pool is not as seen
+        (OPEN_STALE). Who waits for this answer asks again with
+        the next attempt, and the `seen` of the details.
         FAILED_PRECONDITION another instance has become the owner after this one
         (FENCED). A new process has a new instance. Or the
         epoch is fenced and the call has no instance

@@ -100,8 +100,11 @@ class MemoryServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MemoryServiceAsyncStub: ...
     OpenPool: _grpc.UnaryUnaryMultiCallable[_memory_service_pb2.OpenPoolRequest, _memory_service_pb2.OpenPoolResponse]
     """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-    What the pool has learnt (policy, histograms, history) outlives the epoch
-    where the geometry stays the same.
+    What the pool has learnt (histograms, history) outlives the epoch where the
+    geometry stays the same. So does its policy, unless the request has one, or
+    this engine and the one before differ in that every region may move, or in
+    that copies have one ordered stream: then it gets the record for an engine
+    of its kind, with the tenants as they were. policy_name tells which it is.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
     answer but for the owner number, after a restart of the service too. An
@@ -110,10 +113,13 @@ class MemoryServiceStub:
 
     attempt has to be larger than any that the pool has seen of this instance:
     so an OpenPool that is late does not open a pool again. The pool remembers
-    this of its last 64 instances, for as long as its books are kept.
+    this of its last 64 instances, for as long as its books are kept. And an
+    instance that is not the owner's opens the pool only as it saw it (seen): so
+    one that is late after another's has no effect, whoever sent it.
 
-      ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
-                          this answer asks again with the next attempt.
+      ABORTED             the attempt is not larger, or the pool is not as seen
+                          (OPEN_STALE). Who waits for this answer asks again with
+                          the next attempt, and the `seen` of the details.
       FAILED_PRECONDITION another instance has become the owner after this one
                           (FENCED). A new process has a new instance. Or the
                           epoch is fenced and the call has no instance
@@ -297,8 +303,11 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenPool: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.OpenPoolRequest, _memory_service_pb2.OpenPoolResponse]  # type: ignore[assignment]
     """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-    What the pool has learnt (policy, histograms, history) outlives the epoch
-    where the geometry stays the same.
+    What the pool has learnt (histograms, history) outlives the epoch where the
+    geometry stays the same. So does its policy, unless the request has one, or
+    this engine and the one before differ in that every region may move, or in
+    that copies have one ordered stream: then it gets the record for an engine
+    of its kind, with the tenants as they were. policy_name tells which it is.
 
     Retry by open_id: while the epoch lives the same open_id gets the same
     answer but for the owner number, after a restart of the service too. An
@@ -307,10 +316,13 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     attempt has to be larger than any that the pool has seen of this instance:
     so an OpenPool that is late does not open a pool again. The pool remembers
-    this of its last 64 instances, for as long as its books are kept.
+    this of its last 64 instances, for as long as its books are kept. And an
+    instance that is not the owner's opens the pool only as it saw it (seen): so
+    one that is late after another's has no effect, whoever sent it.
 
-      ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
-                          this answer asks again with the next attempt.
+      ABORTED             the attempt is not larger, or the pool is not as seen
+                          (OPEN_STALE). Who waits for this answer asks again with
+                          the next attempt, and the `seen` of the details.
       FAILED_PRECONDITION another instance has become the owner after this one
                           (FENCED). A new process has a new instance. Or the
                           epoch is fenced and the call has no instance
@@ -497,8 +509,11 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_service_pb2.OpenPoolResponse, _abc.Awaitable[_memory_service_pb2.OpenPoolResponse]]:
         """OpenPool starts an epoch of a pool, and makes the pool if there is none.
-        What the pool has learnt (policy, histograms, history) outlives the epoch
-        where the geometry stays the same.
+        What the pool has learnt (histograms, history) outlives the epoch where the
+        geometry stays the same. So does its policy, unless the request has one, or
+        this engine and the one before differ in that every region may move, or in
+        that copies have one ordered stream: then it gets the record for an engine
+        of its kind, with the tenants as they were. policy_name tells which it is.
 
         Retry by open_id: while the epoch lives the same open_id gets the same
         answer but for the owner number, after a restart of the service too. An
@@ -507,10 +522,13 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         attempt has to be larger than any that the pool has seen of this instance:
         so an OpenPool that is late does not open a pool again. The pool remembers
-        this of its last 64 instances, for as long as its books are kept.
+        this of its last 64 instances, for as long as its books are kept. And an
+        instance that is not the owner's opens the pool only as it saw it (seen): so
+        one that is late after another's has no effect, whoever sent it.
 
-          ABORTED             the attempt is not larger (OPEN_STALE). Who waits for
-                              this answer asks again with the next attempt.
+          ABORTED             the attempt is not larger, or the pool is not as seen
+                              (OPEN_STALE). Who waits for this answer asks again with
+                              the next attempt, and the `seen` of the details.
           FAILED_PRECONDITION another instance has become the owner after this one
                               (FENCED). A new process has a new instance. Or the
                               epoch is fenced and the call has no instance

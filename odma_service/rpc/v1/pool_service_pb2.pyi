@@ -92,7 +92,7 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_SET_ASIDE: _EventKind.ValueType  # 7
     """The books could not be used. The pool can be opened with new ones."""
     EVENT_KIND_FORGOTTEN: _EventKind.ValueType  # 8
-    """A closed pool made room for a new one."""
+    """A closed pool made room for a new one, or ForgetPool removed it."""
     EVENT_KIND_POLICY_SET: _EventKind.ValueType  # 9
     """SetPolicy changed the policy."""
     EVENT_KIND_RECALIBRATED: _EventKind.ValueType  # 10
@@ -105,6 +105,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """Another instance opened the pool with the same open_id: the epoch goes on,
     the instance before is fenced.
     """
+    EVENT_KIND_NO_ROOM: _EventKind.ValueType  # 14
+    """An OpenPool found no room on the disk for the pool's file."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """EventKind says what happened to a pool."""
@@ -127,7 +129,7 @@ EVENT_KIND_REVIVED: EventKind.ValueType  # 6
 EVENT_KIND_SET_ASIDE: EventKind.ValueType  # 7
 """The books could not be used. The pool can be opened with new ones."""
 EVENT_KIND_FORGOTTEN: EventKind.ValueType  # 8
-"""A closed pool made room for a new one."""
+"""A closed pool made room for a new one, or ForgetPool removed it."""
 EVENT_KIND_POLICY_SET: EventKind.ValueType  # 9
 """SetPolicy changed the policy."""
 EVENT_KIND_RECALIBRATED: EventKind.ValueType  # 10
@@ -140,6 +142,8 @@ EVENT_KIND_SUCCEEDED: EventKind.ValueType  # 13
 """Another instance opened the pool with the same open_id: the epoch goes on,
 the instance before is fenced.
 """
+EVENT_KIND_NO_ROOM: EventKind.ValueType  # 14
+"""An OpenPool found no room on the disk for the pool's file."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -218,6 +222,43 @@ class ListPoolsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListPoolsResponse: _TypeAlias = ListPoolsResponse  # noqa: Y015
+
+@_typing.final
+class ForgetPoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> _types_pb2.PoolRef:
+        """The epoch is the pool's last one, as ListPools and GetPool tell it."""
+
+    def __init__(
+        self,
+        *,
+        pool: _types_pb2.PoolRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetPoolRequest: _TypeAlias = ForgetPoolRequest  # noqa: Y015
+
+@_typing.final
+class ForgetPoolResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetPoolResponse: _TypeAlias = ForgetPoolResponse  # noqa: Y015
 
 @_typing.final
 class GetPoolRequest(_message.Message):

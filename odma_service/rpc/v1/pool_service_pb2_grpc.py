@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class PoolServiceStub:
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -58,10 +63,20 @@ class PoolServiceStub:
                 request_serializer=odma_dot_v1_dot_pool__service__pb2.WatchRequest.SerializeToString,
                 response_deserializer=odma_dot_v1_dot_pool__service__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.ForgetPool = channel.unary_unary(
+                '/odma.v1.PoolService/ForgetPool',
+                request_serializer=odma_dot_v1_dot_pool__service__pb2.ForgetPoolRequest.SerializeToString,
+                response_deserializer=odma_dot_v1_dot_pool__service__pb2.ForgetPoolResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServiceServicer:
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -111,6 +126,20 @@ class PoolServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetPool(self, request, context):
+        """ForgetPool removes a closed pool: its file, and all that it has learnt. It
+        is for the pool's owner and for operators. A pool that is not there is
+        forgotten already: OK. Closed pools need not be forgotten: the oldest makes
+        room for a new one.
+
+        FAILED_PRECONDITION  an epoch runs (POOL_OPEN): close the pool first. Or
+        the pool was opened since the epoch of the request
+        (EPOCH_OVER): look again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -134,6 +163,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     request_deserializer=odma_dot_v1_dot_pool__service__pb2.WatchRequest.FromString,
                     response_serializer=odma_dot_v1_dot_pool__service__pb2.WatchResponse.SerializeToString,
             ),
+            'ForgetPool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetPool,
+                    request_deserializer=odma_dot_v1_dot_pool__service__pb2.ForgetPoolRequest.FromString,
+                    response_serializer=odma_dot_v1_dot_pool__service__pb2.ForgetPoolResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'odma.v1.PoolService', rpc_method_handlers)
@@ -143,7 +177,12 @@ def add_PoolServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PoolService:
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -247,6 +286,33 @@ class PoolService:
             '/odma.v1.PoolService/Watch',
             odma_dot_v1_dot_pool__service__pb2.WatchRequest.SerializeToString,
             odma_dot_v1_dot_pool__service__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetPool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/odma.v1.PoolService/ForgetPool',
+            odma_dot_v1_dot_pool__service__pb2.ForgetPoolRequest.SerializeToString,
+            odma_dot_v1_dot_pool__service__pb2.ForgetPoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

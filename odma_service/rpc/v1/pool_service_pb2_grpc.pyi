@@ -27,7 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PoolServiceStub:
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -64,10 +69,25 @@ class PoolServiceStub:
       RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
       UNAVAILABLE         the service stops; watch again, with the cursor.
     """
+    ForgetPool: _grpc.UnaryUnaryMultiCallable[_pool_service_pb2.ForgetPoolRequest, _pool_service_pb2.ForgetPoolResponse]
+    """ForgetPool removes a closed pool: its file, and all that it has learnt. It
+    is for the pool's owner and for operators. A pool that is not there is
+    forgotten already: OK. Closed pools need not be forgotten: the oldest makes
+    room for a new one.
+
+      FAILED_PRECONDITION  an epoch runs (POOL_OPEN): close the pool first. Or
+                           the pool was opened since the epoch of the request
+                           (EPOCH_OVER): look again.
+    """
 
 @_typing.type_check_only
 class PoolServiceAsyncStub(PoolServiceStub):
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -101,9 +121,24 @@ class PoolServiceAsyncStub(PoolServiceStub):
       RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
       UNAVAILABLE         the service stops; watch again, with the cursor.
     """
+    ForgetPool: _aio.UnaryUnaryMultiCallable[_pool_service_pb2.ForgetPoolRequest, _pool_service_pb2.ForgetPoolResponse]  # type: ignore[assignment]
+    """ForgetPool removes a closed pool: its file, and all that it has learnt. It
+    is for the pool's owner and for operators. A pool that is not there is
+    forgotten already: OK. Closed pools need not be forgotten: the oldest makes
+    room for a new one.
+
+      FAILED_PRECONDITION  an epoch runs (POOL_OPEN): close the pool first. Or
+                           the pool was opened since the epoch of the request
+                           (EPOCH_OVER): look again.
+    """
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
-    """PoolService reads; it changes nothing, so every rpc may be retried.
+    """PoolService reads, and forgets what is closed. Every rpc may be retried.
+
+    A reader never waits for the call of an owner, nor an owner for it. It sees
+    all that was answered before its call. A pool's counts are those of one moment,
+    its regions of one moment a page; while its owner works, classes, buckets and
+    tenants may be some batches younger than the counts.
 
     GetPool and ListRegions may answer NOT_FOUND: no pool has this name. Where the
     service asks who calls, only owners and operators know of a pool.
@@ -158,6 +193,22 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
                               given out yet.
           RESOURCE_EXHAUSTED  as many watch already as may; poll ListPools.
           UNAVAILABLE         the service stops; watch again, with the cursor.
+        """
+
+    @_abc_1.abstractmethod
+    def ForgetPool(
+        self,
+        request: _pool_service_pb2.ForgetPoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_service_pb2.ForgetPoolResponse, _abc.Awaitable[_pool_service_pb2.ForgetPoolResponse]]:
+        """ForgetPool removes a closed pool: its file, and all that it has learnt. It
+        is for the pool's owner and for operators. A pool that is not there is
+        forgotten already: OK. Closed pools need not be forgotten: the oldest makes
+        room for a new one.
+
+          FAILED_PRECONDITION  an epoch runs (POOL_OPEN): close the pool first. Or
+                               the pool was opened since the epoch of the request
+                               (EPOCH_OVER): look again.
         """
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -738,7 +738,7 @@ class PolicyChange(_message.Message):
     CLEAR_TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """static, s3, odma or elastic. Empty: the record in force (OpenPool: elastic
-    where moves is ANY, else odma).
+    where moves is ANY, else odma; without any PolicyChange see there).
     """
     step_tokens: _builtins.int
     clear_limits: _builtins.bool

@@ -50,6 +50,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/odma.v1.PoolService/GetPool": _READ,
     "/odma.v1.PoolService/ListRegions": _READ,
     "/odma.v1.PoolService/Watch": _READ,
+    "/odma.v1.PoolService/ForgetPool": _STEER,
     "/odma.v1.PredictorService/Predict": _READ,
     "/odma.v1.EmulatorService/EstimateAccess": _READ,
 }
@@ -98,6 +99,11 @@ class Access:
     def __init__(self, file: Path) -> None:
         """Read the file. Raises OdmaError that names its fault."""
         self._table = Reloaded([file], lambda: _read(file))
+
+    @property
+    def file(self) -> Reloaded[_Table]:
+        """What reads the token file."""
+        return self._table
 
     @property
     def takes_certificates(self) -> bool:

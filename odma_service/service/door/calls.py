@@ -1,7 +1,8 @@
 """Calls: threads for calls, shared out fairly among callers.
 
-A caller is an identity, or a connection where callers need none. Each caller has a queue and a
-bound of threads; queues take turns. grpcio gives a call its thread before its message has come:
+A caller is an identity, or a connection where callers need none. A certificate is seen in the first
+call of a connection, and makes the next ones its identity's. Each caller has a queue and a bound of
+threads; queues take turns. grpcio gives a call its thread before its message has come:
 so a call may hold a thread for as long as its client is silent. While others wait for a thread,
 the calls that have been silent longest are cut.
 
@@ -12,11 +13,13 @@ queue and without a thread, until it has some again.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context
+from functools import partial
+from queue import SimpleQueue
 from time import monotonic, thread_time
 from typing import Any, NamedTuple
 
@@ -26,8 +29,10 @@ from odma_service.service.door.access import CALLER
 
 SILENT_SECONDS = 0.5
 """A call whose message has not come after so long makes way for calls that wait."""
-SWEEP_SECONDS = 0.1
+SWEEP_SECONDS = 0.02
 BUSY_SECONDS = 1.0
+MOST_CONNECTIONS = 4096
+"""Connections whose certificates are remembered."""
 
 _HERE = threading.local()
 
@@ -44,7 +49,7 @@ class Pace(NamedTuple):
     share: float
     burst_seconds: float
     call_seconds: float
-    """What a call costs beside its handler."""
+    """What a call costs beside its handler, paid when it begins."""
     busy: Callable[[Hashable], bool]
 
 
@@ -55,10 +60,12 @@ class Busy:
         self._last: tuple[Hashable, float] = (None, 0.0)
         self._other: tuple[Hashable, float] = (None, 0.0)
 
-    def note(self) -> None:
-        """Note that the caller of this thread's call is at work."""
+    def hear(self) -> None:
+        """Note that the message of this thread's call has come, and that its caller is at work."""
         call = getattr(_HERE, "call", None)
-        caller = call.caller if call is not None else None
+        caller = None
+        if call is not None:
+            call.heard, caller = True, call.caller
         last = self._last
         if last[0] != caller:
             self._other = last
@@ -70,40 +77,75 @@ class Busy:
         return any(then > since and who != caller for who, then in (self._last, self._other))
 
 
-class _Call:
-    """A call that waits for a thread or has one."""
+class Connections:
+    """Whose connections are, as far as their certificates have been seen."""
 
-    __slots__ = ("caller", "cut", "future", "heard", "kept", "since", "work")
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callers: OrderedDict[str, Hashable] = OrderedDict()
 
-    def __init__(
-        self, caller: Hashable, cut: Callable[[], object], work: Callable[[], object]
-    ) -> None:
+    def note(self, peer: str, caller: Hashable) -> None:
+        """Note whose connection this is."""
+        with self._lock:
+            self._callers[peer] = caller
+            self._callers.move_to_end(peer)
+            if len(self._callers) > MOST_CONNECTIONS:
+                self._callers.popitem(last=False)
+
+    def caller(self, peer: str) -> Hashable:
+        """Return whose connection this is: its own, if nothing is known of it."""
+        return self._callers.get(peer, peer)
+
+
+class _Call(Future[Any]):
+    """A call that waits for a thread or has one. Its result is that it is over."""
+
+    def __init__(self, caller: Hashable, wire: Any, work: Callable[[], object]) -> None:
+        super().__init__()
         self.caller = caller
-        self.cut = cut
         self.work = work
-        self.future: Future[Any] = Future()
         self.heard = False
         self.since = 0.0
         self.kept: Any = None
+        self._wire = wire
+
+    def cut(self) -> None:
+        """End the call without an answer."""
+        if self._wire is not None:
+            self._wire.cancel()
 
 
 class Calls(ThreadPoolExecutor):
-    """The threads that answer calls, and the calls that they have or will get."""
+    """The threads that answer calls, and the calls that they have or will get.
+
+    The executor only makes the threads. Each is started once, when all others have a call, and
+    answers one call after the other until the shutdown.
+    """
 
     def __init__(
-        self, threads: int, each: int | None = None, *, name: str = "call", pace: Pace | None = None
+        self,
+        threads: int,
+        each: int | None = None,
+        *,
+        name: str = "call",
+        pace: Pace | None = None,
+        connections: Connections | None = None,
     ) -> None:
         """Share `threads` out; a caller has at most `each` of them at a time."""
         super().__init__(threads, thread_name_prefix=name)
         self._most = threads
         self._each = each or threads
         self._pace = pace
+        self._connections = connections or Connections()
         self._lock = threading.Lock()
         self._queues: OrderedDict[Hashable, deque[_Call]] = OrderedDict()
+        self._ready: SimpleQueue[_Call | None] = SimpleQueue()
+        """Calls that have a thread, which is on its way to them. None: the thread ends."""
+        self._started = 0
         self._running: set[_Call] = set()
-        self._held: Counter[Hashable] = Counter()
-        self._under_way: set[Future[Any]] = set()
-        self._by_caller: Counter[Hashable] = Counter()
+        self._held: dict[Hashable, int] = {}
+        self._under_way: set[_Call] = set()
+        self._by_caller: dict[Hashable, int] = {}
         self._used: dict[Hashable, tuple[float, float]] = {}
         """Seconds used by a caller beyond its share, and when that was so."""
 
@@ -114,29 +156,37 @@ class Calls(ThreadPoolExecutor):
 
     def count_of(self, caller: Hashable) -> int:
         """Return how many calls of a caller are under way."""
-        return self._by_caller[caller]
+        return self._by_caller.get(caller, 0)
 
-    def under_way(self) -> set[Future[Any]]:
+    def under_way(self) -> set[_Call]:
         """Return the calls under way, for a caller that waits for them."""
         with self._lock:
             return self._under_way.copy()
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Call:
         """Run a call as soon as its caller may have a thread and one is free."""
         wire = _wire_of(args)
-        caller = _caller_of(fn, wire)
-        call = _Call(caller, wire.cancel if wire else lambda: None, lambda: fn(*args, **kwargs))
+        caller = _identity_of(fn)
+        if caller is None and wire:
+            caller = self._connections.caller(wire.peer().decode())
+        call = _Call(caller, wire, partial(fn, *args, **kwargs))
         with self._lock:
-            self._under_way.add(call.future)
-            self._by_caller[caller] += 1
-            self._queues.setdefault(caller, deque()).append(call)
-            self._give_threads()
-        return call.future
+            self._under_way.add(call)
+            self._by_caller[caller] = self._by_caller.get(caller, 0) + 1
+            if not self._queues and self._may_begin(caller):
+                self._begin(call)
+            else:
+                self._queues.setdefault(caller, deque()).append(call)
+                self._give_threads()
+        return call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Give the threads back after the calls that have one."""
         with self._lock:
             self._queues.clear()
+            for _ in range(self._started):
+                self._ready.put(None)
+            self._started = 0
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def sweep(self) -> int:
@@ -160,24 +210,47 @@ class Calls(ThreadPoolExecutor):
     def _give_threads(self) -> None:
         """Give free threads to callers in turn. The lock is held."""
         skipped = 0
-        while self._queues and skipped < len(self._queues) and len(self._running) < self._most:
+        while skipped < len(self._queues) and len(self._running) < self._most:
             caller, queue = next(iter(self._queues.items()))
             self._queues.move_to_end(caller)
-            if self._held[caller] >= self._each or not self._in_pace(caller):
+            if not self._may_begin(caller):
                 skipped += 1
                 continue
             skipped = 0
             call = queue.popleft()
             if not queue:
                 del self._queues[caller]
-            self._running.add(call)
-            self._held[caller] += 1
-            call.since = monotonic()
-            super().submit(self._run, call)
+            self._begin(call)
 
-    def _run(self, call: _Call) -> None:
+    def _may_begin(self, caller: Hashable) -> bool:
+        return (
+            len(self._running) < self._most
+            and self._held.get(caller, 0) < self._each
+            and self._in_pace(caller)
+        )
+
+    def _begin(self, call: _Call) -> None:
+        """Give a call a thread. The lock is held."""
+        self._running.add(call)
+        self._held[call.caller] = self._held.get(call.caller, 0) + 1
+        if self._pace:
+            self._charge(call.caller, self._pace.call_seconds)
+        call.since = monotonic()
+        if len(self._running) > self._started:
+            super().submit(self._work)
+            self._started += 1
+        self._ready.put(call)
+
+    def _work(self) -> None:
+        """Answer calls, in a thread, until the shutdown. Between two it keeps nothing of them."""
+        while self._answer(self._ready.get()):
+            pass
+
+    def _answer(self, call: _Call | None) -> bool:
+        if call is None:
+            return False
         _HERE.call = call
-        begun = thread_time()
+        begun = thread_time() if self._pace else 0.0
         error: BaseException | None = None
         try:
             call.work()
@@ -189,14 +262,16 @@ class Calls(ThreadPoolExecutor):
             self._running.discard(call)
             _take_off(self._held, call.caller)
             _take_off(self._by_caller, call.caller)
-            self._under_way.discard(call.future)
+            self._under_way.discard(call)
             if self._pace:
-                self._charge(call.caller, thread_time() - begun + self._pace.call_seconds)
-            self._give_threads()
+                self._charge(call.caller, thread_time() - begun)
+            if self._queues:
+                self._give_threads()
         if error:
-            call.future.set_exception(error)
+            call.set_exception(error)
         else:
-            call.future.set_result(None)
+            call.set_result(None)
+        return True
 
     def _in_pace(self, caller: Hashable) -> bool:
         pace = self._pace
@@ -246,10 +321,11 @@ def _payer(caller: Hashable) -> Hashable:
     return caller.rpartition(":")[0] if isinstance(caller, str) else caller
 
 
-def _take_off(counts: Counter[Hashable], caller: Hashable) -> None:
-    counts[caller] -= 1
-    if not counts[caller]:
+def _take_off(counts: dict[Hashable, int], caller: Hashable) -> None:
+    if counts[caller] == 1:
         del counts[caller]
+    else:
+        counts[caller] -= 1
 
 
 @contextmanager
@@ -284,12 +360,14 @@ def sweeping(
 
 def _wire_of(args: tuple[Any, ...]) -> Any:
     """Return the call itself, None if grpcio has changed: then silent calls are not cut."""
-    return next((arg.call for arg in args if hasattr(arg, "call_details")), None)
+    for arg in args:
+        if hasattr(arg, "call_details"):
+            return arg.call
+    return None
 
 
-def _caller_of(run: Any, wire: Any) -> Hashable:
-    """Return who calls: the identity that the call's context knows, or else its connection."""
+def _identity_of(run: Any) -> Hashable:
+    """Return the identity that the call's context knows, by its token."""
     context = getattr(run, "__self__", None)
     identity = context.get(CALLER) if isinstance(context, Context) else None
-    who: Hashable = identity.who if identity else wire.peer().decode() if wire else None
-    return who
+    return identity.who if identity else None

@@ -8,9 +8,8 @@ callers are not known: they have threads and places of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from threading import BoundedSemaphore
 from typing import Any, NamedTuple, cast
@@ -31,7 +30,7 @@ from odma_service.errors import (
 )
 from odma_service.service.door import access
 from odma_service.service.door.access import CALLER, STILL_KNOWN, Access, Identity
-from odma_service.service.door.calls import Busy, Calls, Pace, hear
+from odma_service.service.door.calls import Busy, Calls, Connections, Pace, hear
 from odma_service.service.door.handlers import CallShape, Function, Handler, Parse, Parts
 from odma_service.service.door.unread import Unread
 from odma_service.service.rpc.statuses import abort, status_of
@@ -56,7 +55,7 @@ MOST_HEALTH_WATCHERS = 256
 READERS = 16
 """Threads of calls that only read; so many of them are answered at once:"""
 READING = 2
-READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.5, 0.0005
+READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS = 0.1, 0.1, 0.0005
 """The pace of a caller that reads while others work: see Pace."""
 READS = frozenset(
     {
@@ -82,28 +81,31 @@ class Pools(NamedTuple):
     """Those of strangers that watch the health."""
     reflecting: Calls
     busy: Busy
+    connections: Connections
 
     @classmethod
     def of(cls, workers: int) -> Pools:
         """Make them. `workers`: threads for calls of known callers."""
         busy = Busy()
         pace = Pace(READ_SHARE, READ_BURST_SECONDS, READ_CALL_SECONDS, busy.with_others)
+        connections = Connections()
         return cls(
-            Calls(workers, max(1, workers // 2)),
-            Calls(READERS, READERS // 2, name="read", pace=pace),
+            Calls(workers, max(1, workers // 2), connections=connections),
+            Calls(READERS, READERS // 2, name="read", pace=pace, connections=connections),
             Calls(STRANGERS, STRANGERS // 2, name="stranger"),
             Calls(MOST_HEALTH_WATCHERS, name="health"),
             Calls(STRANGERS, STRANGERS // 2, name="reflect"),
             busy,
+            connections,
         )
 
     def sweep(self) -> int:
         """Sweep all: see Calls."""
-        return sum(pool.sweep() for pool in self[:-1])
+        return sum(pool.sweep() for pool in self[:-2])
 
     def close(self) -> None:
         """Give the threads back, after the server has stopped."""
-        for pool in self[:-1]:
+        for pool in self[:-2]:
             pool.shutdown()
 
 
@@ -146,12 +148,6 @@ class Guard(grpc.ServerInterceptor):
         self._seldom = Seldom()
         self._guarded: dict[str, Handler] = {}
         self._threads: dict[str, Calls] = {}
-        self._checks = {
-            CallShape.UNARY: _Checks(_insist_usable, _nothing),
-            CallShape.SERVER_STREAM: _Checks(_insist_usable, access.insist_still_known),
-            CallShape.BOTH_STREAMS: _Checks(_insist_next, _nothing),
-            CallShape.BOTH_BY_CALLBACK: _Checks(_insist_next, _nothing),
-        }
 
     def intercept_service(
         self,
@@ -173,7 +169,7 @@ class Guard(grpc.ServerInterceptor):
                 self._insist_token(rpc, details.invocation_metadata)
                 self._insist_room(rpc)
         except OdmaError as error:
-            return self._refusal(error)
+            return self._refusal(rpc, error)
         return guarded
 
     def _insist_open_room(self, rpc: str) -> None:
@@ -187,11 +183,15 @@ class Guard(grpc.ServerInterceptor):
             raise BusyError(f"{MOST_STRANGERS} calls of callers without a name are waiting already")
 
     def _insist_room(self, rpc: str) -> None:
-        pool, identity = self._threads[rpc], CALLER.get()
-        if pool.count >= self._most_calls:
+        if self._threads[rpc].count >= self._most_calls:
             raise BusyError(f"{self._most_calls:,} calls (max-calls) are being answered already")
+        if identity := CALLER.get():
+            self._insist_share(rpc, identity)
+
+    def _insist_share(self, rpc: str, identity: Identity, counted: int = 0) -> None:
+        """Raise CallerLimitError if a caller has its share of calls, beside those `counted`."""
         most = max(1, self._most_calls // 2)
-        if identity and pool.count_of(identity.who) >= most:
+        if self._threads[rpc].count_of(identity.who) - counted >= most:
             raise CallerLimitError(f"{most:,} calls of this caller are being answered already")
 
     def _open_pool(self, rpc: str) -> Calls:
@@ -219,7 +219,10 @@ class Guard(grpc.ServerInterceptor):
         shown: Any = context.auth_context()
         names = (name for kind in CERTIFICATE_NAMES for name in shown.get(kind, ()))
         decoded = [name.decode(errors="replace") for name in names]
-        self._admit(rpc, self._identities.by_certificate(decoded))
+        identity = self._identities.by_certificate(decoded)
+        self._admit(rpc, identity)
+        self._pools.connections.note(context.peer(), identity.who)
+        self._insist_share(rpc, identity, counted=1)
 
     def _admit(self, rpc: str, identity: Identity) -> None:
         access.insist_role(rpc, identity)
@@ -234,16 +237,7 @@ class Guard(grpc.ServerInterceptor):
 
         return answering
 
-    def _noting(self, asked: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return `asked` for a rpc of engines: those who read give way to them."""
-
-        def noting(request: object) -> None:
-            self._pools.busy.note()
-            asked(request)
-
-        return noting
-
-    def _refusal(self, error: OdmaError) -> Handler:
+    def _refusal(self, rpc: str, error: OdmaError) -> Handler:
         """Return a handler, good for rpcs of every shape, that ends the call at once."""
         error.__traceback__ = None  # or its frames keep the call, until Python looks for garbage
         self._refused(error.reason)
@@ -251,7 +245,8 @@ class Guard(grpc.ServerInterceptor):
         def refuse(_requests: object, context: grpc.ServicerContext) -> None:
             if isinstance(error, IdentityError) and (left_out := self._seldom.let()) is not None:
                 more = {"others": left_out} if left_out else {}
-                log.info("caller refused", peer=context.peer(), reason=str(error), **more)
+                peer = context.peer()
+                log.info("caller refused", rpc=rpc, peer=peer, reason=str(error), **more)
             abort(context, status_of(error))
 
         return Parts(CallShape.BOTH_STREAMS, refuse, self._refusing).handler()
@@ -269,46 +264,79 @@ class Guard(grpc.ServerInterceptor):
             )
         self._threads[rpc] = threads = cast("Calls", parts.threads or self._pools.calls)
         parts = parts._replace(threads=threads)
-        checks = self._checks[parts.shape]
-        if not access.is_open(rpc) and rpc not in READS:
-            checks = checks._replace(asked=self._noting(checks.asked))
-        guarded = parts.around(partial(self._checked, rpc, checks))
+        engines = not access.is_open(rpc) and rpc not in READS  # those who read give way to them
+        checks = _checks(parts.shape, self._pools.busy.hear if engines else hear)
+        guarded = parts.around(partial(_Guarded, self, rpc, checks))
         if parts.shape is CallShape.UNARY and parts.serialise:
             guarded = guarded._replace(serialise=self._unread.counting(parts.serialise))
         return guarded._replace(parse=_parser(parts.parse, largest)).handler()
 
-    @contextmanager
-    def _checked(
-        self, rpc: str, checks: _Checks, context: grpc.ServicerContext
-    ) -> Iterator[_Checks]:
-        """Check a call; end it with the status of an error, also of one left to gRPC."""
-        try:
-            self._insist_known(rpc, context)
-            self._unread.insist_room(context)
-            yield checks
-        except grpc.RpcError as gone:
-            gone.__traceback__ = None  # or it stays in memory: see Streams
-        except OdmaError as error:
+    def begin(self, rpc: str, context: grpc.ServicerContext) -> None:
+        """Check what is known of a call that has a thread. Raises OdmaError."""
+        self._insist_known(rpc, context)
+        self._unread.insist_room(context)
+
+    def end(self, context: grpc.ServicerContext, error: BaseException) -> None:
+        """End a call with the status of an error, also of one left to gRPC."""
+        if isinstance(error, OdmaError):
             self._refused(error.reason)
             abort(context, status_of(error))
-        except NotImplementedError:  # by the base class of a servicer
+        if isinstance(error, NotImplementedError):  # by the base class of a servicer
             abort(context, status_of(UnimplementedError("this rpc is not built yet")))
+
+
+class _Guarded:
+    """A call, checked: the context in which it is answered."""
+
+    __slots__ = ("_checks", "_context", "_guard", "_rpc")
+
+    def __init__(
+        self, guard: Guard, rpc: str, checks: _Checks, context: grpc.ServicerContext
+    ) -> None:
+        self._guard = guard
+        self._rpc = rpc
+        self._checks = checks
+        self._context = context
+
+    def __enter__(self) -> _Checks:
+        try:
+            self._guard.begin(self._rpc, self._context)
+        except OdmaError as error:
+            self._guard.end(self._context, error)
+        return self._checks
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, grpc.RpcError):
+            error.__traceback__ = None  # or it stays in memory: see Streams
+            return True
+        if error is not None:
+            self._guard.end(self._context, error)
+        return False
+
+
+def _checks(shape: CallShape, hear: Callable[[], None]) -> _Checks:
+    """Return the checks for handlers of a shape. `hear` learns that a message has come."""
+
+    def insist_usable(request: object) -> None:
+        hear()
+        if type(request) is _Unusable:
+            raise request.error()
+
+    def insist_next(request: object) -> None:
+        access.insist_still_known()
+        hear()
+        if type(request) is _Unusable:
+            raise request.error()
+
+    one_request = shape in (CallShape.UNARY, CallShape.SERVER_STREAM)
+    return _Checks(
+        insist_usable if one_request else insist_next,
+        access.insist_still_known if shape is CallShape.SERVER_STREAM else _nothing,
+    )
 
 
 def _nothing() -> None:
     """Check nothing."""
-
-
-def _insist_next(request: object) -> None:
-    """Check the next message of a stream. Raises OdmaError."""
-    access.insist_still_known()
-    _insist_usable(request)
-
-
-def _insist_usable(request: object) -> None:
-    hear()
-    if type(request) is _Unusable:
-        raise request.error()
 
 
 def _parser(parse: Parse | None, largest: int) -> Parse:

@@ -43,12 +43,17 @@ class Health(HealthServicer):
             for change in self._changes:
                 change.set()
 
+    def serves(self, name: str) -> bool:
+        """Return whether the health of a name is SERVING."""
+        return bool(self._status.get(name) == pb.HealthCheckResponse.SERVING)
+
     def Check(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.ServicerContext
     ) -> pb.HealthCheckResponse:
         status = self._status.get(request.service)
         if status is None:
             context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details(f"known are {', '.join(filter(None, self._status))}, and none: all")
         return pb.HealthCheckResponse(status=status)
 
     def Watch(  # noqa: N802

@@ -51,7 +51,7 @@ def _insist_private(path: Path, found: os.stat_result) -> None:
     if found.st_mode & forbidden:
         mode = stat.S_IMODE(found.st_mode)
         raise OdmaError(
-            f"{path} is open to other users (mode {mode:04o}); it must be {0o777 & ~forbidden:04o} "
+            f"{path} is open to other users (mode {mode:04o}); it must be {0o666 & ~forbidden:04o} "
             "or tighter"
         )
 
@@ -71,7 +71,8 @@ def insist_trusted(path: Path) -> None:
 class Reloaded(Generic[Value]):
     """A value read from files, and read again when one of them changes.
 
-    While the new files are bad, the old value stays and the log names the reason.
+    While the new files are bad, the old value stays, the log names the reason and `failing` is
+    true.
     """
 
     def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
@@ -84,11 +85,18 @@ class Reloaded(Generic[Value]):
         self._again_at = 0.0
         self._value = read()
 
+    @property
+    def failing(self) -> bool:
+        """Whether the files were refused when they were last looked at."""
+        return self._refused is not None
+
     def get(self) -> Value:
         """Return the value as of now."""
         with self._lock:
             stamp = self._look()
-            if stamp != self._stamp and (stamp != self._refused or monotonic() >= self._again_at):
+            if stamp == self._stamp:
+                self._refused = None
+            elif stamp != self._refused or monotonic() >= self._again_at:
                 self._renew(stamp)
             return self._value
 
@@ -105,7 +113,7 @@ class Reloaded(Generic[Value]):
             self._refused = stamp
             self._again_at = monotonic() + PAUSE_SECONDS
         else:
-            self._stamp = stamp
+            self._stamp, self._refused = stamp, None
             log.info("changed files read", files=names)
 
     def _look(self) -> list[tuple[int, ...]]:

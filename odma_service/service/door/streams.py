@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from threading import Lock
+from threading import Event, Lock
 
 import grpc
 from grpc_status import rpc_status
@@ -42,9 +42,16 @@ class Stream:
         caller = CALLER.get()
         self.caller: Hashable = caller.who if caller else context.peer()
         self.known = STILL_KNOWN.get()
-        self.is_active: Callable[[], bool] = context.is_active
+        self.gone = Event()
+        """Its client, or the whole connection. To ask gRPC takes a lock, for each batch."""
+        if not context.add_callback(self.gone.set):
+            self.gone.set()
         self._context = context
         self._send = send
+
+    def is_wanted(self) -> bool:
+        """Return whether somebody waits for an answer."""
+        return not self.gone.is_set()
 
     def answer(self, answer: pb.ApplyResponse) -> None:
         """Send an answer; wait until the client takes it."""
@@ -122,7 +129,7 @@ class Streams(OwnThreads):
                 name = request.apply.pool.name
                 if stream.pool not in ("", name):
                     raise InvalidError("apply.pool.name", "that of the stream's first batch")
-                answer = self._apply(request.apply, stream.is_active)
+                answer = self._apply(request.apply, stream.is_wanted)
                 stream.pool = name
                 if not answer.replayed:  # one that is repeated late takes no other's place
                     self._bind(stream)

@@ -5,9 +5,11 @@ A connection of a Unix socket stays plain: the file's permissions guard it.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -20,6 +22,9 @@ from odma_service.service.config import UNIX, Settings
 from odma_service.service.door.access import Access
 from odma_service.service.door.private import Reloaded, read_file
 
+PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+VERSION, UTC_TIME, LONGEST_SHORT = 0xA0, 0x17, 0x7F  # tags, and the longest length of one byte
+
 log = structlog.get_logger()
 
 
@@ -31,8 +36,15 @@ class TlsFiles(NamedTuple):
     client_ca: Path | None
 
 
-def credentials_of(settings: Settings, identities: Access | None) -> grpc.ServerCredentials | None:
-    """Return the credentials of the TCP listeners, None where they are plain.
+class Certificates(NamedTuple):
+    """What is served, and when the first certificate of its chain ends."""
+
+    configuration: grpc.ServerCertificateConfiguration
+    not_after_unix_seconds: float
+
+
+def certificates_of(settings: Settings, identities: Access | None) -> Reloaded[Certificates] | None:
+    """Return the certificates of the TCP listeners, None where they are plain.
 
     Raises OdmaError for a file that cannot be used, and for a listener that others can reach
     but that is not both encrypted and closed to strangers, unless the settings allow it.
@@ -44,7 +56,23 @@ def credentials_of(settings: Settings, identities: Access | None) -> grpc.Server
         if not settings.allow_insecure:
             raise OdmaError(f"{address} is reachable from other machines, and {lack}; {remedy}")
         log.warning("listening beyond the loopback", address=address, but=lack)
-    return files and _credentials(files)
+    if files is None:
+        return None
+    return Reloaded([path for path in files if path], lambda: _certificates(files))
+
+
+def credentials_of(
+    certificates: Reloaded[Certificates] | None, settings: Settings
+) -> grpc.ServerCredentials | None:
+    """Return credentials that read changed files anew at every handshake; None: plain."""
+    if certificates is None:
+        return None
+    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+        certificates.get().configuration,
+        lambda: certificates.get().configuration,
+        require_client_authentication=settings.tls_client_ca is not None,
+    )
+    return credentials
 
 
 def _unguarded(
@@ -75,19 +103,7 @@ def _files_of(settings: Settings) -> TlsFiles | None:
     return None
 
 
-def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Return credentials that read changed files anew at every handshake."""
-    paths = [path for path in files if path]
-    certificates = Reloaded(paths, lambda: _certificates(files))
-    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-        certificates.get(),
-        certificates.get,
-        require_client_authentication=files.client_ca is not None,
-    )
-    return credentials
-
-
-def _certificates(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
+def _certificates(files: TlsFiles) -> Certificates:
     """Return the contents of the files, checked by OpenSSL. Raises OdmaError."""
     key = read_file(files.key, private=True)
     cert = read_file(files.cert, private=False)
@@ -101,7 +117,34 @@ def _certificates(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise OdmaError(f"{files.key} is not the key of {files.cert}") from None
         raise OdmaError(f"{files.key} holds no private key in PEM form") from None
-    return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
+    configuration = grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
+    return Certificates(configuration, min(map(_not_after, PEM.findall(cert.decode()))))
+
+
+def _not_after(certificate: str) -> float:
+    """Return when a certificate ends, in Unix seconds.
+
+    RFC 5280: SEQUENCE {SEQUENCE {[0] version, serial, algorithm, issuer, validity {from, to} ...
+    """
+    _, whole, _ = _element(ssl.PEM_cert_to_DER_cert(certificate))
+    _, rest, _ = _element(whole)
+    tag, _, after = _element(rest)
+    for _ in range(3 if tag == VERSION else 2):
+        _, _, after = _element(after)
+    _, validity, _ = _element(after)
+    _, _, rest = _element(validity)
+    tag, text, _ = _element(rest)
+    form = "%y%m%d%H%M%SZ" if tag == UTC_TIME else "%Y%m%d%H%M%SZ"
+    return datetime.strptime(text.decode(), form).replace(tzinfo=UTC).timestamp()
+
+
+def _element(data: bytes) -> tuple[int, bytes, bytes]:
+    """Return the tag and the content of the first element of DER, and what follows it."""
+    tag, length, start = data[0], data[1], 2
+    if length > LONGEST_SHORT:
+        start += length - LONGEST_SHORT - 1
+        length = int.from_bytes(data[2:start])
+    return tag, data[start : start + length], data[start + length :]
 
 
 def _insist_certificates(path: Path) -> None:

@@ -31,24 +31,22 @@ class Unread:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._waiting: dict[grpc.ServicerContext, int] = {}  # oldest first
+        self._waiting: dict[grpc.ServicerContext, tuple[Hashable, int]] = {}  # oldest first
         self._bytes: Counter[Hashable] = Counter()
 
     def insist_room(self, context: grpc.ServicerContext) -> None:
         """Begin a call in this thread. Raises CallerLimitError."""
-        caller = _caller_of(context)
-        if self._bytes[caller] > MOST_BYTES:
-            raise CallerLimitError(f"{self._bytes[caller]:,} bytes of answers are unread")
-        keep((context, caller))
+        if self._bytes and (count := self._bytes[_caller_of(context)]) > MOST_BYTES:
+            raise CallerLimitError(f"{count:,} bytes of answers are unread")
+        keep(context)
 
     def counting(self, serialise: Serialise) -> Serialise:
         """Return `serialise`, with its result counted until the call of this thread is over."""
 
         def counted(answer: Any) -> bytes:
             content = serialise(answer)
-            if len(content) > SMALL_BYTES and (call := kept()):
-                context, caller = call
-                self._count(context, caller, len(content))
+            if len(content) > SMALL_BYTES and (context := kept()):
+                self._count(context, _caller_of(context), len(content))
             return content
 
         return counted
@@ -56,21 +54,26 @@ class Unread:
     def _count(self, context: grpc.ServicerContext, caller: Hashable, count: int) -> None:
         def taken() -> None:
             with self._lock:
-                if self._waiting.pop(context, None) is None:
-                    return
-                self._bytes[caller] -= count
-                if not self._bytes[caller]:
-                    del self._bytes[caller]
+                self._forget(context)
 
+        cut = []
         with self._lock:
-            self._waiting[context] = count
+            self._waiting[context] = caller, count
             self._bytes[caller] += count
-            oldest = next(iter(self._waiting))
-            too_many = sum(self._waiting.values()) > MOST_BYTES_OF_ALL
+            while self._bytes.total() > MOST_BYTES_OF_ALL:
+                cut.append(oldest := next(iter(self._waiting)))
+                self._forget(oldest)
         if not context.add_callback(taken):
             taken()
-        if too_many:
+        for oldest in cut:
             oldest.cancel()
+
+    def _forget(self, context: grpc.ServicerContext) -> None:
+        """Count an answer no more. The lock is held."""
+        caller, count = self._waiting.pop(context, (None, 0))
+        self._bytes[caller] -= count
+        if not self._bytes[caller]:
+            del self._bytes[caller]
 
 
 def _caller_of(context: grpc.ServicerContext) -> Hashable:

@@ -3,7 +3,11 @@
 Each pool is a file NAME.pool in one directory. Two kinds of locks: the registry's, for the set
 of pools; and a pool's own, for all work on it. Nobody waits for a pool's lock while he holds the
 registry's, so a slow call holds up only callers of the same pool. A retry that comes while its
-original runs waits for it there. Readers, and the drain, wait only so long.
+original runs waits for it there. The drain waits only so long.
+
+Readers never take a pool's lock: its books lock themselves for the moment of a copy. What they
+see is never older than their call. They have a lock of their own, and wait only so long for it;
+whoever gives the books back takes it, last.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from odma_service.errors import (
     BooksError,
     BooksForeignError,
     BooksMismatchError,
+    BooksSpaceError,
     BooksUnavailableError,
     EpochError,
     HandleError,
@@ -31,6 +36,7 @@ from odma_service.errors import (
     OdmaError,
     PoolLimitError,
     PoolNotFoundError,
+    PoolOpenError,
     PoolOwnedError,
     RefusedError,
     UnavailableError,
@@ -60,7 +66,7 @@ FINAL = (
 """Refusals of a message that must not succeed later, when its sender has gone on."""
 
 READ_SECONDS = 5.0
-"""A reader waits that long for the calls that hold its pool."""
+"""A reader waits that long for other readers of its pool."""
 
 log = structlog.get_logger()
 
@@ -72,12 +78,14 @@ class Opened(NamedTuple):
     epoch: int
     owner: int
     policy_version: int
+    policy_name: str
 
 
 class View(NamedTuple):
-    """A pool to look at. idle_seconds: since the last call of its owner."""
+    """A pool to look at, while its owner works. idle_seconds: since the last call of its owner."""
 
     learner: Learner
+    """The readers' own; it has learnt the same."""
     idle_seconds: float
 
     @property
@@ -90,21 +98,33 @@ class Entry:
     """A pool and the time of its owner's last call.
 
     pool None: the pool is gone, or `trouble` says why its file could not be opened again.
+    `shown` is the readers' own Learner, once there was a reader.
     """
 
-    __slots__ = ("heard_at", "learner", "lock", "pool", "stale", "trouble")
+    __slots__ = ("heard_at", "learner", "lock", "pool", "reading", "shown", "stale", "trouble")
 
     def __init__(self, learner: Learner, now: float) -> None:
         self.lock = Lock()
+        self.reading = Lock()
         self.trouble: OdmaError | None = None
+        self.pool: Pool | None = None
+        self.shown: Learner | None = None
         self.adopt(learner, now)
 
     def adopt(self, learner: Learner, now: float) -> None:
-        """Make this the entry of a pool whose owner calls now."""
-        self.pool: Pool | None = learner.pool
+        """Make this the entry of a pool whose owner calls now. Gives other books back."""
+        if self.pool is not learner.pool:
+            self.give_back(learner.pool)
         self.learner = learner
         self.heard_at = now
         self.stale = False  # as last reported
+
+    def give_back(self, successor: Pool | None = None) -> None:
+        """Give the books back, after their readers."""
+        with self.reading:
+            if self.pool is not None:
+                self.pool.close()
+            self.pool, self.shown = successor, None
 
 
 class Registry:
@@ -178,9 +198,7 @@ class Registry:
                 log.warning("pool in use at the end of the drain", pool=name)
                 continue
             try:
-                if entry.pool:
-                    entry.pool.close()
-                entry.pool = None
+                entry.give_back()
             finally:
                 entry.lock.release()
 
@@ -198,27 +216,31 @@ class Registry:
         keep_policy: bool,
         take_over: bool,
         opening: Opening = NO_INSTANCE,
+        seen: str | None = None,
     ) -> Opened:
         """Begin an epoch, in the books of an earlier one if their geometry is the same.
 
         While an epoch lives, its open_id gets the same epoch again. `policy` is installed,
-        unless the pool has a policy and `keep_policy` is set. An `opening` with an instance
-        fences the epoch. Raises PoolOwnedError, PoolForeignError, PoolLimitError, InvalidError,
-        BooksLockedError, StaleOpenError, FencedError, UnfencedError.
+        unless `keep_policy` is set and the pool has the policy of an engine of this kind. An
+        `opening` with an instance fences the epoch; `seen` is how its sender saw the pool, if it
+        says so. Raises PoolOwnedError, PoolForeignError, PoolLimitError, BooksSpaceError,
+        InvalidError, BooksLockedError, StaleOpenError, FencedError, UnfencedError.
         """
         while True:
             with self._lock:
                 self._insist_serving()
                 entry = self._entry(spec.name)
                 if entry is None:
-                    return self._create(claimed(spec, None), policy, opening)
+                    spec = claimed(spec, None)
+                    NOBODY.check(opening, seen, name=spec.name, owner=0, now="")
+                    return self._create(spec, policy, opening)
             with entry.lock:
                 if entry.pool is None:
                     continue  # forgotten, set aside or refused by the system, meanwhile
                 self._insist_serving()
                 with self._using(spec.name, entry) as pool:
                     spec = claimed(spec, pool.spec)
-                    pool.openers.check(opening, spec.name, pool.owner)
+                    pool.insist_new(opening, seen)
                     try:
                         is_retry = self._is_retry(pool, spec)
                         if not is_retry:
@@ -248,6 +270,21 @@ class Registry:
             pool.close_epoch(caller)
             self.telemetry.tell(EventKind.CLOSED, name, caller.epoch)
 
+    def forget(self, name: str, epoch: int) -> None:
+        """Remove a closed pool, whose last epoch this is. One that is gone stays gone.
+
+        A caller who may not see the pool is told the same. Raises PoolOpenError, EpochError.
+        """
+        with suppress(PoolNotFoundError):
+            entry = self._find(name)
+            with entry.lock, self._using(name, entry, seen=True) as pool:
+                if pool.report().last_epoch != epoch:
+                    raise EpochError(name, epoch)
+                if pool.epoch:
+                    raise PoolOpenError(name)
+                self._forget(name, entry)
+                self.telemetry.tell(EventKind.FORGOTTEN, name, reason="by request")
+
     @contextmanager
     def owned(
         self, name: str, caller: Caller | int, wanted: Callable[[], bool] | None = None
@@ -258,16 +295,20 @@ class Registry:
         EpochError, FencedError, UnfencedError, and UnavailableError if nobody does.
         """
         caller = Caller.of(caller)
-        with self._held(name, wanted) as entry, self._using(name, entry, seen=True) as pool:
-            pool.insist(caller)
-            self.telemetry.spans.serves(name, caller.epoch)
-            self._hear(name, entry)
-            try:
-                yield entry.learner
-            except FINAL:
-                if caller.owner:
-                    pool.spend(caller)
-                raise
+        entry = self._hold(name, wanted)
+        try:
+            with self._using(name, entry, seen=True) as pool:
+                pool.insist(caller)
+                self.telemetry.spans.serves(name, caller.epoch)
+                self._hear(name, entry)
+                try:
+                    yield entry.learner
+                except FINAL:
+                    if caller.owner:
+                        pool.spend(caller)
+                    raise
+        finally:
+            entry.lock.release()
 
     @contextmanager
     def steered(
@@ -277,33 +318,50 @@ class Registry:
 
         It is no sign of life of an owner that has a number. Raises as `owned` does.
         """
-        with self._held(name, wanted) as entry, self._using(name, entry, seen=True) as pool:
-            if pool.epoch != epoch:
-                raise EpochError(name, epoch)
-            self.telemetry.spans.serves(name, epoch)
-            if not pool.owner:
-                self._hear(name, entry)
-            yield entry.learner
+        entry = self._hold(name, wanted)
+        try:
+            with self._using(name, entry, seen=True) as pool:
+                if pool.epoch != epoch:
+                    raise EpochError(name, epoch)
+                self.telemetry.spans.serves(name, epoch)
+                if not pool.owner:
+                    self._hear(name, entry)
+                yield entry.learner
+        finally:
+            entry.lock.release()
 
-    @contextmanager
-    def _held(self, name: str, wanted: Callable[[], bool] | None) -> Iterator[Entry]:
+    def _hold(self, name: str, wanted: Callable[[], bool] | None) -> Entry:
+        """Return a pool's entry with its lock held."""
         entry = self._find(name)
-        with self.telemetry.spans.waiting(entry.lock):
-            if wanted is not None and not wanted():
-                raise UnavailableError("nobody waits for the answer any more")
-            yield entry
+        self.telemetry.spans.take(entry.lock)
+        if wanted is not None and not wanted():
+            entry.lock.release()
+            raise UnavailableError("nobody waits for the answer any more")
+        return entry
 
     @contextmanager
     def viewed(self, name: str) -> Iterator[View]:
-        """Hold a pool to look at it. Raises PoolNotFoundError, UnavailableError."""
+        """Look at a pool, which its owner goes on with.
+
+        Whatever was answered before is seen. Raises PoolNotFoundError, UnavailableError.
+        """
         entry = self._find(name)
-        if not entry.lock.acquire(timeout=READ_SECONDS):
-            raise UnavailableError(f"pool {name!r} is in use; try again")
+        if not entry.reading.acquire(timeout=READ_SECONDS):
+            raise UnavailableError(f"many look at pool {name!r}; try again")
         try:
-            with self._using(name, entry, seen=True):
-                yield View(entry.learner, self._idle_seconds(entry))
+            pool = self._pool_of(name, entry, seen=True)
+            if entry.shown is None:
+                entry.shown = Learner(pool, model=self._model)
+            yield View(entry.shown, self._idle_seconds(entry))
+        except (BooksCorruptError, MemoryError) as error:
+            failed: Exception | None = error
+        else:
+            failed = None
         finally:
-            entry.lock.release()
+            entry.reading.release()
+        if failed:
+            with entry.lock, self._using(name, entry):
+                raise failed
 
     def reap(self, now: float | None = None, *, missed_seconds: float = 0.0) -> None:
         """Report owners that fell silent, and close their pools after the retention time.
@@ -363,16 +421,18 @@ class Registry:
         self._entries[name] = entry = Entry(self._learner(pool), self._monotonic())
         if pool.report().rebooted:
             log.warning("epoch over: the machine was started anew", pool=name)
-        self.telemetry.tell(
-            EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
-        )
+        if pool.epoch:
+            self.telemetry.tell(
+                EventKind.RESUMED, name, pool.epoch, reason=f"batch {pool.last_seq} was the last"
+            )
         return entry
 
-    def _learner(self, pool: Pool) -> Learner:
+    def _learner(self, pool: Pool, before: Pool | None = None) -> Learner:
         try:
             return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
         except MemoryError:
-            pool.close()  # its file can be attached again
+            if pool is not before:  # that one may have readers
+                pool.close()  # its file can be attached again
             raise
 
     def _attach(self, name: str, path: Path) -> Pool:
@@ -386,6 +446,17 @@ class Registry:
     def _using(self, name: str, entry: Entry, *, seen: bool = False) -> Iterator[Pool]:
         """Use the pool of a locked entry; read its file again if its books fail.
 
+        Raises as _pool_of does.
+        """
+        pool = self._pool_of(name, entry, seen=seen)
+        try:
+            yield pool
+        except (BooksCorruptError, MemoryError) as error:
+            raise self._renew(name, entry, str(error) or "no memory is left") from None
+
+    def _pool_of(self, name: str, entry: Entry, *, seen: bool) -> Pool:
+        """Return the pool of an entry.
+
         Raises PoolNotFoundError, if `seen` also for a pool that the caller may not see.
         """
         pool = entry.pool
@@ -395,10 +466,7 @@ class Registry:
             raise entry.trouble or PoolNotFoundError(name)
         if seen and not may_see(pool.spec):
             raise PoolNotFoundError(name)
-        try:
-            yield pool
-        except (BooksCorruptError, MemoryError) as error:
-            raise self._renew(name, entry, str(error) or "no memory is left") from None
+        return pool
 
     def _hear(self, name: str, entry: Entry) -> None:
         """Record that the owner of a locked entry lives."""
@@ -416,9 +484,7 @@ class Registry:
 
         Books that are set aside can be opened anew.
         """
-        if entry.pool is not None:
-            entry.pool.close()
-        entry.pool = None
+        entry.give_back()
         try:
             pool = self._attach(name, self._path(name))
             entry.adopt(self._learner(pool), entry.heard_at)
@@ -480,13 +546,10 @@ class Registry:
                     return
         raise PoolLimitError(f"all {limit} are open")
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str, entry: Entry) -> None:
         """Remove a closed pool whose lock is held. Raises OSError: it is still there."""
-        entry = self._entries[name]
         self._path(name).unlink(missing_ok=True)
-        if entry.pool:
-            entry.pool.close()
-        entry.pool = None
+        entry.give_back()
         self._entries.pop(name, None)
 
     def _insist_bytes(self, spec: PoolSpec, without: str | None) -> None:
@@ -542,14 +605,14 @@ class Registry:
             pool = self._new_books(spec, self._next_epoch(0), policy, openers)
             if forgotten is not None:
                 try:
-                    self._forget(forgotten)
+                    self._forget(forgotten, self._entries[forgotten])
                 except OSError:
                     pool.close()
                     self._path(spec.name).unlink()
                     raise
-                self.telemetry.tell(EventKind.FORGOTTEN, forgotten)
+                self.telemetry.tell(EventKind.FORGOTTEN, forgotten, reason="to make room")
         self._entries[spec.name] = Entry(self._learner(pool), self._monotonic())
-        self.telemetry.tell(EventKind.OPENED, spec.name, pool.epoch, reason="with new books")
+        self._tell_opened(pool, f"with new books and the policy {policy.name}")
         return _opened(pool)
 
     def _begin(
@@ -566,17 +629,28 @@ class Registry:
         before = pool.epoch
         epoch = self._next_epoch(pool.report().last_epoch)
         openers = pool.openers.owned_by(opening, ends_another=bool(pool.epoch))
-        if spec.arena_geometry() == pool.spec.arena_geometry():
-            changed = None if keep_policy else policy
-            pool.open_epoch(spec, epoch, self._boot_id, changed, openers)
-        else:
+        if spec.arena_geometry() != pool.spec.arena_geometry():
             self._insist_bytes(spec, spec.name)
-            old, pool = pool, self._new_books(spec, epoch, policy, openers)
-            old.close()
+            pool = self._new_books(spec, epoch, policy, openers)
+            told = f"with new books and the policy {policy.name}"
+        elif keep_policy and spec.engine_kind == pool.spec.engine_kind:
+            pool.open_epoch(spec, epoch, self._boot_id, None, openers)
+            told = f"its policy, {pool.policy().name}, goes on"
+        else:
+            former = pool.policy()
+            if keep_policy:  # the tenants are the operator's, not the engine's
+                safety_share = min(policy.safety_share, former.unguaranteed_share)
+                policy = policy.with_changes(tenants=former.tenants, safety_share=safety_share)
+            pool.open_epoch(spec, epoch, self._boot_id, policy, openers)
+            why = "the engine is of another kind" if keep_policy else "as asked for"
+            told = f"policy {policy.name} in the place of {former.name}: {why}"
         if before:
             self.telemetry.tell(EventKind.TAKEN_OVER, spec.name, before)
-        entry.adopt(self._learner(pool), self._monotonic())
-        self.telemetry.tell(EventKind.OPENED, spec.name, epoch)
+        entry.adopt(self._learner(pool, entry.pool), self._monotonic())
+        self._tell_opened(pool, told)
+
+    def _tell_opened(self, pool: Pool, reason: str) -> None:
+        self.telemetry.tell(EventKind.OPENED, pool.spec.name, pool.epoch, reason=reason)
 
     def _new_books(
         self, spec: PoolSpec, epoch: int, policy: PolicyRecord, openers: Openers
@@ -587,6 +661,10 @@ class Registry:
         unfinished.unlink(missing_ok=True)  # of an attempt that failed
         try:
             pool = Pool.create(unfinished, spec, epoch, self._boot_id, policy, openers)
+        except BooksSpaceError as error:  # its message names the file, for the log alone
+            self.telemetry.tell(EventKind.NO_ROOM, spec.name, reason=str(error))
+            room = f"{spec.arena_geometry().file_bytes:,} bytes"
+            raise BooksSpaceError(f"the pool directory has no room for its file, {room}") from None
         except BooksCorruptError as error:  # a page of it failed: there are no books yet
             raise BooksUnavailableError(str(error)) from None
         try:
@@ -640,4 +718,5 @@ def draining() -> UnavailableError:
 
 
 def _opened(pool: Pool) -> Opened:
-    return Opened(pool.spec, pool.epoch, pool.owner, pool.policy().version)
+    policy = pool.policy()
+    return Opened(pool.spec, pool.epoch, pool.owner, policy.version, policy.name)

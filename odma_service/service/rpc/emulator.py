@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -28,10 +28,14 @@ WRITTEN = {
 
 
 class EmulatorService(EmulatorServiceServicer):
-    """Prices runs; calibrates one device and access at a time."""
+    """Prices runs.
+
+    It calibrates one device and access at a time, in a thread of its own: all use the outcome, so
+    no caller is charged for it.
+    """
 
     def __init__(self) -> None:
-        self._calibrating = Lock()
+        self._calibrating = ThreadPoolExecutor(1, thread_name_prefix="calibrate")
 
     @reports_errors
     def EstimateAccess(
@@ -45,8 +49,7 @@ class EmulatorService(EmulatorServiceServicer):
         if request.access == pb.ACCESS_COPY:
             runs, moved = np.repeat(runs, 2, axis=0), 2 * moved
             descriptor_seconds /= 2  # one descriptor reads and writes
-        with self._calibrating:
-            calibrated = estimator(device, WRITTEN[request.access])
+        calibrated = self._calibrating.submit(estimator, device, WRITTEN[request.access]).result()
         price = calibrated.price(runs, request.window, descriptor_seconds / slowdown)
         seconds = price.seconds * slowdown
         return pb.EstimateAccessResponse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import grpc
 
@@ -25,7 +26,7 @@ from odma_service.service.rpc.opening import (
 )
 from odma_service.service.rpc.reports import policy_to
 from odma_service.service.rpc.statuses import reports_errors
-from odma_service.values import Caller, Predicted
+from odma_service.values import Answer, Caller, Place, Predicted
 from odma_service.wire import (
     allocate_from,
     answer_to,
@@ -36,6 +37,8 @@ from odma_service.wire import (
     place_to,
     planes_to,
 )
+
+Decided = TypeVar("Decided", Answer, Place)
 
 
 class MemoryService(MemoryServiceServicer):
@@ -56,6 +59,7 @@ class MemoryService(MemoryServiceServicer):
             keep_policy=not request.HasField("policy"),
             take_over=request.take_over,
             opening=opening_from(request),
+            seen=request.seen if request.HasField("seen") else None,
         )
         return _opened_to(opened)
 
@@ -89,20 +93,33 @@ class MemoryService(MemoryServiceServicer):
     def _apply(self, request: pb.ApplyRequest, wanted: Callable[[], bool]) -> pb.ApplyResponse:
         name, caller = ref_from(request.pool)
         batch = batch_from(request)
-        with self._registry.owned(name, caller, wanted) as learner:
-            question = learner.asks(batch.ops, batch.seq)
-            if question is None:
-                answer = learner.apply(caller, batch)
-        if question is not None:
-            predictions = self._predictions(question)
-            with self._registry.owned(name, caller, wanted) as learner:
-                answer = learner.apply(caller, batch, predictions)
-        return answer_to(answer)
+        return answer_to(
+            self._decide(
+                name,
+                caller,
+                wanted,
+                lambda learner: learner.asks(batch.ops, batch.seq),
+                lambda learner, predictions: learner.apply(caller, batch, predictions),
+            )
+        )
 
-    def _predictions(self, question: Question) -> list[Predicted | None]:
-        """Ask the model, without the lock: it takes time."""
+    def _decide(
+        self,
+        name: str,
+        caller: Caller,
+        wanted: Callable[[], bool],
+        asks: Callable[[Learner], Question | None],
+        do: Callable[[Learner, list[Predicted | None] | None], Decided],
+    ) -> Decided:
+        """Do what an owner asks. A model is asked without the lock: it takes time."""
+        with self._registry.owned(name, caller, wanted) as learner:
+            question = asks(learner)
+            if question is None:
+                return do(learner, None)
         with self._registry.telemetry.spans.part("predict"):
-            return predictions_of(question.answers())
+            predictions = predictions_of(question.answers())
+        with self._registry.owned(name, caller, wanted) as learner:
+            return do(learner, predictions)
 
     @reports_errors
     def Allocate(
@@ -111,11 +128,13 @@ class MemoryService(MemoryServiceServicer):
         name, caller = ref_from(request.pool)
         _require("allocate", request.HasField("allocate"))
         operation = allocate_from(request.allocate)
-        with self._registry.owned(name, caller, context.is_active) as learner:
-            question = learner.asks([operation])
-        predictions = None if question is None else self._predictions(question)
-        with self._registry.owned(name, caller, context.is_active) as learner:
-            place = learner.allocate(caller, operation, predictions)
+        place = self._decide(
+            name,
+            caller,
+            context.is_active,
+            lambda learner: learner.asks([operation]),
+            lambda learner, predictions: learner.allocate(caller, operation, predictions),
+        )
         return pb.AllocateResponse(place=place_to(place))
 
     @reports_errors
@@ -146,7 +165,7 @@ class MemoryService(MemoryServiceServicer):
             if len(request.handles) > most:
                 raise InvalidError("handles", f"at most {most:,}, not {len(request.handles):,}")
             _insist_completed(request, learner.pool.last_seq)
-            places, freed = learner.reconcile(caller, request.handles)
+            places, freed = learner.reconcile(caller, request.handles, request.completed_seq)
             last_seq = learner.pool.last_seq
         return pb.ReconcileResponse(
             kept=[place_to(place) for place in places if place.length_tokens],
@@ -232,6 +251,7 @@ def _opened_to(opened: Opened) -> pb.OpenPoolResponse:
         policy_version=opened.policy_version,
         granule_tokens=spec.granule_tokens,
         reads_two_runs=spec.reads_two_runs,
+        policy_name=opened.policy_name,
     )
 
 

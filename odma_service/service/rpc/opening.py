@@ -34,6 +34,10 @@ def spec_from(request: pb.OpenPoolRequest) -> PoolSpec:
     model = _model_from(request)
     block_tokens = request.block_tokens or DEFAULT_BLOCK_TOKENS
     capacity_tokens = _capacity_from(request, model.geometry, block_tokens)
+    if request.granule_tokens and model.not_of_prefix:
+        raise InvalidError(
+            "granule_tokens", f"0 for this model: {model.not_of_prefix}; or give the planes instead"
+        )
     longest = (model.model_length_tokens, capacity_tokens, MOST_MODEL_LENGTH_TOKENS)
     return PoolSpec(
         name=name,
@@ -65,9 +69,8 @@ def opening_from(request: pb.OpenPoolRequest) -> Opening:
 
 def first_policy(change: PolicyChange, spec: PoolSpec) -> PolicyRecord:
     """Return the policy of a new pool."""
-    return changed_policy(
-        change, _named("elastic" if spec.moves == Moves.ANY else "odma", spec), spec
-    )
+    moves_any, _ = spec.engine_kind
+    return changed_policy(change, _named("elastic" if moves_any else "odma", spec), spec)
 
 
 def _named(name: str, spec: PoolSpec) -> PolicyRecord:
@@ -75,7 +78,7 @@ def _named(name: str, spec: PoolSpec) -> PolicyRecord:
         name,
         spec.model_length_tokens,
         spec.capacity_tokens,
-        slides=spec.single_ordered_stream and spec.moves == Moves.ANY,
+        slides=spec.engine_kind[1],
     )
 
 

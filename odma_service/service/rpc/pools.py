@@ -9,7 +9,7 @@ from odma_service.rpc.v1 import pool_service_pb2 as pb
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceServicer
 from odma_service.service.door.watchers import Watchers
 from odma_service.service.pools.registry import Registry
-from odma_service.service.rpc.names import name_from
+from odma_service.service.rpc.names import name_from, unnumbered_ref_from
 from odma_service.service.rpc.reports import pool_to, region_to, summary_to
 from odma_service.service.rpc.statuses import reports_errors
 
@@ -20,7 +20,7 @@ REGION_FRAME_BYTES = 3
 
 
 class PoolService(PoolServiceServicer):
-    """The calls that read; every role may make them."""
+    """The calls that read, which every role may make, and ForgetPool."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -43,6 +43,14 @@ class PoolService(PoolServiceServicer):
             except PoolNotFoundError:
                 continue  # gone since
         return response
+
+    @reports_errors
+    def ForgetPool(
+        self, request: pb.ForgetPoolRequest, context: grpc.ServicerContext
+    ) -> pb.ForgetPoolResponse:
+        name, caller = unnumbered_ref_from(request.pool)
+        self._registry.forget(name, caller.epoch)
+        return pb.ForgetPoolResponse()
 
     @reports_errors
     def GetPool(

@@ -39,6 +39,7 @@ _CODES = {
     errors.InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.PoolNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.PoolOwnedError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.PoolOpenError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EpochError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnfencedError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -130,6 +131,7 @@ def _details(error: OdmaError) -> Sequence[Message]:
             errors.PoolNotFoundError()
             | errors.PoolOwnedError()
             | errors.PoolForeignError()
+            | errors.PoolOpenError()
             | errors.EpochError()
             | errors.FencedError()
             | errors.UnfencedError()

@@ -4,11 +4,12 @@ docs/reference/decision-log.md has its fields.
 
 A call only notes what it decided; a thread of the log's own makes records of the notes and
 writes them. Notes have a bound: beyond it, decisions are dropped and counted, and no call ever
-waits. Texts of prompts are not even noted.
+waits. Texts of prompts and keys are not even noted.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -49,6 +50,7 @@ PAUSE_SECONDS = 0.1
 ROTATED = 7
 """Full files kept beside the one that is written: NAME.1 is the newest."""
 LONGEST_LINE_BYTES = 1 << 20
+TAIL_BYTES = 2 * LONGEST_LINE_BYTES
 REQUEST_START = '{"odma":"request",'
 
 log = structlog.get_logger()
@@ -75,6 +77,7 @@ class Life:
     last_tokens: int = 0
     extends: int = 0
     copied_tokens: int = 0
+    reused_tokens: int = 0
     preemptions: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
 
@@ -172,7 +175,7 @@ class DecisionLog:
             model = self._sketcher()
             granted = zip(ops, results, strict=True)
             sketches = [_sketch(model, op, result) for op, result in granted] if model else None
-            ops = list(map(_without_text, ops))
+            ops = list(map(_without_prompt, ops))
             self._put(pool, ops, predictions, results, copies, sketches=sketches)
 
     def reconciled(self, pool: Pool, freed: Sequence[int]) -> None:
@@ -333,6 +336,7 @@ class PoolLives:
             if life.granted is None:
                 life.granted, life.granted_tokens = unix_seconds, result.length_tokens
             life.last_tokens = result.length_tokens
+            life.reused_tokens += result.reused_tokens
             self._living[result.handle] = life
         elif isinstance(result, Refusal):
             life.refusals[result.reason.name] += 1
@@ -372,10 +376,12 @@ def _sketch(model: Sketcher, op: Op, result: Result) -> str | None:
     return None
 
 
-def _without_text(op: Op) -> Op:
-    """Return an operation as it is noted: of a text only that there was one."""
-    if isinstance(op, Allocate) and op.text is not None:
-        return op._replace(text="")
+def _without_prompt(op: Op) -> Op:
+    """Return an operation as it is noted: without keys, of a text only that there was one."""
+    if isinstance(op, Allocate) and (op.keys or op.text is not None):
+        return op._replace(text=None if op.text is None else "", keys=b"")
+    if isinstance(op, Free) and op.keys:
+        return op._replace(keys=b"")
     return op
 
 
@@ -435,17 +441,29 @@ class RotatedFile:
 def _open(path: Path) -> tuple[int, int]:
     """Open a file for one process to append to; return its descriptor and size.
 
-    Raises OSError, BlockingIOError if another process has it.
+    It is this user's alone then. A crash of the machine may have torn its last line. Raises
+    OSError, also for a file that is something else; BlockingIOError if another process has it.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.fstat(descriptor).st_size
-        tail = os.pread(descriptor, LONGEST_LINE_BYTES, max(size - LONGEST_LINE_BYTES, 0))
-        whole = size - (len(tail) - (tail.rfind(b"\n") + 1))
-        os.ftruncate(descriptor, whole)  # a crash of the machine may have torn the last line
+        whole = _whole_bytes(descriptor)
+        os.fchmod(descriptor, 0o600)
+        os.ftruncate(descriptor, whole)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor, whole
+
+
+def _whole_bytes(descriptor: int) -> int:
+    """Return where the last whole line of a log ends. Raises OSError if it is none."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, TAIL_BYTES, max(size - TAIL_BYTES, 0))
+    end = tail.rfind(b"\n") + 1
+    last = tail[tail.rfind(b"\n", 0, max(end - 1, 0)) + 1 : end] or tail
+    start = REQUEST_START.encode()
+    if last[: len(start)] != start[: len(last)]:
+        raise OSError(errno.EEXIST, "it is there, and no decision log")
+    return size - (len(tail) - end)

@@ -39,6 +39,7 @@ class EventKind(IntEnum):
     SAFETY_SHARE = 11
     EXPIRED = 12
     SUCCEEDED = 13
+    NO_ROOM = 14
 
 
 ENDS_EPOCH = {
@@ -59,10 +60,11 @@ _LINES = {
     EventKind.STALE: ("warning", "pool stale: its owner is silent"),
     EventKind.REVIVED: ("info", "pool revived: its owner is back"),
     EventKind.SET_ASIDE: ("error", "pool set aside"),
-    EventKind.FORGOTTEN: ("info", "pool forgotten, to make room"),
+    EventKind.NO_ROOM: ("error", "no room for the books of a pool"),
+    EventKind.FORGOTTEN: ("info", "pool forgotten"),
     EventKind.POLICY_SET: ("info", "policy set"),
     EventKind.RECALIBRATED: ("info", "bucket limits recalibrated"),
-    EventKind.SAFETY_SHARE: ("info", "safety share adapted"),
+    EventKind.SAFETY_SHARE: ("debug", "safety share adapted"),
 }
 
 

@@ -1,7 +1,6 @@
 """Metrics for Prometheus: read from the pools at each scrape, and served over HTTP.
 
-A scrape holds a pool only to copy a few numbers out of its books; it computes after that. So no
-call waits longer for a scrape than for another call. The number of series is bounded: max-pools
+A scrape is a reader: no call of an owner waits for it. The number of series is bounded: max-pools
 bounds the pools, a pool has up to 64 classes, a policy up to 16 buckets and 16 tenants. No other
 label has a value that a client may choose.
 
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 import structlog
@@ -25,27 +24,36 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
+    make_wsgi_app,
     start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from odma_service._native import CLASS_OTHER, ArenaReport, Completion, TenantUse
+from odma_service._native import ArenaReport, Completion, TenantUse
 from odma_service.errors import OdmaError, PoolNotFoundError, UnavailableError
 from odma_service.pool import ClassHistory, PoolSpec
 from odma_service.pool.policy import PolicyRecord
 from odma_service.service.door.handlers import CallShape
+from odma_service.service.door.health import ALIVE
+from odma_service.service.door.watched import Watched
 from odma_service.service.pools.models import FAILURES
 from odma_service.service.pools.registry import Registry
 from odma_service.service.watch.observed import CallObserver, CallWatch
 from odma_service.service.watch.telemetry import OP_NAMES, RefusalCounts
 from odma_service.values import QUANTILE_LEVELS, Allocate, Extend, Free, Reason, Trim
 
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
 BUCKETS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0, 10.0)
 SILENT = "SILENT"
 REFUSALS = ("BUSY", "CALLER_LIMIT", "IDENTITY", "MESSAGE_SIZE", "ROLE", "STREAM_LIMIT", SILENT)
 """Reasons that have a series from the start."""
 SLOWEST_CLIENT_SECONDS = 10.0
+METRICS_PATHS = ("/metrics", "/")
+HEALTH_PATHS = {"/healthz": ALIVE, "/readyz": ""}
+"""The names of the health service behind them."""
 SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
 log = structlog.get_logger()
@@ -91,6 +99,12 @@ GAUGES: tuple[tuple[str, str, Value], ...] = (
         "Share of the capacity that the policy keeps back.",
         lambda r: r.policy.safety_share,
     ),
+    (
+        "kept_tokens",
+        "Free, but kept for requests that begin alike.",
+        lambda r: r.report.reuse.kept_tokens,
+    ),
+    ("kept_runs", "Runs that are kept.", lambda r: r.report.reuse.kept_runs),
     ("regions", "Live regions.", lambda r: r.report.live),
     ("regions_limit", "Most regions that may live.", lambda r: r.spec.max_regions),
     ("open", "1 while an epoch runs.", lambda r: r.report.epoch > 0),
@@ -112,6 +126,16 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("preemptions", "Regions freed as preempted.", lambda r: r.report.counters.preempted),
     ("copies", "Copies that engines were told to make.", lambda r: r.report.counters.copies),
     ("copied_tokens", "Tokens in those copies.", lambda r: r.report.counters.copied_tokens),
+    (
+        "prompt_tokens",
+        "Tokens that requests had when they were let in.",
+        lambda r: r.report.reuse.prompt_tokens,
+    ),
+    (
+        "given_up_tokens",
+        "Kept tokens that were given up for room.",
+        lambda r: r.report.reuse.given_up_tokens,
+    ),
     ("relocations", "Extends that moved to another hole.", lambda r: r.report.counters.relocations),
     ("compactions", "Operations that moved others.", lambda r: r.report.counters.compactions),
     (
@@ -195,6 +219,16 @@ LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
         lambda r: [
             (("growth",), r.report.counters.safety_hits_growth),
             (("unsure",), r.report.counters.safety_hits_unsure),
+        ],
+    ),
+    (
+        "reused_tokens",
+        "Of the tokens that requests had when they were let in, those that need no prefill.",
+        ("by",),
+        lambda r: [
+            (("adopted",), r.report.reuse.adopted_tokens),
+            (("gathered",), r.report.reuse.gathered_tokens),
+            (("shared",), r.report.reuse.shared_tokens),
         ],
     ),
     (
@@ -294,28 +328,18 @@ class PoolCollector(Collector):
 
     def _read(self, name: str) -> Reading:
         with self._registry.viewed(name) as view:
-            pool, report, policy = view.pool, view.pool.report(), view.pool.policy()
-            bucket_regions, tenants = pool.bucket_regions(), pool.tenants()
-        with self._registry.viewed(name) as again:
-            completions = again.pool.completions()
-        classes = []
-        for index in (*range(report.classes), CLASS_OTHER):  # let go between them
-            with self._registry.viewed(name) as again:
-                if again.pool is pool:
-                    classes.append(pool.class_history(index))
-        if classes and not classes[-1].histogram.completions:
-            classes.pop()  # there are no others
-        return Reading(
-            pool.spec,
-            policy,
-            report,
-            view.idle_seconds,
-            bucket_regions,
-            completions,
-            classes,
-            tenants,
-            self._telemetry.refusals(name),
-        )
+            pool, policy = view.pool, view.pool.policy()
+            return Reading(
+                pool.spec,
+                policy,
+                pool.report(),
+                view.idle_seconds,
+                pool.bucket_regions(policy.limits_tokens),
+                pool.completions(),
+                pool.classes(),
+                pool.tenants(),
+                self._telemetry.refusals(name),
+            )
 
     def _of_the_service(self) -> Iterator[Metric]:
         events = CounterMetricFamily("odma_events", "Events of pools.", labels=["kind"])
@@ -377,43 +401,84 @@ class RpcMetrics(CallObserver):
         self.running = Gauge(
             "odma_rpc_running", "Calls that run, streams included.", ["rpc"], registry=registry
         )
+        self._series: dict[str, _Series] = {}
 
     def watch(self, rpc: str, shape: CallShape, context: grpc.ServicerContext) -> CallWatch:
-        return _StopWatch(self, rpc, shape)
+        series = self._series.get(rpc)
+        if series is None:
+            seconds, running = self.seconds.labels(rpc), self.running.labels(rpc)
+            series = self._series[rpc] = _Series(seconds, running, {})
+        return _StopWatch(self.calls, series, rpc, shape)
+
+
+class _Series(NamedTuple):
+    """What is counted of one rpc. Labels are looked up once: that takes as long as counting."""
+
+    seconds: Histogram
+    running: Gauge
+    calls: dict[grpc.StatusCode, Counter]
 
 
 class _StopWatch:
     """Counts and times one call."""
 
-    def __init__(self, metrics: RpcMetrics, rpc: str, shape: CallShape) -> None:
-        self._metrics = metrics
+    def __init__(self, calls: Counter, series: _Series, rpc: str, shape: CallShape) -> None:
+        self._calls = calls
+        self._series = series
         self._rpc = rpc
-        self._seconds = metrics.seconds.labels(rpc)
-        self._times_call = shape is CallShape.UNARY
-        self._times_answers = shape in {CallShape.BOTH_STREAMS, CallShape.BOTH_BY_CALLBACK}
-        self._running = metrics.running.labels(rpc)
-        self._running.inc()
+        self._shape = shape
+        series.running.inc()
         self._begun = perf_counter()
 
     def asked(self, request: object) -> None:
         self._begun = perf_counter()
 
     def answered(self) -> None:
-        if self._times_answers:
-            self._seconds.observe(perf_counter() - self._begun)
+        if self._shape is CallShape.BOTH_STREAMS or self._shape is CallShape.BOTH_BY_CALLBACK:
+            self._series.seconds.observe(perf_counter() - self._begun)
 
     def ended(self, code: grpc.StatusCode) -> None:
-        if self._times_call:
-            self._seconds.observe(perf_counter() - self._begun)
-        self._running.dec()
-        self._metrics.calls.labels(self._rpc, code.name).inc()
+        _, running, calls = self._series
+        if self._shape is CallShape.UNARY:
+            self._series.seconds.observe(perf_counter() - self._begun)
+        running.dec()
+        counter = calls.get(code)
+        if counter is None:
+            counter = calls[code] = self._calls.labels(self._rpc, code.name)
+        counter.inc()
+
+
+class FileCollector(Collector):
+    """The files that are read again when they change, as last looked at."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[Metric]:
+        failing = GaugeMetricFamily(
+            "odma_files_refused",
+            "1 while changed files cannot be used and the old ones stay.",
+            labels=["files"],
+        )
+        for name, file in self._watched.files.items():
+            failing.add_metric([name], file.failing)
+        yield failing
+        if self._watched.certificates is not None:
+            yield GaugeMetricFamily(
+                "odma_tls_certificate_not_after_seconds",
+                "When the first certificate of the chain ends, since 1970.",
+                value=self._watched.certificates.get().not_after_unix_seconds,
+            )
 
 
 @contextmanager
-def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
+def serving_metrics(
+    address: str, registry: CollectorRegistry, serves: Callable[[str], bool] = lambda _: True
+) -> Iterator[str]:
     """Serve a registry over HTTP at host:port; yield the address with the port really taken.
 
-    Without an address nothing listens. Raises OdmaError if the address cannot be bound.
+    /healthz and /readyz say 200 or 503, as `serves` does of ALIVE and of all services. Without
+    an address nothing listens. Raises OdmaError if the address cannot be bound.
     """
     if not address:
         yield ""
@@ -423,6 +488,7 @@ def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
         server, _ = start_http_server(int(port), host.strip("[]"), registry)
     except OSError as error:
         raise OdmaError(f"cannot serve metrics on {address}: {error.strerror}") from None
+    server.set_app(_with_health(make_wsgi_app(registry), serves))
     server.RequestHandlerClass.timeout = SLOWEST_CLIENT_SECONDS  # type: ignore[attr-defined]
     server.handle_error = _broke_off  # type: ignore[method-assign]  # it would print a traceback
     try:
@@ -430,6 +496,24 @@ def serving_metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _with_health(metrics: WSGIApplication, serves: Callable[[str], bool]) -> WSGIApplication:
+    """Return what answers a GET of the metrics, of the health, and of nothing else."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path in METRICS_PATHS:
+            return metrics(environ, start_response)
+        status, text = "404 Not Found", f"known are {', '.join((*METRICS_PATHS, *HEALTH_PATHS))}"
+        if path in HEALTH_PATHS:
+            well = serves(HEALTH_PATHS[path])
+            status = "200 OK" if well else "503 Service Unavailable"
+            text = "serving" if well else "not serving"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{text}\n".encode()]
+
+    return answer
 
 
 def _broke_off(request: object, client_address: object) -> None:

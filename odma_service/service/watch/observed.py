@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Protocol
 
 import grpc
@@ -49,28 +48,34 @@ class CallObserver(grpc.ServerInterceptor, ABC):
         known = self._observed.get(rpc)
         if known is None or known[0] is not handler:
             parts = Parts.of(handler)
-            observed = parts.around(partial(self._watching, rpc, parts.shape)).handler()
-            known = self._observed[rpc] = handler, observed
+            watching = partial(_Watched, partial(self.watch, rpc, parts.shape))
+            known = self._observed[rpc] = handler, parts.around(watching).handler()
         return known[1]
 
-    @contextmanager
-    def _watching(
-        self, rpc: str, shape: CallShape, context: grpc.ServicerContext
-    ) -> Iterator[CallWatch]:
-        watch = self.watch(rpc, shape, context)
+
+class _Watched:
+    """A call, observed: the context in which it is answered."""
+
+    __slots__ = ("_context", "_watch")
+
+    def __init__(
+        self, watch: Callable[[grpc.ServicerContext], CallWatch], context: grpc.ServicerContext
+    ) -> None:
+        self._context = context
+        self._watch = watch(context)
+
+    def __enter__(self) -> CallWatch:
+        return self._watch
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         code = grpc.StatusCode.OK
-        try:
-            yield watch
-        except GeneratorExit:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except BaseException:
-            code = grpc.StatusCode.UNKNOWN
-            raise
-        finally:
-            watch.ended(context.code() or code)  # type: ignore[attr-defined]
+        if kind is not None:
+            gone = kind is GeneratorExit
+            code = grpc.StatusCode.CANCELLED if gone else grpc.StatusCode.UNKNOWN
+        self._watch.ended(self._context.code() or code)  # type: ignore[attr-defined]
 
 
+@lru_cache(maxsize=256)
 def _rpc_name(method: str) -> str:
     """Return the full name of an rpc that is served; all others have one name together."""
     name = method.strip("/").replace("/", ".")

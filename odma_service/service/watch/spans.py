@@ -18,9 +18,11 @@ class Spans:
         """Return the context of a part that takes time of its own."""
         return _NOTHING
 
-    def waiting(self, lock: Lock) -> AbstractContextManager[object]:
-        """Hold a lock for a context; waiting for it is a part."""
-        return lock
+    def take(self, lock: Lock) -> None:
+        """Take a pool's lock; waiting for it is a part."""
+        if not lock.acquire(blocking=False):
+            with self.part("wait for pool"):
+                lock.acquire()
 
     def serves(self, pool: str, epoch: int) -> None:
         """Name the pool that the call is about."""

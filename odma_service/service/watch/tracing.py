@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
-from threading import Lock, Thread
+from threading import Thread
 
 import grpc
 import structlog
@@ -26,7 +26,7 @@ from odma_service.service.door.handlers import CallShape
 from odma_service.service.watch.observed import UNKNOWN_RPC, CallObserver, CallWatch
 from odma_service.service.watch.spans import Spans
 from odma_service.service.watch.telemetry import OP_NAMES
-from odma_service.values import Copy, Op, Refusal, Result
+from odma_service.values import Allocate, Copy, Op, Place, Refusal, Result
 
 try:
     from opentelemetry import context as contexts
@@ -76,16 +76,6 @@ class OtelSpans(Spans):
             name, record_exception=False, set_status_on_exception=False
         )
 
-    @contextmanager
-    def waiting(self, lock: Lock) -> Iterator[None]:
-        if not lock.acquire(blocking=False):
-            with self.part("wait for pool"):
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
     def serves(self, pool: str, epoch: int) -> None:
         trace.get_current_span().set_attributes({"odma.pool": pool, "odma.epoch": epoch})
 
@@ -101,6 +91,15 @@ class OtelSpans(Spans):
             if isinstance(result, Refusal)
         )
         span.set_attribute("odma.refusals", [f"{name} {n}" for name, n in sorted(refused.items())])
+        placed = zip(ops, results, strict=True)
+        span.set_attribute(
+            "odma.reused_tokens",
+            sum(
+                place.reused_tokens
+                for op, place in placed
+                if isinstance(op, Allocate) and isinstance(place, Place)
+            ),
+        )
         span.set_attribute("odma.copies", len(copies))
         span.set_attribute("odma.copied_tokens", sum(copy.tokens for copy in copies))
 

@@ -252,6 +252,14 @@ static void a_file_that_shrinks_under_an_arena_breaks_it(void) {
     odma_arena_close(arena);
 }
 
+static void a_file_that_has_shrunk_is_found_by_a_check(void) {
+    odma_arena *arena = fresh();
+    CHECK(truncate(path, 4096) == 0);
+    GIVES(ODMA_CORRUPT, odma_arena_check(arena, reason));
+    CHECK(strcmp(reason, "it is shorter than its books") == 0);
+    odma_arena_close(arena);
+}
+
 /* Attach either finds that a byte is wrong or is right not to care. */
 static void a_wild_byte_never_goes_unnoticed(void) {
     odma_arena *arena = fresh();
@@ -598,6 +606,9 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
         {good, ODMA_REASON_INVALID, ODMA_RULE_OVERFLOW_RISK},
         {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
         {good, ODMA_REASON_INVALID, ODMA_RULE_QUANTILES},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
+        {good, ODMA_REASON_INVALID, ODMA_RULE_PADDING},
     };
     memset(cases[12].op.request_id, 0, ODMA_ID_BYTES);
     cases[13].op.prompt_tokens = 0;
@@ -611,6 +622,9 @@ static void a_bad_value_is_the_result_of_its_operation(void) {
         cases[20].op.quantiles[i] = (float)(10 - i);
         cases[21].op.quantiles[i] = i == 3 ? NAN : 5;
     }
+    cases[22].op.request_id[ODMA_ID_BYTES - 1] = 'x';
+    cases[23].op.request_class[1] = 'x';
+    cases[24].op.tenant[ODMA_NAME_BYTES - 1] = 'x';
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         begin_step(arena);
         add_op(cases[i].op);
@@ -2003,6 +2017,7 @@ static const struct {
     FACT(a_file_that_is_not_ours_is_foreign),
     FACT(a_file_of_another_size_is_corrupt_and_stays_as_it_is),
     FACT(a_file_that_shrinks_under_an_arena_breaks_it),
+    FACT(a_file_that_has_shrunk_is_found_by_a_check),
     FACT(a_wild_byte_never_goes_unnoticed),
     FACT(a_null_is_invalid),
     FACT(a_bad_geometry_makes_no_file),
