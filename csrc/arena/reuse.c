@@ -210,9 +210,9 @@ static bool adopt(odma_arena *arena, uint32_t slot, uint32_t granules, uint32_t 
 
 /* --- gathering --- */
 
+/* Lone operations have no tokens to copy. */
 static bool may_gather(const odma_arena *arena) {
-    return arena->step.seq != NO_BATCH &&
-           arena->step.copy_tokens_left >= arena->geometry.granule_tokens &&
+    return arena->step.copy_tokens_left >= arena->geometry.granule_tokens &&
            arena->step.copy_count + arena->step.gather_count < arena->geometry.max_copies;
 }
 
