@@ -384,7 +384,7 @@ typedef enum odma_rule {
     ODMA_RULE_OUTPUT_TOKENS,      /* output_tokens is at most 2^24 */
     ODMA_RULE_LEAST_TOKENS,       /* 1 to the request's maximum, rounded up to a block */
     ODMA_RULE_WANT_TOKENS,        /* 0, or least_tokens to 2^28 */
-    ODMA_RULE_TO_TOKENS,          /* 1 to the present length, at least what is used */
+    ODMA_RULE_TO_TOKENS,          /* 1 to the length, at least what is used, reused, has keys */
     ODMA_RULE_REQUEST_ID,         /* 1 to 64 bytes */
     ODMA_RULE_REQUEST_ID_CHANGED, /* it lives with other numbers */
     ODMA_RULE_PROMPT_TOKENS,      /* at least 1, with generated at most the maximum */

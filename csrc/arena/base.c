@@ -44,12 +44,36 @@ static bool within(double value, double least, double most) {
     return value >= least && value <= most; /* false for NaN */
 }
 
-/* Whether only zero bytes follow the first one of an id or a name. */
-static bool is_padded(const char *name, size_t bytes) {
-    static const char zeros[ODMA_ID_BYTES];
-    size_t used = strnlen(name, bytes);
-    return memcmp(name + used, zeros, bytes - used) == 0;
+/* --- bytes as words --- */
+
+static inline uint64_t word_at(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return word;
 }
+
+static inline bool has_zero_byte(uint64_t word) {
+    return ((word - 0x0101010101010101ULL) & ~word & 0x8080808080808080ULL) != 0;
+}
+
+/* Whether only zero bytes follow the first one of an id or a name, which is whole words. */
+static inline bool is_padded(const char *name, size_t bytes) {
+    const uint8_t *at = (const uint8_t *)name, *end = at + bytes;
+    while (at < end && !has_zero_byte(word_at(at))) at += 8;
+    while (at < end && *at != 0) at++;
+    uint64_t rest = 0;
+    for (; end - at >= 8; at += 8) rest |= word_at(at);
+    for (; at < end; at++) rest |= *at;
+    return rest == 0;
+}
+
+/* Most operations bring no class and no tenant. */
+static inline bool is_padded_name(const char name[ODMA_NAME_BYTES]) {
+    const uint8_t *at = (const uint8_t *)name;
+    uint64_t any = word_at(at) | word_at(at + 8) | word_at(at + 16) | word_at(at + 24);
+    return any == 0 || is_padded(name, ODMA_NAME_BYTES);
+}
+_Static_assert(ODMA_NAME_BYTES == 32, "four words");
 
 /* --- hashes --- */
 
@@ -66,12 +90,6 @@ static inline uint64_t mix(uint64_t value) {
 static inline uint64_t stir(uint64_t hash, uint64_t word) {
     hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
     return hash << 29 | hash >> 35;
-}
-
-static inline uint64_t word_at(const uint8_t *bytes) {
-    uint64_t word;
-    memcpy(&word, bytes, sizeof word);
-    return word;
 }
 
 static uint64_t hash_bytes(const void *bytes, size_t count) {
@@ -145,7 +163,7 @@ static inline bool differ(const uint8_t *a, const uint8_t *b) {
 }
 
 /* Overwrite whole grains of the books, and mark those that change. */
-static void books_put(odma_arena *arena, void *object, const void *from, size_t bytes) {
+static inline void books_put(odma_arena *arena, void *object, const void *from, size_t bytes) {
     uint8_t *into = object;
     const uint8_t *source = from;
     uint32_t grain = (uint32_t)((into - (uint8_t *)arena->books) / GRAIN_BYTES);

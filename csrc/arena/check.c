@@ -47,7 +47,7 @@ static odma_status tenants_check(const odma_policy *policy, char reason[ODMA_REA
         const odma_tenant *tenant = &policy->tenants[i];
         const char *rule = NULL;
         if (tenant->name[0] == 0) rule = "name: 1 to 32 bytes";
-        if (!is_padded(tenant->name, sizeof tenant->name)) rule = "name: ends with zero bytes only";
+        if (!is_padded_name(tenant->name)) rule = "name: ends with zero bytes only";
         for (uint32_t j = 0; j < i; j++)
             if (memcmp(tenant->name, policy->tenants[j].name, sizeof tenant->name) == 0)
                 rule = "name: each tenant once";

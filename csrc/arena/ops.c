@@ -192,8 +192,7 @@ static uint32_t max_total_of(const odma_arena *arena, const odma_op *op) {
 
 static bool has_padded_names(const odma_op *op) {
     return is_padded(op->request_id, sizeof op->request_id) &&
-           is_padded(op->request_class, sizeof op->request_class) &&
-           is_padded(op->tenant, sizeof op->tenant);
+           is_padded_name(op->request_class) && is_padded_name(op->tenant);
 }
 
 static uint32_t allocate_rule(const odma_arena *arena, const odma_op *op, uint32_t max_total) {

@@ -251,31 +251,41 @@ static uint32_t lack(const odma_arena *arena, uint32_t blocks, bool would_do) {
     return room_blocks(arena) < blocks ? ODMA_REASON_NO_SPACE : ODMA_REASON_FRAGMENTED;
 }
 
-/* Let a slot that holds nothing hold `length` blocks, moving others if the
- * policy and the engine allow it. */
-static bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
-                     struct plan_refusal *refusal) {
-    uint32_t hole = best_fit(arena, length);
-    if (hole == NONE) {
-        bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
-                      arena->books->engine.single_ordered_stream;
-        if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH ||
-            !may_search(arena))
-            return no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
-        uint32_t left = NONE, right = NONE;
-        if (!cheapest_window(arena, length, NOT_PINNED, &left, &right))
-            return no_plan(
-                refusal, arena->step.pins > 0 && cheapest_window(arena, length, ANYBODY, &left, &right)
-                             ? ODMA_REASON_PINNED
-                             : lack(arena, length, waiting_would_do(arena, length)));
-        struct cost cost = {0};
-        uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
-        pack(arena, left, pivot, right, &cost);
-        if (!within_budget(arena, &cost)) return over_budget(arena, refusal, &cost);
-        pack(arena, left, pivot, right, NULL);
-        hole = close_window(arena, pivot, after);
-        arena->books->counters.compactions++;
+/* Make a hole of `length` blocks by moving others, if the policy and the engine allow it. */
+static uint32_t win_hole(odma_arena *arena, uint32_t length, struct plan_refusal *refusal) {
+    bool slides = allowed(arena) == ODMA_OVERFLOW_COMPACT &&
+                  arena->books->engine.single_ordered_stream;
+    if (arena->free_blocks < length || !slides || arena->step.seq == NO_BATCH ||
+        !may_search(arena)) {
+        no_plan(refusal, lack(arena, length, waiting_would_do(arena, length)));
+        return NONE;
     }
+    uint32_t left = NONE, right = NONE;
+    if (!cheapest_window(arena, length, NOT_PINNED, &left, &right)) {
+        bool pinned = arena->step.pins > 0 &&
+                      cheapest_window(arena, length, ANYBODY, &left, &right);
+        no_plan(refusal, pinned ? ODMA_REASON_PINNED
+                                : lack(arena, length, waiting_would_do(arena, length)));
+        return NONE;
+    }
+    struct cost cost = {0};
+    uint32_t pivot = arena->runs[right].prev, after = arena->runs[right].next;
+    pack(arena, left, pivot, right, &cost);
+    if (!within_budget(arena, &cost)) {
+        over_budget(arena, refusal, &cost);
+        return NONE;
+    }
+    pack(arena, left, pivot, right, NULL);
+    arena->books->counters.compactions++;
+    return close_window(arena, pivot, after);
+}
+
+/* Let a slot that holds nothing hold `length` blocks. */
+static inline bool plan_new(odma_arena *arena, uint32_t slot, uint32_t length,
+                            struct plan_refusal *refusal) {
+    uint32_t hole = best_fit(arena, length);
+    if (hole == NONE) hole = win_hole(arena, length, refusal);
+    if (hole == NONE) return false;
     run_hold(arena, slot, hole, length);
     return true;
 }

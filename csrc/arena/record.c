@@ -183,13 +183,14 @@ static void store_changes(odma_arena *arena, uint64_t at, struct record *record)
     const uint8_t *books = (const uint8_t *)arena->books;
     const uint8_t *file = arena->map + arena->layout.books_offset;
     uint64_t indexes = at + arena->layout.indexes, grains = at + arena->layout.grains;
-    uint64_t books_sum = arena->sum, changes_sum = 0;
+    uint64_t books_sum = arena->sum, changes_sum = 0, *bits = arena->dirty_bits;
+    const uint32_t *dirty = arena->dirty, *end = dirty + arena->dirty_count;
     uint32_t count = 0;
-    for (uint32_t i = 0; i < arena->dirty_count; i++) {
-        uint32_t grain = arena->dirty[i];
+    for (; dirty < end; dirty++) {
+        uint32_t grain = *dirty;
         uint64_t offset = (uint64_t)grain * GRAIN_BYTES;
         const uint8_t *now = books + offset, *before = file + offset;
-        arena->dirty_bits[grain / 64] = 0; /* its neighbours are on the list, too */
+        bits[grain / 64] = 0; /* its neighbours are on the list, too */
         if (!differ(now, before)) continue;
         uint64_t sum = grain_sum(now, offset);
         changes_sum ^= sum;

@@ -62,6 +62,16 @@ static uint32_t gaps_behind(odma_arena *arena, uint32_t slot, uint32_t more) {
     return NONE;
 }
 
+/* What is lost with the spare runs of a window. */
+static double worth_between(const odma_arena *arena, const struct window *window) {
+    uint32_t end = arena->runs[window->right].start;
+    double sum = 0;
+    for (uint32_t id = window->left; id != NONE && arena->runs[id].start <= end;
+         id = arena->runs[id].next)
+        sum += is_spare(arena, id) ? worth(arena, id) : 0;
+    return sum;
+}
+
 /* Give up kept runs so that a region can have `length` blocks, in place or by plan_room():
  * the same for growth. */
 static bool clear_for_room(odma_arena *arena, uint32_t slot, uint32_t length,
@@ -70,21 +80,25 @@ static bool clear_for_room(odma_arena *arena, uint32_t slot, uint32_t length,
     uint32_t more = length - arena->runs[slot].length;
     *refusal = (struct plan_refusal){0};
     arena->step.giving = true;
-    uint32_t end = gaps_behind(arena, slot, more);
-    if (end != NONE) {
-        end_giving(arena, arena->runs[slot].next, end);
-        return true;
-    }
+    struct window behind = {.left = arena->runs[slot].next,
+                            .right = gaps_behind(arena, slot, more)};
     bool moves = allowed(arena) != ODMA_OVERFLOW_PREEMPT && arena->step.seq != NO_BATCH;
     bool ordered = arena->books->engine.single_ordered_stream;
     bool itself = may_move(arena, slot, false) && (ordered || !note_of(arena, slot)->moved);
     struct window room = {.left = NONE}, hole = {.left = NONE};
     struct cost cost = {0}, own = {.tokens = used_of(arena, slot), .moves = 1};
     own.copies = own.tokens > 0;
-    bool slides = moves && ordered && room_blocks(arena) >= more &&
-                  cheapest_room(arena, slot, more, false, &room);
     bool goes = moves && itself &&
                 cheapest_window(arena, length, NOBODY, &hole.left, &hole.right);
+    if (behind.right != NONE) { /* to move itself costs little beside what is lost behind it */
+        bool leaves = goes && within_budget(arena, &own) &&
+                      2 * worth_between(arena, &hole) < worth_between(arena, &behind);
+        if (!leaves) hole = behind;
+        end_giving(arena, hole.left, hole.right);
+        return true;
+    }
+    bool slides = moves && ordered && room_blocks(arena) >= more &&
+                  cheapest_room(arena, slot, more, false, &room);
     if (slides) pack(arena, room.left, slot, room.right, &cost);
     bool slide = slides && within_budget(arena, &cost);
     bool go = goes && within_budget(arena, &own) && !(slide && room.price <= price_of(arena, slot));
@@ -111,8 +125,8 @@ static bool grow_to(odma_arena *arena, uint32_t slot, uint32_t length) {
 }
 
 /* Let a slot that holds nothing hold `length` blocks. */
-static bool place_new(odma_arena *arena, uint32_t slot, uint32_t length,
-                      struct plan_refusal *refusal) {
+static inline bool place_new(odma_arena *arena, uint32_t slot, uint32_t length,
+                             struct plan_refusal *refusal) {
     return plan_new(arena, slot, length, refusal) ||
            (clear_for_new(arena, length, refusal) && plan_new(arena, slot, length, refusal));
 }
@@ -218,8 +232,9 @@ static void let_source_go(odma_arena *arena, uint32_t slot, struct hold before) 
     refresh(arena, slot);
 }
 
-/* Place a new region of which the first `granules` will be gathered. */
-static bool place_gathering(odma_arena *arena, uint32_t slot, uint32_t length,
+/* Place a new region of which the first `granules` will be gathered. Not inlined: few
+ * allocates come here, and all would carry it. */
+static __attribute__((noinline)) bool place_gathering(odma_arena *arena, uint32_t slot, uint32_t length,
                             const struct found *found) {
     struct plan_refusal refusal = {0};
     uint32_t source = found->source, blocks = found->granules * arena->granule_blocks;

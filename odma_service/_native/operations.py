@@ -69,7 +69,10 @@ RULES: dict[int, tuple[str, str]] = {
         "1 to the request's maximum, rounded up to a block",
     ),
     lib.ODMA_RULE_WANT_TOKENS: ("want_tokens", "0, or least_tokens to 2^28"),
-    lib.ODMA_RULE_TO_TOKENS: ("to_tokens", "1 to the present length, at least what is used"),
+    lib.ODMA_RULE_TO_TOKENS: (
+        "to_tokens",
+        "1 to the present length, at least what is used, reused, or has keys",
+    ),
     lib.ODMA_RULE_REQUEST_ID: ("request_id", f"1 to {ID_BYTES} bytes of UTF-8 without NUL"),
     lib.ODMA_RULE_REQUEST_ID_CHANGED: ("request_id", "lives with other numbers"),
     lib.ODMA_RULE_PROMPT_TOKENS: (

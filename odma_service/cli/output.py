@@ -66,9 +66,11 @@ class SafeConsole(Console):
         """Yield a table, in parts if it is too wide. Cells that are too long are folded."""
         for column in table.columns:
             column.overflow = "fold"
+        if self._width_of(table) <= self.width:
+            yield table
+            return
         first, *others = table.columns
-        if self._width_of(table) > self.width:
-            first.max_width = self.width // 2
+        first.max_width = self.width // 2
         chosen: list[Column] = []
         title = table.title
         for column in others:

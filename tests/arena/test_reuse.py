@@ -343,6 +343,19 @@ def test_who_grows_takes_what_is_kept_behind_it(engine):
     assert engine.reuse.given_up_tokens == 4 * GRANULE
 
 
+def test_who_grows_leaves_what_was_used_lately_and_takes_the_place_of_what_was_not(engine):
+    old = engine.fill("old", 4)
+    grows = engine.step(engine.ask(b"", GRANULE - 1, more=512))[0]
+    behind = engine.fill("talk", 4)
+    engine.step(engine.ask(b"", engine.memory.size - 8 * GRANULE - grows.length_tokens - UNIT))
+    for _ in range(2):
+        engine.step()
+    used = [Used(grows.handle, GRANULE)]
+    grown = engine.step(Extend(grows.handle, 2 * GRANULE), used=used)[0]
+    assert grown.start_token == 0
+    assert (engine.is_kept(old), engine.is_kept(behind)) == (False, True)
+
+
 def test_kept_runs_have_a_table_of_their_own(tmp_path, ordered):
     engine = Engine(tmp_path / "p.pool", ordered=ordered, max_regions=4)
     for i in range(6):

@@ -40,13 +40,13 @@ def test_the_help_has_every_flag_whole(path):
     context = typer.Context(command, info_name="odma", terminal_width=NARROW)
     shown = command.get_help(context)
     assert CUT not in shown
-    assert "..." not in re.sub(r"\[ARGS\]\.\.\.|\}\.\.\.|\w\.\.\. <|ADDRESS, \.\.\.", "", shown)
     assert max(map(len, shown.splitlines())) <= NARROW
     for parameter in (each for each in command.params if not each.hidden):
         for flag in (*parameter.opts, *parameter.secondary_opts):
             assert flag in shown or not flag.startswith("-")
     for name in getattr(command, "list_commands", lambda _: ())(context):
-        assert re.search(rf"^  {name}  ", shown, re.MULTILINE)
+        summary = command.get_command(context, name).short_help
+        assert f" {name} {' '.join(summary.split())}" in " ".join(shown.split())
 
 
 def test_a_command_prints_that_help():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from base64 import b64encode
+from contextlib import nullcontext
 
 import pytest
 from runner import FILE, Engine, Failure, fill, match
@@ -116,3 +118,50 @@ def test_the_runner_sees_what_an_engine_must_not_be_told(can, batch, given):
     one = engine(**can)
     with pytest.raises(Failure):
         play(one, BATCH | batch, given)
+
+
+KEYS = {"keys": b64encode(b"k" * 16).decode()}
+ASKING = {"seq": 2, "completed_seq": 1, "used": [{"handle": 1, "used_tokens": 16}]}
+ASKING["ops"] = [{"allocate": KEYS}]
+PLACED = FIRST | {"handle": 2, "start_token": 32, "length_tokens": 32, "reused_tokens": 16}
+GATHERS = {"handle": 2, "from_token": 0, "to_token": 32, "tokens": 16, "overlaps": False}
+
+
+def gathering(*copies, place=PLACED, can=None):
+    """Play an answer to one Allocate whose key is that of a running region's one granule."""
+    opened = {"capacity_tokens": 64, "block_tokens": 16, "granule_tokens": 16}
+    engine = Engine(OPEN | (can or {}), opened, None)
+    engine.placed(FIRST, KEYS)
+    result = {"place": place, "refusal": None}
+    play(engine, ASKING, {"seq": 2, "results": [result], "copies": list(copies), "moved": []})
+    return engine
+
+
+def test_the_runner_finds_what_a_new_region_reuses():
+    gathering(GATHERS)
+
+
+@pytest.mark.parametrize(
+    ("copies", "place"),
+    [
+        ([], PLACED),
+        ([GATHERS | {"tokens": 15}], PLACED),
+        ([GATHERS | {"from_token": 1}], PLACED),
+        ([GATHERS], PLACED | {"start_token": 16}),
+        ([GATHERS], PLACED | {"reused_tokens": 0}),
+        ([GATHERS | {"handle": 3}], PLACED),
+    ],
+)
+def test_the_runner_sees_what_is_not_there_to_be_reused(copies, place):
+    with pytest.raises(Failure):
+        gathering(*copies, place=place)
+
+
+@pytest.mark.parametrize(("completed_seq", "fails"), [(1, True), (2, False)])
+def test_the_runner_sees_memory_given_out_that_a_copy_may_still_read(completed_seq, fails):
+    engine = gathering(GATHERS, can={"single_ordered_stream": False})
+    engine.freed({"handle": 1})
+    batch = {"seq": 3, "completed_seq": completed_seq, "used": [], "ops": [{"allocate": {}}]}
+    taken = {"place": FIRST | {"handle": 3}, "refusal": None}
+    with pytest.raises(Failure, match="before its completion") if fails else nullcontext():
+        play(engine, batch, {"seq": 3, "results": [taken], "copies": [], "moved": []})

@@ -28,10 +28,10 @@ from paths import ROOT
 from podman import BASE, Podman, make_base, missing
 from servers import books, open_pool, wait_for
 
-from odma_service.client import Client
+from odma_service.client import Client, chained_keys
 from odma_service.errors import InvalidError, PoolNotFoundError, RefusedError
 from odma_service.rpc.v1 import pool_service_pb2 as pb
-from odma_service.values import Allocate
+from odma_service.values import Allocate, End, Free, PolicyChange
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -252,13 +252,20 @@ def test_engines_and_books_survive_a_service_that_is_killed(stack):
             except PoolNotFoundError:  # the engine is done with it, and has forgotten it
                 return math.inf
 
-        engine = stack.engine("--policy", "odma,elastic")
+        engines = [stack.engine("--policy", "odma,elastic")]
+
+        def at_work() -> str | None:
+            """Name the pool of an engine; start another one if all are done."""
+            if engines[-1].poll() is not None:
+                engines.append(stack.engine("--policy", "odma,elastic"))
+            return playing()
+
         for _ in range(3):
-            name = wait_for(playing, "an engine at work", PATIENCE_SECONDS)
+            name = wait_for(at_work, "an engine at work", PATIENCE_SECONDS)
             answered = batches_of(name)
             stack.kill()
             assert batches_of(name) >= answered
-        found = outcomes(engine)
+        found = [one for engine in engines for one in outcomes(engine)]
         assert books(service, "kept") == before
     for one in found:
         assert (one["finished"], one["violations"], one["balanced"]) == (1000, 0, True)
@@ -274,6 +281,17 @@ def test_every_query_of_the_dashboard_has_data(stack):
     with stack.client() as service:
         pool = open_pool(service, "trouble")
         pool.allocate(Allocate("holds", 1000))
+        policy = PolicyChange(step_tokens=16, safety_share=0)
+        keeps = open_pool(service, "keeps", granule_tokens=64, capacity_tokens=512, policy=policy)
+
+        def reuse() -> None:
+            """Make what the panels of reuse show: a run is kept, taken up again and given up."""
+            keys = chained_keys(range(192), 64, b"")
+            for request in (Allocate("a", 200, keys=keys), Allocate("b", 200, keys=keys)):
+                [place] = keeps.apply(ops=[request]).results
+                keeps.free(Free(place.handle, End.FINISHED, 1, keep_tokens=200))
+            [place] = keeps.apply(ops=[Allocate("all", 500)]).results
+            keeps.free(Free(place.handle, End.FINISHED, 1))
 
         def trouble() -> None:
             """Make what the panels of refusals and errors show."""
@@ -286,6 +304,7 @@ def test_every_query_of_the_dashboard_has_data(stack):
 
         def all_drawn() -> bool:
             trouble()
+            reuse()
             for panel in [panel for panel in empty if stack.drawn(panel[1])]:
                 del empty[panel]
             return not empty

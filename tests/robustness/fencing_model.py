@@ -456,6 +456,8 @@ def _deliveries(frame: Frame, state: State, message: Message) -> Iterator[Step]:
         if not present or not _counts(frame, state):
             harm = None
         changed = state._replace(service=service, **{("first", "second")[message.sender]: after})
+        if after.waits is not None:  # what it asks instead
+            changed = changed._replace(sent=state.sent | {after.waits})
         yield Event("answered", message, answer), changed, harm
 
 
@@ -468,6 +470,9 @@ def _hear(
     if message.rpc in BATCHES and kind != "refused":
         idle = idle._replace(seq=message.seq, batch=None)
     if kind == "used up":  # by a refusal whose answer was lost: ask under a new number
+        if not process.left:
+            return idle, None
+        idle = idle._replace(left=process.left - 1)
         return _numbered(message.sender, idle, True, message.rpc, message.body), None
     if kind == "promise":  # the copies of some answer are not done: keep nothing
         return idle._replace(view=frozenset(), seq=facts[0]), None

@@ -32,9 +32,15 @@ LAST_FIELD = {
     "odma.v1.OpenPoolRequest": 17,
     "odma.v1.ClosePoolRequest": 1,
     "odma.v1.ReconcileRequest": 2,
+    "odma.v1.Used": 3,
+    "odma.v1.Alloc": 9,
+    "odma.v1.Freeing": 3,
     "odma.v1.ModelConfig": 3,
 }
 """Of the messages that have got more fields since: the highest number of that time."""
+
+LATER = {"ForgetPool"}
+"""Rpcs that have come since."""
 
 
 class Earlier:
@@ -177,7 +183,7 @@ def test_it_does_all_that_it_did(earlier, name):
         call(memory, "ClosePool", pb.ClosePoolRequest(pool=pool))
     kinds = [pool_pb.EventKind.Name(one.event.kind) for one in islice(watch, 2)]
     assert kinds == ["EVENT_KIND_OPENED", "EVENT_KIND_POLICY_SET"]
-    assert earlier.made == {rpc.rpartition("/")[2] for rpc in RPCS}
+    assert earlier.made == {rpc.rpartition("/")[2] for rpc in RPCS} - LATER
 
 
 def test_it_takes_over_and_is_taken_over(earlier, name):

@@ -504,7 +504,7 @@ class Trim(_message.Message):
     to_tokens: _builtins.int
     """New length, rounded up to a block; at least 1, at most the present length,
     and at least what is used, unless the rounded length is the present one. What
-    the request reuses, and what others may reuse of it, counts as used.
+    the request reuses, and granules that have keys, count as used.
     """
     def __init__(
         self,

@@ -427,11 +427,12 @@ class Registry:
             )
         return entry
 
-    def _learner(self, pool: Pool) -> Learner:
+    def _learner(self, pool: Pool, before: Pool | None = None) -> Learner:
         try:
             return Learner(pool, self.telemetry.observer_of(pool), model=self._model)
         except MemoryError:
-            pool.close()  # its file can be attached again
+            if pool is not before:  # that one may have readers
+                pool.close()  # its file can be attached again
             raise
 
     def _attach(self, name: str, path: Path) -> Pool:
@@ -645,7 +646,7 @@ class Registry:
             told = f"policy {policy.name} in the place of {former.name}: {why}"
         if before:
             self.telemetry.tell(EventKind.TAKEN_OVER, spec.name, before)
-        entry.adopt(self._learner(pool), self._monotonic())
+        entry.adopt(self._learner(pool, entry.pool), self._monotonic())
         self._tell_opened(pool, told)
 
     def _tell_opened(self, pool: Pool, reason: str) -> None:
