@@ -234,8 +234,9 @@ static void let_source_go(odma_arena *arena, uint32_t slot, struct hold before) 
 
 /* Place a new region of which the first `granules` will be gathered. Not inlined: few
  * allocates come here, and all would carry it. */
-static __attribute__((noinline)) bool place_gathering(odma_arena *arena, uint32_t slot, uint32_t length,
-                            const struct found *found) {
+static __attribute__((noinline)) bool place_gathering(odma_arena *arena, uint32_t slot,
+                                                      uint32_t length,
+                                                      const struct found *found) {
     struct plan_refusal refusal = {0};
     uint32_t source = found->source, blocks = found->granules * arena->granule_blocks;
     struct hold before = hold_source(arena, source, blocks);

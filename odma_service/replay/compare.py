@@ -35,7 +35,7 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGES,
     PREFIX_POLICIES,
-    REUSE_POLICIES,
+    REUSE,
     UNLIMITED,
     Tuning,
     memory_of,
@@ -338,11 +338,7 @@ def _policy_object(comparison: Comparison, name: str) -> dict[str, Any]:
     for part in ("adopted_tokens", "gathered_tokens", "shared_tokens", "given_up_tokens"):
         shown[part] = _whole(sum(getattr(run.reuse, part) for run in runs) / len(runs))
     shown["prefix_cache"] = (
-        PREFIX_REUSE
-        if name in PREFIX_POLICIES
-        else RUN_REUSE
-        if name in REUSE_POLICIES
-        else NO_PREFIX_REUSE
+        PREFIX_REUSE if name in PREFIX_POLICIES else RUN_REUSE if name == REUSE else NO_PREFIX_REUSE
     )
     if runs[0].tenants:
         shown["tenants"] = {tenant: _tenant_object(runs, tenant) for tenant in runs[0].tenants}

@@ -6,7 +6,6 @@
     elastic           grow in place, by relocation, by compaction; one ordered stream
     elastic-streams   the same on several streams: disjoint copies, completion a step late
     elastic-reuse     elastic, with beginnings adopted or gathered, where a trace has their ids
-    elastic-shared    the same for kernels that read a beginning in one run, the rest in another
     grow-copy         grow in place or by copying to a hole; nobody else moves
     oracle            the exact total is reserved; nothing moves
     extents-K         at most K runs for each request, and no block table
@@ -54,6 +53,8 @@ from odma_service.values import Moves, Overflow, TenantShare
 TUNED = Path(__file__).with_name("tuned.json")
 PAGES = (16, 64, LARGEST_PAGE_TOKENS)
 IDEAL = "ideal-16"
+REUSE = "elastic-reuse"
+REUSE_IDEAL = "ideal-16-prefix"
 UNLIMITED = "unlimited"
 IDEAL_BEST = "ideal-best"
 HINDSIGHT_SHARES = (0.01, 0.02, 0.03, 0.05, 0.08)
@@ -80,16 +81,14 @@ ARENA_POLICIES = {
     "elastic-streams": ArenaPolicy(
         "elastic", EngineKind(Moves.ANY, single_stream=False, copies_may_overlap=False)
     ),
-    "elastic-reuse": ArenaPolicy("elastic", EngineKind(Moves.ANY)),
-    "elastic-shared": ArenaPolicy("elastic", EngineKind(Moves.ANY, reads_two_runs=True)),
+    REUSE: ArenaPolicy("elastic", EngineKind(Moves.ANY)),
     "grow-copy": ArenaPolicy("elastic", EngineKind(Moves.OWN_GROWTH)),
     "oracle": ArenaPolicy("static", EngineKind(Moves.NONE), exact_lengths=True),
 }
 PAGED_POLICIES = tuple(f"{kind}-{page}" for kind in ("ideal", "paged") for page in PAGES)
 EXTENT_POLICIES = {"extents-2": 2, "extents-4": 4}
-PREFIX_POLICIES = ("ideal-16-prefix", "ideal-16-prefix-once", "paged-16-prefix")
+PREFIX_POLICIES = (REUSE_IDEAL, "ideal-16-prefix-once", "paged-16-prefix")
 NAMES = (*ARENA_POLICIES, *EXTENT_POLICIES, *PAGED_POLICIES, *PREFIX_POLICIES, IDEAL_BEST)
-REUSE_POLICIES = ("elastic-reuse", "elastic-shared")
 PREDICTING = ("s3", "odma")
 
 
@@ -192,11 +191,8 @@ def memory_of(
         return
     policy = ARENA_POLICIES[name]
     engine = policy.kind
-    if name in REUSE_POLICIES:
-        granule = granule_tokens or granule_for(load.block_tokens)
-        engine = replace(
-            engine, granule_tokens=granule, second_run_tokens=serving.second_run_tokens
-        )
+    if name == REUSE:
+        engine = replace(engine, granule_tokens=granule_tokens or granule_for(load.block_tokens))
     chosen = predictor_name if predictor_name and name in PREDICTING else policy.predictor
     with ArenaMemory(
         directory,

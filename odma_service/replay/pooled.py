@@ -44,8 +44,8 @@ PASSING = {Reason.COPY_BUDGET, Reason.WAITS_FOR_COMPLETION, Reason.PINNED}
 class EngineKind:
     """What the engine lets the pool move, on how many streams it runs, and what it reuses.
 
-    Without granules it reuses nothing. With two runs it reads a beginning where it lies, at the
-    cost of so many tokens more.
+    Without granules it reuses nothing. With two runs it reads a beginning where it lies, once a
+    step for all, which costs each of them the reading of second_run_tokens more.
     """
 
     moves: Moves = Moves.ANY

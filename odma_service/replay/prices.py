@@ -42,7 +42,6 @@ class Serving:
     kv_bytes_per_token: int = 57_344
     planes: int = 56
     pages_in_flight: int = 16
-    second_run_tokens: int = 64  # read by a request whose beginning is shared, for the second run
     swap_bytes_per_second: float = 0.0  # to the host's memory and back; 0: recompute instead
 
     @property

@@ -24,7 +24,7 @@ from odma_service.replay.policies import (
     IDEAL_BEST,
     PAGED_POLICIES,
     PREFIX_POLICIES,
-    REUSE_POLICIES,
+    REUSE,
     Tuning,
 )
 from odma_service.traces import Trace, generate, read_trace, sample_servegen
@@ -49,7 +49,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
     },
     **{
         name: {"safety_share": (0.03, 0.05, 0.08), "step_tokens": (48, 64, 80, 96, 128)}
-        for name in ("elastic", *REUSE_POLICIES)
+        for name in ("elastic", REUSE)
     },
     "elastic-streams": {
         "safety_share": (0.08, 0.12, 0.15, 0.2),

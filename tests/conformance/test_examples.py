@@ -27,6 +27,7 @@ def test_the_c_engine_runs_under_the_sanitizers(tmp_path):
     told = run(engine, tmp_path / "books")
     assert "violations 0" in told
     assert "copies 0" not in told
+    assert "reused 0" not in told
 
 
 def test_the_python_engine_runs(server):

@@ -17,6 +17,9 @@ from servers import PLAIN, wait_for
 from odma_service.client.local import ODMA
 from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 
+START_SECONDS = 200
+pytestmark = pytest.mark.timeout(300)  # a server that imports torch starts slowly
+
 READY = "odma model ready on "
 POOL = "served"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -32,10 +35,11 @@ def serving(model_dir, *flags, environment=None):
         text=True,
         env={**PLAIN, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
-    deadline = Timer(60, process.kill)
+    deadline = Timer(START_SECONDS, process.kill)
     deadline.start()
     try:
         line = process.stdout.readline()
+        deadline.cancel()
         assert line.startswith(READY)
         yield line.removeprefix(READY).strip(), process
     finally:

@@ -98,6 +98,10 @@ def test_a_fixed_rope_is_a_function_of_the_prefix(scaling):
 def test_layers_with_states_are_no_function_of_the_prefix():
     states = next(case for case in RIGHT if case["name"] == "jamba-mini")
     assert "states" in read(states).not_of_prefix
+    ranks = {"pipeline_layers": (4, 1, 27), "pipeline_rank": 1}
+    attends = read(states | {"part": ranks})
+    assert not attends.has_states
+    assert "states" in attends.not_of_prefix
 
 
 def test_a_key_without_a_value_changes_nothing():

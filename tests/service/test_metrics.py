@@ -135,8 +135,8 @@ def test_a_scrape_tells_what_is_kept_and_reused(scraped, service, name):
         ("given_up_tokens_total", 128),
     ):
         assert value(samples, f"odma_pool_{metric}", pool=name) == expected, metric
-    for by, expected in (("adopted", 192), ("gathered", 128), ("shared", 0)):
-        assert value(samples, "odma_pool_reused_tokens_total", pool=name, by=by) == expected, by
+    for how, expected in (("adopted", 192), ("gathered", 128), ("shared", 0)):
+        assert value(samples, "odma_pool_reused_tokens_total", pool=name, how=how) == expected, how
     assert value(kept, "odma_pool_kept_runs", pool=name) == 1
     assert value(kept, "odma_pool_kept_tokens", pool=name) == 192
     reuse = service.get_pool(name).reuse

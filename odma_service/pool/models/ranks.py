@@ -94,7 +94,7 @@ def from_model_config(
         config.model_length_tokens,
         tuple(_why(config, layers, part.tensor or 1, element)),
         _has_states(layers),
-        _not_of_prefix(config, layers),
+        _not_of_prefix(config, model),
     )
 
 
@@ -102,8 +102,9 @@ def _has_states(layers: list[Layer]) -> bool:
     return any(layer.kind in (Kind.STATE, Kind.CROSS) or layer.has_state for layer in layers)
 
 
-def _not_of_prefix(config: Config, layers: list[Layer]) -> str:
-    if _has_states(layers):
+def _not_of_prefix(config: Config, model: list[Layer]) -> str:
+    """Return why, of the whole model: who resumes a request needs the states of all ranks."""
+    if _has_states(model):
         return "its layers keep states, which are not in the planes"
     if key := config.growing_rope():
         return f"{key} follows the length of the request"

@@ -224,7 +224,7 @@ LABELLED_COUNTERS: tuple[tuple[str, str, tuple[str, ...], Labelled], ...] = (
     (
         "reused_tokens",
         "Of the tokens that requests had when they were let in, those that need no prefill.",
-        ("by",),
+        ("how",),
         lambda r: [
             (("adopted",), r.report.reuse.adopted_tokens),
             (("gathered",), r.report.reuse.gathered_tokens),
