@@ -229,15 +229,16 @@ def test_keys_that_a_run_has_lost_do_not_stand_again_with_its_next_ones(engine):
     """The next ones lie elsewhere in the file, for another run has ended meanwhile."""
     engine.fill("talk", 4)
     other = engine.fill("other", 3)
-    fork = engine.step(engine.ask(keys_of("talk", 2), 257), copy_tokens=0)[0]
+    fork = engine.step(engine.ask(keys_of("talk", 2), 193), copy_tokens=0)[0]
     assert fork.reused_tokens == 2 * GRANULE
     ends = engine.step(engine.ask(other))[0]
+    assert ends.reused_tokens == 3 * GRANULE
     engine.step(Free(ends.handle, End.ABORTED))
     engine.step(completed=engine.seq)
-    more = keys_of("fork", 2)
-    engine.step(engine.keep(fork, 256, more), used=[Used(fork.handle, 256)])
+    more = keys_of("fork", 1)
+    engine.step(engine.keep(fork, 192, more), used=[Used(fork.handle, 192)])
     engine.again()
-    assert engine.reuse.kept_tokens == 256
+    assert engine.reuse.kept_tokens == 192
 
 
 # --- gathering ---
