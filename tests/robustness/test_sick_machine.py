@@ -43,7 +43,7 @@ from odma_service.rpc.v1 import memory_service_pb2_grpc, pool_service_pb2
 from odma_service.rpc.v1.pool_service_pb2_grpc import PoolServiceStub
 from odma_service.service.door.private import Reloaded, read_file
 from odma_service.service.pools.directory import LOCK_NAME, PoolDirectory
-from odma_service.service.watch.decisions import ROTATED, RotatedFile
+from odma_service.service.watch.decisions import REQUEST_START, ROTATED, RotatedFile
 from odma_service.service.watch.events import EventKind
 from odma_service.service.watch.lines import Lines, Seldom
 from odma_service.values import Allocate, PolicyChange
@@ -363,7 +363,7 @@ def test_a_rotation_that_fails_loses_no_older_log(tmp_path):
     path = tmp_path / "log"
     names = [path, *(Path(f"{path}.{i + 1}") for i in range(ROTATED))]
     for i, name in enumerate(names):
-        name.write_text(f"content of {i}\n")
+        name.write_text(f"{REQUEST_START}{i}\n")
     before = {name: name.read_text() for name in names}
     log = RotatedFile(path, 10)
     with no_descriptor():
@@ -381,14 +381,14 @@ def test_a_rotation_that_cannot_rename_loses_nothing_however_often_it_is_tried(t
     path = tmp_path / "log"
     names = [path, *(Path(f"{path}.{i + 1}") for i in range(ROTATED))]
     for i, name in enumerate(names[:-1]):
-        name.write_text(f"content of {i}\n")
+        name.write_text(f"{REQUEST_START}{i}\n")
     (names[-1] / "not empty").mkdir(parents=True)  # takes no file in its place
     log = RotatedFile(path, 10)
     for _ in range(10):
         with pytest.raises(OSError):  # noqa: PT011 - which one is up to the system
             log.write(["a line of the log\n"])
     assert [name.read_text() for name in names[:-1]] == [
-        f"content of {i}\n" for i in range(ROTATED)
+        f"{REQUEST_START}{i}\n" for i in range(ROTATED)
     ]
     log.close()
 
