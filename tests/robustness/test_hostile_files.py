@@ -286,7 +286,7 @@ def fills_up(box, directory):
     """Insist that a server says that there is no room, and has not half a file."""
     with boxed(box, directory) as server, Client(server.target, retry_seconds=0) as service:
         open_pool(service, "small").apply(ops=[Allocate("r", 50)])
-        with pytest.raises(PoolLimitError, match="cannot reserve"):
+        with pytest.raises(PoolLimitError, match="no room"):
             open_pool(service, "large", max_regions=65_536)
         assert [summary.pool.name for summary in service.list_pools().pools] == ["small"]
         with pytest.raises(PoolNotFoundError):
