@@ -74,10 +74,13 @@ def torture(
         "in_batch": server.in_batch + sum(part.in_batch for part in arenas),
         **{kind: getattr(findings, kind) for kind in KINDS},
         "acknowledged": server.acknowledged + sum(part.acknowledged for part in arenas),
+        "reused_tokens": server.reused_tokens + sum(part.reused_tokens for part in arenas),
         "service": server.figures(),
         "arena": {
             "kills": sum(part.kills for part in arenas),
             "in_batch": sum(part.in_batch for part in arenas),
+            "reused_tokens": sum(part.reused_tokens for part in arenas),
+            "found_tokens": sum(part.found_tokens for part in arenas),
             "copying_share": round(sum(part.copying for part in arenas) / len(arenas), 3),
         },
         "seed": seed,

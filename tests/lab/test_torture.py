@@ -26,6 +26,9 @@ def test_nothing_is_forgotten_when_processes_are_killed():
     assert told["service"]["at_stores"]["in_batch"] > 0
     assert told["service"]["acknowledged"].keys() >= {"Apply", "Allocate", "Free", "Reconcile"}
     assert told["acknowledged"] > 60
+    assert told["service"]["reused_tokens"] > 0
+    assert told["arena"]["reused_tokens"] > 0
+    assert told["arena"]["found_tokens"] > 0
 
 
 def test_nothing_is_forgotten_while_engines_and_the_server_fail():
