@@ -36,9 +36,7 @@ class Engine:
         self.name = name
         self.acknowledged = 0
         self._random = Random(seed)
-        self._load = RandomBatches(
-            self._random, CAPACITY_TOKENS, granule_tokens=granule_tokens
-        )
+        self._load = RandomBatches(self._random, CAPACITY_TOKENS, granule_tokens=granule_tokens)
         self._twin = Twin()
         self._how: dict[str, Any] = {
             "moves": Moves.ANY,

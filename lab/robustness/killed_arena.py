@@ -5,8 +5,8 @@ epoch. Before each kill the calls are rehearsed on a copy of the file, in this p
 other one must answer is known beforehand, with the same derived indexes, for both have just
 attached the same books.
 
-In a pool with granules the beginnings of requests are looked up after a kill, in a copy of the file.
-What is found must be what is found without the kill, before the call in doubt or after it.
+In a pool with granules the beginnings of requests are looked up after a kill, in a copy of the
+file. What is found must be what is found without the kill, before the call in doubt or after it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ ALONE_SHARE, RECONCILE_SHARE, EPOCH_SHARE = 0.15, 0.05, 0.002  # of them; the re
 MOST_LEFT_OUT = 3  # by a reconciliation
 FULL_SHARE = 0.8
 LOOKED_UP_TOKENS = LONGEST_PROMPT_TOKENS + GRANULE_TOKENS
-FIRST_SPAN_SECONDS = 0.001
+FIRST_SPAN_SECONDS = 0.0004
 SHORTER, LONGER = 0.8, 1.015
 USUAL_OPS = 4
 ACKNOWLEDGED = struct.Struct("=QQ")
@@ -181,8 +181,6 @@ class Subject:
         while done < kills and not self.findings.words:
             steps = self._rehearse()
             told = self._kill(steps)
-            if self._granule_tokens:
-                self._look_up_again(steps, len(told))
             recovery = self._examine(steps, told)
             done += 1
             in_batch += recovery != Recovery.CLEAN
@@ -289,18 +287,13 @@ class Subject:
 
     # After the kill
 
-    def _look_up_again(self, steps: list[Step], told: int) -> None:
+    def _look_up_again(self, where: str, steps: list[Step], told: int) -> None:
         """Look up the beginnings as if there had been no kill, and in what it has left."""
-        try:
-            _copy(self._path, self._copy)
-            found = self._look_up()
-            if any(found == self._look_up_after(steps[:done]) for done in (told, told + 1)):
-                self._found_tokens += sum(found)
-                return
-        except OdmaError as error:
-            found = [str(error)]
-        where = f"{self._engine}, {told} calls after seq {self._state.seq}"
-        self.findings.note("lost", f"{where}: looked up, the beginnings have {found}")
+        _copy(self._path, self._copy)
+        found = self._look_up()
+        self._found_tokens += sum(found)
+        if all(found != self._look_up_after(steps[:done]) for done in (told, told + 1)):
+            self.findings.note("lost", f"{where}: beginnings have {found} tokens to reuse")
 
     def _look_up_after(self, steps: list[Step]) -> list[int]:
         """Do some calls on what there was before the kill, and look up the beginnings."""
@@ -335,6 +328,8 @@ class Subject:
                     "wrong_replays", f"{where}: call {number} was answered otherwise"
                 )
         try:
+            if self._granule_tokens:
+                self._look_up_again(where, steps, len(told))
             with Arena.attach(self._path) as arena:
                 recovery = arena.report().recovery
                 self._compare(arena, where, steps, len(told))
@@ -424,9 +419,7 @@ def _keyed(entries: list[RegionEntry]) -> frozenset[Keyed]:
     )
 
 
-def _is_at(
-    state: State, report: ArenaReport, live: list[Held], keyed: frozenset[Keyed]
-) -> bool:
+def _is_at(state: State, report: ArenaReport, live: list[Held], keyed: frozenset[Keyed]) -> bool:
     held = {region.handle: region for region in live}
     known = state.epoch, state.seq, state.twin.held, state.keyed
     return known == (report.epoch, report.seq, held, keyed)

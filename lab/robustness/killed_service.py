@@ -30,12 +30,12 @@ from odma_service.client.local import start, stop
 from odma_service.errors import OdmaError
 
 ENGINES = {
-    "one": {"single_stream": True, "granule_tokens": 0},
-    "two": {"single_stream": True, "granule_tokens": 64},
-    "three": {"single_stream": False, "granule_tokens": 0},
-    "four": {"single_stream": False, "granule_tokens": 64},
+    "one": (True, 0),
+    "two": (True, 64),
+    "three": (False, 0),
+    "four": (False, 64),
 }
-"""Pools, and how their engines open them."""
+"""Pools, whether their engine has one ordered stream, and their granules."""
 
 SHORTEST_LIFE_SECONDS, LONGEST_LIFE_SECONDS = 0.02, 0.25
 MOST_STORES = 3_000  # of all pools, until the fuse is burnt
@@ -118,8 +118,14 @@ def torture(
     try:
         with Client(target) as service:
             engines = [
-                Victim(service, name, random.randrange(2**32), **how)
-                for name, how in ENGINES.items()
+                Victim(
+                    service,
+                    name,
+                    random.randrange(2**32),
+                    single_stream=single,
+                    granule_tokens=granule_tokens,
+                )
+                for name, (single, granule_tokens) in ENGINES.items()
             ]
         while tally.kills < kills and not findings.words:
             kind = tally.at_moments

@@ -1,6 +1,6 @@
 """A load that keeps a pool nearly full, so that most of its batches have to move regions.
 
-In a pool with granules its requests begin like others, and some leave behind what they have written.
+In a pool with granules its requests begin like others, and most leave what they have written.
 """
 
 from __future__ import annotations

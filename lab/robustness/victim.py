@@ -45,8 +45,9 @@ class Victim(Engine):
     def __init__(
         self, service: Client, name: str, seed: int, *, single_stream: bool, granule_tokens: int
     ) -> None:
-        how = {"single_stream": single_stream, "granule_tokens": granule_tokens}
-        super().__init__(service, name, seed, **how)
+        super().__init__(
+            service, name, seed, single_stream=single_stream, granule_tokens=granule_tokens
+        )
         self.calls: Counter[str] = Counter()  # that were answered
         self.reused_tokens = 0
         self._keyed: tuple[Twin, dict[int, int]] | None = None  # as listed with that twin
@@ -158,7 +159,7 @@ class Victim(Engine):
         regions: list[pool_pb.Region],
         findings: Findings,
     ) -> None:
-        """Keys stand as before a call that was not done. What was done keeps whole runs."""
+        """After a call that was not done, keys stand as before it."""
         super()._compare(where, facts, regions, findings)
         self.reused_tokens = facts.reuse.reused_tokens
         if self._keyed is None:
