@@ -86,10 +86,10 @@ class RandomBatches:
         return op
 
     def _leaving(self, regions: list[Held]) -> list[Held]:
-        """Choose who ends: somebody in every other step, once there are some."""
+        """Choose who ends in every other step, once there are some: two where others reuse them."""
         if len(regions) < self.most_ops or self.random.random() < 0.5:
             return []
-        return [self.random.choice(regions)]
+        return self.random.sample(regions, 2 if self.granule_tokens else 1)
 
     def _changing(self, used: list[Used], twin: Twin) -> list[Op]:
         """Choose who gets more room, or now and then gives back what it has not written."""

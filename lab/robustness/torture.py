@@ -79,6 +79,7 @@ def torture(
         "arena": {
             "kills": sum(part.kills for part in arenas),
             "in_batch": sum(part.in_batch for part in arenas),
+            "in_batch_with_reuse": sum(part.in_batch for part in arenas if part.found_tokens),
             "reused_tokens": sum(part.reused_tokens for part in arenas),
             "found_tokens": sum(part.found_tokens for part in arenas),
             "copying_share": round(sum(part.copying for part in arenas) / len(arenas), 3),
