@@ -301,9 +301,20 @@ class Subject:
         with Arena.attach(self._copy) as arena:
             epoch = self._state.epoch
             for step in steps:
-                _do(arena, epoch, step.call, self._record)
+                self._do(arena, epoch, step.call)
                 epoch = step.after.epoch
         return self._look_up()
+
+    def _do(self, arena: Arena, epoch: int, call: Call) -> None:
+        match call:
+            case Alone():
+                arena.unary(epoch, call.op)
+            case Reconcile():
+                arena.reconcile(epoch, *call)
+            case NewEpoch():
+                self._open(arena, call.epoch)
+            case batch:
+                arena.apply(epoch, batch)
 
     def _look_up(self) -> list[int]:
         """Return the tokens that requests with known beginnings would reuse, in the copied file.
@@ -314,7 +325,7 @@ class Subject:
             report = arena.report()
             live = [entry.handle for entry in arena.regions(0, MOST_ENTRIES) if entry.live]
             arena.reconcile(report.epoch, live[::2], report.seq)
-            asked: list[Op] = [_asking(talk) for talk in range(TALKS)]
+            asked: list[Op] = [_beginning_with(talk) for talk in range(TALKS)]
             batch = Batch(report.seq + 1, report.seq, [], asked, BLOCKS * BLOCK_TOKENS, True)
             results = arena.apply(report.epoch, batch).results
         return [place.reused_tokens if isinstance(place, Place) else 0 for place in results]
@@ -394,19 +405,7 @@ def _copy(path: Path, copy: Path) -> None:
     copy.chmod(0o600)
 
 
-def _do(arena: Arena, epoch: int, call: Call, record: EngineRecord) -> None:
-    match call:
-        case Alone():
-            arena.unary(epoch, call.op)
-        case Reconcile():
-            arena.reconcile(epoch, *call)
-        case NewEpoch():
-            arena.open_epoch(call.epoch, record, "torture", b"")
-        case batch:
-            arena.apply(epoch, batch)
-
-
-def _asking(talk: int) -> Allocate:
+def _beginning_with(talk: int) -> Allocate:
     keys = chained_keys([talk] * LOOKED_UP_TOKENS, GRANULE_TOKENS, b"")
     return Allocate(f"look-up-{talk}", LOOKED_UP_TOKENS, keys=keys)
 
