@@ -31,11 +31,12 @@ class Engine:
         single_stream: bool,
         take_over: bool = False,
         ttl_seconds: int = 0,
+        granule_tokens: int = 0,
     ) -> None:
         self.name = name
         self.acknowledged = 0
         self._random = Random(seed)
-        self._load = RandomBatches(self._random, CAPACITY_TOKENS)
+        self._load = RandomBatches(self._random, CAPACITY_TOKENS, granule_tokens=granule_tokens)
         self._twin = Twin()
         self._how: dict[str, Any] = {
             "moves": Moves.ANY,
@@ -44,6 +45,7 @@ class Engine:
             "single_ordered_stream": single_stream,
             "copies_may_overlap": single_stream,
             "ttl_seconds": ttl_seconds,
+            "granule_tokens": granule_tokens,
             "open_id": uuid.uuid4().hex,
         }
         self.pool = service.open_pool(name, take_over=take_over, **self._how)

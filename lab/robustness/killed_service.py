@@ -29,8 +29,13 @@ from odma_service.client import Client
 from odma_service.client.local import start, stop
 from odma_service.errors import OdmaError
 
-ENGINES = {"one": True, "two": True, "three": False, "four": False}
-"""Pools, and whether their engine has one ordered stream."""
+ENGINES = {
+    "one": (True, 0),
+    "two": (True, 64),
+    "three": (False, 0),
+    "four": (False, 64),
+}
+"""Pools, whether their engine has one ordered stream, and their granules."""
 
 SHORTEST_LIFE_SECONDS, LONGEST_LIFE_SECONDS = 0.02, 0.25
 MOST_STORES = 3_000  # of all pools, until the fuse is burnt
@@ -62,6 +67,7 @@ class ServiceKills:
         self.at_moments = Kills()
         self.at_stores = Kills()
         self.acknowledged = 0
+        self.reused_tokens = 0
         self.calls: dict[str, int] = {}
 
     @property
@@ -81,6 +87,7 @@ class ServiceKills:
             "in_batch": self.in_batch,
             "at_moments": asdict(self.at_moments),
             "at_stores": asdict(self.at_stores),
+            "reused_tokens": self.reused_tokens,
             "acknowledged": dict(sorted(self.calls.items())),
         }
 
@@ -111,8 +118,14 @@ def torture(
     try:
         with Client(target) as service:
             engines = [
-                Victim(service, name, random.randrange(2**32), single_stream=single)
-                for name, single in ENGINES.items()
+                Victim(
+                    service,
+                    name,
+                    random.randrange(2**32),
+                    single_stream=single,
+                    granule_tokens=granule_tokens,
+                )
+                for name, (single, granule_tokens) in ENGINES.items()
             ]
         while tally.kills < kills and not findings.words:
             kind = tally.at_moments
@@ -141,6 +154,7 @@ def torture(
         stop(process)
     for engine in engines:
         tally.acknowledged += engine.acknowledged
+        tally.reused_tokens += engine.reused_tokens
         for call, count in engine.calls.items():
             tally.calls[call] = tally.calls.get(call, 0) + count
     return tally

@@ -9,14 +9,16 @@
  *     CALLS, then for each one of
  *     batch SEQ COMPLETED_SEQ PASS_REFUSED USED OPS, then the lines of these
  *     alone, then the line of an operation
- *     reconcile COUNT HANDLE...
+ *     reconcile COMPLETED_SEQ COUNT HANDLE...
  *     epoch EPOCH
  *
- *     HANDLE USED_TOKENS
- *     free HANDLE END OUTPUT_TOKENS
+ *     HANDLE USED_TOKENS SHAREABLE_TOKENS
+ *     free HANDLE END OUTPUT_TOKENS KEEP_TOKENS KEYS
  *     trim HANDLE TO_TOKENS
  *     extend HANDLE LEAST_TOKENS
- *     allocate REQUEST_ID PROMPT_TOKENS MAX_TOTAL_TOKENS
+ *     allocate REQUEST_ID PROMPT_TOKENS MAX_TOTAL_TOKENS KEYS
+ *
+ * KEYS is how many bytes there are, and these as hex digits behind a colon.
  *
  * Writes a pair of 64-bit words to stdout for each answer: the last seq, and a
  * digest.
@@ -52,13 +54,23 @@ static void want(int found, int expected) {
     if (found != expected) fail("stdin", "a line is not as expected");
 }
 
+static void read_keys(odma_op *op) {
+    want(scanf("%" SCNu32 " :", &op->key_bytes), 1);
+    uint8_t *keys = room_for(op->key_bytes, 1);
+    for (uint32_t i = 0; i < op->key_bytes; i++) want(scanf("%2" SCNx8, &keys[i]), 1);
+    op->keys = keys;
+}
+
 static odma_op read_op(void) {
     char kind[16], id[ODMA_ID_BYTES + 1];
     odma_op op = {0};
     want(scanf("%15s", kind), 1);
     if (strcmp(kind, "free") == 0) {
         op.kind = ODMA_OP_FREE;
-        want(scanf("%" SCNu64 " %" SCNu32 " %" SCNu32, &op.handle, &op.end, &op.output_tokens), 3);
+        want(scanf("%" SCNu64 " %" SCNu32 " %" SCNu32 " %" SCNu32, &op.handle, &op.end,
+                   &op.output_tokens, &op.keep_tokens),
+             4);
+        read_keys(&op);
     } else if (strcmp(kind, "extend") == 0 || strcmp(kind, "trim") == 0) {
         op.kind = kind[0] == 'e' ? ODMA_OP_EXTEND : ODMA_OP_TRIM;
         want(scanf("%" SCNu64 " %" SCNu32, &op.handle, &op.least_tokens), 2);
@@ -66,6 +78,7 @@ static odma_op read_op(void) {
         op.kind = ODMA_OP_ALLOCATE;
         want(scanf("%64s %" SCNu32 " %" SCNu32, id, &op.prompt_tokens, &op.max_total_tokens), 3);
         memcpy(op.request_id, id, strlen(id));
+        read_keys(&op);
     }
     return op;
 }
@@ -78,7 +91,9 @@ static void read_batch(odma_batch *batch) {
     odma_used *used = room_for(batch->used_count, sizeof *used);
     odma_op *ops = room_for(batch->op_count, sizeof *ops);
     for (uint32_t i = 0; i < batch->used_count; i++)
-        want(scanf("%" SCNu64 " %" SCNu32, &used[i].handle, &used[i].used_tokens), 2);
+        want(scanf("%" SCNu64 " %" SCNu32 " %" SCNu32, &used[i].handle, &used[i].used_tokens,
+                   &used[i].shareable_tokens),
+             3);
     for (uint32_t i = 0; i < batch->op_count; i++) ops[i] = read_op();
     batch->used = used;
     batch->ops = ops;
@@ -90,6 +105,7 @@ struct call {
     odma_op op;
     uint64_t *handles;
     uint32_t count;
+    uint64_t completed_seq;
     uint64_t epoch;
 };
 
@@ -102,7 +118,7 @@ static struct call read_call(void) {
         call.op = read_op();
     } else if (strcmp(kind, "reconcile") == 0) {
         call.kind = RECONCILE;
-        want(scanf("%" SCNu32, &call.count), 1);
+        want(scanf("%" SCNu64 " %" SCNu32, &call.completed_seq, &call.count), 2);
         call.handles = room_for(call.count, sizeof *call.handles);
         for (uint32_t i = 0; i < call.count; i++)
             want(scanf("%" SCNu64, &call.handles[i]), 1);
@@ -131,7 +147,10 @@ static void feed_place(uint64_t *digest, uint64_t handle, uint32_t start, uint32
 
 static void feed_result(uint64_t *digest, const odma_result *result) {
     switch (result->outcome) {
-        case ODMA_PLACED: feed_place(digest, result->handle, result->start, result->length); break;
+        case ODMA_PLACED:
+            feed_place(digest, result->handle, result->start, result->length);
+            feed(digest, result->reused_tokens);
+            break;
         case ODMA_REFUSED:
             feed(digest, result->reason);
             feed(digest, result->copy_tokens_needed);
@@ -152,9 +171,11 @@ static uint64_t digest_of(const odma_answer *answer) {
         feed(&digest, copy->tokens);
         feed(&digest, copy->overlaps);
     }
-    for (uint32_t i = 0; i < answer->moved_count; i++)
+    for (uint32_t i = 0; i < answer->moved_count; i++) {
         feed_place(&digest, answer->moved[i].handle, answer->moved[i].start,
                    answer->moved[i].length);
+        feed(&digest, answer->moved_reused[i].reused_tokens);
+    }
     return digest;
 }
 
@@ -191,9 +212,9 @@ static uint64_t digest_of_call(struct engine *engine, struct call *call) {
             feed_result(&digest, &result);
             return digest;
         case RECONCILE:
-            must(odma_arena_reconcile(engine->arena, (odma_caller){.epoch = engine->epoch}, 0,
-                                      call->handles, call->count, engine->kept, engine->freed,
-                                      &freed),
+            must(odma_arena_reconcile(engine->arena, (odma_caller){.epoch = engine->epoch},
+                                      call->completed_seq, call->handles, call->count,
+                                      engine->kept, engine->freed, &freed),
                  "reconcile");
             for (uint32_t i = 0; i < call->count; i++)
                 feed_place(&digest, engine->kept[i].handle, engine->kept[i].start,
@@ -239,9 +260,11 @@ int main(int argc, char **argv) {
     must(odma_arena_engine(engine.arena, &engine.record), "engine");
     engine.epoch = report.epoch;
     engine.seq = report.seq;
+    uint32_t most_moved = geometry.max_copies + geometry.max_regions;
     engine.answer = (odma_answer){.results = room_for(geometry.max_ops, sizeof(odma_result)),
                                   .copies = room_for(geometry.max_copies, sizeof(odma_copy)),
-                                  .moved = room_for(geometry.max_copies, sizeof(odma_place))};
+                                  .moved = room_for(most_moved, sizeof(odma_place)),
+                                  .moved_reused = room_for(most_moved, sizeof(odma_reused))};
     engine.kept = room_for(geometry.max_regions, sizeof *engine.kept);
     engine.freed = room_for(geometry.max_regions, sizeof *engine.freed);
     uint32_t count;

@@ -47,6 +47,11 @@ class Outcome(NamedTuple):
     copies: tuple[Copy, ...]
     moved: tuple[Place, ...]
 
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of its requests that need no prefill."""
+        return sum(result.reused_tokens for result in self.results if isinstance(result, Place))
+
     def digest(self) -> int:
         """Return 64 bits of it, as torture.c does."""
         return digest_of(self._words())
@@ -54,7 +59,7 @@ class Outcome(NamedTuple):
     def _words(self) -> Iterable[int]:
         for result in self.results:
             if isinstance(result, Place):
-                yield from result[:3]
+                yield from result[:4]
             elif isinstance(result, Refusal):
                 yield result.reason
                 yield result.copy_tokens_needed
@@ -64,7 +69,7 @@ class Outcome(NamedTuple):
         for copy in self.copies:
             yield from copy
         for place in self.moved:
-            yield from place[:3]
+            yield from place[:4]
 
 
 class Twin:

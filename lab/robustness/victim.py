@@ -42,9 +42,15 @@ Call = Op | Reconcile | Open
 class Victim(Engine):
     """An engine that is in doubt of at most one call."""
 
-    def __init__(self, service: Client, name: str, seed: int, *, single_stream: bool) -> None:
-        super().__init__(service, name, seed, single_stream=single_stream)
+    def __init__(
+        self, service: Client, name: str, seed: int, *, single_stream: bool, granule_tokens: int
+    ) -> None:
+        super().__init__(
+            service, name, seed, single_stream=single_stream, granule_tokens=granule_tokens
+        )
         self.calls: Counter[str] = Counter()  # that were answered
+        self.reused_tokens = 0
+        self._keyed: tuple[Twin, dict[int, int]] | None = None  # as listed with that twin
         self._doubt: Call | None = None
 
     def work(self, target: str) -> None:
@@ -58,6 +64,8 @@ class Victim(Engine):
                 return
 
     def _next(self, service: Client) -> None:
+        if self._load.granule_tokens:
+            self._keyed = self._twin, _keyed(service.list_regions(self.name))
         chance = self._random.random()
         if chance < OPEN_SHARE:
             self._make(service, Open(uuid.uuid4().hex))
@@ -144,10 +152,33 @@ class Victim(Engine):
         if (done or isinstance(call, Free | Reconcile)) and answer != expected:
             findings.note("wrong_replays", f"{where}: {call} again: {answer}, not {expected}")
 
+    def _compare(
+        self,
+        where: str,
+        facts: pool_pb.GetPoolResponse,
+        regions: list[pool_pb.Region],
+        findings: Findings,
+    ) -> None:
+        """After a call that was not done, keys stand as before it."""
+        super()._compare(where, facts, regions, findings)
+        self.reused_tokens = facts.reuse.reused_tokens
+        if self._keyed is None:
+            return
+        (twin, before), keyed = self._keyed, _keyed(regions)
+        if twin is self._twin and keyed != before:
+            wrong = sorted(keyed.items() ^ before.items())
+            findings.note("lost", f"{where}: keys stand otherwise for {wrong}")
+
     def _live(self, regions: list[pool_pb.Region]) -> dict[int, Held]:
         live = [region for region in regions if region.state == pool_pb.REGION_STATE_LIVE]
         held = [Held(region.request_id, *place_from(region.place)[:3]) for region in live]
         return {region.handle: region for region in held}
+
+
+def _keyed(regions: list[pool_pb.Region]) -> dict[int, int]:
+    """Return for how many tokens of each region or kept run keys stand."""
+    found = {region.place.handle: region.shareable_tokens for region in regions}
+    return {handle: tokens for handle, tokens in found.items() if tokens}
 
 
 def _done(twin: Twin, call: Call, live: dict[int, Held]) -> Twin:

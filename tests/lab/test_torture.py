@@ -5,10 +5,12 @@ and `make soak` for long.
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from running import odma
 
+from lab.robustness.killed_arena import Subject
 from lab.robustness.twin import Findings, Held, Outcome, Twin
 from odma_service.values import Allocate, Batch, End, Extend, Free, Freed, Place
 
@@ -26,6 +28,9 @@ def test_nothing_is_forgotten_when_processes_are_killed():
     assert told["service"]["at_stores"]["in_batch"] > 0
     assert told["service"]["acknowledged"].keys() >= {"Apply", "Allocate", "Free", "Reconcile"}
     assert told["acknowledged"] > 60
+    assert told["service"]["reused_tokens"] > 0
+    assert told["arena"]["reused_tokens"] > 0
+    assert told["arena"]["found_tokens"] > 0
 
 
 def test_nothing_is_forgotten_while_engines_and_the_server_fail():
@@ -41,6 +46,30 @@ def test_nothing_is_forgotten_while_engines_and_the_server_fail():
 
 
 # --- that it would be noticed ---
+
+GIVES_UP = """#!{python}
+import os, signal, sys
+from pathlib import Path
+from odma_service._native import Arena
+sys.stdin.read()
+with Arena.attach(Path(sys.argv[1])) as arena:
+    live = [entry.handle for entry in arena.regions(0, 10_000) if entry.live]
+    arena.reconcile(arena.report().epoch, live)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_kept_is_lost_if_regions_alone_survive(tmp_path):
+    program = tmp_path / "gives-up"
+    program.write_text(GIVES_UP.format(python=sys.executable))
+    program.chmod(0o700)
+    findings = Findings()
+    subject = Subject(program, tmp_path / "p.pool", "one stream, reuse", 1, findings)
+    subject.torture(1, lambda: None)
+    assert (findings.lost, findings.doubled, findings.leaked) == (2, 0, 0)
+    assert "tokens to reuse" in findings.words[0]
+    assert "keys stand otherwise" in findings.words[1]
+
 
 HELD = Held("a", 1, 0, 64)
 OTHER = Held("b", 2, 64, 64)
