@@ -37,6 +37,7 @@ from odma_service.rpc.v1 import pool_service_pb2 as pool_pb
 
 EVENTS_SHOWN = 8
 POOLS_SHOWN = 12
+POOLS_LOOKED_AT = 32
 BAR_CELLS = 10
 APPLY = "odma.v1.MemoryService.Apply"
 RATES = (
@@ -65,6 +66,7 @@ class Look(NamedTuple):
     """One look at a service. apply_seconds: cumulative counts by upper bound."""
 
     at: float
+    summaries: list[pool_pb.PoolSummary]
     pools: list[pool_pb.GetPoolResponse]
     regions: list[pool_pb.Region]
     apply_seconds: dict[float, float]
@@ -112,9 +114,17 @@ def command(
 
 
 def look(service: Client, mapped: str, metrics: str, before: Look | None) -> Look:
-    """Look at every pool once, and at the regions of the one to map, which is the first."""
+    """Look once at the pools that may be shown, and at the regions of the first, to be mapped.
+
+    Those are the ones with most regions: a look at hundreds of pools takes longer than a second.
+    """
     pools = []
-    for summary in service.list_pools().pools:
+    summaries = sorted(
+        service.list_pools().pools,
+        key=lambda summary: (summary.pool.name == mapped, _is_open(summary), summary.regions),
+        reverse=True,
+    )
+    for summary in summaries[:POOLS_LOOKED_AT]:
         try:
             pools.append(service.get_pool(summary.pool.name))
         except PoolNotFoundError:
@@ -124,7 +134,7 @@ def look(service: Client, mapped: str, metrics: str, before: Look | None) -> Loo
         regions = service.list_regions(pools[0].summary.pool.name) if pools else []
     except PoolNotFoundError:
         regions = []
-    return Look(time.monotonic(), pools, regions, _apply_seconds(metrics))
+    return Look(time.monotonic(), summaries, pools, regions, _apply_seconds(metrics))
 
 
 def _importance(
@@ -134,8 +144,11 @@ def _importance(
     name = pool.summary.pool.name
     then = before.pool_of(name) if before else None
     batches = pool.counters.batches - then.counters.batches if then else 0
-    is_open = pool.summary.state != pool_pb.POOL_STATE_CLOSED
-    return name == mapped, is_open, batches, pool.summary.regions
+    return name == mapped, _is_open(pool.summary), batches, pool.summary.regions
+
+
+def _is_open(summary: pool_pb.PoolSummary) -> bool:
+    return summary.state != pool_pb.POOL_STATE_CLOSED
 
 
 def picture(
@@ -144,8 +157,8 @@ def picture(
     """Return the picture of a look, with rates since the one before."""
     headline = Text.assemble(
         ("odma top", "bold"),
-        f"   {target}   pools {len(now.pools)}   "
-        f"regions {sum(pool.summary.regions for pool in now.pools):,}   "
+        f"   {target}   pools {len(now.summaries)}   "
+        f"regions {sum(summary.regions for summary in now.summaries):,}   "
         f"Apply p99 {_p99(now, before)}   ",
         ("q quits", "dim"),
     )
@@ -176,8 +189,8 @@ def _pools(now: Look, before: Look | None, width: int) -> Table:
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for row in shown:
         table.add_row(*(row[name] for name in names))
-    if len(now.pools) > POOLS_SHOWN:
-        table.add_row(f"and {len(now.pools) - POOLS_SHOWN} more")
+    if len(now.summaries) > len(shown):
+        table.add_row(f"and {len(now.summaries) - len(shown)} more")
     return table
 
 

@@ -124,7 +124,7 @@ def test_a_pipe_gets_every_name_on_one_line():
 
 
 def at(moment: float, *pools: pb.GetPoolResponse) -> top.Look:
-    return top.Look(moment, list(pools), [], {})
+    return top.Look(moment, [pool.summary for pool in pools], list(pools), [], {})
 
 
 def pool(name: str, batches: int, *, state: int = pb.POOL_STATE_OPEN) -> pb.GetPoolResponse:
