@@ -177,7 +177,11 @@ def answer_to(answer: Answer) -> pb.ApplyResponse:
     add_result, add_copy = response.results.add, response.copies.add
     for result in answer.results:
         if type(result) is Place:
-            _fill_place(add_result().place, result)
+            place = add_result().place
+            place.handle, place.start_token, place.length_tokens, reused, at, shared = result
+            if reused or shared:
+                place.reused_tokens = reused
+                place.shared_start_token, place.shared_tokens = at, shared
         else:
             _fill_result(add_result(), result)
     for handle, from_token, to_token, tokens, overlaps in answer.copies:
@@ -188,8 +192,7 @@ def answer_to(answer: Answer) -> pb.ApplyResponse:
             tokens=tokens,
             overlaps=overlaps,
         )
-    for place in answer.moved:
-        _fill_place(response.moved.add(), place)
+    response.moved.extend(map(place_to, answer.moved))
     return response
 
 
@@ -231,16 +234,6 @@ def _result_from(message: pb.Result) -> Result:
 def place_to(place: Place) -> types.Place:
     """Return the message of a place."""
     return types.Place(**place._asdict())
-
-
-def _fill_place(message: types.Place, place: Place) -> None:
-    handle, start_token, length_tokens, reused, shared_start, shared = place
-    message.handle, message.start_token = handle, start_token
-    message.length_tokens = length_tokens
-    if reused:
-        message.reused_tokens = reused
-    if shared:
-        message.shared_start_token, message.shared_tokens = shared_start, shared
 
 
 def place_from(message: types.Place) -> Place:

@@ -340,8 +340,15 @@ def results_from(results: Any, ops: Sequence[Op], block_tokens: int) -> list[Res
             entry
         )
         if outcome == _PLACED:
-            place = handle, start * block_tokens, length * block_tokens
-            answered.append(_new(Place, (*place, free, largest * block_tokens, waiting)))
+            place = (
+                handle,
+                start * block_tokens,
+                length * block_tokens,
+                free,
+                largest * block_tokens,
+                waiting,
+            )
+            answered.append(_new(Place, place))
         elif outcome == _FREED:
             answered.append(_NEW_FREED)
         elif outcome == _ALREADY_FREE:
@@ -382,7 +389,7 @@ def places_from(places: Any, reused: Any, count: int, block_tokens: int) -> list
 
 
 def _entries(layout: Struct, array: Any, count: int) -> Iterator[tuple[Any, ...]]:
-    return layout.iter_unpack(ffi.buffer(array, count * layout.size))
+    return layout.iter_unpack(ffi.buffer(array, count * layout.size)) if count else iter(())
 
 
 def batch_error(rule: int, index: int) -> InvalidError:
