@@ -8,7 +8,8 @@ the operation, which keeps the batch's fingerprint apart from others.
 
 from __future__ import annotations
 
-from struct import Struct
+import struct
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from odma_service._native._odma import ffi, lib
@@ -132,12 +133,16 @@ _NOT_NUMBERS = {"request_id", "request_class", "tenant", "text", "keys", "used",
 
 # --- to C ---
 
+_USED = "QIII4x"
+assert struct.calcsize("=" + _USED) == ffi.sizeof("odma_used")
+
 
 def used_array(used: Sequence[Used]) -> Any:
-    """Return `used` as an odma_used[]."""
+    """Return `used` as an odma_used[]. A decode step lists them all, so they are packed at once."""
     try:
-        return ffi.new("odma_used[]", used)
-    except (OverflowError, TypeError):
+        packed = struct.pack("=" + _USED * len(used), *chain.from_iterable(used))
+        return ffi.from_buffer("odma_used[]", packed)
+    except (struct.error, TypeError):
         for i, entry in enumerate(used):
             check_numbers(f"used[{i}].", entry)
         raise
@@ -318,10 +323,11 @@ def check_numbers(path: str, record: Batch | Used | Op) -> None:
 # --- from C ---
 
 
-def _layout(ctype: str) -> Struct:
+def _layout(ctype: str) -> struct.Struct:
     """Return how to unpack a C struct of numbers, as cffi knows it."""
     kinds = {field.offset: field.type.cname for _, field in ffi.typeof(ctype).fields}
-    layout = Struct("=" + "".join(_CODES[kind] for kind in kinds.values()))  # a union's is one
+    codes = "".join(_CODES[kind] for kind in kinds.values())  # a union's is one
+    layout = struct.Struct("=" + codes)
     assert layout.size == ffi.sizeof(ctype), "the struct has no padding"
     return layout
 
@@ -388,7 +394,7 @@ def places_from(places: Any, reused: Any, count: int, block_tokens: int) -> list
     ]
 
 
-def _entries(layout: Struct, array: Any, count: int) -> Iterator[tuple[Any, ...]]:
+def _entries(layout: struct.Struct, array: Any, count: int) -> Iterator[tuple[Any, ...]]:
     return layout.iter_unpack(ffi.buffer(array, count * layout.size)) if count else iter(())
 
 
