@@ -32,7 +32,7 @@ CONTAINER_PACKAGES := podman runc debootstrap netavark aardvark-dns iptables doc
 # What the engine's tests have beside the package. Elsewhere pip may have to be told where torch's
 # CPU build is: this is a version of which there is one, and not several gigabytes for GPUs.
 TORCH ?= torch==2.13.0
-ENGINE_TOOLS := accelerate gguf hypothesis openai pytest pytest-timeout pytest-xdist cryptography
+ENGINE_TOOLS := accelerate gguf httpx hypothesis openai pytest pytest-timeout pytest-xdist cryptography
 
 .PHONY: help deps deps-containers demo serve test test-containers test-oldest test-transformers check format proto fuzz fuzz-wire tsan coverage bench torture soak lib clean
 .DELETE_ON_ERROR:

@@ -44,7 +44,12 @@ def command(
             loaded = loaded._replace(name=served_name)
         with options.service() as service, options.engine(loaded, service) as (engine, pool):
             host, port, *_ = listener.getsockname()
-            typer.echo(
-                f"odma model ready on http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            address = f"{f'[{host}]' if ':' in host else host}:{port}"
+            serving.serve(
+                loaded,
+                engine,
+                pool,
+                listener,
+                os.environ.get(API_KEY, "").strip(),
+                lambda: typer.echo(f"odma model ready on http://{address}/v1"),
             )
-            serving.serve(loaded, engine, pool, listener, os.environ.get(API_KEY, "").strip())

@@ -109,7 +109,7 @@ def test_who_waits_may_pass_another_as_soon_as_he_comes(tmp_path):
 
 
 @pytest.mark.parametrize("common_blocks", [0, 40])
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name != REUSE])
 def test_skipping_steps_changes_nothing_where_requests_wait(name, common_blocks, tmp_path):
     load = small_load(common_blocks=common_blocks)
     fast = talk(name, load, tmp_path)
@@ -120,6 +120,17 @@ def test_skipping_steps_changes_nothing_where_requests_wait(name, common_blocks,
     assert (fast.prompt_tokens, fast.reused_tokens) == (plain.prompt_tokens, plain.reused_tokens)
     assert fast.emptied == plain.emptied
     assert sorted(fast.finished) == list(range(len(load)))
+
+
+@pytest.mark.parametrize("common_blocks", [0, 40])
+def test_what_is_given_up_depends_little_on_how_often_a_pool_is_asked(common_blocks, tmp_path):
+    """A pool tells by its calls how long ago a run was used; the plain loop calls more often."""
+    load = small_load(common_blocks=common_blocks)
+    fast, plain = (talk(REUSE, load, tmp_path, loop) for loop in (serve, serve_plainly))
+    assert sorted(fast.finished) == sorted(plain.finished) == list(range(len(load)))
+    assert fast.sums[-1].tokens == plain.sums[-1].tokens
+    assert fast.sums[-1].now_ps == pytest.approx(plain.sums[-1].now_ps, rel=0.02)
+    assert fast.reused_tokens == pytest.approx(plain.reused_tokens, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["agents_16", "agents_32_common4k"])

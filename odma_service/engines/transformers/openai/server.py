@@ -42,18 +42,19 @@ def serve(
     pool: Memory,
     listener: socket.socket,
     key: str,
+    ready: Callable[[], object],
 ) -> None:
     """Serve until SIGTERM or SIGINT; calls under way get `DRAIN_SECONDS` to end.
 
-    `key`: what callers show as a bearer token; empty: nothing. Raises OdmaError if the engine
-    cannot go on.
+    `key`: what callers show as a bearer token; empty: nothing. `ready` is called when signals
+    are heard and calls will be. Raises OdmaError if the engine cannot go on.
     """
     server: uvicorn.Server  # the runner stops it, and its application needs the runner
 
     def stop(*_: object) -> None:
         server.should_exit = True
 
-    with Runner(engine, pool, stop) as runner, _handled(stop):
+    with Runner(engine, pool, stop) as runner:
         service = Service(loaded, runner, engine.longest_tokens, key)
         config = uvicorn.Config(
             service.app(),
@@ -62,7 +63,9 @@ def serve(
             server_header=False,
         )
         server = uvicorn.Server(config)
-        server.run(sockets=[listener])
+        with _handled(stop):
+            ready()
+            server.run(sockets=[listener])
         if runner.failure is not None:
             raise OdmaError(str(runner.failure))
 
