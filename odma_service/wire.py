@@ -115,13 +115,16 @@ def _ops_from(request: pb.ApplyRequest) -> list[Op]:
     for op in request.ops:
         kind = op.WhichOneof("op")
         if kind == "extend":
-            ops.append(extend_from(op.extend))
+            extend = op.extend  # as extend_from, without its call
+            numbers = extend.handle, extend.least_tokens, extend.want_tokens
+            ops.append(_tuple(Extend, numbers))
         elif kind == "free":
             ops.append(free_from(op.free))
         elif kind == "allocate":
             ops.append(allocate_from(op.allocate))
         elif kind == "trim":
-            ops.append(_tuple(Trim, (op.trim.handle, op.trim.to_tokens)))
+            trim = op.trim
+            ops.append(_tuple(Trim, (trim.handle, trim.to_tokens)))
         else:
             raise InvalidError(f"ops[{len(ops)}]", "one of free, trim, extend and allocate")
     return ops
@@ -177,7 +180,10 @@ def answer_to(answer: Answer) -> pb.ApplyResponse:
     add_result, add_copy = response.results.add, response.copies.add
     for result in answer.results:
         if type(result) is Place:
-            _fill_place(add_result().place, result)
+            message = add_result().place
+            message.handle, message.start_token, message.length_tokens, reused, _, shared = result
+            if reused or shared:
+                _fill_place(message, result)
         else:
             _fill_result(add_result(), result)
     for handle, from_token, to_token, tokens, overlaps in answer.copies:
@@ -234,13 +240,10 @@ def place_to(place: Place) -> types.Place:
 
 
 def _fill_place(message: types.Place, place: Place) -> None:
-    handle, start_token, length_tokens, reused, shared_start, shared = place
-    message.handle, message.start_token = handle, start_token
-    message.length_tokens = length_tokens
-    if reused:
+    message.handle, message.start_token, message.length_tokens, reused, at, shared = place
+    if reused or shared:
         message.reused_tokens = reused
-    if shared:
-        message.shared_start_token, message.shared_tokens = shared_start, shared
+        message.shared_start_token, message.shared_tokens = at, shared
 
 
 def place_from(message: types.Place) -> Place:

@@ -113,7 +113,7 @@ class Learner:
         answer = self.pool.apply(epoch, batch, predictions)
         if not answer.replayed:
             self._tell(batch.ops, predictions, answer.results, answer.copies)
-        self._frees += sum(isinstance(op, Free) for op in batch.ops)
+        self._frees += list(map(type, batch.ops)).count(Free)
         if self._frees >= FREES_PER_ADAPTATION:
             self._frees = 0
             self._adapt_safety_share()

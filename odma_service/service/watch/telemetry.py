@@ -50,9 +50,11 @@ class RefusalCounts:
 
     def add(self, ops: Sequence[Op], results: Sequence[Result]) -> None:
         """Count the refusals of a batch. Only the thread that holds the pool may."""
-        for i, result in enumerate(results):
+        if Refusal not in map(type, results):
+            return
+        for op, result in zip(ops, results, strict=True):
             if type(result) is Refusal:
-                self.by_reason[OP_NAMES[type(ops[i])], result.reason] += 1
+                self.by_reason[OP_NAMES[type(op)], result.reason] += 1
                 self.advised += result.preempt_handle != 0
 
 
