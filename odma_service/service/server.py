@@ -87,7 +87,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 NOTED_SIGNALS = {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 """They ask for nothing that is not done by itself: changed files are read when they change."""
 LOOK_SECONDS = 0.2
-"""Between two attempts to take the pool directory."""
+"""Between two attempts to take the pool directory, and two looks for passed-on signals."""
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 NOTICE_SECONDS = 0.2
 """Callers get UNAVAILABLE for at least so long; then answers have so long to arrive."""
@@ -248,8 +248,18 @@ def _names() -> list[str]:
 
 
 def _wait_for_stop() -> None:
-    """Return at the first stop signal. A second one ends the process at once."""
-    while (number := signal.sigwait(STOP_SIGNALS | NOTED_SIGNALS)) not in STOP_SIGNALS:
+    """Return at the first stop signal. A second one ends the process at once.
+
+    The wait ends now and then, so that _pass_on can run: Python calls it in this thread alone.
+    """
+    awaited = STOP_SIGNALS | NOTED_SIGNALS
+    while True:
+        heard = signal.sigtimedwait(awaited, LOOK_SECONDS)
+        number = heard.si_signo if heard else None
+        if number in STOP_SIGNALS:
+            break
+        if number is None:
+            continue
         log.info(
             "signal: changed tokens, certificates and models are read by themselves; the service "
             "goes on",

@@ -13,13 +13,19 @@ from fcntl import F_SETFL, fcntl, ioctl
 from running import odma
 from servers import open_pool, wait_for
 
-from odma_service.client import Allocate
+from odma_service.client import Allocate, Client
 from odma_service.client.local import ODMA
 
 ROWS, COLUMNS = 40, 120
 
 
-def test_a_terminal_shows_pools_and_events_until_q(server, service, name):
+def test_a_terminal_shows_pools_and_events_until_q(servers, name):
+    server = servers()  # among hundreds of pools a look takes long, for readers are paced
+    with Client(server.target) as service:
+        see_until_q(server, service, name)
+
+
+def see_until_q(server, service, name):
     pool = open_pool(service, name)
     pool.apply(ops=[Allocate("r", 1000)])
     terminal, inside = pty.openpty()

@@ -10,7 +10,7 @@ SELDOM = ("/Recalibrate", "/Predict", "/Watch")
 
 
 def test_random_and_mutated_messages_find_nothing():
-    result = fuzz(seed=1, calls=1500)
+    result = fuzz(seed=1, calls=3000)
     assert result["bad"] == []
     assert set(result["outcomes"]) == set(ALL)
     succeeded = {rpc for rpc, codes in result["outcomes"].items() if codes.get("OK")}

@@ -155,7 +155,8 @@ def test_the_oldest_answers_of_all_are_cut(large):
         assert last.cut == last.begun
         assert not [*bytes_of][-1].cut
         assert waiting() > MOST_BYTES_OF_ALL - 2 * MIB
-        assert private_bytes(os.getpid()) - full < MOST_BYTES_OF_ALL
+        # gRPC may hold an answer twice; unbounded these would be 128 MiB, each of them twice
+        assert private_bytes(os.getpid()) - full < 2 * MOST_BYTES_OF_ALL
 
 
 # --- certificates ---
