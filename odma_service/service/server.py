@@ -255,15 +255,14 @@ def _wait_for_stop() -> None:
     awaited = STOP_SIGNALS | NOTED_SIGNALS
     while True:
         heard = signal.sigtimedwait(awaited, LOOK_SECONDS)
-        number = heard.si_signo if heard else None
-        if number in STOP_SIGNALS:
-            break
-        if number is None:
+        if heard is None:
             continue
+        if heard.si_signo in STOP_SIGNALS:
+            break
         log.info(
             "signal: changed tokens, certificates and models are read by themselves; the service "
             "goes on",
-            signal=signal.Signals(number).name,
+            signal=signal.Signals(heard.si_signo).name,
         )
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
